@@ -1,0 +1,116 @@
+"""Which implementation serves a call, and why.
+
+An explicit backend never falls back: it raises where it cannot run. "auto" takes Triton on a GPU that it serves and the tiled
+PyTorch path everywhere else, and logs each reason once.
+"""
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _contracts
+
+BACKENDS = ("auto", "triton", "tiled", "reference")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_HEAD_DIMS = (16, 32, 40, 48, 64, 80, 96, 128, 160)
+TRITON_MAX_K = 64
+TRITON_MAX_LABELS = 128
+
+_log = logging.getLogger("qalign_kernels")
+_default = os.environ.get("QALIGN_BACKEND", "auto")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Take `name` ("auto", "triton", "tiled" or "reference") for every call inside that names no backend. Process-wide.
+
+    >>> with use_backend("reference"):
+    ...     attention(query, Segment(key, value))
+    """
+    global _default
+    _contracts.check_choice("backend", name, BACKENDS)
+    previous, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = previous
+
+
+def requested(backend: str | None) -> str:
+    """The backend asked for: the argument, else the innermost `use_backend`, else QALIGN_BACKEND, else "auto"."""
+    name = _default if backend is None else backend
+    _contracts.check_choice("backend", name, BACKENDS)
+    return name
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on CPU tensors (TRITON_INTERPRET=1, set before Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Why Triton cannot be used on this machine at all, or None."""
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # a broken installation may raise anything
+        return f"triton does not import ({type(error).__name__}: {error})".splitlines()[0]
+    return None
+
+
+def triton_refusal(tensor: Tensor, head_dims: tuple[int, ...], differentiable: bool = False, max_k: int = 1, num_labels: int = 1) -> str | None:
+    """Why the Triton kernels cannot serve this call, or None."""
+    if problem := triton_problem():
+        return problem
+    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted()):
+        return f"device {tensor.device.type} has no Triton (set TRITON_INTERPRET=1 to interpret the kernels on the CPU)"
+    if tensor.dtype.is_floating_point and tensor.dtype not in TRITON_DTYPES:
+        return f"dtype {str(tensor.dtype).removeprefix('torch.')} is not served, only float16, bfloat16 and float32"
+    if tensor.dtype == torch.bfloat16 and interpreted():
+        return "Triton's interpreter has no correct bfloat16"
+    if any(dim not in TRITON_HEAD_DIMS for dim in head_dims):
+        return f"head_dim {head_dims} is not served, only {TRITON_HEAD_DIMS}"
+    if max_k > TRITON_MAX_K:
+        return f"k={max_k} is not served, only k up to {TRITON_MAX_K}"
+    if num_labels > TRITON_MAX_LABELS:
+        return f"num_labels={num_labels} is not served, only up to {TRITON_MAX_LABELS}"
+    if differentiable:
+        return "the Triton kernels have no backward; gradients take the tiled path"
+    return None
+
+
+@functools.cache
+def _log_once(op: str, reason: str) -> None:
+    _log.info("%s: tiled PyTorch instead of Triton: %s", op, reason)
+
+
+def select(op: str, backend: str, tensor: Tensor, head_dims: tuple[int, ...], **limits: Any) -> str:
+    """ "triton" or "tiled" for this call of `op`; raises where an explicit "triton" cannot run. `tensor` gives device and dtype."""
+    if backend == "tiled":
+        return "tiled"
+    refusal = triton_refusal(tensor, head_dims, **limits)
+    if backend == "triton":
+        if refusal:
+            raise RuntimeError(f"backend: expected one that can run {op} here, got 'triton': {refusal}")
+        return "triton"
+    if tensor.device.type == "cpu":
+        return "tiled"  # the interpreter is for tests: only an explicit request takes it
+    if refusal:
+        _log_once(op, refusal)
+        return "tiled"
+    return "triton"
+
+
+def implementation(backend: str, stem: str) -> ModuleType:
+    """The module that implements `stem` for "triton", "tiled" or "reference"."""
+    package = {"triton": "_triton", "tiled": "tiled", "reference": "reference"}[backend]
+    return importlib.import_module(f"qalign_kernels.{package}.{stem}")

@@ -1,0 +1,30 @@
+"""Registration of the ops with torch.library: one schema, one implementation that chooses its backend, one fake, maybe a gradient."""
+
+from collections.abc import Callable
+
+import torch
+
+LIBRARY = torch.library.Library("qalign_kernels", "DEF")
+
+
+def register(
+    name: str,
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    *,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """Define `qalign_kernels::name` and return the callable overload."""
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qalign_kernels::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"qalign_kernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    return getattr(torch.ops.qalign_kernels, name).default
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record an op on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

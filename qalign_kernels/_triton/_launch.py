@@ -1,0 +1,55 @@
+"""The one door through which kernels are launched, so that a launch can also be recorded and compiled for a GPU that is not here."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """A kernel, its named arguments (constexprs included) and its compile options, as a launch would take them."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[Launch] | None = None
+_assumed_target: str | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **arguments: Any) -> None:
+    """Run `kernel` over `grid`, or note the launch inside `recording`."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, arguments, num_warps, num_stages))
+    else:
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+
+
+@contextlib.contextmanager
+def recording(target: str) -> Iterator[list[Launch]]:
+    """Inside, launchers run nothing: they choose their configuration for `target` ("sm_90", "gfx942") and the launches are collected.
+
+    Tensors may live on the meta device.
+    """
+    global _recorded, _assumed_target
+    previous = _recorded, _assumed_target
+    _recorded, _assumed_target = [], target
+    try:
+        yield _recorded
+    finally:
+        _recorded, _assumed_target = previous
+
+
+def target_of(device: torch.device) -> str:
+    """The architecture that a launch on `device` compiles for: "sm_90", "gfx942", or "interpreter" for the CPU."""
+    if _assumed_target is not None:
+        return _assumed_target
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

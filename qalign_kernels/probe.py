@@ -1,0 +1,137 @@
+"""Where attention goes: the mass on each region of keys, and the head average of the map."""
+
+import torch
+from torch import Tensor
+
+from . import _backends, _contracts, _library
+from .attention import Segment, attention
+
+
+def label_mass(
+    query: Tensor,
+    key: Tensor,
+    key_labels: Tensor,
+    num_labels: int,
+    *,
+    scale: float | None = None,
+    counts: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """How much of each query's attention falls on each class of keys.
+
+    mass_il = Σ_{j : label_j = l} m_j e^{l_ij} / Σ_j m_j e^{l_ij},  l_ij = scale · q_i·k_j
+
+    Args:
+        query: [B, H, N_q, D], key: [B, H, N_k, D], same dtype and device, any strides.
+        key_labels: int32 class ids [B or 1, N_k] in [0, num_labels); a key outside that range belongs to no class.
+        num_labels: L, at least 1; the Triton kernel serves L ≤ 128.
+        scale: of the dot product; None is 1/sqrt(D).
+        counts: int32 [B, 1 or H, N_k], the multiplicity m_j of each key; None: each once.
+        backend: "auto", "triton", "tiled" or "reference".
+
+    Returns:
+        float32 [B, H, N_q, L] (float64 for float64 input); each row sums to 1 (0 where every key has multiplicity 0).
+
+    Raises:
+        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+
+    Memory: O(N L). Deterministic. Differentiable in query and key.
+    Source: Bounded Attention, arXiv 2403.16990 (region mass as attention over an indicator).
+    """
+    _check(query, key)
+    _contracts.check_token_labels("key_labels", key_labels, query.shape[0], key.shape[2], "N_k", query.device)
+    if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1:
+        _contracts.fail("num_labels", "an integer of at least 1", num_labels)
+    if counts is not None:
+        _contracts.check_counts("counts", counts, query.shape[0], query.shape[1], key.shape[2], query.device)
+    scale = _scale(query, scale)
+    backend = _backends.requested(backend)
+    if backend == "reference":
+        return _backends.implementation("reference", "probe").label_mass(query, key, key_labels, num_labels, scale=scale, counts=counts)
+    if _library.wants_gradient(query, key):
+        accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+        members = (key_labels.unsqueeze(-1) == torch.arange(num_labels, device=key.device)).to(accumulate)
+        members = members.unsqueeze(1).expand(key.shape[0], key.shape[1], -1, -1)
+        return attention(query.to(accumulate), Segment(key.to(accumulate), members, counts=counts), scale=scale, backend=backend)
+    return _label_mass_op(query, key, key_labels, num_labels, scale, counts, backend)
+
+
+def mean_attention_map(query: Tensor, key: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
+    """The attention map, averaged over heads.
+
+    map_ij = 1/H Σ_h softmax_j(scale · q_hi·k_hj)
+
+    Args:
+        query: [B, H, N_q, D], key: [B, H, N_k, D], same dtype and device, any strides.
+        scale: of the dot product; None is 1/sqrt(D).
+        backend: "auto", "triton", "tiled" or "reference".
+
+    Returns:
+        float32 [B, N_q, N_k] (float64 for float64 input); rows sum to 1.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+
+    Memory: the result, which is the one N_q×N_k tensor of this library, and O(N) beside it; with gradients, one head's map more.
+    Deterministic. Differentiable in query and key.
+    Source: self-segmentation, arXiv 2303.11306; Cross-Image attention, arXiv 2311.03335.
+    """
+    _check(query, key)
+    scale = _scale(query, scale)
+    backend = _backends.requested(backend)
+    if backend == "reference":
+        return _backends.implementation("reference", "probe").mean_attention_map(query, key, scale=scale)
+    if _library.wants_gradient(query, key):
+        _backends.select("mean_attention_map", backend, query, (query.shape[3],), differentiable=True)
+        heads = ((query[:, h : h + 1], key[:, h : h + 1]) for h in range(query.shape[1]))
+        reference = _backends.implementation("reference", "probe").mean_attention_map
+        maps = (torch.utils.checkpoint.checkpoint(reference, q, k, scale=scale, use_reentrant=False) for q, k in heads)
+        return sum(maps) / query.shape[1]
+    return _mean_map_op(query, key, scale, backend)
+
+
+def _check(query: Tensor, key: Tensor) -> None:
+    _contracts.check_features("query", query)
+    _contracts.check_features("key", key)
+    _contracts.check_like("key", key, "query", query)
+    _contracts.check_sizes("key", key, batch=query.shape[0], heads=query.shape[1], head_dim=query.shape[3])
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    if scale is None:
+        return query.shape[-1] ** -0.5
+    _contracts.check_number("scale", scale)
+    return float(scale)
+
+
+def _label_mass_implementation(query, key, key_labels, num_labels, scale, counts, backend):
+    chosen = _backends.select("label_mass", backend, query, (query.shape[3],), num_labels=num_labels)
+    return _backends.implementation(chosen, "probe").label_mass(query, key, key_labels, num_labels, scale=scale, counts=counts)
+
+
+def _mean_map_implementation(query, key, scale, backend):
+    chosen = _backends.select("mean_attention_map", backend, query, (query.shape[3],))
+    return _backends.implementation(chosen, "probe").mean_attention_map(query, key, scale=scale)
+
+
+def _accumulate(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _label_mass_fake(query, key, key_labels, num_labels, scale, counts, backend):
+    return query.new_empty((*query.shape[:3], num_labels), dtype=_accumulate(query))
+
+
+def _mean_map_fake(query, key, scale, backend):
+    return query.new_empty((query.shape[0], query.shape[2], key.shape[2]), dtype=_accumulate(query))
+
+
+_label_mass_op = _library.register(
+    "label_mass",
+    "(Tensor query, Tensor key, Tensor key_labels, int num_labels, float scale, Tensor? counts, str backend) -> Tensor",
+    _label_mass_implementation,
+    _label_mass_fake,
+)
+_mean_map_op = _library.register(
+    "mean_attention_map", "(Tensor query, Tensor key, float scale, str backend) -> Tensor", _mean_map_implementation, _mean_map_fake
+)

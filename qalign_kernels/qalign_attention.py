@@ -1,0 +1,233 @@
+"""Q-Align's three steps in one call: align queries, rearrange keys and values, refine by attention."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backends, _contracts, _library
+from .attention import Guide, Segment, attention, guided_attention
+from .rearrange import match_counts, rearrange_kv
+from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
+
+REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "soft", "none")
+
+
+def qalign_attention(
+    query: Tensor,
+    ref_query: Tensor,
+    ref_key: Tensor,
+    ref_value: Tensor,
+    *,
+    similarity: str = "cosine",
+    heads: str = "joint",
+    refinement: str = "rearranged",
+    own_key: Tensor | None = None,
+    topk: int = 8,
+    strength: float = 20.0,
+    scale: float | None = None,
+    contrast: float = 1.0,
+    query_labels: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    batch_index: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention to a reference image whose keys and values are aligned by query-query similarity.
+
+    S = similarity(Q, Q_ref);  π(i) = argmax_j S_ij;  s = scale. By `refinement`:
+
+    - "rearranged": softmax(s Q K_ref[π]ᵀ) V_ref[π], the paper's reading. Computed as attention over the original keys, each counted
+      as often as it was chosen; nothing is gathered.
+    - "guided": softmax(s Q K_refᵀ + strength · S) V_ref.
+    - "topk": softmax of s q_i·k_j over the `topk` best-aligned reference tokens of each query only.
+    - "warped_values": softmax(s Q K_ownᵀ) V_ref[π], the output's own map over warped values. Needs `own_key`.
+    - "soft": A = softmax(strength · S); softmax(s Q (A K_ref)ᵀ) (A V_ref).
+    - "none": V_ref[π].
+
+    The dense readings "guided" and "soft" take the per-head similarity whatever `heads` says: a joint map would recompute the dot
+    product over all channels for every head.
+
+    Args:
+        query: [B, H, N_q, D], float16, bfloat16 or float32 (float64: reference and tiled), any strides.
+        ref_query, ref_key: [B_r, H, N_k, D], ref_value: [B_r, H, N_k, D_v]; B_r = B unless `batch_index` names rows.
+        similarity, heads: as `similarity_argmax`. (S is the raw dot product for "dot": choose `strength` accordingly.)
+        own_key: [B, H, N_q, D], the output's own keys; only for "warped_values".
+        topk: reference tokens per query for "topk".
+        strength: of the alignment for "guided" and "soft".
+        scale: of the dot product; None is 1/sqrt(D).
+        contrast: as `attention`, applied to the refinement's softmax (1.67 is Cross-Image attention's); nothing for "none".
+        query_labels, ref_labels: int32 bit sets [B or 1, N_q] and [B or 1, N_k], both or neither. They restrict the match and,
+            except for the own map of "warped_values", the attention: a query sees a reference token iff their sets meet.
+        batch_index: int32 [B], the row of the reference tensors that each query row reads.
+        backend: "auto", "triton", "tiled" or "reference"; None takes the default of `use_backend`.
+
+    Returns:
+        [B, H, N_q, D_v] in the dtype of `query`. A query that sees no reference token gives zeros. NaN gives NaN.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+
+    Memory: O(N), never N_q×N_k. Deterministic. Differentiable; not through the choice π.
+    Source: Q-Align, arXiv 2508.21090 ("rearranged"; its similarity, heads and layers are inferred); "warped_values": Eye-for-an-eye,
+    arXiv 2406.07008; the others are this library's.
+    """
+    _check(query, ref_query, ref_key, ref_value, similarity, heads, refinement, own_key, topk, strength, query_labels, ref_labels, batch_index)
+    if _backends.requested(backend) == "reference":
+        return _backends.implementation("reference", "qalign_attention").qalign_attention(
+            query, ref_query, ref_key, ref_value, similarity=similarity, heads=heads, refinement=refinement, own_key=own_key, topk=topk,
+            strength=strength, scale=query.shape[3] ** -0.5 if scale is None else scale, contrast=contrast, query_labels=query_labels,
+            ref_labels=ref_labels, batch_index=batch_index,
+        )  # fmt: skip
+    refine: dict[str, Any] = {"scale": scale, "contrast": contrast, "backend": backend}
+    reference = Segment(ref_key, ref_value, labels=ref_labels, batch_index=batch_index)
+    if refinement == "guided":
+        guide = Guide(*_features(query, ref_query, similarity), strength)
+        return guided_attention(query, reference, guide, query_labels=query_labels, **refine)
+    if refinement == "soft":
+        return _soft(query, ref_query, reference, similarity, strength, query_labels, refine)
+
+    matching: dict[str, Any] = {
+        "similarity": similarity,
+        "heads": heads,
+        "query_labels": query_labels,
+        "reference_labels": ref_labels,
+        "batch_index": batch_index,
+    }
+    if refinement == "topk":
+        index = similarity_topk(query.detach(), ref_query.detach(), topk, **matching, backend=backend).index
+        return topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine)
+    index = similarity_argmax(query.detach(), ref_query.detach(), **matching, backend=backend).index
+    if refinement == "rearranged":
+        counts = match_counts(index, ref_key.shape[2], backend=backend)
+        return attention(query, dataclasses.replace(reference, counts=counts), query_labels=query_labels, **refine)
+    if batch_index is not None:
+        ref_value = ref_value.index_select(0, batch_index)
+    value = rearrange_kv(ref_value, ref_value, index, backend=backend)[1]
+    if own_key is None:
+        return value
+    return attention(query, Segment(own_key, value, counts=(index >= 0).int()), **refine)
+
+
+def topk_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    *,
+    scale: float | None = None,
+    contrast: float = 1.0,
+    batch_index: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of each query over its own k gathered keys: the topk reading of `qalign_attention`.
+
+    output_i = Σ_t w_it v_{index_it}, w_i = softmax_t(scale · q_i·k_{index_it}), contrasted as in `attention` with N = k; index -1 is absent.
+
+    Shapes: query [B, H, N_q, D], key [B_r, H, N_k, D], value [B_r, H, N_k, D_v], index int32 [B, 1 or H, N_q, k]. Memory O(N k).
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = _backends.requested(backend)
+    if backend == "reference":
+        module = _backends.implementation("reference", "qalign_attention")
+        return module.topk_attention(query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index)
+    if _library.wants_gradient(query, key, value):
+        _backends.select("topk_attention", backend, query, (query.shape[3], value.shape[3]), differentiable=True)
+        module = _backends.implementation("tiled", "qalign_attention")
+        return module.topk_attention(query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index)
+    return _topk_attention_op(query, key, value, index, scale, contrast, batch_index, backend)
+
+
+def _features(query: Tensor, ref_query: Tensor, similarity: str) -> tuple[Tensor, Tensor]:
+    """The tensors whose per-head dot product is the similarity, in the input dtype."""
+    if similarity == "dot":
+        return query, ref_query
+    return unit(query), unit(ref_query)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) along the last axis, computed in float32 (float64 for float64) and rounded to the input dtype."""
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.nn.functional.normalize(x.to(accumulate), dim=-1, eps=1e-12).to(x.dtype)
+
+
+def _soft(
+    query: Tensor,
+    ref_query: Tensor,
+    reference: Segment,
+    similarity: str,
+    strength: float,
+    query_labels: Tensor | None,
+    refine: dict[str, Any],
+) -> Tensor:
+    features, ref_features = _features(query, ref_query, similarity)
+    key, value = (
+        attention(
+            features, dataclasses.replace(reference, key=ref_features, value=x), scale=strength, query_labels=query_labels, backend=refine["backend"]
+        )
+        for x in (reference.key, reference.value)
+    )
+    present = None
+    if query_labels is not None and reference.labels is not None:  # a token that saw no reference token has nothing to offer the refinement
+        seen = (query_labels.unsqueeze(-1) & _label_union(reference.labels).unsqueeze(-1)) != 0
+        present = seen.squeeze(-1).int().unsqueeze(1).expand(query.shape[0], 1, -1)
+    return attention(query, Segment(key, value, counts=present), **refine)
+
+
+def _label_union(labels: Tensor) -> Tensor:
+    """The bits that any token of a row carries, [B or 1, 1]."""
+    bits = torch.arange(32, device=labels.device, dtype=torch.int32)
+    carried = ((labels.unsqueeze(-1) >> bits) & 1).amax(1)
+    return (carried << bits).sum(-1, keepdim=True, dtype=torch.int32)
+
+
+def _check(
+    query, ref_query, ref_key, ref_value, similarity, heads, refinement, own_key, topk, strength, query_labels, ref_labels, batch_index
+) -> None:
+    for name, tensor in (("query", query), ("ref_query", ref_query), ("ref_key", ref_key), ("ref_value", ref_value)):
+        _contracts.check_features(name, tensor)
+        _contracts.check_like(name, tensor, "query", query)
+    batch, num_heads, tokens, head_dim = query.shape
+    _contracts.check_sizes("ref_query", ref_query, heads=num_heads, head_dim=head_dim)
+    rows, ref_tokens = ref_query.shape[0], ref_query.shape[2]
+    _contracts.check_sizes("ref_key", ref_key, batch=rows, heads=num_heads, tokens=ref_tokens, head_dim=head_dim)
+    _contracts.check_sizes("ref_value", ref_value, batch=rows, heads=num_heads, tokens=ref_tokens)
+    _contracts.check_choice("similarity", similarity, SIMILARITIES)
+    _contracts.check_choice("heads", heads, HEADS)
+    _contracts.check_choice("refinement", refinement, REFINEMENTS)
+    _contracts.check_number("strength", strength)
+    _contracts.check_batch_index("batch_index", batch_index, query, rows, "ref_query")
+    if refinement == "topk" and (isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk <= ref_tokens):
+        _contracts.fail("topk", f"an integer from 1 to N_k={ref_tokens}", topk)
+    if (own_key is not None) != (refinement == "warped_values"):
+        need = "[B, H, N_q, D] for refinement='warped_values'" if own_key is None else f"None for refinement={refinement!r}"
+        _contracts.fail("own_key", need, own_key)
+    if own_key is not None:
+        _contracts.check_features("own_key", own_key)
+        _contracts.check_like("own_key", own_key, "query", query)
+        _contracts.check_sizes("own_key", own_key, batch=batch, heads=num_heads, tokens=tokens, head_dim=head_dim)
+    if (query_labels is None) != (ref_labels is None):
+        missing, given = ("query_labels", "ref_labels") if query_labels is None else ("ref_labels", "query_labels")
+        raise ValueError(f"{missing}: expected int32 bit sets because {given} came, got None")
+    if query_labels is not None:
+        _contracts.check_token_labels("query_labels", query_labels, batch, tokens, "N_q", query.device)
+        _contracts.check_token_labels("ref_labels", ref_labels, batch, ref_tokens, "N_k", query.device)
+
+
+def _topk_attention_implementation(query, key, value, index, scale, contrast, batch_index, backend):
+    dims = (query.shape[3], value.shape[3])
+    chosen = _backends.select("topk_attention", backend, query, dims, max_k=index.shape[3])
+    module = _backends.implementation(chosen, "qalign_attention")
+    return module.topk_attention(query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index)
+
+
+def _topk_attention_fake(query, key, value, index, scale, contrast, batch_index, backend):
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+_topk_attention_op = _library.register(
+    "topk_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, Tensor? batch_index, str backend) -> Tensor",
+    _topk_attention_implementation,
+    _topk_attention_fake,
+)

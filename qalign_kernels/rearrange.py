@@ -1,0 +1,98 @@
+"""A match map as multiplicities of the reference tokens, and the explicit gather that Q-Align does not need."""
+
+from torch import Tensor
+
+from . import _backends, _contracts, _library
+
+
+def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) -> Tensor:
+    """How often each reference token was chosen.
+
+    counts_j = #{i : index_i = j}
+
+    Args:
+        index: int32 [B, 1 or H, N_q] as `similarity_argmax` returns it; -1 counts nowhere.
+        num_tokens: N_k, the number of reference tokens.
+        backend: "auto", "triton", "tiled" or "reference".
+
+    Returns:
+        int32 [B, 1 or H, N_k]; each row sums to the number of matched query tokens.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+
+    Memory: O(N). Deterministic (integer sums). No gradient.
+    Source: the multiplicity identity behind Q-Align, arXiv 2508.21090.
+    """
+    if not isinstance(index, Tensor):
+        _contracts.fail("index", "int32 [B, 1 or H, N_q]", index, error=TypeError)
+    if index.dim() != 3 or 0 in index.shape:
+        _contracts.fail("index", "int32 [B, 1 or H, N_q] with every size at least 1", index)
+    _contracts.check_integers("index", index, [(f"{name}={size}", (size,)) for name, size in zip(("B", "G", "N_q"), index.shape)], index.device)
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
+        _contracts.fail("num_tokens", "an integer of at least 1", num_tokens)
+    backend = _backends.requested(backend)
+    if backend == "reference":
+        return _backends.implementation("reference", "rearrange").match_counts(index, num_tokens)
+    return _counts_op(index, num_tokens, backend)
+
+
+def rearrange_kv(key: Tensor, value: Tensor, index: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Gather keys and values by a match map: K̃_i = K_{index_i}, Ṽ_i = V_{index_i}.
+
+    `attention` over these equals `attention` over the originals with `counts=match_counts(index, N_k)`, which costs less and is what
+    `qalign_attention` does; the gather is here for readers and for methods that need the order.
+
+    Args:
+        key: [B, H, N_k, D], value: [B, H, N_k, D_v], same dtype and device, any strides.
+        index: int32 [B, 1 or H, N_q]; -1 gives a row of zeros.
+        backend: "auto", "triton", "tiled" or "reference".
+
+    Returns:
+        (key [B, H, N_q, D], value [B, H, N_q, D_v]), contiguous.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+
+    Memory: the two results. Deterministic. Differentiable in `key` and `value`.
+    Source: Q-Align, arXiv 2508.21090 (key-value rearrangement).
+    """
+    _contracts.check_features("key", key)
+    _contracts.check_features("value", value)
+    _contracts.check_like("value", value, "key", key)
+    _contracts.check_sizes("value", value, batch=key.shape[0], heads=key.shape[1], tokens=key.shape[2])
+    batch, heads = key.shape[:2]
+    tokens = index.shape[-1] if isinstance(index, Tensor) and index.dim() == 3 else 0
+    sizes = [(f"B={batch}", (batch,)), (f"1 or H={heads}", (1, heads)), ("N_q", (tokens,) if tokens else ())]
+    _contracts.check_integers("index", index, sizes, key.device)
+    backend = _backends.requested(backend)
+    if backend == "reference":
+        return _backends.implementation("reference", "rearrange").rearrange_kv(key, value, index)
+    if _library.wants_gradient(key, value):
+        _backends.select("rearrange_kv", backend, key, (), differentiable=True)
+        return _backends.implementation("tiled", "rearrange").rearrange_kv(key, value, index)
+    return _gather_op(key, value, index, backend)
+
+
+def _counts_implementation(index, num_tokens, backend):
+    chosen = _backends.select("match_counts", backend, index, ())
+    return _backends.implementation(chosen, "rearrange").match_counts(index, num_tokens)
+
+
+def _gather_implementation(key, value, index, backend):
+    chosen = _backends.select("rearrange_kv", backend, key, ())
+    return _backends.implementation(chosen, "rearrange").rearrange_kv(key, value, index)
+
+
+def _counts_fake(index, num_tokens, backend):
+    return index.new_empty((*index.shape[:2], num_tokens))
+
+
+def _gather_fake(key, value, index, backend):
+    return tuple(x.new_empty((*x.shape[:2], index.shape[2], x.shape[3])) for x in (key, value))
+
+
+_counts_op = _library.register("match_counts", "(Tensor index, int num_tokens, str backend) -> Tensor", _counts_implementation, _counts_fake)
+_gather_op = _library.register(
+    "rearrange_kv", "(Tensor key, Tensor value, Tensor index, str backend) -> (Tensor, Tensor)", _gather_implementation, _gather_fake
+)

@@ -1,0 +1,91 @@
+"""The six readings of Q-Align as their formulas read: maps materialised, keys and values gathered."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from .attention import attention, contrast_weights
+from .rearrange import rearrange_kv
+from .similarity import scores, similarity_argmax, similarity_topk
+
+
+def _segment(key: Tensor, value: Tensor, counts: Tensor | None = None, labels: Tensor | None = None) -> SimpleNamespace:
+    return SimpleNamespace(key=key, value=value, counts=counts, labels=labels, batch_index=None, logit_scale=1.0, logit_shift=0.0)
+
+
+def qalign_attention(
+    query, ref_query, ref_key, ref_value, *, similarity, heads, refinement, own_key, topk, strength, scale, contrast, query_labels,
+    ref_labels, batch_index,
+) -> Tensor:  # fmt: skip
+    if batch_index is not None:
+        ref_query, ref_key, ref_value = (x[batch_index.long()] for x in (ref_query, ref_key, ref_value))
+    joint = heads == "joint" and refinement not in ("guided", "soft")
+    alignment = (query, ref_query, similarity, joint, query_labels, ref_labels)
+
+    if refinement == "topk":
+        index = similarity_topk(query, ref_query, topk, similarity, joint, query_labels, ref_labels)[0]
+        return topk_attention(query, ref_key, ref_value, index, scale=scale, contrast=contrast)
+    if refinement == "guided":
+        return _weigh(_logits(query, ref_key, scale) + strength * scores(*alignment), ref_value, contrast)
+    if refinement == "soft":
+        weights = (strength * scores(*alignment)).softmax(-1)
+        present = ~weights.isnan().all(-1)
+        weights = weights.masked_fill(~present.unsqueeze(-1), 0).to(query.dtype)
+        key, value = (weights @ ref_key, weights @ ref_value)
+        logits = _logits(query, key, scale).masked_fill(~present.unsqueeze(2), float("-inf"))
+        return _weigh(logits, value, contrast, present.sum(-1))
+
+    index = similarity_argmax(*alignment)[0]
+    key, value = rearrange_kv(ref_key, ref_value, index)
+    if refinement == "none":
+        return value
+    matched = index >= 0
+    if refinement == "warped_values":
+        return attention(query, [_segment(own_key, value, matched.int())], scale=scale, contrast=contrast)[0]
+    labels = None
+    if query_labels is not None:  # a rearranged key carries the label of the token it was taken from
+        labels = ref_labels.expand(query.shape[0], -1).unsqueeze(1).take_along_dim(index.clamp(min=0).long(), dim=2)
+    logits = _logits(query, key, scale).masked_fill(~matched.unsqueeze(2), float("-inf"))
+    if labels is not None:
+        seen = (query_labels.unsqueeze(1).unsqueeze(-1) & labels.unsqueeze(2)) != 0
+        logits = logits.masked_fill(~seen, float("-inf"))
+    return _weigh(logits, value, contrast, matched.sum(-1))
+
+
+def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return scale * (query.to(accumulate) @ key.to(accumulate).mT)
+
+
+def _weigh(logits: Tensor, value: Tensor, contrast: float, total: Tensor | None = None) -> Tensor:
+    """softmax (contrasted, N = `total` keys) of the logits times the values; a row of -inf gives zeros."""
+    lse = logits.logsumexp(-1, keepdim=True)
+    unseen = logits == float("-inf")
+    weights = (logits - lse.masked_fill(lse == float("-inf"), 0)).exp()
+    if contrast != 1.0:
+        total = torch.full_like(lse, logits.shape[-1]) if total is None else total.clamp(min=1)[..., None, None].to(lse.dtype)
+        weights = contrast_weights(weights, contrast, total)
+    weights = weights.masked_fill(unseen, 0).to(value.dtype)
+    return (weights.to(lse.dtype) @ value.to(lse.dtype)).to(value.dtype)
+
+
+def topk_attention(query, key, value, index, *, scale, contrast=1.0, batch_index=None) -> Tensor:
+    if batch_index is not None:
+        key, value = key[batch_index.long()], value[batch_index.long()]
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    rows = index.clamp(min=0).long().expand(-1, query.shape[1], -1, -1)
+    key, value = (x.unsqueeze(2).expand(-1, -1, query.shape[2], -1, -1).take_along_dim(rows.unsqueeze(-1), dim=3) for x in (key, value))
+    logits = scale * (query.to(accumulate).unsqueeze(3) * key.to(accumulate)).sum(-1)
+    logits = logits.masked_fill(index < 0, float("-inf"))
+    weights = _weigh_rows(logits, contrast).to(query.dtype)
+    return (weights.to(accumulate).unsqueeze(-1) * value.to(accumulate)).sum(3).to(query.dtype)
+
+
+def _weigh_rows(logits: Tensor, contrast: float) -> Tensor:
+    """softmax over the k candidates (contrasted with N = k); absent candidates weigh nothing."""
+    absent = logits == float("-inf")
+    probabilities = logits.softmax(-1).masked_fill(absent.all(-1, keepdim=True), 0)
+    if contrast != 1.0:
+        probabilities = contrast_weights(probabilities, contrast, torch.tensor(float(logits.shape[-1]), dtype=logits.dtype))
+    return probabilities.masked_fill(absent, 0)

@@ -1,0 +1,46 @@
+"""similarity_argmax and similarity_topk as their formula reads: the N×N score matrix, masked, then reduced."""
+
+import torch
+from torch import Tensor
+
+
+def scores(
+    query: Tensor,
+    reference: Tensor,
+    similarity: str,
+    joint: bool,
+    query_labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    batch_index: Tensor | None = None,
+) -> Tensor:
+    """S [B, 1 or H, N_q, N_k], float32 (float64 for float64 input); -inf where the labels do not meet."""
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    query, reference = query.to(accumulate), reference.to(accumulate)
+    if batch_index is not None:
+        reference = reference[batch_index.long()]
+    if joint:
+        query, reference = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (query, reference))
+    if similarity == "cosine":
+        query, reference = (torch.nn.functional.normalize(x, dim=-1, eps=1e-12) for x in (query, reference))
+    result = query @ reference.mT
+    if query_labels is not None and reference_labels is not None:
+        admissible = (query_labels.unsqueeze(-1) & reference_labels.unsqueeze(-2)) != 0
+        result = result.masked_fill(~admissible.unsqueeze(1), float("-inf"))
+    return result
+
+
+def similarity_argmax(query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None) -> tuple[Tensor, Tensor]:
+    table = scores(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
+    score = table.amax(-1)
+    # torch.max leaves the index of ties open: the lowest is asked for; a row of NaN takes column 0
+    columns = torch.arange(table.shape[-1], device=table.device)
+    index = torch.where(table == score.unsqueeze(-1), columns, table.shape[-1]).amin(-1)
+    index = index.masked_fill(score.isnan(), 0).masked_fill(score == float("-inf"), -1)
+    return index.int(), score
+
+
+def similarity_topk(query, reference, k, similarity, joint, query_labels=None, reference_labels=None, batch_index=None) -> tuple[Tensor, Tensor]:
+    table = scores(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
+    score, index = table.sort(dim=-1, descending=True, stable=True)
+    score, index = score[..., :k], index[..., :k]
+    return index.masked_fill(score == float("-inf"), -1).int(), score
