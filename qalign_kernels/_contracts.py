@@ -84,3 +84,23 @@ def check_number(argument: str, value: object, *, above: float | None = None) ->
         raise TypeError(f"{argument}: expected a number, got {describe(value)}")
     if not math.isfinite(value) or (above is not None and value <= above):
         raise ValueError(f"{argument}: expected a finite number{'' if above is None else f' above {above}'}, got {value!r}")
+
+
+def check_count(argument: str, value: object, limit_name: str = "", limit: int | None = None) -> None:
+    """An int of at least 1 and at most `limit`."""
+    inside = isinstance(value, int) and not isinstance(value, bool) and value >= 1 and (limit is None or value <= limit)
+    if not inside:
+        fail(argument, "an integer of at least 1" if limit is None else f"an integer from 1 to {limit_name}={limit}", value)
+
+
+def check_label_sets(
+    query: Tensor, reference: Tensor, query_labels: Tensor | None, query_name: str, reference_labels: Tensor | None, reference_name: str
+) -> None:
+    """Both bit sets or neither, each given per query row."""
+    if query_labels is None and reference_labels is None:
+        return
+    if query_labels is None or reference_labels is None:
+        missing, given = (query_name, reference_name) if query_labels is None else (reference_name, query_name)
+        raise ValueError(f"{missing}: expected int32 bit sets because {given} came, got None")
+    check_token_labels(query_name, query_labels, query.shape[0], query.shape[2], "N_q", query.device)
+    check_token_labels(reference_name, reference_labels, query.shape[0], reference.shape[2], "N_k", query.device)

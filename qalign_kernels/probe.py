@@ -40,8 +40,7 @@ def label_mass(
     """
     _check(query, key)
     _contracts.check_token_labels("key_labels", key_labels, query.shape[0], key.shape[2], "N_k", query.device)
-    if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1:
-        _contracts.fail("num_labels", "an integer of at least 1", num_labels)
+    _contracts.check_count("num_labels", num_labels)
     if counts is not None:
         _contracts.check_counts("counts", counts, query.shape[0], query.shape[1], key.shape[2], query.device)
     scale = _scale(query, scale)

@@ -72,7 +72,10 @@ def qalign_attention(
     Source: Q-Align, arXiv 2508.21090 ("rearranged"; its similarity, heads and layers are inferred); "warped_values": Eye-for-an-eye,
     arXiv 2406.07008; the others are this library's.
     """
-    _check(query, ref_query, ref_key, ref_value, similarity, heads, refinement, own_key, topk, strength, query_labels, ref_labels, batch_index)
+    _check_tensors(query, ref_query, ref_key, ref_value, batch_index)
+    _check_settings(similarity, heads, refinement, strength, scale, contrast)
+    _check_refinement(query, ref_key, refinement, own_key, topk)
+    _contracts.check_label_sets(query, ref_query, query_labels, "query_labels", ref_labels, "ref_labels")
     if _backends.requested(backend) == "reference":
         return _backends.implementation("reference", "qalign_attention").qalign_attention(
             query, ref_query, ref_key, ref_value, similarity=similarity, heads=heads, refinement=refinement, own_key=own_key, topk=topk,
@@ -181,37 +184,40 @@ def _label_union(labels: Tensor) -> Tensor:
     return (carried << bits).sum(-1, keepdim=True, dtype=torch.int32)
 
 
-def _check(
-    query, ref_query, ref_key, ref_value, similarity, heads, refinement, own_key, topk, strength, query_labels, ref_labels, batch_index
-) -> None:
+def _check_tensors(query: Tensor, ref_query: Tensor, ref_key: Tensor, ref_value: Tensor, batch_index: Tensor | None) -> None:
     for name, tensor in (("query", query), ("ref_query", ref_query), ("ref_key", ref_key), ("ref_value", ref_value)):
         _contracts.check_features(name, tensor)
         _contracts.check_like(name, tensor, "query", query)
-    batch, num_heads, tokens, head_dim = query.shape
-    _contracts.check_sizes("ref_query", ref_query, heads=num_heads, head_dim=head_dim)
-    rows, ref_tokens = ref_query.shape[0], ref_query.shape[2]
-    _contracts.check_sizes("ref_key", ref_key, batch=rows, heads=num_heads, tokens=ref_tokens, head_dim=head_dim)
-    _contracts.check_sizes("ref_value", ref_value, batch=rows, heads=num_heads, tokens=ref_tokens)
+    _, heads, _, head_dim = query.shape
+    rows, _, tokens, _ = ref_query.shape
+    _contracts.check_sizes("ref_query", ref_query, heads=heads, head_dim=head_dim)
+    _contracts.check_sizes("ref_key", ref_key, batch=rows, heads=heads, tokens=tokens, head_dim=head_dim)
+    _contracts.check_sizes("ref_value", ref_value, batch=rows, heads=heads, tokens=tokens)
+    _contracts.check_batch_index("batch_index", batch_index, query, rows, "ref_query")
+
+
+def _check_settings(similarity: str, heads: str, refinement: str, strength: float, scale: float | None, contrast: float) -> None:
     _contracts.check_choice("similarity", similarity, SIMILARITIES)
     _contracts.check_choice("heads", heads, HEADS)
     _contracts.check_choice("refinement", refinement, REFINEMENTS)
     _contracts.check_number("strength", strength)
-    _contracts.check_batch_index("batch_index", batch_index, query, rows, "ref_query")
-    if refinement == "topk" and (isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk <= ref_tokens):
-        _contracts.fail("topk", f"an integer from 1 to N_k={ref_tokens}", topk)
+    _contracts.check_number("contrast", contrast, above=0)
+    if scale is not None:
+        _contracts.check_number("scale", scale)
+
+
+def _check_refinement(query: Tensor, ref_key: Tensor, refinement: str, own_key: Tensor | None, topk: int) -> None:
+    """What only one refinement takes: `topk` and `own_key`."""
+    if refinement == "topk":
+        _contracts.check_count("topk", topk, "N_k", ref_key.shape[2])
     if (own_key is not None) != (refinement == "warped_values"):
         need = "[B, H, N_q, D] for refinement='warped_values'" if own_key is None else f"None for refinement={refinement!r}"
         _contracts.fail("own_key", need, own_key)
     if own_key is not None:
+        batch, heads, tokens, head_dim = query.shape
         _contracts.check_features("own_key", own_key)
         _contracts.check_like("own_key", own_key, "query", query)
-        _contracts.check_sizes("own_key", own_key, batch=batch, heads=num_heads, tokens=tokens, head_dim=head_dim)
-    if (query_labels is None) != (ref_labels is None):
-        missing, given = ("query_labels", "ref_labels") if query_labels is None else ("ref_labels", "query_labels")
-        raise ValueError(f"{missing}: expected int32 bit sets because {given} came, got None")
-    if query_labels is not None:
-        _contracts.check_token_labels("query_labels", query_labels, batch, tokens, "N_q", query.device)
-        _contracts.check_token_labels("ref_labels", ref_labels, batch, ref_tokens, "N_k", query.device)
+        _contracts.check_sizes("own_key", own_key, batch=batch, heads=heads, tokens=tokens, head_dim=head_dim)
 
 
 def _topk_attention_implementation(query, key, value, index, scale, contrast, batch_index, backend):

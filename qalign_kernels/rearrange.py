@@ -29,8 +29,7 @@ def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) 
     if index.dim() != 3 or 0 in index.shape:
         _contracts.fail("index", "int32 [B, 1 or H, N_q] with every size at least 1", index)
     _contracts.check_integers("index", index, [(f"{name}={size}", (size,)) for name, size in zip(("B", "G", "N_q"), index.shape)], index.device)
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
-        _contracts.fail("num_tokens", "an integer of at least 1", num_tokens)
+    _contracts.check_count("num_tokens", num_tokens)
     backend = _backends.requested(backend)
     if backend == "reference":
         return _backends.implementation("reference", "rearrange").match_counts(index, num_tokens)

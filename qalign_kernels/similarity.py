@@ -96,8 +96,7 @@ def similarity_topk(
     Source: SeAl and the top-k reading of Q-Align, arXiv 2508.21090.
     """
     _check(query, reference, similarity, heads, query_labels, reference_labels, batch_index)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= reference.shape[2]:
-        _contracts.fail("k", f"an integer from 1 to N_k={reference.shape[2]}", k)
+    _contracts.check_count("k", k, "N_k", reference.shape[2])
     joint, backend = heads == "joint", _backends.requested(backend)
     labels = (query_labels, reference_labels, batch_index)
     if backend == "reference":
@@ -116,12 +115,7 @@ def _check(query, reference, similarity, heads, query_labels, reference_labels, 
     _contracts.check_choice("similarity", similarity, SIMILARITIES)
     _contracts.check_choice("heads", heads, HEADS)
     _contracts.check_batch_index("batch_index", batch_index, query, reference.shape[0], "reference")
-    if (query_labels is None) != (reference_labels is None):
-        missing, given = ("query_labels", "reference_labels") if query_labels is None else ("reference_labels", "query_labels")
-        raise ValueError(f"{missing}: expected int32 bit sets because {given} came, got None")
-    if query_labels is not None:
-        _contracts.check_token_labels("query_labels", query_labels, query.shape[0], query.shape[2], "N_q", query.device)
-        _contracts.check_token_labels("reference_labels", reference_labels, query.shape[0], reference.shape[2], "N_k", query.device)
+    _contracts.check_label_sets(query, reference, query_labels, "query_labels", reference_labels, "reference_labels")
 
 
 def _matched_score(query: Tensor, reference: Tensor, index: Tensor, similarity: str, batch_index: Tensor | None) -> Tensor:
