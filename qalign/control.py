@@ -1,0 +1,221 @@
+"""attach(): choose layers and steps of a denoiser, install processors, keep the step clock, restore everything."""
+
+import fnmatch
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from .layout import BatchLayout
+from .methods import Method
+from .processors.unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
+from .schedule import Clock
+
+BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+NOT_SPATIAL = ("fuser", "motion_modules", "temporal_transformer_blocks", "temp_attentions")  # tokens of these are not one image's
+REPLACED_BY = {
+    "SlicedAttnProcessor": "attention slicing",
+    "FusedAttnProcessor2_0": "fuse_qkv_projections",
+    "XFormersAttnProcessor": "xformers",
+    "UNetAttnProcessor": "load_ip_adapter or unload_ip_adapter",
+}
+_ABSENT = object()
+_log = logging.getLogger("qalign")
+
+
+def attach(
+    pipe_or_model: Any,
+    method: Method,
+    *,
+    layout: BatchLayout = DEFAULT_LAYOUT,
+    layers: str | Sequence[str] | None = None,
+    steps: tuple[float, float] | None = None,
+) -> "Control":
+    """Run `method` on a pipeline's UNet, or on a UNet, inside a `with` block.
+
+    >>> with attach(pipe, QAlign(), layers="up", steps=(0.1, 0.9)) as control:
+    ...     images = pipe([prompt] * 3, latents=latents).images
+
+    Args:
+        pipe_or_model: a diffusers pipeline with a UNet, or the UNet. Only the UNet's self-attention is ever touched.
+        method: such as `QAlign()`.
+        layout: the roles of the batch's rows.
+        layers: a name, "down", "mid" or "up", the first part of a name, a pattern with * and ?, or a list of these; None is the method's
+            own choice.
+        steps: (start, stop) as fractions of the denoising loop; None is all of it.
+
+    A pipeline's steps are told from its scheduler, which has to be chosen before. The loop of a bare model goes through `control.track`.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named. RuntimeError: the model carries processors of this library already.
+    """
+    return Control(pipe_or_model, method, layout, layers, steps)
+
+
+class Control:
+    """The processors that `attach` installs, their layers and their clock. Enter it to install, leave it to restore."""
+
+    def __init__(
+        self, pipe_or_model: Any, method: Method, layout: BatchLayout, layers: str | Sequence[str] | None, steps: tuple[float, float] | None
+    ) -> None:
+        self.model = find_unet(pipe_or_model)
+        self.pipe = None if isinstance(pipe_or_model, nn.Module) else pipe_or_model
+        if method is None or not callable(getattr(method, "attend", None)) or isinstance(method, type):
+            raise TypeError(f"method: expected a method such as QAlign(), got {method!r}")
+        if not isinstance(layout, BatchLayout):
+            raise TypeError(f"layout: expected a BatchLayout, got {layout!r}")
+        self.method = method
+        self.layout = layout
+        self.clock = Clock(steps, method.takes_structure)
+        self.layers = select_layers(self.model, layers, method)
+        self._processors: dict[str, UNetAttnProcessor] = {}
+        self._originals: dict[str, Any] = {}
+        self._scheduler: Any = None
+        self._scheduler_attributes: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        carried = Counter(type(m.processor).__name__ for m in self.model.modules() if isinstance(getattr(m, "processor", None), UNetAttnProcessor))
+        if carried:
+            raise RuntimeError(f"pipe_or_model: expected a model without qalign processors, got {_count(carried)} (attached twice?)")
+        self._processors = {name: UNetAttnProcessor(self.method, self.layout, clock=self.clock, layer=name) for name in self.layers}
+        self._originals = {name: attn.processor for name, attn in self.layers.items()}
+        self._follow(getattr(self.pipe, "scheduler", None))
+        for name, attn in self.layers.items():
+            attn.set_processor(self._processors[name])
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for name, attn in self.layers.items():
+            attn.set_processor(self._originals[name])
+            self._processors[name].method = None  # whoever kept it, as unfuse_qkv_projections does, now has stock attention
+        self._unfollow()
+        self.clock.reset()
+        self._processors, self._originals = {}, {}
+
+    def track(self, timesteps: Sequence[Any] | Tensor) -> Iterator[Any]:
+        """The timesteps of a denoising loop of your own, one by one, with the clock set to each.
+
+        >>> for timestep in control.track(scheduler.timesteps):
+        ...     noise = unet(latents, timestep, encoder_hidden_states=prompts).sample
+        """
+        try:
+            for step, timestep in enumerate(timesteps):
+                self._set(step, len(timesteps))
+                yield timestep
+        finally:
+            self.clock.reset()
+
+    def verify(self) -> None:
+        """Raise if the processors are no longer those that were installed, and say what replaced them."""
+        replaced = Counter(type(attn.processor).__name__ for name, attn in self.layers.items() if attn.processor is not self._processors.get(name))
+        if replaced:
+            causes = [REPLACED_BY[name] for name in replaced if name in REPLACED_BY]
+            advice = f"attach after {', '.join(causes)}" if causes else "attach after whatever set them"
+            raise RuntimeError(f"processors: expected UNetAttnProcessor on {len(self.layers)} attached layers, got {_count(replaced)}: {advice}")
+
+    def _set(self, step: int, total: int) -> None:
+        if step == 0:
+            self.verify()
+            self._declare_guidance()
+        self.clock.set(step, max(total, step + 1), getattr(self.pipe, "_execution_device", None) or next(self.model.parameters()).device)
+
+    def _declare_guidance(self) -> None:
+        """A pipeline that says it runs without guidance has one part: a batch of twice the rows is then an error, not a second part."""
+        layout = self.layout
+        if layout.guidance is None and getattr(self.pipe, "do_classifier_free_guidance", None) is False:
+            layout = BatchLayout(*layout.roles, guidance=False, images_per_prompt=layout.images_per_prompt)
+        for processor in self._processors.values():
+            processor.layout = layout
+
+    def _follow(self, scheduler: Any) -> None:
+        """Have the scheduler tell the step: a loop sets its timesteps, scales the input before the UNet and steps after it."""
+        self._scheduler = scheduler
+        for name, told in (("set_timesteps", self._rewind), ("scale_model_input", self._refresh), ("step", self._advance)):
+            if hasattr(scheduler, name):
+                self._scheduler_attributes[name] = vars(scheduler).get(name, _ABSENT)
+                setattr(scheduler, name, _then(getattr(scheduler, name), told))
+
+    def _unfollow(self) -> None:
+        if getattr(self.pipe, "scheduler", None) is not self._scheduler:
+            _log.warning(
+                "scheduler: it was replaced while %s was attached, and the steps of the new one were not followed", type(self.method).__name__
+            )
+        for name, original in self._scheduler_attributes.items():
+            if original is _ABSENT:
+                delattr(self._scheduler, name)
+            else:
+                setattr(self._scheduler, name, original)
+        self._scheduler, self._scheduler_attributes = None, {}
+
+    def _rewind(self) -> None:
+        self._set(0, len(self._scheduler.timesteps))
+
+    def _refresh(self) -> None:
+        self._set(self.clock.step or 0, self._total())
+
+    def _advance(self) -> None:
+        self._set((self.clock.step or 0) + 1, self._total())
+
+    def _total(self) -> int:
+        """The length of the running loop: shorter than the schedule in image-to-image."""
+        return getattr(self.pipe, "num_timesteps", None) or len(self._scheduler.timesteps)
+
+
+def find_unet(pipe_or_model: Any) -> nn.Module:
+    model = getattr(pipe_or_model, "unet", pipe_or_model)
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it
+    if not isinstance(model, nn.Module) or not all(hasattr(model, block) for block in BLOCKS):
+        raise TypeError(f"pipe_or_model: expected a pipeline with a UNet, or a UNet, got {type(pipe_or_model).__name__}")
+    return model
+
+
+def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: Method) -> dict[str, Any]:
+    """The self-attention layers of a UNet that `layers` names, in the order of the model."""
+    present = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(BLOCKS)
+        and is_unet_attention(module)
+        and not module.is_cross_attention
+        and not any(part in NOT_SPATIAL for part in name.split("."))
+    }
+    if not present:
+        raise ValueError(f"pipe_or_model: expected self-attention in {', '.join(BLOCKS)}, got {type(model).__name__} without any")
+    if layers is None:
+        chosen = set(method.default_layers(list(present)))
+        if not chosen:
+            raise ValueError(f"layers: expected names, for {type(method).__name__} has no default on {type(model).__name__}, got None")
+    else:
+        chosen = set()
+        if not layers:
+            raise ValueError(f"layers: expected at least one name or pattern, or None, got {layers!r}")
+        for wanted in [layers] if isinstance(layers, str) else layers:
+            found = {name for name in present if _matches(name, wanted)}
+            if not found:
+                got = f"{wanted!r}, which none of {len(present)} matches (first: {next(iter(present))})"
+                raise ValueError(f"layers: expected names or patterns of self-attention layers of {type(model).__name__}, got {got}")
+            chosen |= found
+    return {name: module for name, module in present.items() if name in chosen}
+
+
+def _matches(name: str, wanted: str) -> bool:
+    block = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}.get(wanted, wanted)
+    return name == block or name.startswith(f"{block}.") or fnmatch.fnmatchcase(name, wanted)
+
+
+def _then(function: Callable, told: Callable[[], None]) -> Callable:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        told()
+        return result
+
+    return wrapped
+
+
+def _count(names: Counter) -> str:
+    return ", ".join(f"{name} on {count}" for name, count in names.items())

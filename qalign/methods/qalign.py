@@ -1,0 +1,52 @@
+"""Q-Align: keys and values of the reference, re-aligned by query-query similarity before they are attended."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qalign_kernels import qalign_attention
+
+from ..site import Site, take
+from .cross_image import CrossImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class QAlign(CrossImage):
+    """Appearance transfer by Q-Align: Cross-Image attention with its keys and values rearranged to follow the output's queries.
+
+    The paper's method section is not available to this project: it builds on Cross-Image attention, so contrast, structure steps and
+    layers are kept from there (each can be switched off), and similarity, heads and refinement are inferred (each can be chosen).
+    At a structure step the alignment, too, is with the structure.
+
+    Args:
+        similarity, heads, refinement, topk, strength: as `qalign_kernels.qalign_attention`.
+        contrast, structure_every, structure_until: as `CrossImage`.
+
+    Source: Q-Align, arXiv 2508.21090.
+    """
+
+    similarity: str = "cosine"
+    heads: str = "joint"
+    refinement: str = "rearranged"
+    topk: int = 8
+    strength: float = 20.0
+
+    def _edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+        query_labels, ref_labels = site.token_labels(q, reference)
+        return qalign_attention(
+            take(q, output),
+            q,
+            k,
+            v,
+            similarity=self.similarity,
+            heads=self.heads,
+            refinement=self.refinement,
+            own_key=take(k, output) if self.refinement == "warped_values" else None,
+            topk=self.topk,
+            strength=self.strength,
+            scale=site.scale,
+            contrast=self.contrast,
+            query_labels=query_labels,
+            ref_labels=ref_labels,
+            batch_index=reference,
+        )

@@ -1,0 +1,151 @@
+"""The projection path of UNet attention, once for all methods, and the processors that put a method on it."""
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ..layout import BatchLayout
+from ..methods import CrossImage, Method, QAlign
+from ..schedule import Clock
+from ..site import Site
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+DEFAULT_LAYOUT = BatchLayout("output", "appearance", "structure")
+_QALIGN = QAlign()
+_CROSS_IMAGE = CrossImage()
+
+
+class UNetAttnProcessor:
+    """A method on the attention layers of a UNet; stock attention without one.
+
+    Everything around the attention is that of diffusers' AttnProcessor2_0, bit for bit: norms, masks, fused and adapted projections,
+    residual, rescaling. So is the attention itself in cross-attention, without a method, and in every row that the method leaves plain.
+    Scores and softmax are computed in float32 whatever `upcast_attention` and `upcast_softmax` say.
+
+    Args:
+        method: what edits self-attention; None edits nothing.
+        layout: the roles of the batch's rows. Without an output row nothing is edited.
+        clock: the step of the denoising loop; None: every step is active and reads the appearance.
+        layer: the layer's name, for methods that ask.
+
+    `load_ip_adapter` and `unload_ip_adapter` create processors anew, without arguments: settings belong to `qalign.attach`, after loading.
+    """
+
+    def __init__(self, method: Method | None = None, layout: BatchLayout = DEFAULT_LAYOUT, *, clock: Clock | None = None, layer: str = "") -> None:
+        if method is not None and not callable(getattr(method, "attend", None)):
+            raise TypeError(f"method: expected None or a method such as QAlign(), got {method!r}")
+        if not isinstance(layout, BatchLayout):
+            raise TypeError(f"layout: expected a BatchLayout, got {layout!r}")
+        self.method = method
+        self.layout = layout
+        self.clock = clock
+        self.layer = layer
+        register_with_guiders(type(self))
+
+    def __call__(
+        self,
+        attn: "Attention",
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        _check_layer(attn, encoder_hidden_states)
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        shape = hidden_states.shape
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        mask = _prepare_mask(attn, attention_mask, hidden_states if encoder_hidden_states is None else encoder_hidden_states)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        q, k, v = _project(attn, hidden_states, encoder_hidden_states)
+        scale = None if attn.scale == q.shape[-1] ** -0.5 else attn.scale
+        site = Site(self.layout, scale, mask, self.clock, self)
+        if self.method is None or encoder_hidden_states is not None or "output" not in self.layout.roles:
+            attended = site.plain(q, k, v)
+        else:
+            attended = self.method.attend(q, k, v, site)
+
+        hidden_states = attended.transpose(1, 2).flatten(2).to(q.dtype)
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        if len(shape) == 4:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+
+class QAlignAttnProcessor(UNetAttnProcessor):
+    """Drop-in Q-Align: `pipe.unet.set_attn_processor(QAlignAttnProcessor())`.
+
+    Edits the output rows of every self-attention layer at every step, reading the appearance row; structure steps need the clock of
+    `qalign.attach`, which also selects layers and steps.
+    """
+
+    def __init__(self, *, method: QAlign | None = _QALIGN, layout: BatchLayout = DEFAULT_LAYOUT) -> None:
+        super().__init__(method, layout)
+
+
+class CrossImageAttnProcessor(UNetAttnProcessor):
+    """Drop-in Cross-Image attention: `pipe.unet.set_attn_processor(CrossImageAttnProcessor())`. As `QAlignAttnProcessor`."""
+
+    def __init__(self, *, method: CrossImage | None = _CROSS_IMAGE, layout: BatchLayout = DEFAULT_LAYOUT) -> None:
+        super().__init__(method, layout)
+
+
+def is_unet_attention(module: nn.Module) -> bool:
+    """Whether `module` is diffusers' `Attention` without added key and value projections: the kind that this projection path serves."""
+    return hasattr(module, "rescale_output_factor") and hasattr(module, "set_processor") and getattr(module, "add_k_proj", None) is None
+
+
+def register_with_guiders(processor_class: type) -> None:
+    """Let diffusers' LayerSkip treat `processor_class` as its own AttnProcessor2_0; nothing where its hooks are not loaded."""
+    helpers = sys.modules.get("diffusers.hooks._helpers")
+    models = sys.modules.get("diffusers.models.attention_processor")
+    with contextlib.suppress(AttributeError, ValueError):
+        registry = helpers.AttentionProcessorRegistry  # type: ignore[union-attr]
+        registry.register(processor_class, registry.get(models.AttnProcessor2_0))  # type: ignore[union-attr]
+
+
+def _check_layer(attn: "Attention", encoder_hidden_states: Tensor | None) -> None:
+    if not is_unet_attention(attn):
+        added = getattr(attn, "added_kv_proj_dim", None)
+        got = type(attn).__name__ + (f" with added_kv_proj_dim={added}" if added is not None else "")
+        raise TypeError(f"attn: expected diffusers' Attention of a UNet without added projections, got {got}")
+    if isinstance(encoder_hidden_states, tuple):
+        advice = "an IP-Adapter is loaded: use qalign.attach, which leaves cross-attention alone"
+        raise TypeError(f"encoder_hidden_states: expected a tensor, got a tuple ({advice})")
+
+
+def _prepare_mask(attn: "Attention", mask: Tensor | None, keys: Tensor) -> Tensor | None:
+    """[B, 1 or H, 1 or N_q, N_k]; one mask for all heads stays one."""
+    if mask is None:
+        return None
+    batch = keys.shape[0]
+    mask = attn.prepare_attention_mask(mask, keys.shape[1], 0)  # for a batch of 0 it pads and does not repeat
+    return mask.unsqueeze(1) if mask.shape[0] == batch else mask.view(batch, attn.heads, -1, mask.shape[-1])
+
+
+def _project(attn: "Attention", hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, N, D], tokens outside heads in memory."""
+    fused = attn.fused_projections and type(attn.to_q) is nn.Linear  # an adapter loaded since has not reached the fused weights
+    if context is None and fused:
+        q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        q = attn.to_q(hidden_states)
+        if context is None:
+            context = hidden_states
+        elif attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        k, v = attn.to_kv(context).chunk(2, dim=-1) if fused and attn.is_cross_attention else (attn.to_k(context), attn.to_v(context))
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q = q if attn.norm_q is None else attn.norm_q(q)
+    k = k if attn.norm_k is None else attn.norm_k(k)
+    return q, k, v
