@@ -47,7 +47,7 @@ def use_backend(name: str) -> Iterator[None]:
 def requested(backend: str | None) -> str:
     """The backend asked for: the argument, else the innermost `use_backend`, else QALIGN_BACKEND, else "auto"."""
     name = _default if backend is None else backend
-    _contracts.check_choice("backend", name, BACKENDS)
+    _contracts.check_choice("QALIGN_BACKEND" if backend is None else "backend", name, BACKENDS)
     return name
 
 
@@ -108,6 +108,14 @@ def select(op: str, backend: str, tensor: Tensor, head_dims: tuple[int, ...], **
         _log_once(op, refusal)
         return "tiled"
     return "triton"
+
+
+def require_gradient(op: str, backend: str, tensor: Tensor, head_dims: tuple[int, ...]) -> None:
+    """`select` for a call of plain PyTorch that torch.compile may trace: raises under an explicit "triton", whose kernels have no backward."""
+    if not torch.compiler.is_compiling():
+        select(op, backend, tensor, head_dims, differentiable=True)
+    elif backend == "triton":
+        raise RuntimeError(f"backend: expected one that can run {op} here, got 'triton': its kernels have no backward")
 
 
 def implementation(backend: str, stem: str) -> ModuleType:

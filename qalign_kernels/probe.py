@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import _backends, _contracts, _library
 from .attention import Segment, attention
+from .reference import probe as reference
 
 
 def label_mass(
@@ -81,10 +82,9 @@ def mean_attention_map(query: Tensor, key: Tensor, *, scale: float | None = None
     if backend == "reference":
         return _backends.implementation("reference", "probe").mean_attention_map(query, key, scale=scale)
     if _library.wants_gradient(query, key):
-        _backends.select("mean_attention_map", backend, query, (query.shape[3],), differentiable=True)
+        _backends.require_gradient("mean_attention_map", backend, query, (query.shape[3],))
         heads = ((query[:, h : h + 1], key[:, h : h + 1]) for h in range(query.shape[1]))
-        reference = _backends.implementation("reference", "probe").mean_attention_map
-        maps = (torch.utils.checkpoint.checkpoint(reference, q, k, scale=scale, use_reentrant=False) for q, k in heads)
+        maps = (torch.utils.checkpoint.checkpoint(reference.mean_attention_map, q, k, scale=scale, use_reentrant=False) for q, k in heads)
         return sum(maps) / query.shape[1]
     return _mean_map_op(query, key, scale, backend)
 

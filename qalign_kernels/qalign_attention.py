@@ -10,6 +10,7 @@ from . import _backends, _contracts, _library
 from .attention import Guide, Segment, attention, guided_attention
 from .rearrange import match_counts, rearrange_kv
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
+from .tiled import qalign_attention as tiled
 
 REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "soft", "none")
 
@@ -57,13 +58,16 @@ def qalign_attention(
         strength: of the alignment for "guided" and "soft".
         scale: of the dot product; None is 1/sqrt(D).
         contrast: as `attention`, applied to the refinement's softmax (1.67 is Cross-Image attention's); nothing for "none".
-        query_labels, ref_labels: int32 bit sets [B or 1, N_q] and [B or 1, N_k], both or neither. They restrict the match and,
-            except for the own map of "warped_values", the attention: a query sees a reference token iff their sets meet.
+        query_labels, ref_labels: int32 bit sets [B or 1, N_q] and [B or 1, N_k], both or neither. They restrict the match and
+            the attention to reference tokens: a query sees a token iff their sets meet. The softmax over warped tokens of "warped_values"
+            and "soft" is not restricted.
         batch_index: int32 [B], the row of the reference tensors that each query row reads.
         backend: "auto", "triton", "tiled" or "reference"; None takes the default of `use_backend`.
 
     Returns:
-        [B, H, N_q, D_v] in the dtype of `query`. A query that sees no reference token gives zeros. NaN gives NaN.
+        [B, H, N_q, D_v] in the dtype of `query`. A query that sees no reference token gives zeros, except where it
+        still attends the warped tokens of others ("warped_values", "soft"). NaN in a query, or in a key or value that is read, gives NaN;
+        in `ref_query` it leaves the choice of tokens open.
 
     Raises:
         TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
@@ -100,7 +104,7 @@ def qalign_attention(
     if refinement == "topk":
         index = similarity_topk(query.detach(), ref_query.detach(), topk, **matching, backend=backend).index
         return topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine)
-    index = similarity_argmax(query.detach(), ref_query.detach(), **matching, backend=backend).index
+    index, score = similarity_argmax(query.detach(), ref_query.detach(), **matching, backend=backend)
     if refinement == "rearranged":
         counts = match_counts(index, ref_key.shape[2], backend=backend)
         return attention(query, dataclasses.replace(reference, counts=counts), query_labels=query_labels, **refine)
@@ -108,7 +112,7 @@ def qalign_attention(
         ref_value = ref_value.index_select(0, batch_index)
     value = rearrange_kv(ref_value, ref_value, index, backend=backend)[1]
     if own_key is None:
-        return value
+        return value.masked_fill(score.isnan().unsqueeze(-1), float("nan"))
     return attention(query, Segment(own_key, value, counts=(index >= 0).int()), **refine)
 
 
@@ -135,9 +139,8 @@ def topk_attention(
         module = _backends.implementation("reference", "qalign_attention")
         return module.topk_attention(query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index)
     if _library.wants_gradient(query, key, value):
-        _backends.select("topk_attention", backend, query, (query.shape[3], value.shape[3]), differentiable=True)
-        module = _backends.implementation("tiled", "qalign_attention")
-        return module.topk_attention(query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index)
+        _backends.require_gradient("topk_attention", backend, query, (query.shape[3], value.shape[3]))
+        return tiled.topk_attention(query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index)
     return _topk_attention_op(query, key, value, index, scale, contrast, batch_index, backend)
 
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from . import _backends, _contracts, _library
+from .tiled import rearrange as tiled
 
 
 def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) -> Tensor:
@@ -68,8 +69,8 @@ def rearrange_kv(key: Tensor, value: Tensor, index: Tensor, *, backend: str | No
     if backend == "reference":
         return _backends.implementation("reference", "rearrange").rearrange_kv(key, value, index)
     if _library.wants_gradient(key, value):
-        _backends.select("rearrange_kv", backend, key, (), differentiable=True)
-        return _backends.implementation("tiled", "rearrange").rearrange_kv(key, value, index)
+        _backends.require_gradient("rearrange_kv", backend, key, ())
+        return tiled.rearrange_kv(key, value, index)
     return _gather_op(key, value, index, backend)
 
 

@@ -22,6 +22,8 @@ def qalign_attention(
         ref_query, ref_key, ref_value = (x[batch_index.long()] for x in (ref_query, ref_key, ref_value))
     joint = heads == "joint" and refinement not in ("guided", "soft")
     alignment = (query, ref_query, similarity, joint, query_labels, ref_labels)
+    if refinement in ("guided", "soft") and similarity == "cosine":  # features of the input dtype, as keys and queries are
+        alignment = (_unit(query), _unit(ref_query), "dot", joint, query_labels, ref_labels)
 
     if refinement == "topk":
         index = similarity_topk(query, ref_query, topk, similarity, joint, query_labels, ref_labels)[0]
@@ -36,10 +38,10 @@ def qalign_attention(
         logits = _logits(query, key, scale).masked_fill(~present.unsqueeze(2), float("-inf"))
         return _weigh(logits, value, contrast, present.sum(-1))
 
-    index = similarity_argmax(*alignment)[0]
+    index, score = similarity_argmax(*alignment)
     key, value = rearrange_kv(ref_key, ref_value, index)
     if refinement == "none":
-        return value
+        return value.masked_fill(score.isnan().unsqueeze(-1), float("nan"))
     matched = index >= 0
     if refinement == "warped_values":
         return attention(query, [_segment(own_key, value, matched.int())], scale=scale, contrast=contrast)[0]
@@ -51,6 +53,11 @@ def qalign_attention(
         seen = (query_labels.unsqueeze(1).unsqueeze(-1) & labels.unsqueeze(2)) != 0
         logits = logits.masked_fill(~seen, float("-inf"))
     return _weigh(logits, value, contrast, matched.sum(-1))
+
+
+def _unit(x: Tensor) -> Tensor:
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.nn.functional.normalize(x.to(accumulate), dim=-1, eps=1e-12).to(x.dtype)
 
 
 def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,260 @@
+"""attention and its gradient by blocks of heads and query rows; torch's fused attention where a call asks for nothing more.
+
+Each batch row is prepared once: its keys and values in the accumulate dtype, on the CPU only those with a multiplicity. A block then
+holds one score tensor per segment, so that segments are never concatenated. A guide is more columns of query and key. "Mass" is
+m_j p_ij, the probability with multiplicity.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ._blocks import accumulate_dtype, batch_row, blocks, on_host
+
+
+class _Part(NamedTuple):
+    """What one batch row reads of a segment, in the accumulate dtype."""
+
+    key: Tensor  # [H, U, D + D_g]
+    value: Tensor  # [H, U, D_v]
+    counts: Tensor | None  # [H, 1, U]
+    labels: Tensor | None  # [U]
+    kept: Tensor | None  # [U], the tokens taken of the segment; None: all
+    scale: float
+    shift: float
+
+
+class _Tile(NamedTuple):
+    """A block of query rows against the keys of a part."""
+
+    query: Tensor  # [h, r, D + D_g], times scale and strength
+    key: Tensor  # [h, U, D + D_g]
+    value: Tensor  # [h, U, D_v]
+    counts: Tensor | None  # [h, 1, U]
+    seen: Tensor | None  # [r, U], by the labels; None: all
+    shift: float
+
+
+def attention(
+    query: Tensor, segments: Sequence[Any], *, scale: float, contrast: float, query_labels: Tensor | None, guide: Any, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    if guide is None and contrast == 1.0 and not need_lse and len(segments) == 1 and _fused_serves(query, segments[0]):
+        return _fused(query, segments[0], scale * segments[0].logit_scale), None
+    dtype = accumulate_dtype(query)
+    output = query.new_empty((*query.shape[:3], segments[0].value.shape[3]))
+    lse = query.new_empty(query.shape[:3], dtype=dtype)
+    for b in range(query.shape[0]):
+        parts = [_prepare(segment, guide, scale, b, dtype) for segment in segments]
+        total = _total(segments, b, dtype)
+        for heads, rows in _blocks_of(query, parts, score_tensors=2):
+            tiles = [_tile(part, query, guide, query_labels, b, heads, rows) for part in parts]
+            mass, lse[b, heads, rows] = _masses(tiles)
+            if contrast != 1.0:
+                mass = [_contrasted(m, tile, contrast, total[heads])[0] for m, tile in zip(mass, tiles)]
+            output[b, heads, rows] = _sum([m.to(query.dtype).to(dtype) @ tile.value for m, tile in zip(mass, tiles)])
+    return output, lse if need_lse else None
+
+
+def attention_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    segments: Sequence[Any],
+    *,
+    scale: float,
+    contrast: float,
+    query_labels: Tensor | None,
+    guide: Any,
+) -> list[Tensor]:
+    """The gradients of query, keys, values and guide, recomputing the masses block by block.
+
+    With g_ij = dO_i·v_j (contrasted: times c inside the clip): dl_ij = m_j p_ij (g_ij - Σ_k m_k p_ik g_ik + dlse_i), dv_j = Σ_i m_j w_ij dO_i.
+    """
+    dtype, head_dim = accumulate_dtype(query), query.shape[3]
+    guides = () if guide is None else (guide.query, guide.key)
+    grad_query, *grad_guides = (x.new_zeros(x.shape, dtype=dtype) for x in (query, *guides))
+    grad_keys, grad_values = ([x.new_zeros(x.shape, dtype=dtype) for x in tensors] for tensors in zip(*((s.key, s.value) for s in segments)))
+    for b in range(query.shape[0]):
+        parts = [_prepare(segment, guide, scale, b, dtype) for segment in segments]
+        total = _total(segments, b, dtype)
+        sums = [(torch.zeros_like(part.key), torch.zeros_like(part.value)) for part in parts]
+        for heads, rows in _blocks_of(query, parts, score_tensors=5):
+            tiles = [_tile(part, query, guide, query_labels, b, heads, rows) for part in parts]
+            grad = grad_output[b, heads, rows].to(dtype)
+            mass, _ = _masses(tiles)
+            gains = [grad @ tile.value.mT for tile in tiles]
+            weights = mass
+            if contrast != 1.0:
+                clipped = [_contrasted(m.clone(), tile, contrast, total[heads]) for m, tile in zip(mass, tiles)]
+                weights = [w for w, _ in clipped]
+                gains = [g.mul_(inside).mul_(contrast) for g, (_, inside) in zip(gains, clipped)]
+            offset = -_sum([torch.einsum("hrn,hrn->hr", m, g) for m, g in zip(mass, gains)])
+            if grad_lse is not None:
+                offset += grad_lse[b, heads, rows]
+            for part, tile, m, w, g, (grad_key, grad_value) in zip(parts, tiles, mass, weights, gains, sums):
+                grad_logits = g.add_(offset.unsqueeze(-1)).mul_(m)
+                grad_features = grad_logits @ tile.key
+                grad_query[b, heads, rows] += grad_features[..., :head_dim] * part.scale
+                if guide is not None:
+                    grad_guides[0][b, heads, rows] = grad_features[..., head_dim:] * guide.strength
+                grad_key[heads].baddbmm_(grad_logits.mT, tile.query)
+                grad_value[heads].baddbmm_(w.to(query.dtype).to(dtype).mT, grad)
+        for segment, part, (grad_key, grad_value), keys, values in zip(segments, parts, sums, grad_keys, grad_values):
+            _add_batch_row(keys, grad_key[..., :head_dim], b, segment.batch_index, part.kept)
+            _add_batch_row(values, grad_value, b, segment.batch_index, part.kept)
+            if guide is not None:
+                _add_batch_row(grad_guides[1], grad_key[..., head_dim:], b, segment.batch_index, part.kept)
+    return [x.to(query.dtype) for x in (grad_query, *grad_keys, *grad_values, *grad_guides)]
+
+
+def _fused_serves(query: Tensor, segment: Any) -> bool:
+    """Whether torch's fused attention computes this segment without holding its scores."""
+    if segment.labels is not None or segment.key.shape[3] != segment.value.shape[3]:
+        return False
+    if on_host(query):
+        return True
+    return query.device.type == "cuda" and segment.counts is None and query.dtype != torch.float64
+
+
+def _fused(query: Tensor, segment: Any, scale: float) -> Tensor:
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, segment.key, segment.value))
+    if segment.counts is None and segment.batch_index is None:
+        return scaled_dot_product_attention(query, key, value, scale=scale).contiguous()
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for b in range(query.shape[0]):
+        row_key, row_value = (batch_row(x, b, segment.batch_index) for x in (key, value))
+        mask = None
+        if segment.counts is not None:
+            row_key, row_value, mask = _compacted(row_key, row_value, segment.counts[b])
+        if row_key.shape[1] == 0:
+            output[b] = 0
+            continue
+        output[b] = scaled_dot_product_attention(query[b : b + 1], row_key.unsqueeze(0), row_value.unsqueeze(0), attn_mask=mask, scale=scale)[0]
+        if mask is not None and segment.counts.shape[1] > 1:
+            output[b].masked_fill_((segment.counts[b] == 0).all(-1)[:, None, None], 0)
+    return output
+
+
+def _compacted(key: Tensor, value: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The matched keys and values [H, U, D] of a batch row and their log-counts [1, 1 or H, 1, U] as a mask; reads U on the host.
+
+    counts [1 or H, N_k]; U is the largest number of matched keys of a head, the other heads are filled up by zeros of weight zero.
+    """
+    used = int((counts != 0).sum(-1).max())
+    kept = (counts == 0).to(torch.uint8).argsort(dim=-1, stable=True)[:, :used]
+    counts = counts.gather(1, kept)
+    if used < key.shape[1]:
+        if kept.shape[0] == 1:
+            key, value = (x.index_select(1, kept[0]) for x in (key, value))
+        else:
+            absent = (counts == 0).unsqueeze(-1)
+            key, value = (torch.stack([x[h].index_select(0, kept[h]) for h in range(x.shape[0])]).masked_fill_(absent, 0) for x in (key, value))
+    if used == 0 or bool((counts == 1).all()):
+        return key, value, None
+    return key, value, counts.to(accumulate_dtype(key)).log_()[None, :, None]
+
+
+def _prepare(segment: Any, guide: Any, scale: float, b: int, dtype: torch.dtype) -> _Part:
+    key, value = (batch_row(x, b, segment.batch_index).to(dtype) for x in (segment.key, segment.value))
+    if guide is not None:
+        key = torch.cat([key, batch_row(guide.key, b, segment.batch_index).to(dtype)], -1)
+    labels = None if segment.labels is None else segment.labels[b if segment.labels.shape[0] > 1 else 0]
+    counts = kept = None
+    if segment.counts is not None:
+        counts = segment.counts[b]
+        kept = _present(counts) if on_host(counts) else None
+        if kept is not None:
+            key, value, counts = (x.index_select(1, kept) for x in (key, value, counts))
+            labels = None if labels is None else labels.index_select(0, kept)
+        counts = counts.to(dtype).unsqueeze(1).expand(key.shape[0], -1, -1)
+        key, value = (x.masked_fill((counts == 0).mT, 0) for x in (key, value))
+    return _Part(key, value, counts, labels, kept, scale * segment.logit_scale, segment.logit_shift)
+
+
+def _present(counts: Tensor) -> Tensor | None:
+    """The tokens [U], at least one, that any head counts; None for all of them. Reads U on the host."""
+    kept = (counts != 0).any(0).nonzero().squeeze(1)
+    if kept.numel() == counts.shape[1]:
+        return None
+    return kept if kept.numel() else kept.new_zeros(1)
+
+
+def _total(segments: Sequence[Any], b: int, dtype: torch.dtype) -> Tensor:
+    """N [H, 1, 1], the number of keys with multiplicity, at least 1."""
+    total = segments[0].key.new_zeros(segments[0].key.shape[1], dtype=dtype)
+    for segment in segments:
+        total += segment.key.shape[2] if segment.counts is None else segment.counts[b].sum(-1)
+    return total.clamp_(min=1)[:, None, None]
+
+
+def _blocks_of(query: Tensor, parts: Sequence[_Part], score_tensors: int) -> Iterator[tuple[slice, slice]]:
+    bytes_per_row = score_tensors * parts[0].key.dtype.itemsize * sum(part.key.shape[1] for part in parts)
+    return blocks(query.shape[1], query.shape[2], bytes_per_row, query.device)
+
+
+def _tile(part: _Part, query: Tensor, guide: Any, query_labels: Tensor | None, b: int, heads: slice, rows: slice) -> _Tile:
+    features = query[b, heads, rows].to(part.key.dtype) * part.scale
+    if guide is not None:
+        features = torch.cat([features, guide.query[b, heads, rows].to(part.key.dtype) * guide.strength], -1)
+    seen = None
+    if part.labels is not None and query_labels is not None:
+        labels = query_labels[b if query_labels.shape[0] > 1 else 0, rows]
+        seen = (labels.unsqueeze(1) & part.labels) != 0
+    counts = None if part.counts is None else part.counts[heads]
+    return _Tile(features, part.key[heads], part.value[heads], counts, seen, part.shift)
+
+
+def _masses(tiles: Sequence[_Tile]) -> tuple[list[Tensor], Tensor]:
+    """m_j p_ij [h, r, U] of each tile, and the log-sum-exp [h, r] over all of them."""
+    mass = []
+    for tile in tiles:
+        logits = tile.query @ tile.key.mT
+        if tile.shift:
+            logits.add_(tile.shift)
+        if tile.counts is not None:
+            logits.add_(tile.counts.log())
+        if tile.seen is not None:
+            logits.masked_fill_(~tile.seen, float("-inf"))
+        mass.append(logits)
+    peak = torch.cat([x.amax(-1, keepdim=True) for x in mass], -1).amax(-1, keepdim=True)
+    peak.masked_fill_(peak == float("-inf"), 0)
+    for x in mass:
+        x.sub_(peak).exp_()
+    total = _sum([x.sum(-1, keepdim=True) for x in mass])
+    lse = (peak + total.log()).squeeze(-1)
+    total.masked_fill_(total == 0, 1)
+    return [x.div_(total) for x in mass], lse
+
+
+def _contrasted(mass: Tensor, tile: _Tile, contrast: float, total: Tensor) -> tuple[Tensor, Tensor]:
+    """m_j clip(c (p_ij - 1/N) + 1/N, 0, 1) in the place of `mass`, and whether each stands inside the clip."""
+    counts = mass.new_ones(()) if tile.counts is None else tile.counts
+    weights = mass.mul_(contrast).add_(counts * (1 - contrast) / total)
+    inside = (weights >= 0) & (weights <= counts)
+    torch.minimum(weights.clamp_(min=0), counts, out=weights)
+    if tile.seen is not None and contrast < 1:
+        weights.masked_fill_(~tile.seen, 0)
+    return weights, inside
+
+
+def _add_batch_row(target: Tensor, added: Tensor, b: int, batch_index: Tensor | None, kept: Tensor | None) -> None:
+    """Add [H, U, D] to the row of `target` [B_s, H, N_k, D] that query row b reads."""
+    if batch_index is not None and not on_host(target):
+        target.index_add_(0, batch_index[b : b + 1], added.unsqueeze(0))
+        return
+    row = batch_row(target, b, batch_index)
+    if kept is None:
+        row.add_(added)
+    else:
+        row.index_add_(1, kept, added)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum, in the place of the first."""
+    total = tensors[0]
+    for x in tensors[1:]:
+        total = total.add_(x)
+    return total

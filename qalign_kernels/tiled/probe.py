@@ -1,0 +1,29 @@
+"""label_mass as attention over an indicator of the classes, mean_attention_map head by head into its result."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from ._blocks import accumulate_dtype, blocks
+from .attention import attention
+
+
+def label_mass(query: Tensor, key: Tensor, key_labels: Tensor, num_labels: int, *, scale: float, counts: Tensor | None = None) -> Tensor:
+    dtype = accumulate_dtype(query)
+    members = (key_labels.unsqueeze(-1) == torch.arange(num_labels, device=key.device)).to(dtype)
+    members = members.unsqueeze(1).expand(key.shape[0], key.shape[1], -1, -1)
+    segment = SimpleNamespace(key=key.to(dtype), value=members, counts=counts, labels=None, batch_index=None, logit_scale=1.0, logit_shift=0.0)
+    return attention(query.to(dtype), [segment], scale=scale, contrast=1.0, query_labels=None, guide=None, need_lse=False)[0]
+
+
+def mean_attention_map(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
+    dtype, (batch, heads, queries, _), tokens = accumulate_dtype(query), query.shape, key.shape[2]
+    result = query.new_zeros((batch, queries, tokens), dtype=dtype)
+    for b in range(batch):
+        for h in range(heads):
+            keys = key[b, h].to(dtype).mT
+            for _, rows in blocks(1, queries, 2 * dtype.itemsize * tokens, query.device):
+                logits = (query[b, h, rows].to(dtype) * scale) @ keys
+                result[b, rows] += logits.softmax(-1)
+    return result.div_(heads)

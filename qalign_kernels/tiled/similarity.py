@@ -1,0 +1,98 @@
+"""similarity_argmax and similarity_topk by blocks of query rows: one matrix product, reduced in two levels.
+
+The scores of a block lie as [reference tokens, query rows], so that every reduction runs over contiguous rows. torch scans for an
+argmax many times slower than for a maximum: the maximum of each window of reference tokens comes first, the argmax only looks at
+those and at the winning window.
+"""
+
+import torch
+from torch import Tensor
+
+from ._blocks import accumulate_dtype, batch_row, blocks
+
+WINDOW = 32
+MAX_EXTRACTED = 32  # above, sorting a block beats taking its best tokens one after the other
+
+
+def similarity_argmax(
+    query: Tensor,
+    reference: Tensor,
+    similarity: str,
+    joint: bool,
+    query_labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    batch_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    index, score = similarity_topk(query, reference, 1, similarity, joint, query_labels, reference_labels, batch_index)
+    return index.squeeze(-1), score.squeeze(-1)
+
+
+def similarity_topk(
+    query: Tensor,
+    reference: Tensor,
+    k: int,
+    similarity: str,
+    joint: bool,
+    query_labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    batch_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, tokens = *query.shape[:3], reference.shape[2]
+    groups, padded = 1 if joint else heads, -(-tokens // WINDOW) * WINDOW
+    dtype = accumulate_dtype(query)
+    index = query.new_empty((batch, groups, queries, k), dtype=torch.int32)
+    score = query.new_empty((batch, groups, queries, k), dtype=dtype)
+    score_tensors = 1 if k <= MAX_EXTRACTED else 6
+    bytes_per_row = padded * dtype.itemsize * (score_tensors + (query_labels is not None))
+    tiles = list(blocks(groups, queries, bytes_per_row, query.device))
+    columns = max((group.stop - group.start) * (rows.stop - rows.start) for group, rows in tiles)
+    scores = query.new_empty(padded * columns, dtype=dtype)  # one block's, over and over: fresh memory costs page faults
+    for b in range(batch):
+        features = query.new_zeros((groups, padded, reference.shape[3] * (heads if joint else 1)), dtype=dtype)
+        _write_features(features[:, :tokens], batch_row(reference, b, batch_index), similarity, joint)
+        for group, rows in tiles:
+            part = query[b, :, rows] if joint else query[b, group, rows]
+            block = features.new_empty((group.stop - group.start, rows.stop - rows.start, features.shape[2]))
+            _write_features(block, part, similarity, joint)
+            table = scores[: padded * block.shape[0] * block.shape[1]].view(block.shape[0], padded, block.shape[1])
+            torch.bmm(features[group], block.mT, out=table)
+            table[:, tokens:] = float("-inf")
+            if query_labels is not None and reference_labels is not None:
+                labels, others = (x[b if x.shape[0] > 1 else 0] for x in (query_labels, reference_labels))
+                table[:, :tokens].masked_fill_((others.unsqueeze(1) & labels[rows]) == 0, float("-inf"))
+            best = _extract(table, k) if k <= MAX_EXTRACTED else _sort(table, k)
+            index[b, group, rows], score[b, group, rows] = best
+    return index, score
+
+
+def _write_features(target: Tensor, source: Tensor, similarity: str, joint: bool) -> None:
+    """The compared vectors of one batch row [H, N, D] into `target`: [1, N, H·D] for a joint map, else [H, N, D]."""
+    shaped = target[0].unflatten(-1, (source.shape[0], -1)).transpose(0, 1) if joint else target
+    shaped.copy_(source)
+    if similarity == "cosine":
+        target.div_(torch.linalg.vector_norm(target, dim=-1, keepdim=True).clamp_(min=1e-12))
+
+
+def _extract(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each column of [G, tokens, rows], the lowest token first among equals; what was taken is overwritten by -inf."""
+    windows = table.unflatten(1, (-1, WINDOW))
+    peaks = windows.amax(2)
+    indices, scores = [], []
+    for _ in range(k):
+        window = peaks.argmax(1, keepdim=True)
+        score = peaks.gather(1, window)
+        candidates = windows.gather(1, window.unsqueeze(2).expand(-1, -1, WINDOW, -1)).squeeze(1)
+        column = candidates.argmax(1, keepdim=True)
+        index = window * WINDOW + column
+        indices.append(index.masked_fill(score == float("-inf"), -1))
+        scores.append(score)
+        if len(scores) < k:
+            table.scatter_(1, index, float("-inf"))
+            peaks.scatter_(1, window, candidates.scatter_(1, column, float("-inf")).amax(1, keepdim=True))
+    return torch.cat(indices, 1).mT.int(), torch.cat(scores, 1).mT
+
+
+def _sort(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    score, index = table.mT.contiguous().sort(dim=-1, descending=True, stable=True)
+    score, index = score[..., :k], index[..., :k]
+    return index.masked_fill(score == float("-inf"), -1).int(), score

@@ -1,0 +1,47 @@
+"""Where the kernels are tested: the three backends, on the GPU if there is one, else with Triton in its interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which no test module does before this
+
+from qalign_kernels import _backends
+from qalign_kernels.testing import poisoned_memory
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _skip_where_refused(backend: str, dtype: torch.dtype) -> None:
+    refusal = _backends.triton_refusal(torch.empty(1, dtype=dtype, device=DEVICE), ()) if backend == "triton" else None
+    if refusal:
+        pytest.skip(refusal)
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(params=("reference", "tiled", "triton"))
+def backend(request: pytest.FixtureRequest) -> str:
+    _skip_where_refused(request.param, torch.float32)
+    return request.param
+
+
+@pytest.fixture(params=[f"{backend}-{dtype}" for backend in ("tiled", "triton") for dtype in DTYPES])
+def precision(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
+    """A backend and a dtype that it serves here."""
+    backend, dtype = request.param.split("-")
+    _skip_where_refused(backend, DTYPES[dtype])
+    return backend, DTYPES[dtype]
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that an op allocates and does not write holds NaN."""
+    with poisoned_memory():
+        yield
