@@ -1,0 +1,70 @@
+# Every verb sets itself up: a .venv of Python >= 3.11 and the versions of constraints.txt. Nothing else is needed.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip -qq --disable-pip-version-check --no-input
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+OUT ?= demo_out
+ARGS ?=
+# waiting threads give their core away: half the processor time where cores are shared
+demo test: export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL := help
+.PHONY: demo test lint static bench validate clean help
+
+help:
+	@echo "make demo      the main job on two real photographs; writes $(OUT)/ (under three minutes once installed)"
+	@echo "make test      ruff, mypy, kernels against plain PyTorch, pytest"
+	@echo "make lint      ruff and mypy"
+	@echo "make validate  every op x backend x dtype x shape on this machine against float64"
+	@echo "make static    compile every kernel for every architecture and hold it to its budgets (no GPU needed)"
+	@echo "make bench     speed and memory against what you would use instead; ARGS=--quick for two minutes on a CPU"
+	@echo "make clean     remove $(VENV) and all that the other verbs wrote"
+	@echo "PYTHON=...     the interpreter to build $(VENV) with (default: the first python3 that is new enough)"
+
+$(READY): setup.py pyproject.toml constraints.txt
+	@set -e; \
+	found=""; \
+	for candidate in $(or $(PYTHON),$(PY) python3 python3.13 python3.12 python3.11); do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "setup: expected Python 3.11 or newer, got $$($(or $(PYTHON),python3) --version 2>&1 | tail -n 1); name one with PYTHON=..." >&2; exit 1; \
+	fi; \
+	echo "setup 1/3: $(VENV) ($$($$found --version))"; \
+	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  $$found -m venv $(VENV) || { echo "setup: $$found has no working venv module (on Debian: apt install python3-venv)" >&2; exit 1; }; \
+	fi
+	@echo "setup 2/3: $(TORCH), the large one"
+	@$(PIP) install $(TORCH) -c constraints.txt
+	@echo "setup 3/3: this library and its tools, as pinned in constraints.txt"
+	@$(PIP) install -e ".[diffusers,bench,demo,dev]" -c constraints.txt
+	@touch $@
+
+demo: $(READY)
+	@$(PY) -m qalign demo --out $(OUT) $(ARGS)
+
+lint: $(READY)
+	@echo "lint: ruff, mypy"
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+validate: $(READY)
+	@$(PY) -m qalign_kernels.validate $(ARGS)
+
+static: $(READY)
+	@$(PY) -m benchmarks static $(ARGS)
+
+bench: $(READY)
+	@$(PY) -m benchmarks speed $(ARGS)
+
+test: lint
+	@echo "validate: every op against float64"
+	@$(PY) -m qalign_kernels.validate --quick
+	@echo "pytest"
+	@$(PY) -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

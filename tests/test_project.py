@@ -1,0 +1,179 @@
+"""The frame of the project: what its documents say is so, and its parts agree with each other."""
+
+import functools
+import importlib
+import inspect
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import qalign_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+STEMS = ("similarity", "rearrange", "attention", "probe", "qalign_attention")
+OPS = [name for name in qalign_kernels.__all__ if inspect.isfunction(getattr(qalign_kernels, name)) and name != "use_backend"]
+
+
+def _read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def _snippets(name):
+    return re.findall(r"```python\n(.*?)```", _read(name), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def packaging():
+    """The arguments that setup.py gives to setuptools."""
+    given = {}
+    fake = SimpleNamespace(setup=given.update, find_packages=lambda include: include)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "setuptools", fake)
+        runpy.run_path(str(ROOT / "setup.py"))
+    return given
+
+
+@pytest.mark.parametrize("snippet", _snippets("README.md"), ids=lambda text: text.splitlines()[0])
+def test_readme_snippets_run(snippet, monkeypatch):
+    names = {}
+    if "pipe" in snippet:
+        pytest.importorskip("diffusers")
+        models = importlib.import_module("tests.processors.models")
+        pipe = models.make_pipe("sd15")
+        monkeypatch.setattr(type(pipe), "__call__", functools.partialmethod(type(pipe).__call__, num_inference_steps=2, output_type="latent"))
+        names = {"pipe": pipe, "prompt": models.PROMPTS[0], "latents": torch.randn(3, 4, models.SIZE, models.SIZE, generator=torch.manual_seed(0))}
+    exec(compile(snippet, "README.md", "exec"), names)
+    if "images" in names:
+        assert len(names["images"]) == 3 and names["images"].isfinite().all()
+    elif "pipe" in names:
+        assert {type(processor).__name__ for processor in names["pipe"].unet.attn_processors.values()} == {"QAlignAttnProcessor"}
+    else:
+        assert names["output"].shape == names["query"].shape
+
+
+def test_readme_has_the_markers_that_the_report_fills():
+    report = importlib.import_module("benchmarks.report")
+    assert _read("README.md").count(report.BEGIN) == _read("README.md").count(report.END) == 1
+
+
+def test_readme_names_every_op():
+    missing = [name for name in OPS if f"`{name}`" not in _read("README.md")]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_named_in_documents_exist(document):
+    text = re.sub(r"```.*?```", "", _read(document), flags=re.DOTALL)
+    quoted = re.findall(r"`([\w./-]+(?:/|\.(?:py|md|txt|json|toml|png)))`", text) + re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    made_by_commands = {"benchmarks/results/"}
+    folders = ("", "qalign_kernels")
+    missing = [path for path in quoted if path not in made_by_commands and not any((ROOT / folder / path).exists() for folder in folders)]
+    assert not missing
+
+
+def test_commands_named_in_readme_exist():
+    for module in re.findall(r"python -m ([\w.]+)", _read("README.md")):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    for document in DOCUMENTS:
+        for verb in re.findall(r"(?:`|^)make (\w+)", _read(document), re.MULTILINE):
+            assert re.search(rf"^{verb}:", _read("Makefile"), re.MULTILINE), verb
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_stem_stands_in_five_places(stem):
+    places = (f"qalign_kernels/{stem}.py", *(f"qalign_kernels/{package}/{stem}.py" for package in ("reference", "tiled", "_triton")))
+    missing = [place for place in (*places, f"tests/kernels/test_{stem}.py") if not (ROOT / place).is_file()]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_public_op_belongs_to_a_stem_is_documented_and_tested(name):
+    op = getattr(qalign_kernels, name)
+    stem = op.__module__.removeprefix("qalign_kernels.")
+    assert stem in STEMS
+    for section in ("Args:", "Returns:", "Memory:", "Source:"):
+        assert section in op.__doc__ or f"as `{name.removesuffix('_with_lse')}`" in op.__doc__ or "As `similarity_argmax`" in op.__doc__, section
+    assert f"{name}(" in _read(f"tests/kernels/test_{stem}.py")
+    assert name in _read("qalign_kernels/validate.py")
+
+
+def test_version_is_the_same_everywhere(packaging):
+    assert packaging["version"] == qalign_kernels.__version__
+    assert re.search(rf"^## \[(?:Unreleased|{re.escape(qalign_kernels.__version__)})\]", _read("CHANGELOG.md"), re.MULTILINE)
+
+
+def test_constraints_cover_all_requirements(packaging):
+    pins = dict(line.split("==") for line in _read("constraints.txt").splitlines() if line and not line.startswith("#"))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    extras = packaging["extras_require"].values()
+    for text in [*packaging["install_requires"], *(requirement for extra in extras for requirement in extra)]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def test_triton_is_required_on_linux_only(packaging):
+    (triton,) = (Requirement(text) for text in packaging["install_requires"] if text.startswith("triton"))
+    assert triton.marker.evaluate({"platform_system": "Linux"})
+    assert not any(triton.marker.evaluate({"platform_system": system}) for system in ("Darwin", "Windows"))
+
+
+def test_packages_say_that_they_are_typed(packaging):
+    for package in packaging["package_data"]:
+        assert (ROOT / package / "py.typed").is_file()
+
+
+def _own_files():
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-co", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [path for path in map(ROOT.joinpath, names) if path.is_file()]
+
+
+def test_no_file_holds_a_path_of_somebodys_machine():
+    machine = re.compile(rb"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt|var)/\w")
+    holders = [str(path) for path in _own_files() if path.suffix != ".png" and path != Path(__file__) and machine.search(path.read_bytes())]
+    assert not holders
+
+
+def test_ci_runs_make_test():
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert "make test" in _read(".ci/run") and "set -euo pipefail" in _read(".ci/run")
+
+
+@pytest.fixture
+def bare_copy(tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_make_lists_its_verbs(bare_copy):
+    text = subprocess.run(["make"], cwd=bare_copy, capture_output=True, text=True, check=True).stdout
+    (verbs,) = re.findall(r"^\.PHONY: (.*)$", _read("Makefile"), re.MULTILINE)
+    assert all(f"make {verb} " in text for verb in verbs.split() if verb != "help")
+
+
+def test_make_says_in_one_line_that_python_is_too_old(bare_copy):
+    old = bare_copy / "python2"
+    old.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo Python 2.7.18\nexit 1\n")
+    old.chmod(0o755)
+    refusal = subprocess.run(["make", "test", f"PYTHON={old}"], cwd=bare_copy, capture_output=True, text=True)
+    first, *rest = refusal.stderr.splitlines()
+    assert refusal.returncode != 0 and not (bare_copy / ".venv").exists()
+    assert "expected Python 3.11 or newer, got Python 2.7.18" in first
+    assert all(line.startswith("make") for line in rest)
