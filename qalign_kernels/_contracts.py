@@ -1,6 +1,7 @@
 """Argument checks: one clear line naming the argument, what was expected and what came. No check reads a tensor's values."""
 
 import math
+import reprlib
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +11,12 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def describe(value: object) -> str:
-    """What came, in the form that error messages use: `float32 [1, 8, 64, 40]`, or the type of what is no tensor."""
+    """What came, in the form that error messages use: `float32 [1, 8, 64, 40]`, or the type of what is no tensor and the value, in one line."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+    if value is None:
+        return "None"
+    return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())}"
 
 
 def fail(argument: str, expected: str, got: object, *, error: type[Exception] = ValueError) -> None:
@@ -49,9 +52,10 @@ def check_sizes(argument: str, value: Tensor, **expected: int) -> None:
 def check_integers(argument: str, value: Tensor, sizes: Sequence[tuple[str, Sequence[int]]], device: torch.device) -> None:
     """An int32 tensor on `device`; `sizes` gives each axis as (words for the message, admissible sizes)."""
     shape = "[" + ", ".join(name for name, _ in sizes) + "]"
-    fits = isinstance(value, Tensor) and value.dtype == torch.int32 and value.dim() == len(sizes)
-    if not fits or any(size not in admissible for size, (_, admissible) in zip(value.shape, sizes)):
-        fail(argument, f"int32 {shape}", value, error=ValueError if isinstance(value, Tensor) else TypeError)
+    if not isinstance(value, Tensor) or value.dtype != torch.int32:
+        fail(argument, f"int32 {shape}", value, error=TypeError)
+    if value.dim() != len(sizes) or any(size not in admissible for size, (_, admissible) in zip(value.shape, sizes)):
+        fail(argument, f"int32 {shape}", value)
     if value.device != device:
         raise ValueError(f"{argument}: expected device {device}, got {value.device}")
 

@@ -112,6 +112,8 @@ def guided_attention(query: Tensor, segment: Segment, guide: Guide, *, scale=Non
 
 
 def _attend(query, segments, scale, contrast, query_labels, guide, need_lse, backend) -> tuple[Tensor, Tensor]:
+    if not isinstance(segments, (Segment, list, tuple)):
+        _contracts.fail("segments", "a Segment or a sequence of them", segments, error=TypeError)
     segments = (segments,) if isinstance(segments, Segment) else tuple(segments)
     _check(query, segments, scale, contrast, query_labels)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -1,0 +1,97 @@
+"""What runs here and why, for bug reports: `python -m qalign_kernels.env`."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from . import __version__, _backends
+
+OPS = ("similarity_argmax", "similarity_topk", "match_counts", "rearrange_kv", "attention", "topk_attention", "label_mass", "mean_attention_map")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> Iterator[str]:
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        architecture = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        yield f"cuda:{i} {properties.name}, {architecture}, {properties.total_memory / 2**20:.0f} MiB"
+    if torch.backends.mps.is_available():
+        yield "mps"
+    yield f"cpu {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def _triton() -> str:
+    if problem := _backends.triton_problem():
+        return problem
+    return f"{sys.modules['triton'].__version__}, interpreter {'on: TRITON_INTERPRET is set' if _backends.interpreted() else 'off'}"
+
+
+def _default_backend() -> str:
+    name = os.environ.get("QALIGN_BACKEND")
+    if name is None:
+        return "unset: auto"
+    return name if name in _backends.BACKENDS else f"{name}: not one of {', '.join(_backends.BACKENDS)}, every call will say so"
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choices(device: torch.device) -> dict[tuple[str, str], tuple[str, str]]:
+    """(op, dtype) to what "auto" takes on `device` and why, head dim 64, no gradients; float64 where the device has it."""
+    table = {}
+    for op in OPS:
+        integers = op == "match_counts"
+        for dtype in (torch.int32,) if integers else DTYPES:
+            if dtype == torch.float64 and device.type == "mps":
+                continue
+            tensor = torch.empty(1, dtype=dtype, device=device)
+            head_dims = () if integers or op == "rearrange_kv" else (64,)
+            chosen = _backends.select(op, "auto", tensor, head_dims)
+            reason = "the Triton kernels serve it"
+            if chosen == "tiled":
+                cpu = '"auto" takes plain PyTorch on the CPU; the interpreter runs only on request'
+                reason = cpu if device.type == "cpu" else str(_backends.triton_refusal(tensor, head_dims))
+            table[op, str(dtype).removeprefix("torch.")] = chosen, reason
+    return table
+
+
+def report() -> str:
+    """The whole report, one fact a line."""
+    lines = [
+        f"qalign_kernels  {__version__}",
+        f"python          {platform.python_version()}",
+        f"torch           {torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}",
+        f"triton          {_triton()}",
+        f"diffusers       {_version('diffusers')}",
+        f"system          {platform.platform()}",
+        *(f"device          {line}" for line in _devices()),
+        f"QALIGN_BACKEND  {_default_backend()}",
+        "",
+        f'Backend that "auto" takes on {_device()} (gradients: always tiled):',
+    ]
+    lines += [f"{op:20s} {dtype:9s} {chosen:7s} {reason}" for (op, dtype), (chosen, reason) in choices(_device()).items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print the report; the exit code."""
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

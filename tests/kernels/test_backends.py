@@ -1,0 +1,240 @@
+"""Which implementation serves a call, what the package imports, and what the registered ops promise about their outputs."""
+
+import ast
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import qalign_kernels
+from qalign_kernels import Segment, _backends, attention, env, similarity_argmax, use_backend
+from qalign_kernels.testing import random_features
+
+PACKAGE = Path(qalign_kernels.__file__).parent
+ROOT = PACKAGE.parent
+
+BLOCKERS = {
+    "absent": "raise ModuleNotFoundError(\"No module named 'triton'\")",
+    "broken": "raise OSError('libtriton.so: undefined symbol')",
+}
+BLOCK = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            {statement}
+sys.meta_path.insert(0, Blocker())
+"""
+USE = """
+import torch
+from qalign_kernels import Segment, attention, qalign_attention
+q, k, v = (torch.randn(1, 2, n, 40, generator=torch.Generator().manual_seed(n)) for n in (9, 12, 12))
+assert torch.equal(attention(q, Segment(k, v)), attention(q, Segment(k, v), backend="tiled"))
+assert qalign_attention(q, k, k, v).shape == q.shape
+try:
+    attention(q, Segment(k, v), backend="triton")
+except RuntimeError as error:
+    print(error)
+from qalign_kernels.env import main
+main()
+"""
+
+
+def run(code, **environment):
+    """A fresh interpreter's output; the interpreter of Triton is off unless asked for."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "QALIGN_BACKEND")}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=inherited | {"OMP_NUM_THREADS": "1"} | environment, timeout=120
+    )
+
+
+@pytest.mark.parametrize("how", BLOCKERS)
+def test_everything_but_triton_works_without_it(how):
+    result = run(BLOCK.format(statement=BLOCKERS[how]) + USE)
+    assert result.returncode == 0, result.stderr
+    message, *report = result.stdout.splitlines()
+    assert message.startswith("backend: expected one that can run attention here, got 'triton': triton does not import (")
+    assert any(line.startswith("triton          triton does not import (") for line in report)
+    assert any(line.split()[:3] == ["similarity_argmax", "float32", "tiled"] for line in report)
+
+
+def test_import_takes_torch_only_and_the_environment_gives_the_default():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import qalign_kernels
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & {"triton", "diffusers", "transformers", "accelerate", "PIL"}))
+print(qalign_kernels._backends.requested(None))
+"""
+    result = run(code, QALIGN_BACKEND="reference")
+    assert result.stdout.splitlines() == ["[]", "reference"], result.stderr
+
+
+def imported_modules(path):
+    """Every module that a file imports, absolute, whether at the top or inside a function."""
+    package = ["qalign_kernels", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            yield ".".join(base)
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def test_implementations_never_import_each_other():
+    implementations = ("reference", "tiled", "_triton")
+    for own in implementations:
+        files = list((PACKAGE / own).glob("*.py"))
+        assert len(files) > 4
+        for path in files:
+            for module in imported_modules(path):
+                if module.startswith("qalign_kernels"):
+                    assert module.startswith(f"qalign_kernels.{own}"), f"{path.name} imports {module}"
+
+
+def test_the_kernels_know_neither_diffusers_nor_the_layer_above():
+    for path in PACKAGE.rglob("*.py"):
+        tops = {module.split(".")[0] for module in imported_modules(path)}
+        assert not tops & {"diffusers", "transformers", "qalign", "numpy"}, path
+        assert "triton" not in tops or path.parent.name == "_triton", path
+
+
+def test_one_stem_in_every_place():
+    for stem in ("similarity", "rearrange", "attention", "probe", "qalign_attention"):
+        for place in (".", "reference", "tiled", "_triton"):
+            assert (PACKAGE / place / f"{stem}.py").is_file(), (place, stem)
+
+
+def test_an_explicit_backend_never_falls_back(monkeypatch):
+    query, key = (random_features(1, 1, n, 32, seed=n) for n in (4, 5))
+
+    class Broken:
+        @staticmethod
+        def attention(*_, **__):
+            raise NotImplementedError
+
+    monkeypatch.setattr(_backends, "implementation", lambda backend, stem: Broken)
+    for backend in ("tiled", "reference"):
+        with pytest.raises(NotImplementedError):
+            attention(query, Segment(key, key), backend=backend)
+
+
+def test_auto_says_why_once(caplog):
+    tensor = torch.empty(1, 1, 1, 40, dtype=torch.float64, device="meta")
+    _backends._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="qalign_kernels"):
+        for _ in range(3):
+            assert _backends.select("attention", "auto", tensor, (40,)) == "tiled"
+    assert len(caplog.records) == 1
+    assert caplog.records[0].getMessage().startswith("attention: tiled PyTorch instead of Triton: ")
+
+
+def test_auto_on_the_cpu_is_tiled():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        assert _backends.select("attention", "auto", torch.empty(1, dtype=dtype), (40,)) == "tiled"
+
+
+def test_use_backend_nests_and_restores():
+    assert _backends.requested("tiled") == "tiled"
+    outside = _backends.requested(None)
+    with use_backend("reference"):
+        assert _backends.requested(None) == "reference"
+        with use_backend("tiled"):
+            assert _backends.requested(None) == "tiled"
+            assert _backends.requested("reference") == "reference"
+        assert _backends.requested(None) == "reference"
+        with pytest.raises(KeyError), use_backend("tiled"):
+            raise KeyError
+        assert _backends.requested(None) == "reference"
+    assert _backends.requested(None) == outside
+
+
+def test_use_backend_reaches_the_calls_inside(monkeypatch):
+    taken = []
+    implementation = _backends.implementation
+    monkeypatch.setattr(_backends, "implementation", lambda backend, stem: taken.append((backend, stem)) or implementation(backend, stem))
+    query = random_features(1, 2, 8, 32, seed=0)
+    for name in ("reference", "tiled"):
+        taken.clear()
+        with use_backend(name):
+            similarity_argmax(query, query)
+        assert taken == [(name, "similarity")]
+
+
+def features(*shape, dtype):
+    return torch.zeros(shape).to(dtype)
+
+
+def calls(dtype):
+    """One call of each registered op: its name, and its arguments as CPU tensors."""
+    query, key, value = features(2, 4, 5, 40, dtype=dtype), features(3, 4, 7, 40, dtype=dtype), features(3, 4, 7, 64, dtype=dtype)
+    integers = {"rows": (2,), "query_labels": (1, 5), "key_labels": (2, 7), "index": (2, 1, 5), "topk": (2, 4, 5, 3), "counts": (2, 4, 7)}
+    made = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in integers.items()}
+    rows, query_labels, key_labels, index, topk, counts = made.values()
+    segments = ([key], [value], [], [counts], [key_labels], [rows], query_labels, [1.0], [0.0], 0.0, 0.2, 1.0)
+    score = torch.float32 if dtype != torch.float64 else torch.float64
+    return {
+        "similarity_argmax": (query, key, "cosine", True, query_labels, key_labels, rows, True, "tiled"),
+        "similarity_topk": (query, key, 3, "dot", False, query_labels, key_labels, rows, "tiled"),
+        "match_counts": (index, 7, "tiled"),
+        "rearrange_kv": (key[:2], value[:2], index, "tiled"),
+        "attention": (query, *segments, True, False, "tiled"),
+        "attention_backward": (features(2, 4, 5, 64, dtype=dtype), torch.zeros(2, 4, 5, dtype=score), query, *segments),
+        "topk_attention": (query, key, value, topk, 0.2, 1.0, rows, "tiled"),
+        "label_mass": (query, key[:2], key_labels, 6, 0.2, counts, "tiled"),
+        "mean_attention_map": (query, key[:2], 0.2, "tiled"),
+    }
+
+
+def tensors_of(outputs):
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def test_every_registered_op_is_in_the_table():
+    registered = {schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("qalign_kernels::")}
+    assert registered == set(calls(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", calls(torch.float32))
+def test_fakes_promise_what_the_op_returns(name, dtype):
+    """A fake on a CUDA device, which needs no GPU, against the op itself on the CPU: shapes, dtypes, strides, and the device of the input."""
+    op, arguments = getattr(torch.ops.qalign_kernels, name).default, calls(dtype)[name]
+    real = tensors_of(op(*arguments))
+    with FakeTensorMode():
+        on_gpu = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), arguments)
+        fake = tensors_of(op(*on_gpu))
+    assert len(fake) == len(real)
+    for promised, returned in zip(fake, real):
+        assert promised.device.type == "cuda"
+        assert (promised.shape, promised.dtype, promised.stride()) == (returned.shape, returned.dtype, returned.stride())
+
+
+@pytest.mark.parametrize("refinement", ["rearranged", "guided", "topk", "warped_values", "soft", "none"])
+def test_the_public_path_runs_on_fake_cuda_tensors(refinement):
+    with FakeTensorMode():
+        query, reference, value = (torch.empty(rows, 8, 64, 40, dtype=torch.bfloat16, device="cuda") for rows in (3, 1, 1))
+        rows = torch.zeros(3, dtype=torch.int32, device="cuda")
+        own_key = query if refinement == "warped_values" else None
+        output = qalign_kernels.qalign_attention(query, reference, reference, value, refinement=refinement, own_key=own_key, batch_index=rows)
+    assert output.shape == query.shape and output.dtype == torch.bfloat16 and output.device.type == "cuda"
+
+
+def test_the_environment_report_says_what_auto_takes_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(_backends, "interpreted", lambda: False)
+    monkeypatch.setattr(_backends, "triton_problem", lambda: None)
+    with FakeTensorMode():
+        table = env.choices(torch.device("cuda"))
+    assert {op for op, _ in table} == set(calls(torch.float32)) - {"attention_backward"}
+    for (op, dtype), (chosen, reason) in table.items():
+        served = dtype != "float64" or op == "match_counts"
+        assert chosen == ("triton" if served else "tiled")
+        assert reason == ("the Triton kernels serve it" if served else "dtype float64 is not served, only float16, bfloat16 and float32")
+    assert all(chosen == "tiled" for chosen, _ in env.choices(torch.device("cpu")).values())
