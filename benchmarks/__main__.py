@@ -1,0 +1,29 @@
+"""`python -m benchmarks static | speed | report`."""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "static": "compile every kernel for every architecture and hold registers, spills, memory and instructions against budgets; needs no GPU",
+    "speed": "time and memory of every op against its reference, eager PyTorch, SDPA and their compiled forms, on this machine",
+    "report": "Markdown tables and a plot from the files that speed wrote",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the kernels.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        importlib.import_module(f"{__package__}.{name}").add_arguments(command)
+    arguments = parser.parse_args()
+    try:
+        return importlib.import_module(f"{__package__}.{arguments.command}").run(arguments)
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        print(f"{arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""The function that pytest collects: one op, one provider, one shape, one repeat. `python -m benchmarks speed` runs it."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks import timing
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    plan: Any = metafunc.config.pluginmanager.get_plugin("qalign-speed")
+    metafunc.parametrize("item", plan.items, ids=plan.identify)
+
+
+def bench_op(item: Any, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    plan: Any = request.config.pluginmanager.get_plugin("qalign-speed")
+    measured = plan.prepare(item)
+    benchmark.pedantic(measured.call, setup=timing.before_round, rounds=measured.rounds, iterations=1)
+    measured.seconds += benchmark.stats.stats.data

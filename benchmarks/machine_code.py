@@ -1,0 +1,188 @@
+"""What a compiled kernel is made of, read from its machine code: registers, spills, matrix instructions, the hot loop."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+_SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_AMD_LABEL = re.compile(r"^(\.L\w+|\w+):")
+_AMD_LINE = re.compile(r"^\s+([a-z]\w+)\s*(.*)")
+_DIGITS = re.compile(r"(\d+)x(\d+)x(\d+)")
+_HMMA_SHAPE = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
+
+
+class Instruction(NamedTuple):
+    """One instruction: its position, its name and where it may go next."""
+
+    position: int
+    name: str
+    jump: int | None
+    falls_through: bool
+
+
+class Loop(NamedTuple):
+    """A natural loop: how many instructions its body has, and its matrix instructions."""
+
+    instructions: int
+    matrix: list[str]
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Resources and instructions of one kernel; `lanes` is the width of a warp."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    lanes: int
+    instructions: list[Instruction]
+
+    def matrix(self) -> list[str]:
+        return [x.name for x in self.instructions if is_matrix(x.name)]
+
+    def hot_loop(self) -> Loop | None:
+        """The innermost loop with the most matrix instructions; of equals the shortest, which is the one without a mask for the tail."""
+        loops = [body for body in natural_loops(self.instructions) if any(is_matrix(self.instructions[i].name) for i in body)]
+        innermost = [body for body in loops if not any(other < body for other in loops)]
+        if not innermost:
+            return None
+        candidates = [Loop(len(body), [name for i in sorted(body) if is_matrix(name := self.instructions[i].name)]) for body in innermost]
+        return min(candidates, key=lambda loop: (-len(loop.matrix), loop.instructions))
+
+
+def is_matrix(name: str) -> bool:
+    """Whether the instruction multiplies matrices (tcgen05's counterparts that move or signal do not)."""
+    return "HGMMA" in name or re.match(r"UTC\w*MMA", name) is not None or "HMMA" in name or "mfma" in name
+
+
+def matrix_family(names: Iterable[str]) -> str:
+    """The family of the matrix instructions present: HGMMA, UTCHMMA, HMMA, MFMA, or "-"."""
+    families = {re.match(r"HGMMA|UTC\w*MMA|HMMA|v_s?mfma", name) for name in names}
+    found = sorted({"MFMA" if "mfma" in match.group() else match.group() for match in families if match})
+    return "+".join(found) or "-"
+
+
+def multiply_adds(name: str, num_warps: int) -> int | None:
+    """Multiply-adds that `num_warps` warps do by issuing this matrix instruction once each; None where its name does not tell."""
+    if name.startswith("HMMA"):
+        shape = next((part for part in name.split(".") if part in _HMMA_SHAPE), None)
+        return _HMMA_SHAPE[shape] * num_warps if shape else None
+    if (match := _DIGITS.search(name)) is None:
+        return None
+    m, n, k = map(int, match.groups())
+    return m * n * k * num_warps // (4 if "HGMMA" in name else 1)
+
+
+def read_cubin(cubin: bytes, cuobjdump: str, shared_bytes: int) -> MachineCode:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        text = subprocess.run([cuobjdump, "-sass", "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    instructions = parse_sass(text)
+    traffic = 4 * sum(x.name.split(".")[0] in ("LDL", "STL") for x in instructions)
+    spills = int(usage["STACK"]) + int(usage["LOCAL"])
+    return MachineCode(int(usage["REG"]), spills or traffic, shared_bytes, 32, instructions)
+
+
+def parse_sass(text: str) -> list[Instruction]:
+    rows = [match.groups() for line in text.splitlines() if (match := _SASS_LINE.match(line))]
+    where = {int(address, 16): position for position, (address, *_) in enumerate(rows)}
+    result = []
+    for position, (_, predicate, name, operands) in enumerate(rows):
+        stem = name.split(".")[0]
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if stem == "BRA" else None
+        conditional = predicate is not None or ".DIV" in name or "UP" in operands
+        ends = stem in ("EXIT", "RET", "BRX", "BRA") and not conditional
+        result.append(Instruction(position, name, where.get(int(target.group(1), 16)) if target else None, not ends))
+    return result
+
+
+def read_amdgcn(text: str, shared_bytes: int) -> MachineCode:
+    """Registers are the vector registers of a lane, accumulators included; spills count private memory and spilled scalars."""
+    numbers = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
+    spills = numbers["private_segment_fixed_size"] + 4 * (numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"])
+    return MachineCode(numbers["vgpr_count"], spills, shared_bytes, 64, parse_amdgcn(text))
+
+
+def parse_amdgcn(text: str) -> list[Instruction]:
+    body = text.split(".Lfunc_begin0:", 1)[-1].split(".Lfunc_end0:", 1)[0]
+    rows: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in body.splitlines():
+        if label := _AMD_LABEL.match(line):
+            labels[label.group(1)] = len(rows)
+        elif (match := _AMD_LINE.match(line)) and not line.strip().startswith("."):
+            rows.append((match.group(1), match.group(2)))
+    result = []
+    for position, (name, operands) in enumerate(rows):
+        jump = labels.get(operands.split(";")[0].strip()) if "branch" in name else None
+        result.append(Instruction(position, name, jump, name not in ("s_branch", "s_endpgm", "s_setpc_b64")))
+    return result
+
+
+def natural_loops(instructions: list[Instruction]) -> list[frozenset[int]]:
+    """The loops of the flow graph, as sets of instruction positions; loops with one header are merged."""
+    after = {x.position + 1 for x in instructions if x.jump is not None or not x.falls_through}
+    targets_of_jumps = {x.jump for x in instructions if x.jump is not None}
+    starts = sorted(start for start in {0} | after | targets_of_jumps if start < len(instructions))
+    block_of = {start: block for block, start in enumerate(starts)}
+    ends = [*starts[1:], len(instructions)]
+    successors: list[list[int]] = []
+    for end in ends:
+        last = instructions[end - 1]
+        targets = [last.jump] if last.jump is not None else []
+        targets += [end] if last.falls_through and end < len(instructions) else []
+        successors.append([block_of[target] for target in targets])
+    predecessors: list[list[int]] = [[] for _ in starts]
+    for block, targets in enumerate(successors):
+        for target in targets:
+            predecessors[target].append(block)
+    dominators = _dominators(successors, predecessors)
+
+    bodies: dict[int, set[int]] = {}
+    for block, targets in enumerate(successors):
+        for header in targets:
+            if dominators[block] >> header & 1:
+                inside = [[x for x in row if dominators[x] >> header & 1] for row in predecessors]
+                bodies.setdefault(header, {header}).update(_reaching(block, header, inside))
+    return [frozenset(i for block in body for i in range(starts[block], ends[block])) for body in bodies.values()]
+
+
+def _dominators(successors: list[list[int]], predecessors: list[list[int]]) -> list[int]:
+    """The dominators of each block as a bit set; 0 for a block that is never reached."""
+    everything = (1 << len(successors)) - 1
+    reached, stack = {0}, [0]
+    while stack:
+        new = [target for target in successors[stack.pop()] if target not in reached]
+        reached.update(new)
+        stack.extend(new)
+    result = [everything if block in reached else 0 for block in range(len(successors))]
+    result[0], changed = 1, True
+    while changed:
+        changed = False
+        for block in sorted(reached - {0}):
+            common = everything
+            for predecessor in predecessors[block]:
+                if predecessor in reached:
+                    common &= result[predecessor]
+            if (common | 1 << block) != result[block]:
+                result[block], changed = common | 1 << block, True
+    return result
+
+
+def _reaching(block: int, header: int, predecessors: list[list[int]]) -> set[int]:
+    """Blocks from which `block` is reached without passing `header`."""
+    found, stack = {block}, [block]
+    while stack:
+        current = stack.pop()
+        if current == header:
+            continue
+        new = [x for x in predecessors[current] if x not in found and x != header]
+        found.update(new)
+        stack.extend(new)
+    return found

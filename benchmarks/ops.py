@@ -1,0 +1,239 @@
+"""The ops as they are measured: ours, the truth on sampled rows, eager PyTorch, the FLOPs of the definition."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import qalign_kernels as qk
+from qalign_kernels import Segment, _backends, testing
+from qalign_kernels.attention import Guide
+from qalign_kernels.qalign_attention import unit
+
+from . import eager
+from .eager import CONTRAST, STRENGTH, TOPK
+from .shapes import NUM_LABELS, Inputs, Shape
+
+CHECKED_ROWS = 256
+
+
+class Op(NamedTuple):
+    """`run(inputs, backend)` is ours; `check(inputs, result, backend)` holds it against float64; FLOPs are of the definition, whoever runs it."""
+
+    name: str
+    run: Callable[[Inputs, str], Any]
+    eager: Callable[[Inputs], Any]
+    check: Callable[[Inputs, Any, str], bool]
+    flops: Callable[[Shape], float] | None
+    correlated: bool = False
+    match_map: Callable[[Inputs, Any, str], Tensor] | None = None
+
+
+def _rows(x: Inputs) -> Tensor:
+    """Sampled query rows, the first and the last among them."""
+    tokens = x.query.shape[2]
+    return torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=x.query.device).long()
+
+
+def _double(*tensors: Tensor) -> list[Tensor]:
+    return [x.double() for x in tensors]
+
+
+def _reference(stem: str) -> Any:
+    return _backends.implementation("reference", stem)
+
+
+def _scores(x: Inputs, similarity: str, joint: bool) -> tuple[Tensor, Tensor]:
+    """Scores of the sampled rows in the input dtype and in float64."""
+    query = x.query[:, :, _rows(x)]
+    return tuple(_reference("similarity").scores(*pair, similarity, joint) for pair in ((query, x.ref_query), _double(query, x.ref_query)))
+
+
+def _check_match(x: Inputs, match: Any, similarity: str, joint: bool, packed: bool = False) -> bool:
+    reduction = x.query.shape[3] * (x.query.shape[1] if joint else 1)
+    index, score = (part[:, :, _rows(x)] for part in match)
+    return testing.judge_match(index, score, *_scores(x, similarity, joint), reduction, packed=packed).passed
+
+
+def _check_attention(
+    x: Inputs, output: Tensor, segments: list[Segment], contrast: float = 1.0, labels: bool = False, guide: Guide | None = None
+) -> bool:
+    rows = _rows(x)
+    query = x.query[:, :, rows]
+    seen = {"query_labels": x.bit_sets[:, rows] if labels else None}
+    scale, reduction = query.shape[-1] ** -0.5, sum(s.key.shape[2] for s in segments)
+    results = []
+    for dtype in (query.dtype, torch.float64):
+        parts = [Segment(s.key.to(dtype), s.value.to(dtype), counts=s.counts, labels=s.labels) for s in segments]
+        guided = None if guide is None else Guide(guide.query[:, :, rows].to(dtype), guide.key.to(dtype), guide.strength)
+        results.append(_reference("attention").attention(query.to(dtype), parts, scale=scale, contrast=contrast, guide=guided, **seen)[0])
+    same, truth = results
+    return testing.judge(output[:, :, rows], same, truth, reduction).passed
+
+
+def _check_counted(x: Inputs, output: Tensor, index: Tensor) -> bool:
+    counts = torch.zeros((*index.shape[:2], x.key.shape[2]), device=index.device, dtype=torch.int32)
+    counts.scatter_add_(2, index.long(), torch.ones_like(index))
+    return _check_attention(x, output, [_segment(x, counts=counts)])
+
+
+def _joint_map(x: Inputs, backend: str) -> qk.Match:
+    return qk.similarity_argmax(x.query, x.ref_query, backend=backend)
+
+
+def _qalign(x: Inputs, backend: str, **how: Any) -> Tensor:
+    return qk.qalign_attention(x.query, x.ref_query, x.key, x.value, backend=backend, **how)
+
+
+def _check_qalign(x: Inputs, output: Tensor, backend: str) -> bool:
+    match = _joint_map(x, backend)
+    return _check_match(x, match, "cosine", True) and _check_counted(x, output, match.index)
+
+
+def _check_guided(x: Inputs, output: Tensor, backend: str) -> bool:
+    return _check_attention(x, output, [Segment(x.key, x.value)], guide=Guide(unit(x.query), unit(x.ref_query), STRENGTH))
+
+
+def _check_topk_attention(x: Inputs, output: Tensor, backend: str) -> bool:
+    match = qk.similarity_topk(x.query, x.ref_query, TOPK, backend=backend)
+    rows = _rows(x)
+    index, reference, scale = match.index[:, :, rows], _reference("qalign_attention").topk_attention, x.query.shape[3] ** -0.5
+    parts = (x.query[:, :, rows], x.key, x.value)
+    same, truth = reference(*parts, index, scale=scale), reference(*_double(*parts), index, scale=scale)
+    return _check_match(x, match, "cosine", True) and testing.judge(output[:, :, rows], same, truth, TOPK).passed
+
+
+def _check_probe(x: Inputs, result: Tensor, name: str, *more: Any, token_axis: int) -> bool:
+    rows, function, scale = _rows(x), getattr(_reference("probe"), name), x.query.shape[3] ** -0.5
+    query = x.query[:, :, rows]
+    same, truth = function(query, x.key, *more, scale=scale), function(*_double(query, x.key), *more, scale=scale)
+    return testing.judge(result.index_select(token_axis, rows), same, truth, x.key.shape[2]).passed
+
+
+def _check_gather(x: Inputs, result: tuple[Tensor, Tensor], backend: str) -> bool:
+    truth = _reference("rearrange").rearrange_kv(x.key, x.value, x.match_map)
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(result, truth))
+
+
+def _segment(x: Inputs, **how: Any) -> Segment:
+    return Segment(x.key, x.value, **how)
+
+
+def _pass(shape: Shape) -> float:
+    """One product with the N×N matrix: 2·E·D."""
+    return 2 * shape.scores * shape.head_dim
+
+
+def attention_flops(shape: Shape) -> float:
+    return 2 * _pass(shape)
+
+
+def _attention_op(name: str, how: Callable[[Inputs], dict], contrast: float = 1.0, labels: bool = False) -> Op:
+    def run(x: Inputs, backend: str) -> Tensor:
+        return qk.attention(x.query, _segment(x, **how(x)), contrast=contrast, query_labels=x.bit_sets if labels else None, backend=backend)
+
+    def check(x: Inputs, output: Tensor, backend: str) -> bool:
+        return _check_attention(x, output, [_segment(x, **how(x))], contrast, labels)
+
+    counted = name == "attention_counts"
+    return Op(name, run, getattr(eager, name), check, attention_flops, match_map=(lambda x, output, backend: x.match_map) if counted else None)
+
+
+def _two_segments(x: Inputs) -> list[Segment]:
+    return [Segment(x.ref_query, x.value), _segment(x)]
+
+
+OPS = [
+    Op(
+        "similarity_argmax",
+        lambda x, backend: qk.similarity_argmax(x.query, x.ref_query, backend=backend),
+        eager.similarity_argmax,
+        lambda x, match, backend: _check_match(x, match, "cosine", True),
+        _pass,
+        match_map=lambda x, match, backend: match.index,
+    ),
+    Op(
+        "similarity_argmax_per_head",
+        lambda x, backend: qk.similarity_argmax(x.query, x.ref_query, similarity="dot", heads="per_head", backend=backend),
+        eager.similarity_argmax_per_head,
+        lambda x, match, backend: _check_match(x, match, "dot", False),
+        _pass,
+        match_map=lambda x, match, backend: match.index,
+    ),
+    Op(
+        "similarity_argmax_packed",
+        lambda x, backend: qk.similarity_argmax(x.query, x.ref_query, similarity="dot", heads="per_head", exact=False, backend=backend),
+        eager.similarity_argmax_per_head,
+        lambda x, match, backend: _check_match(x, match, "dot", False, packed=True),
+        _pass,
+        match_map=lambda x, match, backend: match.index,
+    ),
+    Op(
+        "similarity_topk",
+        lambda x, backend: qk.similarity_topk(x.query, x.ref_query, TOPK, backend=backend),
+        eager.similarity_topk,
+        lambda x, match, backend: _check_match(x, match, "cosine", True),
+        _pass,
+    ),
+    Op(
+        "match_counts",
+        lambda x, backend: qk.match_counts(x.match_map, x.key.shape[2], backend=backend),
+        eager.match_counts,
+        lambda x, counts, backend: torch.equal(counts, x.counts),
+        None,
+        match_map=lambda x, counts, backend: x.match_map,
+    ),
+    Op("rearrange_kv", lambda x, backend: qk.rearrange_kv(x.key, x.value, x.match_map, backend=backend), eager.rearrange_kv, _check_gather, None),
+    _attention_op("attention", lambda x: {}),
+    _attention_op("attention_counts", lambda x: {"counts": x.counts}),
+    _attention_op("attention_contrast", lambda x: {}, contrast=CONTRAST),
+    _attention_op("attention_labels", lambda x: {"labels": x.bit_sets}, labels=True),
+    Op(
+        "attention_segments",
+        lambda x, backend: qk.attention(x.query, _two_segments(x), backend=backend),
+        eager.attention_segments,
+        lambda x, output, backend: _check_attention(x, output, _two_segments(x)),
+        lambda shape: 2 * attention_flops(shape),
+    ),
+    Op(
+        "label_mass",
+        lambda x, backend: qk.label_mass(x.query, x.key, x.classes, NUM_LABELS, backend=backend),
+        eager.label_mass,
+        lambda x, mass, backend: _check_probe(x, mass, "label_mass", x.classes, NUM_LABELS, token_axis=2),
+        lambda shape: _pass(shape) + 2 * shape.scores * NUM_LABELS,
+    ),
+    Op(
+        "mean_attention_map",
+        lambda x, backend: qk.mean_attention_map(x.query, x.key, backend=backend),
+        eager.mean_attention_map,
+        lambda x, mean, backend: _check_probe(x, mean, "mean_attention_map", token_axis=1),
+        _pass,
+    ),
+    *(
+        Op(
+            name,
+            lambda x, backend: _qalign(x, backend),
+            eager.qalign_attention,
+            _check_qalign,
+            lambda shape: 3 * _pass(shape),
+            correlated=correlated,
+            match_map=lambda x, output, backend: _joint_map(x, backend).index,
+        )
+        for name, correlated in (("qalign_attention", False), ("qalign_attention_correlated", True))
+    ),
+    Op(
+        "qalign_attention_guided",
+        lambda x, backend: _qalign(x, backend, refinement="guided", strength=STRENGTH),
+        eager.qalign_attention_guided,
+        _check_guided,
+        lambda shape: 3 * _pass(shape),
+    ),
+    Op(
+        "qalign_attention_topk",
+        lambda x, backend: _qalign(x, backend, refinement="topk", topk=TOPK),
+        eager.qalign_attention_topk,
+        _check_topk_attention,
+        lambda shape: _pass(shape) + 4 * shape.batch * shape.heads * shape.tokens * TOPK * shape.head_dim,
+    ),
+]

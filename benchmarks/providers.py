@@ -1,0 +1,103 @@
+"""Who may serve a measured op: our backends, the reference, eager PyTorch and its compiled form, SDPA by name, FlexAttention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from qalign_kernels import _backends
+
+from .ops import OPS, Op, attention_flops
+from .shapes import Inputs, Shape
+
+OURS = ("triton", "tiled")
+SDPA = "sdpa"
+FORCED_SDPA = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+FLEX_OPS = ("attention", "attention_counts", "attention_labels")
+COMPILED_OPS = ("attention", "similarity_argmax", "qalign_attention")
+MAIN_OPS = ("attention", "similarity_argmax", "qalign_attention", "qalign_attention_correlated")
+
+
+def op_named(name: str) -> Op:
+    return next(op for op in OPS if op.name == name)
+
+
+def names(op: Op, shape: Shape, device: str, quick: bool) -> list[str]:
+    """The providers measured beside each other; SDPA on the same shape is always among them, as the yardstick."""
+    cuda = device == "cuda"
+    result = [*(OURS if cuda else ("tiled",)), SDPA, "eager"]
+    if op.name.startswith(("attention", "qalign_attention")) and op.name != "attention_segments" and cuda:
+        result += FORCED_SDPA
+    if _reference_gib(shape) < (40 if cuda else 6) and (not quick or shape.scores < 2e7 or op.name == "qalign_attention"):
+        result.append("reference")
+    if op.name in COMPILED_OPS and not quick and (cuda or not shape.large):
+        result.append("eager compiled")
+    if op.name in FLEX_OPS and not quick and (cuda or not shape.large):
+        result.append("flex")
+    return result
+
+
+def _reference_gib(shape: Shape) -> float:
+    """Four score matrices in float32 at once, about what the reference holds."""
+    return 16 * shape.scores / 2**30
+
+
+def build(provider: str, op: Op, x: Inputs) -> Callable[[], Any]:
+    """A function without arguments that does the op once; raises where the provider cannot run here."""
+    if provider in OURS or provider == "reference":
+        return lambda: op.run(x, provider)
+    if provider == "eager":
+        return lambda: op.eager(x)
+    if provider == "eager compiled":
+        compiled = torch.compile(op.eager, dynamic=False)
+        return lambda: compiled(x)
+    if provider == "flex":
+        return _flex(op.name, x)
+    if provider == SDPA:
+        return lambda: scaled_dot_product_attention(x.query, x.key, x.value)
+    return lambda: _forced_sdpa(FORCED_SDPA[provider], x)
+
+
+def _forced_sdpa(backend: SDPBackend, x: Inputs) -> Tensor:
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(x.query, x.key, x.value)
+
+
+def _flex(op_name: str, x: Inputs) -> Callable[[], Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    if op_name == "attention_counts":
+        bias = x.counts.float().log().squeeze(1)
+
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + bias[b, j]
+
+        return lambda: compiled(x.query, x.key, x.value, score_mod=add_bias)
+    if op_name == "attention_labels":
+        classes, tokens = x.classes, x.query.shape[2]
+        batch, device = x.query.shape[0], str(x.query.device)
+        mask = create_block_mask(lambda b, h, i, j: classes[b, i] == classes[b, j], batch, None, tokens, tokens, device=device)
+        return lambda: compiled(x.query, x.key, x.value, block_mask=mask)
+    return lambda: compiled(x.query, x.key, x.value)
+
+
+def flops(provider: str, op: Op, shape: Shape) -> float | None:
+    """FLOPs of the op's definition; SDPA and FlexAttention do plain attention whatever they stand beside."""
+    if provider.startswith(SDPA):
+        return attention_flops(shape)
+    return op.flops(shape) if op.flops else None
+
+
+def refusal(provider: str, op: Op, x: Inputs) -> str | None:
+    """Why one of our backends cannot serve this op here, or None."""
+    if provider != "triton":
+        return None
+    return _backends.triton_refusal(x.query, (x.query.shape[3],))

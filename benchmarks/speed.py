@@ -1,0 +1,307 @@
+"""Time and memory of every op beside its peers, in one process, by pytest-benchmark; no figure for an op whose check fails."""
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import memory, progress, providers, shapes, text_table, timing
+from .ops import OPS, Op
+from .shapes import QUICK_SHAPES, SHAPES, Shape
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+REPEATS = 3
+MAX_ROUNDS = 100
+SLOW_PEERS = ("reference",)
+
+
+class Item(NamedTuple):
+    """One timed visit. Repeats of the providers alternate, there and back, so that drift cancels in their ratios."""
+
+    op: Op
+    shape: Shape
+    repeat: int
+    provider: str
+
+
+@dataclass
+class Measured:
+    """What one provider showed for one op and shape."""
+
+    call: Callable[[], Any]
+    rounds: int
+    peak_mib: float | None
+    seconds: list[float] = field(default_factory=list)
+
+
+class Plan:
+    """The pytest plugin: what is timed, its checks before the first round, and the rows after the last."""
+
+    def __init__(self, items: list[Item], dtype: str, device: str, seconds: float, with_memory: bool, file: Path | None) -> None:
+        self.items, self.dtype, self.device, self.seconds, self.with_memory, self.file = items, dtype, device, seconds, with_memory, file
+        self.rows: list[dict[str, Any]] = []
+        self.failed: list[str] = []
+        self.notes: list[str] = []
+        self._group: tuple[str, str] | None = None
+        self._measured: dict[str, Measured | str] = {}
+        self._unique_fraction: float | None = None
+        self._sdpa_peak: dict[str, float | None] = {}
+        self._done = 0
+
+    def identify(self, item: Item) -> str:
+        return f"{item.op.name}-{item.shape.name}-{item.repeat}-{item.provider.replace(' ', '_')}"
+
+    def prepare(self, item: Item) -> Measured:
+        """What is to be timed now; skips the visit where the provider shows no figure."""
+        import pytest
+
+        if (item.op.name, item.shape.name) != self._group:
+            self._finish()
+            self._start(item)
+        self._done += 1
+        progress.show(self._done, len(self.items), f"{item.op.name} {item.shape.size} {item.provider}")
+        if item.provider not in self._measured:
+            self._measured[item.provider] = self._first_visit(item)
+        found = self._measured[item.provider]
+        if isinstance(found, str):
+            pytest.skip(found)
+        return found
+
+    def pytest_sessionfinish(self) -> None:
+        self._finish()
+
+    def pytest_report_teststatus(self) -> tuple[str, str, str]:
+        return "", "", ""  # the progress is ours
+
+    def _start(self, item: Item) -> None:
+        self._group, self._op, self._shape = (item.op.name, item.shape.name), item.op, item.shape
+        self._measured, self._unique_fraction = {}, None
+        self._inputs = shapes.make_inputs(item.shape, item.op.correlated, DTYPES[self.dtype], self.device)
+        torch.compiler.reset()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _first_visit(self, item: Item) -> Measured | str:
+        """Build and check the provider, estimate its time, measure its memory; or the reason why it shows no figure."""
+        where = f"{item.op.name} {item.shape.size} {item.provider}"
+        if reason := providers.refusal(item.provider, item.op, self._inputs):
+            self.notes.append(f"{where}: not run, {reason}")
+            return reason
+        try:
+            call = providers.build(item.provider, item.op, self._inputs)
+            result = call()
+            if item.provider in providers.OURS:
+                if not item.op.check(self._inputs, result, item.provider):
+                    self.failed.append(where)
+                    return "check failed"
+                if item.op.match_map and self._unique_fraction is None:
+                    self._unique_fraction = shapes.unique_fraction(item.op.match_map(self._inputs, result, item.provider))
+            del result
+            estimate = self._estimate(call)
+            peak = self._peak(item, call)
+        except Exception as error:  # a peer that cannot run here is a note, one of ours is a failure
+            (self.failed if item.provider in providers.OURS else self.notes).append(f"{where}: {type(error).__name__}: {error}".splitlines()[0])
+            return "did not run"
+        rounds = int(self.seconds / REPEATS / estimate)
+        return Measured(call, max(1, min(rounds, MAX_ROUNDS)), peak)
+
+    def _estimate(self, call: Callable[[], Any]) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return max(time.perf_counter() - start, 1e-6)
+
+    def _peak(self, item: Item, call: Callable[[], Any]) -> float | None:
+        if item.provider == providers.SDPA:  # the same call whatever op it stands beside
+            if item.shape.name not in self._sdpa_peak:
+                self._sdpa_peak[item.shape.name] = self._measure_peak(item, call)
+            return self._sdpa_peak[item.shape.name]
+        return self._measure_peak(item, call)
+
+    def _measure_peak(self, item: Item, call: Callable[[], Any]) -> float | None:
+        if not self.with_memory:
+            return None
+        if self.device == "cuda":
+            return memory.cuda_peak_mib(call)
+        if item.provider in ("eager compiled", "flex"):
+            return None  # a fresh process would measure the compiler
+        return memory.cpu_peak_mib(item.provider, item.op.name, tuple(item.shape), DTYPES[self.dtype], torch.get_num_threads())
+
+    def _finish(self) -> None:
+        """Rows of the group that ended."""
+        shown = {name: found for name, found in self._measured.items() if isinstance(found, Measured) and found.seconds}
+        yardstick = statistics.median(shown[providers.SDPA].seconds) if providers.SDPA in shown else None
+        for name, found in shown.items():
+            self.rows.append(self._row(name, found, yardstick))
+        if self.file:  # after every group, so that a run that is stopped leaves what it measured
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text("[\n" + ",\n".join(json.dumps(row) for row in self.rows) + "\n]\n")
+        self._measured = {}
+        self._inputs = None  # type: ignore[assignment]
+
+    def _row(self, provider: str, found: Measured, yardstick: float | None) -> dict[str, Any]:
+        p20, p50, p80 = percentiles(found.seconds)
+        work = providers.flops(provider, self._op, self._shape)
+        return {
+            "device": device_name(self.device),
+            "torch": torch.__version__,
+            "triton": triton_version(),
+            "op": self._op.name,
+            "shape": self._shape.size,
+            "dtype": self.dtype,
+            "provider": provider,
+            "p20_ms": round(p20 * 1e3, 4),
+            "p50_ms": round(p50 * 1e3, 4),
+            "p80_ms": round(p80 * 1e3, 4),
+            "tflops": None if work is None else float(f"{work / p50 / 1e12:.4g}"),
+            "peak_mib": None if found.peak_mib is None else round(found.peak_mib, 2),
+            "ratio_to_sdpa": None if yardstick is None else float(f"{p50 / yardstick:.4g}"),
+            "unique_fraction": None if self._unique_fraction is None else round(self._unique_fraction, 4),
+            "commit": commit(),
+        }
+
+
+def percentiles(seconds: list[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80 of the rounds."""
+    if len(seconds) == 1:
+        return seconds[0], seconds[0], seconds[0]
+    tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {torch.get_num_threads()} cores"
+
+
+def _processor() -> str:
+    try:
+        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+    return line.split(":", 1)[1].strip()
+
+
+def triton_version() -> str | None:
+    try:
+        import triton
+    except Exception:  # a broken installation may raise anything
+        return None
+    return triton.__version__
+
+
+def commit() -> str:
+    """The short hash of the checkout, "+" behind it where files differ from it, or "unknown"."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed.strip() else "")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help=f"ops by name or by a part that several share ({', '.join(op.name for op in OPS)})")
+    parser.add_argument("--shape", nargs="+", choices=[shape.name for shape in SHAPES], metavar="NAME", help=", ".join(map(_describe, SHAPES)))
+    parser.add_argument("--quick", action="store_true", help=f"shapes {', '.join(QUICK_SHAPES)}, fewer rounds and peers; two minutes on two cores")
+    parser.add_argument("--seconds", type=float, metavar="S", help="time spent on each provider (default 1, with --quick 0.3; on cuda 0.3 of that)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+
+
+def _describe(shape: Shape) -> str:
+    return f"{shape.name} = {shape.size}".replace(" ", "")
+
+
+def _asked(name: str, words: list[str] | None) -> bool:
+    """A word that is an op's name means that op, any other means all ops that contain it."""
+    exact = {op.name for op in OPS}
+    return not words or any(word == name or word not in exact and word in name for word in words)
+
+
+def choose_items(arguments: argparse.Namespace, device: str) -> list[Item]:
+    chosen_shapes = arguments.shape or (QUICK_SHAPES if arguments.quick else [shape.name for shape in SHAPES])
+    items = []
+    for shape in (shape for shape in SHAPES if shape.name in chosen_shapes):
+        for op in OPS:
+            if not _asked(op.name, arguments.op):
+                continue
+            brief = shape.sweep or device == "cpu" and (shape.large or arguments.quick and shape.scores > 2e6)
+            if brief and not arguments.op and op.name not in providers.MAIN_OPS:
+                continue
+            order = providers.names(op, shape, device, arguments.quick)
+            visits = [order if repeat % 2 == 0 else order[::-1] for repeat in range(REPEATS)]
+            visited_once = SLOW_PEERS if arguments.quick else ()
+            items += [Item(op, shape, n, provider) for n, row in enumerate(visits) for provider in row if n == 0 or provider not in visited_once]
+    if not items:
+        raise ValueError(f"--op: expected part of an op's name, got {' '.join(arguments.op)}")
+    return items
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import pytest
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected one that is here, got cuda without a GPU")
+    dtype = arguments.dtype or ("bf16" if device == "cuda" else "fp32")
+    seconds = arguments.seconds or (0.3 if arguments.quick else 1.0) * (0.3 if device == "cuda" else 1.0)
+    if device == "cuda":
+        timing.use_cuda()
+    plan = Plan(choose_items(arguments, device), dtype, device, seconds, not arguments.no_memory, arguments.json)
+    with torch.no_grad():
+        code = pytest.main(_pytest_arguments(), plugins=[_Named(plan)])
+    print(table(plan.rows))
+    for line in itertools.chain(plan.notes, (f"check failed: {where}" for where in plan.failed)):
+        print(line)
+    return 1 if plan.failed or code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) else 0
+
+
+class _Named:
+    """Registers the plan under the name by which the collected file asks for it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def pytest_configure(self, config: Any) -> None:
+        config.pluginmanager.register(self._plan, "qalign-speed")
+
+
+def _pytest_arguments() -> list[str]:
+    return [
+        str(Path(__file__).with_name("bench_ops.py")),
+        "--override-ini=addopts=",
+        "--override-ini=python_functions=bench_*",
+        "-qq",
+        "--no-header",
+        "--no-summary",
+        "--show-capture=no",
+        "--capture=no",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-only",
+        "--benchmark-quiet",
+        "--benchmark-timer=benchmarks.timing.stamp",
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = ("op", "shape", "dtype", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "peak MiB", "x SDPA", "U/N")
+    keys = ("op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "ratio_to_sdpa", "unique_fraction")
+    return text_table.aligned(head, [["-" if row[key] is None else row[key] for key in keys] for row in rows])

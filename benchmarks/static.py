@@ -1,0 +1,316 @@
+"""The static gate: compile every kernel as it would be launched, on any machine, and hold what came out against budgets."""
+
+import argparse
+import fnmatch
+import importlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine_code, progress, text_table
+from .machine_code import Loop, MachineCode
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_86": ("cuda", 86, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HEAD_DIMS = (32, 40, 64, 80, 96, 128, 160)
+TOKENS = (4096, 1000)  # the second is ragged: no tile divides it
+QUICK = {"sm_90": 64, "sm_80": 64, "gfx942": 40}
+EVERY_CASE_TARGET = "sm_90"
+
+
+@dataclass
+class Job:
+    """One distinct compilation, and the cases that launch it."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    target: str
+    dtype: str
+    head_dim: int
+    cases: list[str] = field(default_factory=list)
+
+    def key(self) -> str:
+        name = (self.kernel.fn.__module__, self.kernel.fn.__qualname__)
+        return repr((name, self.signature, self.constexprs, self.attributes, self.options["num_warps"], self.options["num_stages"], self.target))
+
+    def named_constexprs(self) -> dict[str, Any]:
+        return {self.kernel.arg_names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
+
+
+@dataclass
+class Row:
+    """What a compilation gave. `lane_instructions` is per score element of the hot loop; None where a kernel has no score loop."""
+
+    cases: list[str]
+    kernel: str
+    target: str
+    dtype: str
+    head_dim: int
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_kib: float = 0.0
+    matrix: str = "-"
+    seconds: float = 0.0
+    lane_instructions: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", nargs="+", choices=TARGETS, metavar="ARCH", help=f"architectures (default all: {' '.join(TARGETS)})")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="bf16, fp16 or both (default)")
+    dims = " ".join(map(str, HEAD_DIMS))
+    parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, metavar="D", help=f"head dims (default {dims})")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="cases whose name contains one of these words")
+    parser.add_argument("--quick", action="store_true", help="bf16: every case on sm_90 at d = 64, the core cases on sm_80 at 64 and gfx942 at 40")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="compile in N processes (default: one per core)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--budgets", type=Path, default=BUDGETS, metavar="FILE", help="limits to hold (default benchmarks/budgets.json)")
+    parser.add_argument("--cases", default="benchmarks.cases", metavar="MODULE", help="the module whose CASES are driven (default benchmarks.cases)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"):
+        raise ValueError("TRITON_INTERPRET: expected unset, because interpreted kernels cannot be compiled, got it set")
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    budgets = json.loads(arguments.budgets.read_text())
+    cases = [case for case in importlib.import_module(arguments.cases).CASES if _named(case.name, arguments.op)]
+    if not cases:
+        raise ValueError(f"--op: expected part of a case name, got {' '.join(arguments.op)}")
+    jobs, rows = record(cases, list(_scope(arguments)), arguments.quick)
+    rows += compile_all(jobs, budgets, arguments.jobs)
+    rows.sort(key=lambda row: (row.cases, row.kernel, row.target, row.dtype, row.head_dim))
+    unmatched = hold_instruction_budgets(rows, budgets)
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1, default=str) + "\n")
+    broken = [f"{row.target} {row.dtype} d={row.head_dim} {row.cases[0]} ({row.kernel}): {problem}" for row in rows for problem in row.problems]
+    broken += unmatched
+    print(f"\n{len(rows)} compilations, {len(broken)} budgets broken")
+    for line in broken:
+        print(f"  {line}")
+    return 1 if broken else 0
+
+
+def _named(name: str, words: list[str] | None) -> bool:
+    return not words or any(word in name for word in words)
+
+
+def _scope(arguments: argparse.Namespace) -> Iterable[tuple[str, str, int]]:
+    """The (target, dtype, head dim) combinations asked for."""
+    for target in arguments.target or (QUICK if arguments.quick else TARGETS):
+        for dtype in arguments.dtype or (("bf16",) if arguments.quick else DTYPES):
+            for head_dim in arguments.head_dim or ((QUICK.get(target, 64),) if arguments.quick else HEAD_DIMS):
+                yield target, dtype, head_dim
+
+
+def record(cases: list, scope: list[tuple[str, str, int]], quick: bool) -> tuple[list[Job], list[Row]]:
+    """Every distinct compilation behind the cases' launches, and a broken row for each case that did not launch.
+
+    Core cases are also taken with a ragged number of tokens; `quick` takes no ragged ones, and core cases only off sm_90.
+    """
+    from qalign_kernels._triton._launch import recording
+
+    jobs: dict[str, Job] = {}
+    broken = []
+    for target, dtype, head_dim in scope:
+        for case in cases:
+            if quick and not case.core and target != EVERY_CASE_TARGET:
+                continue
+            for count in TOKENS if case.core and not quick else TOKENS[:1]:
+                try:
+                    with recording(target) as launches:
+                        case.run(head_dim, DTYPES[dtype], count)
+                except Exception as error:  # whatever a launcher raises is a finding
+                    problem = f"does not launch on meta tensors: {type(error).__name__}: {error}".splitlines()[0]
+                    broken.append(Row([case.name], "-", target, dtype, head_dim, {}, 0, 0, problems=[problem]))
+                    break
+                for launch in launches:
+                    job = specialise(launch, target, dtype, head_dim)
+                    found = jobs.setdefault(job.key(), job)
+                    if case.name not in found.cases:
+                        found.cases.append(case.name)
+    return list(jobs.values()), broken
+
+
+def specialise(launch: Any, target: str, dtype: str, head_dim: int) -> Job:
+    """The compilation that Triton's own launcher would ask for: signature, constants and alignments of the recorded arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget(*TARGETS[target]))
+    kernel = launch.kernel
+    bound, specialisation, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(**launch.arguments)
+    choices = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options, signature, constexprs, attributes = kernel._pack_args(backend, choices, bound, specialisation, {})
+    return Job(kernel, signature, constexprs, attributes, dict(options.__dict__), target, dtype, head_dim)
+
+
+_jobs: list[Job] = []
+
+
+def compile_all(jobs: list[Job], budgets: dict, processes: int) -> list[Row]:
+    """Compile over forked processes, which inherit the jobs; progress goes to stderr."""
+    global _jobs
+    _jobs = jobs
+    rows: list[Row] = []
+    with ProcessPoolExecutor(max(1, min(processes, len(jobs) or 1)), mp_context=get_context("fork")) as pool:
+        futures = {pool.submit(_compile, position): job for position, job in enumerate(jobs)}
+        for future in as_completed(futures):
+            job = futures[future]
+            try:
+                row = future.result()
+            except BrokenProcessPool:
+                row = _row(job)
+                row.problems.append("the compiler ended its process")
+            hold_limits(row, budgets)
+            rows.append(row)
+            progress.show(len(rows), len(jobs), f"{row.target} {row.dtype} d={row.head_dim} {row.kernel} {row.cases[0]}, {row.seconds:.1f} s")
+    return rows
+
+
+def _row(job: Job) -> Row:
+    options = job.options
+    return Row(
+        job.cases, job.kernel.fn.__name__, job.target, job.dtype, job.head_dim, job.named_constexprs(), options["num_warps"], options["num_stages"]
+    )
+
+
+def _compile(position: int) -> Row:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    job = _jobs[position]
+    row = _row(job)
+    start = time.perf_counter()
+    source = ASTSource(job.kernel, job.signature, job.constexprs, job.attributes)
+    try:
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[job.target]), options=job.options)
+    except Exception as error:  # whatever the compiler raises is a finding
+        row.problems.append(f"does not compile: {type(error).__name__}: {error}".splitlines()[0])
+        return row
+    row.seconds = round(time.perf_counter() - start, 2)
+    code = read(compiled)
+    row.registers, row.spill_bytes, row.shared_kib = code.registers, code.spill_bytes, code.shared_bytes / 1024
+    row.matrix = machine_code.matrix_family(code.matrix())
+    if row.matrix == "-" and "tt.dot " in compiled.asm["ttir"]:
+        row.matrix = "none"
+    loop, num_warps = code.hot_loop(), compiled.metadata.num_warps
+    if loop and "BLOCK_M" in row.constexprs and "BLOCK_N" in row.constexprs:
+        block_m, block_n = row.constexprs["BLOCK_M"], row.constexprs["BLOCK_N"]
+        scores = block_m * block_n * tiles_per_pass(compiled.asm["ttgir"], loop, block_n, num_warps)
+        row.lane_instructions = round(loop.instructions * code.lanes * num_warps / scores, 2)
+    return row
+
+
+def read(compiled: Any) -> MachineCode:
+    from triton import knobs
+
+    if "amdgcn" in compiled.asm:
+        return machine_code.read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
+    return machine_code.read_cubin(compiled.asm["cubin"], knobs.nvidia.cuobjdump.path, compiled.metadata.shared)
+
+
+_FOR = re.compile(r"^(\s*)(?:%\S+ = )?scf\.for .* step %c(\d+)\w*")
+_DOT = re.compile(r"(?:tt\.dot|warp_group_dot|tc_gen5_mma) .* : (?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x.*?[*,] (?:tensor|!ttg\.memdesc)<\d+x(\d+)x")
+
+
+def tiles_per_pass(ttgir: str, loop: Loop, block_n: int, num_warps: int) -> int:
+    """How many score tiles one pass of the machine loop covers: unrolling in Triton (its step) times unrolling below it (multiply-adds)."""
+    loops: list[tuple[int, int]] = []  # multiply-adds, step
+    open_loops: list[list[int]] = []  # indent, step, multiply-adds
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if match := _FOR.match(line):
+            open_loops.append([len(match.group(1)), int(match.group(2)), 0])
+        elif open_loops and line.strip().startswith("}") and indent == open_loops[-1][0]:
+            _, step, work = open_loops.pop()
+            loops.append((work, step))
+        elif open_loops and (match := _DOT.search(line)):
+            m, k, n = map(int, match.groups())
+            open_loops[-1][2] += m * k * n
+    work, step = max(loops, default=(0, block_n))
+    unrolled = step // block_n if step % block_n == 0 else 1
+    done = [machine_code.multiply_adds(name, num_warps) for name in loop.matrix]
+    below = round(sum(x for x in done if x) / work) if work and None not in done else 1
+    return unrolled * max(1, below)
+
+
+def hold_limits(row: Row, budgets: dict) -> None:
+    """Add what breaks the limits that every kernel has: spills, shared memory, matrix instructions."""
+    if row.spill_bytes > budgets["spill_bytes"]:
+        row.problems.append(f"spills {row.spill_bytes} bytes, at most {budgets['spill_bytes']} allowed")
+    limit = budgets["shared_memory_kib"][row.target]
+    if row.shared_kib > limit:
+        row.problems.append(f"wants {row.shared_kib:.0f} KiB of shared memory, a block has {limit}")
+    expected = budgets["matrix_instruction"][row.target]
+    if row.matrix != "-" and not fnmatch.fnmatch(row.matrix, expected):
+        row.problems.append(f"multiplies matrices by {row.matrix}, expected {expected}")
+
+
+_PLACE = ("target", "dtype", "head_dim")
+
+
+def hold_instruction_budgets(rows: list[Row], budgets: dict) -> list[str]:
+    """Add what breaks a budget of lane-instructions; returns the budgets that found nothing although their case was compiled."""
+    import triton
+
+    unmatched = []
+    for budget in budgets["lane_instructions"]:
+        if not triton.__version__.startswith(budget.get("triton", "")):
+            continue
+        scope = [row for row in rows if budget["case"] in row.cases and all(getattr(row, name) == budget[name] for name in _PLACE)]
+        held = [row for row in scope if _fits(row, budget)]
+        for row in held:
+            if row.lane_instructions is not None and row.lane_instructions > budget["limit"]:
+                row.problems.append(f"{row.lane_instructions} lane-instructions per score, at most {budget['limit']} allowed for {budget['case']}")
+        if scope and all(row.lane_instructions is None for row in held):
+            unmatched.append(f"budget for {budget['case']} on {budget['target']} matches no score loop")
+    return unmatched
+
+
+def _fits(row: Row, budget: dict) -> bool:
+    wanted = budget.get("constexprs", {})
+    return fnmatch.fnmatch(row.kernel, budget.get("kernel", "*")) and all(row.constexprs.get(name) == value for name, value in wanted.items())
+
+
+def table(rows: list[Row]) -> str:
+    head = ("case", "kernel", "flags", "target", "dtype", "d", "tile", "warps", "stages", "regs", "spills", "KiB", "matrix", "/score", "")
+    lines = []
+    for row in rows:
+        tile = "x".join(str(row.constexprs[name]) for name in ("BLOCK_M", "BLOCK_N") if name in row.constexprs)
+        more = f" (+{len(row.cases) - 1})" if len(row.cases) > 1 else ""
+        per_score = "-" if row.lane_instructions is None else f"{row.lane_instructions:.2f}"
+        flags = ",".join(name.lower() for name, value in row.constexprs.items() if value is True)
+        cells = (
+            row.cases[0] + more, row.kernel, flags, row.target, row.dtype, row.head_dim, tile or "-", row.num_warps, row.num_stages, row.registers,
+            row.spill_bytes, f"{row.shared_kib:.1f}", row.matrix, per_score, "BROKEN" if row.problems else "ok",
+        )  # fmt: skip
+        lines.append(cells)
+    return text_table.aligned(head, lines)

@@ -1,0 +1,164 @@
+"""The benchmarks: their inputs and peers, the refusal to show an unchecked figure, memory, rows and reports."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import memory, report, shapes, speed
+from benchmarks.ops import OPS
+from benchmarks.shapes import Shape, make_inputs
+from qalign_kernels import similarity_argmax
+
+ROOT = Path(__file__).parents[1]
+SMALL = Shape("small", 2, 4, 300, 40)
+COLUMNS = [
+    "device", "torch", "triton", "op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "ratio_to_sdpa",
+    "unique_fraction", "commit",
+]  # fmt: skip
+
+
+def _speed(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
+    program = f"import sys; from benchmarks.__main__ import main\n{code}\nsys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, "speed", "--device", "cpu", "--shape", "sd15-mid", "--seconds", "0.02", "--no-memory", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("correlated", "fraction", "within"), [(True, 0.55, 0.01), (False, 0.632, 0.05)])
+def test_inputs_match_the_promised_fraction_of_tokens(correlated, fraction, within):
+    inputs = make_inputs(Shape("", 2, 8, 1024, 40), correlated, torch.float32, "cpu")
+    index = similarity_argmax(inputs.query, inputs.ref_query, backend="tiled").index
+    assert abs(shapes.unique_fraction(index) - fraction) < within
+    assert abs(shapes.unique_fraction(inputs.match_map) - fraction) < within
+    assert torch.equal(inputs.counts.sum(-1), torch.full((2, 1), 1024))
+
+
+def test_inputs_are_the_same_for_a_seed():
+    first, again, other = (make_inputs(SMALL, True, torch.float32, "cpu", seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(first.query, other.query)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_checks_take_what_is_right_from_everyone(op):
+    inputs = make_inputs(SMALL, op.correlated, torch.float32, "cpu")
+    assert op.check(inputs, op.run(inputs, "tiled"), "tiled")
+    peer = op.eager(inputs)
+    assert op.check(inputs, peer, "reference")
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_checks_see_one_wrong_row(op):
+    inputs = make_inputs(SMALL, op.correlated, torch.float32, "cpu")
+    result = op.run(inputs, "tiled")
+    parts = result if isinstance(result, tuple) else (result,)
+    parts[0].select(-2 if parts[0].is_floating_point() else 2, -1).add_(1)
+    assert not op.check(inputs, result, "tiled")
+
+
+def test_rows_have_their_columns(tmp_path):
+    done = _speed("--op", "match_counts", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["provider"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert set(rows) == {"tiled", "sdpa", "eager", "reference"}
+    for row in rows.values():
+        assert list(row) == COLUMNS
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["shape"] == [2, 8, 256, 160] and row["dtype"] == "fp32"
+    assert rows["sdpa"]["ratio_to_sdpa"] == 1.0
+    assert 0.55 < rows["tiled"]["unique_fraction"] < 0.7
+
+
+def test_no_figure_for_a_failed_check(tmp_path):
+    sabotage = (
+        "from benchmarks import ops, speed\n"
+        "ops.OPS[:] = [op._replace(run=lambda x, backend: x.counts + 1) if op.name == 'match_counts' else op for op in ops.OPS]"
+    )
+    done = _speed("--op", "match_counts", "--json", str(tmp_path / "rows.json"), code=sabotage)
+    assert done.returncode == 1
+    assert "check failed: match_counts [2, 8, 256, 160] tiled" in done.stdout
+    assert "tiled" not in {row["provider"] for row in json.loads((tmp_path / "rows.json").read_text())}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"), [(("--op", "nonsense"), "--op: expected part of an op's name"), (("--device", "cuda"), "--device: expected one")]
+)
+def test_bad_arguments_give_one_line(arguments, complaint):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = _speed(*arguments)
+    assert done.returncode == 2
+    assert complaint in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_percentiles():
+    assert speed.percentiles([float(x) for x in range(11)]) == (2.0, 5.0, 8.0)
+    assert speed.percentiles([3.0]) == (3.0, 3.0, 3.0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process restarts on Linux only")
+def test_memory_sees_the_scores_that_eager_holds():
+    shape = (*Shape("", 1, 8, 1024, 40),)
+    scores_mib = 8 * 1024 * 1024 * 4 / memory.MIB
+    eager, tiled = (memory.cpu_peak_mib(provider, "attention", shape, torch.float32, 1) for provider in ("eager", "tiled"))
+    assert scores_mib < eager < 4 * scores_mib
+    assert 0 < tiled < scores_mib
+
+
+def _row(provider: str, tokens: int, p50_ms: float, **more) -> dict:
+    row = dict.fromkeys(COLUMNS) | {"device": "Toy GPU", "torch": "2", "triton": "3", "op": "qalign_attention", "dtype": "bf16", "commit": "abc"}
+    times = {"p20_ms": p50_ms, "p50_ms": p50_ms, "p80_ms": p50_ms, "ratio_to_sdpa": p50_ms / 2, "peak_mib": p50_ms * 3}
+    return row | {"shape": [1, 8, tokens, 40], "provider": provider} | times | more
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    rows = [_row(provider, tokens, scale * tokens / 1024) for provider, scale in (("tiled", 1.5), ("eager", 4.25)) for tokens in (1024, 4096)]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def _report(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    return report.run(parser.parse_args([str(x) for x in arguments]))
+
+
+def test_report_writes_tables_and_a_plot(results, tmp_path):
+    assert _report(results, "--out", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## Toy GPU, bf16, PyTorch 2, Triton 3, commit abc" in text
+    assert "| qalign_attention | [1, 8, 4096, 40] | eager |" in text
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_section_is_replaced_and_nothing_else(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert _report(results, "--readme", readme) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
+    assert "| qalign_attention | [1, 8, 1024, 40] | tiled | 1.5 | 0.75 | 4.25 | - | 4.5 | 12.8 | - | - |" in text
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]"])
+def test_report_names_a_bad_file(tmp_path, content):
+    file = tmp_path / "bad.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"^{file}: expected"):
+        _report(file)
+
+
+def test_readme_without_markers_is_left_alone(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing to replace\n")
+    with pytest.raises(ValueError, match="expected the markers"):
+        _report(results, "--readme", readme)
+    assert readme.read_text() == "nothing to replace\n"
