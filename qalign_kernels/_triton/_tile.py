@@ -1,0 +1,43 @@
+"""Device helpers that several kernels share.
+
+A head dim is MAIN + TAIL channels (`split_head_dim`), of which D exist. A pitch is the distance of two tokens in bytes: one multiply-add makes
+an address of it.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def advance(pointer, pitch):
+    """The pointer moved by int64 bytes, of one scalar or of one per row."""
+    return (pointer.to(tl.pointer_type(tl.int8), bitcast=True) + pitch).to(pointer.dtype, bitcast=True)
+
+
+@triton.jit
+def load_rows(pointer, rows, present, pitch, stride_d, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, WIDTH]: channels FIRST .. FIRST + WIDTH of the int64 `rows`; zeros beyond D and, where MASKED, for rows that are not `present`."""
+    channels = FIRST + tl.arange(0, WIDTH)
+    pointers = advance(pointer, rows * pitch)[:, None] + channels[None, :].to(tl.int64) * stride_d
+    if FIRST + WIDTH > D:
+        if MASKED:
+            return tl.load(pointers, mask=present[:, None] & (channels < D)[None, :], other=0.0)
+        else:
+            return tl.load(pointers, mask=(channels < D)[None, :], other=0.0)
+    else:
+        if MASKED:
+            return tl.load(pointers, mask=present[:, None], other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def split_scores(
+    query_main, query_tail, key_ptr, rows, present, pitch, stride_d, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """fp32 [BLOCK_M, BLOCK_N]: the query tile against the keys in `rows`, over both parts of the head dim."""
+    scores = tl.dot(query_main, load_rows(key_ptr, rows, present, pitch, stride_d, D, 0, MAIN, MASKED).T, input_precision="ieee")
+    if TAIL > 0:
+        tail = load_rows(key_ptr, rows, present, pitch, stride_d, D, MAIN, TAIL, MASKED)
+        scores = tl.dot(query_tail, tail.T, scores, input_precision="ieee")
+    return scores

@@ -1,0 +1,403 @@
+"""attention on Triton, forward. B batch rows, H heads, N_Q queries, N_K keys of a segment, D and D_V channels."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._configs import attention_tile, split_head_dim
+from ._launch import launch, target_of
+from ._tile import advance, load_rows, split_scores
+from .rearrange import compact
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+WEIGH_BLOCK = 2048
+_QUERY_STRIDES = ("query_stride_b", "query_stride_h", "query_pitch", "query_stride_d")
+_GUIDE_QUERY_STRIDES = ("guide_query_stride_b", "guide_query_stride_h", "guide_query_pitch", "guide_query_stride_d")
+_QUERY_LABEL_STRIDES = ("query_labels_stride_b", "query_labels_stride_n")
+
+
+class SegmentArguments(NamedTuple):
+    """What the kernel reads of one segment; None where the segment has none. A pitch is a stride in bytes.
+
+    A segment with counts is read through `order`, its keys with a count above zero, which are `unique` many and weigh `weights`.
+    """
+
+    key_ptr: Tensor
+    key_stride_b: int
+    key_stride_h: int
+    key_pitch: int
+    key_stride_d: int
+    value_ptr: Tensor | None
+    value_stride_b: int
+    value_stride_h: int
+    value_pitch: int
+    value_stride_d: int
+    guide_ptr: Tensor | None
+    guide_stride_b: int
+    guide_stride_h: int
+    guide_pitch: int
+    guide_stride_d: int
+    N_K: int
+    scale: float
+    shift: float
+    rows_ptr: Tensor | None
+    rows_stride: int
+    labels_ptr: Tensor | None
+    labels_stride_b: int
+    labels_stride_n: int
+    order_ptr: Tensor | None
+    weights_ptr: Tensor | None
+    unique_ptr: Tensor | None
+    headroom_ptr: Tensor | None
+    total_ptr: Tensor | None
+    maps: int
+
+
+def attention(query, segments, *, scale, contrast, query_labels, guide, need_lse) -> tuple[Tensor, Tensor | None]:
+    arguments = [
+        segment_arguments(
+            s.key, s.value, s.logit_scale * scale, s.logit_shift, s.counts, s.labels, s.batch_index, None if guide is None else guide.key
+        )
+        for s in segments
+    ]  # fmt: skip
+    output = torch.empty((*query.shape[:3], segments[0].value.shape[3]), device=query.device, dtype=query.dtype)
+    lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32) if need_lse else None
+    known = None if contrast == 1.0 else log2_sum_exp(query, arguments, query_labels, guide)
+    launch_attention(query, arguments, output=output, lse=lse, query_labels=query_labels, guide=guide, contrast=contrast, known=known)
+    return output, lse
+
+
+def log2_sum_exp(query: Tensor, segments: Sequence[SegmentArguments], query_labels: Tensor | None = None, guide: Any = None) -> Tensor:
+    """log2 of the sum of the exponentials of the logits, fp32 [B, H, N_Q]; no values are read."""
+    lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
+    launch_attention(query, segments, output=None, lse=lse, lse_unit=1.0, query_labels=query_labels, guide=guide)
+    return lse
+
+
+def segment_arguments(
+    key: Tensor,
+    value: Tensor | None,
+    scale: float,
+    shift: float = 0.0,
+    counts: Tensor | None = None,
+    labels: Tensor | None = None,
+    batch_index: Tensor | None = None,
+    guide_key: Tensor | None = None,
+) -> SegmentArguments:
+    """One segment as the kernel takes it, its counts compacted."""
+    order = weights = unique = headroom = total = None
+    if counts is not None:
+        order, unique = compact(counts)
+        weights, headroom, total = _weigh(counts, order, unique)
+    return SegmentArguments(
+        key, *strides(key), value, *strides(value), guide_key, *strides(guide_key), key.shape[2], scale * LOG2_E, shift * LOG2_E,
+        batch_index, 0 if batch_index is None else batch_index.stride(0), labels, *_label_strides(labels), order, weights, unique, headroom, total,
+        0 if counts is None else counts.shape[1],
+    )  # fmt: skip
+
+
+def strides(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    """Strides of batch and head, the pitch of the tokens, the stride of the channels."""
+    if tensor is None:
+        return 0, 0, 0, 0
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2) * tensor.element_size(), tensor.stride(3)
+
+
+def _label_strides(labels: Tensor | None) -> tuple[int, int]:
+    if labels is None:
+        return 0, 0
+    return labels.stride(0) if labels.shape[0] > 1 else 0, labels.stride(1)
+
+
+def _weigh(counts: Tensor, order: Tensor, unique: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32: the counts in compacted order [B, G, N_K]; log2 of what the largest exceeds 2^15 by [B, G], for fp16; their sum [B, G]."""
+    batch, maps, tokens = counts.shape
+    weights = torch.empty((batch, maps, tokens), device=counts.device, dtype=torch.float32)
+    headroom, total = (torch.empty((batch, maps), device=counts.device, dtype=torch.float32) for _ in range(2))
+    launch(
+        weigh_kernel, (batch * maps,), num_warps=8, num_stages=1, counts_ptr=counts, order_ptr=order, unique_ptr=unique, weights_ptr=weights,
+        headroom_ptr=headroom, total_ptr=total, counts_stride_b=counts.stride(0), counts_stride_g=counts.stride(1),
+        counts_stride_n=counts.stride(2), G=maps, N_K=tokens, BLOCK=WEIGH_BLOCK,
+    )  # fmt: skip
+    return weights, headroom, total
+
+
+def launch_attention(
+    query: Tensor,
+    segments: Sequence[SegmentArguments],
+    *,
+    output: Tensor | None,
+    lse: Tensor | None,
+    lse_unit: float = LN_2,
+    query_labels: Tensor | None = None,
+    guide: Any = None,
+    contrast: float = 1.0,
+    known: Tensor | None = None,
+    exact_weights: bool = False,
+) -> None:
+    """One launch: softmax attention, or contrasted where the log2-sum-exp is `known`, or without `output` the log-sum-exp only.
+
+    `lse` is written in `lse_unit`: ln 2 for natural logarithms, 1 for base 2.
+    """
+    (batch, heads, tokens, dim), value_dim = query.shape, 16 if output is None else output.shape[3]
+    mode = _tile_mode(segments, output, guide, known, exact_weights)
+    tile = attention_tile(target_of(query.device), mode, max(dim, value_dim), query.element_size())
+    main, tail = split_head_dim(dim)
+    value_main, value_tail = split_head_dim(value_dim)
+    signed = segments
+    if guide is None:  # a negative scale moves into the query; 0 becomes tiny, because -inf times it must stay -inf
+        segments = [s._replace(scale=max(abs(s.scale), 1e-37)) for s in segments]
+    launch(
+        attention_kernel, (triton.cdiv(tokens, tile.block_m) * batch * heads,), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        query_ptr=query, guide_query_ptr=None if guide is None else guide.query, query_labels_ptr=query_labels, output_ptr=output, lse_ptr=lse,
+        known_ptr=known, segments=tuple(segments), **dict(zip(_QUERY_STRIDES, strides(query))),
+        **dict(zip(_GUIDE_QUERY_STRIDES, strides(None if guide is None else guide.query))),
+        **dict(zip(_QUERY_LABEL_STRIDES, _label_strides(query_labels))), H=heads, N_Q=tokens, lse_unit=lse_unit, contrast=contrast,
+        strength=0.0 if guide is None else guide.strength * LOG2_E, SEGMENTS=len(segments),
+        NEGATIVE=tuple(guide is None and s.scale < 0 for s in signed),
+        RAGGED=tuple(s.order_ptr is not None or s.N_K % tile.block_n != 0 for s in segments),
+        PITCHES=sum(((0, 0, 0) if s.order_ptr is None else (s.key_pitch, s.value_pitch, s.guide_pitch) for s in segments), ()),
+        HAS_VALUES=output is not None, KNOWN_LSE=known is not None, EXACT_WEIGHTS=exact_weights, D=dim, D_MAIN=main, D_TAIL=tail, D_V=value_dim,
+        V_MAIN=value_main, V_TAIL=value_tail, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+    )  # fmt: skip
+
+
+def _tile_mode(segments: Sequence[SegmentArguments], output: Tensor | None, guide: Any, known: Tensor | None, exact_weights: bool) -> str:
+    if guide is not None or exact_weights:
+        return "guided" if guide is not None else "exact"
+    if output is None:
+        return "lse"
+    counted = any(s.order_ptr is not None for s in segments)
+    busy = any(s.labels_ptr is not None for s in segments) or (counted and len(segments) > 1)
+    return ("busy " if busy else "") + ("softmax" if known is None else "contrast")
+
+
+@triton.jit
+def weigh_kernel(
+    counts_ptr, order_ptr, unique_ptr, weights_ptr, headroom_ptr, total_ptr, counts_stride_b, counts_stride_g, counts_stride_n, G, N_K,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    counts_ptr += (row // G) * counts_stride_b + (row % G) * counts_stride_g
+    unique = tl.load(unique_ptr + row)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, unique, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        tokens = tl.load(order_ptr + row * N_K + slots, mask=slots < unique, other=0).to(tl.int64)
+        weights = tl.load(counts_ptr + tokens * counts_stride_n, mask=slots < unique, other=0).to(tl.float32)
+        tl.store(weights_ptr + row * N_K + slots, weights, mask=slots < unique)
+        largest = tl.maximum(largest, weights)
+        total += weights
+    tl.store(headroom_ptr + row, tl.math.log2(tl.maximum(tl.max(largest, 0) / 32768.0, 1.0)))
+    tl.store(total_ptr + row, tl.sum(total, 0))
+
+
+@triton.jit
+def _load(pointers, present, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointers, mask=present, other=0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _attend_tile(
+    state, start, limit, query, segment, pointers, headroom, known, floor, contrast, strength, KEY_PITCH: tl.constexpr, VALUE_PITCH: tl.constexpr,
+    GUIDE_PITCH: tl.constexpr, MASKED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr,
+    D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One query tile meets the keys start .. start + BLOCK_N of a segment; MASKED where some of them are beyond `limit`."""
+    running_max, row_sum, acc_main, acc_tail = state
+    query_main, query_tail, guide_main, guide_tail, query_labels = query
+    key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr = pointers
+    columns = start + tl.arange(0, BLOCK_N)
+    present = columns < limit
+    if segment.order_ptr is None:
+        # the offsets inside a tile stay as they are from tile to tile, only the base moves
+        rows = tl.arange(0, BLOCK_N).to(tl.int64)
+        key_pitch, value_pitch, guide_pitch = segment.key_pitch, segment.value_pitch, segment.guide_pitch
+        first = tl.cast(start, tl.int64)
+        key_ptr = advance(key_ptr, first * key_pitch)
+        value_ptr = advance(value_ptr, first * value_pitch)
+        guide_ptr = advance(guide_ptr, first * guide_pitch)
+        labels_ptr += first * segment.labels_stride_n
+    else:
+        # a pitch known to the compiler makes an address one multiply-add
+        key_pitch, value_pitch, guide_pitch = KEY_PITCH, VALUE_PITCH, GUIDE_PITCH
+        rows = _load(order_ptr + columns, present, MASKED).to(tl.int64)
+
+    scores = split_scores(query_main, query_tail, key_ptr, rows, present, key_pitch, segment.key_stride_d, D, D_MAIN, D_TAIL, MASKED)
+    factor = segment.scale
+    if segment.guide_ptr is not None:
+        guided = split_scores(guide_main, guide_tail, guide_ptr, rows, present, guide_pitch, segment.guide_stride_d, D, D_MAIN, D_TAIL, MASKED)
+        scores = tl.fma(scores, segment.scale, guided * strength)
+        factor = 1.0
+    if segment.labels_ptr is not None:
+        key_labels = _load(labels_ptr + rows * segment.labels_stride_n, present, MASKED)
+        seen = (query_labels[:, None] & key_labels[None, :]) != 0
+        scores = tl.where(seen, scores, float("-inf"))
+    elif MASKED:
+        seen = present[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+
+    if KNOWN_LSE:
+        weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - known)[:, None]))
+        weights = tl.clamp(tl.fma(weights, contrast, floor), 0.0, 1.0)
+        if MASKED or segment.labels_ptr is not None:
+            weights = tl.where(seen, weights, 0.0)
+    else:
+        new_max = tl.maximum(running_max, tl.max(scores, 1) * factor + (segment.shift + headroom))
+        stabiliser = new_max
+        if MASKED or segment.labels_ptr is not None:
+            stabiliser = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - stabiliser)[:, None]))
+        rescale = tl.math.exp2(running_max - stabiliser)
+        running_max = new_max
+    if segment.order_ptr is not None:
+        weights *= _load(weights_ptr + columns, present, MASKED)[None, :]
+
+    if not KNOWN_LSE:
+        row_sum = tl.fma(row_sum, rescale, tl.sum(weights, 1))
+        if HAS_VALUES:
+            acc_main *= rescale[:, None]
+            if V_TAIL > 0:
+                acc_tail *= rescale[:, None]
+    if HAS_VALUES:
+        value = load_rows(value_ptr, rows, present, value_pitch, segment.value_stride_d, D_V, 0, V_MAIN, MASKED)
+        if EXACT_WEIGHTS:  # three bfloat16 parts hold the 24 bits; V_TAIL is 0
+            for _ in tl.static_range(3):
+                part = weights.to(value.dtype)
+                acc_main = tl.dot(part, value, acc_main)
+                weights -= part.to(tl.float32)
+        else:
+            rounded = weights.to(value.dtype)
+            acc_main = tl.dot(rounded, value, acc_main, input_precision="ieee")
+            if V_TAIL > 0:
+                tail = load_rows(value_ptr, rows, present, value_pitch, segment.value_stride_d, D_V, V_MAIN, V_TAIL, MASKED)
+                acc_tail = tl.dot(rounded, tail, acc_tail, input_precision="ieee")
+    return running_max, row_sum, acc_main, acc_tail
+
+
+@triton.jit
+def _load_queries(
+    pointer, batch, head, queries, inside, stride_b, stride_h, pitch, stride_d, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
+):
+    """Both parts of a query tile; the main part again where there is no tail."""
+    pointer += batch * stride_b + head * stride_h
+    main = load_rows(pointer, queries, inside, pitch, stride_d, D, 0, MAIN, True)
+    tail = main
+    if TAIL > 0:
+        tail = load_rows(pointer, queries, inside, pitch, stride_d, D, MAIN, TAIL, True)
+    return main, tail
+
+
+@triton.jit
+def _store_channels(output_ptrs, acc, inside, D_V: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    channels = FIRST + tl.arange(0, WIDTH)
+    mask = inside[:, None] & (channels < D_V)[None, :]
+    tl.store(output_ptrs[:, None] + channels[None, :], acc.to(output_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attention_kernel(
+    query_ptr, guide_query_ptr, query_labels_ptr, output_ptr, lse_ptr, known_ptr, segments, query_stride_b, query_stride_h, query_pitch,
+    query_stride_d, guide_query_stride_b, guide_query_stride_h, guide_query_pitch, guide_query_stride_d, query_labels_stride_b,
+    query_labels_stride_n, H, N_Q, lse_unit, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr, RAGGED: tl.constexpr,
+    PITCHES: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr,
+    D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(N_Q, BLOCK_M)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = row // H, row % H
+    queries = ((tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    inside = queries < N_Q
+    query_main, query_tail = _load_queries(
+        query_ptr, batch, head, queries, inside, query_stride_b, query_stride_h, query_pitch, query_stride_d, D, D_MAIN, D_TAIL
+    )  # fmt: skip
+    guide_main, guide_tail = query_main, query_tail
+    if guide_query_ptr is not None:
+        guide_main, guide_tail = _load_queries(
+            guide_query_ptr, batch, head, queries, inside, guide_query_stride_b, guide_query_stride_h, guide_query_pitch, guide_query_stride_d, D,
+            D_MAIN, D_TAIL,
+        )  # fmt: skip
+    query_labels = queries
+    if query_labels_ptr is not None:
+        query_labels = tl.load(query_labels_ptr + batch * query_labels_stride_b + queries * query_labels_stride_n, mask=inside, other=-1)
+
+    running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc_main = tl.zeros((BLOCK_M, V_MAIN), tl.float32)
+    acc_tail = tl.zeros((BLOCK_M, V_TAIL if V_TAIL > 0 else 1), tl.float32)
+    known = row_sum
+    floor = 0.0
+    if KNOWN_LSE:
+        lse = tl.load(known_ptr + row * N_Q + queries, mask=inside, other=0.0)
+        known = tl.where(lse == float("-inf"), float("inf"), lse)
+        total = 0.0
+        for s in tl.static_range(SEGMENTS):
+            if segments[s].order_ptr is None:
+                total += segments[s].N_K
+            else:
+                total += tl.load(segments[s].total_ptr + batch * segments[s].maps + head % segments[s].maps)
+        floor = (1.0 - contrast) / tl.maximum(total, 1.0)
+
+    for s in tl.static_range(SEGMENTS):
+        segment = segments[s]
+        key_row = batch
+        if segment.rows_ptr is not None:
+            key_row = tl.load(segment.rows_ptr + batch * segment.rows_stride).to(tl.int64)
+        key_ptr = segment.key_ptr + key_row * segment.key_stride_b + head * segment.key_stride_h
+        value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr = key_ptr, key_ptr, key_ptr, key_ptr, key_ptr
+        limit, headroom = segment.N_K, 0.0
+        if HAS_VALUES:
+            value_ptr = segment.value_ptr + key_row * segment.value_stride_b + head * segment.value_stride_h
+        if segment.guide_ptr is not None:
+            guide_ptr = segment.guide_ptr + key_row * segment.guide_stride_b + head * segment.guide_stride_h
+        if segment.labels_ptr is not None:
+            labels_ptr = segment.labels_ptr + batch * segment.labels_stride_b
+        if segment.order_ptr is not None:
+            counts_row = batch * segment.maps + head % segment.maps
+            order_ptr = segment.order_ptr + counts_row * segment.N_K
+            weights_ptr = segment.weights_ptr + counts_row * segment.N_K
+            headroom = tl.load(segment.headroom_ptr + counts_row)
+            limit = tl.load(segment.unique_ptr + counts_row)
+        pointers = (key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr)
+        query = (query_main, query_tail, guide_main, guide_tail, query_labels)
+        if NEGATIVE[s]:
+            query = (-query_main, -query_tail, guide_main, guide_tail, query_labels)
+        whole = limit // BLOCK_N * BLOCK_N
+        for start in tl.range(0, whole, BLOCK_N):
+            running_max, row_sum, acc_main, acc_tail = _attend_tile(
+                (running_max, row_sum, acc_main, acc_tail), start, limit, query, segment, pointers, headroom, known, floor, contrast, strength,
+                PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN,
+                V_TAIL, BLOCK_N,
+            )  # fmt: skip
+        if RAGGED[s]:
+            if whole < limit:
+                running_max, row_sum, acc_main, acc_tail = _attend_tile(
+                    (running_max, row_sum, acc_main, acc_tail), whole, limit, query, segment, pointers, headroom, known, floor, contrast, strength,
+                    PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], True, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V,
+                    V_MAIN, V_TAIL, BLOCK_N,
+                )  # fmt: skip
+
+    if KNOWN_LSE:
+        factor = tl.where(known == known, 1.0, float("nan"))  # the clamp made a number of NaN
+    else:
+        empty = row_sum == 0.0
+        row_sum = tl.where(empty, 1.0, row_sum)
+        factor = tl.where(empty, 0.0, 1.0 / row_sum)
+        lse = tl.where(empty, float("-inf"), running_max + tl.math.log2(row_sum))
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row * N_Q + queries, lse * lse_unit, mask=inside)
+    if HAS_VALUES:
+        output_ptrs = output_ptr + (row * N_Q + queries) * D_V
+        _store_channels(output_ptrs, acc_main * factor[:, None], inside, D_V, 0, V_MAIN)
+        if V_TAIL > 0:
+            _store_channels(output_ptrs, acc_tail * factor[:, None], inside, D_V, V_MAIN, V_TAIL)

@@ -1,0 +1,379 @@
+"""similarity_argmax and similarity_topk on Triton. B batch rows, G maps (1 when joint, else H), H heads, N_Q and N_K tokens, D channels a head.
+
+The best score and its tile are kept for every column of a tile apart and meet once, after the last tile: three instructions for a
+score, no reduction in the loop. The last tile is moved back to end at N_K, so that no tile has columns to mask.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._configs import Tile, similarity_tile, split_head_dim, split_keys
+from ._launch import launch, target_of
+from ._tile import advance, load_rows, split_scores
+
+NORM_BLOCK = 64
+MERGE_BLOCK = 256
+FOLDED_HEAD_DIM = 64
+PACKED_TILES = tl.constexpr(128)  # tiles that seven bits tell apart
+FAR = tl.constexpr(0x7FFFFFFF)
+NOTHING = tl.constexpr(-0x7F800001)  # -inf as `_ordered` gives it
+
+
+class Pair(NamedTuple):
+    """What the kernels read of queries and reference; None where a call has none. Pitches are strides in bytes."""
+
+    query_ptr: Tensor
+    reference_ptr: Tensor
+    query_norm_ptr: Tensor | None
+    reference_norm_ptr: Tensor | None
+    query_labels_ptr: Tensor | None
+    reference_labels_ptr: Tensor | None
+    rows_ptr: Tensor | None
+    query_pitch_b: int
+    query_pitch_h: int
+    query_pitch_n: int
+    query_stride_d: int
+    reference_pitch_b: int
+    reference_pitch_h: int
+    reference_pitch_n: int
+    reference_stride_d: int
+    query_labels_stride_b: int
+    query_labels_stride_n: int
+    reference_labels_stride_b: int
+    reference_labels_stride_n: int
+    rows_stride: int
+    H: int
+    N_Q: int
+    N_K: int
+
+
+def similarity_argmax(
+    query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None, *, exact=True
+) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], 1 if joint else query.shape[1], query.shape[2])
+    pair, constants = _pair(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
+    packed = not exact and not joint and query_labels is None  # it pays only where little else is done for a score
+    target = target_of(query.device)
+    mode = "joint" if joint else "packed" if packed else "exact"
+    tile = similarity_tile(target, mode, constants["D"], query.element_size())
+    programs, key_tiles = shape[0] * shape[1] * triton.cdiv(shape[2], tile.block_m), triton.cdiv(pair.N_K, tile.block_n)
+    splits, tiles_per_split = split_keys(programs, key_tiles, PACKED_TILES.value if packed else key_tiles)
+    index, score = (torch.empty((splits, *shape), device=query.device, dtype=dtype) for dtype in (torch.int32, torch.float32))
+    launch(
+        _similarity_argmax_kernel, (programs * splits,), num_warps=tile.num_warps, num_stages=tile.num_stages, pair=pair, index_ptr=index,
+        score_ptr=score, SPLITS=splits, TILES_PER_SPLIT=tiles_per_split, PACKED=packed, LOP3=target == "sm_90", **constants, **_tiled(pair, tile),
+    )  # fmt: skip
+    if splits == 1:
+        return index.view(shape), score.view(shape)
+    partial_index, partial_score = index, score
+    index, score = index.new_empty(shape), score.new_empty(shape)
+    launch(
+        _merge_splits_kernel, (triton.cdiv(index.numel(), MERGE_BLOCK),), num_warps=4, num_stages=1, partial_index_ptr=partial_index,
+        partial_score_ptr=partial_score, index_ptr=index, score_ptr=score, ROWS=index.numel(), SPLITS=splits, BLOCK=MERGE_BLOCK,
+    )  # fmt: skip
+    return index, score
+
+
+def similarity_topk(query, reference, k, similarity, joint, query_labels=None, reference_labels=None, batch_index=None) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], 1 if joint else query.shape[1], query.shape[2])
+    index, score = (torch.empty((*shape, k), device=query.device, dtype=dtype) for dtype in (torch.int32, torch.float32))
+    pair, constants = _pair(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
+    tile = similarity_tile(target_of(query.device), "topk", constants["D"], query.element_size())
+    launch(
+        _similarity_topk_kernel, (shape[0] * shape[1] * triton.cdiv(shape[2], tile.block_m),), num_warps=tile.num_warps,
+        num_stages=tile.num_stages, pair=pair, index_ptr=index, score_ptr=score, K=k, SLOTS=triton.next_power_of_2(k), **constants,
+        **_tiled(pair, tile),
+    )  # fmt: skip
+    return index, score
+
+
+def _tiled(pair: Pair, tile: Tile) -> dict[str, Any]:
+    return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SHORT": pair.N_K < tile.block_n}
+
+
+def _pair(query, reference, similarity, joint, query_labels, reference_labels, batch_index) -> tuple[Pair, dict[str, Any]]:
+    """What both kernels read and their constants; launches the norms that the cosine needs."""
+    heads, dim = query.shape[1], query.shape[3]
+    query_norm = reference_norm = None
+    if similarity == "cosine":
+        query_norm, reference_norm = _inverse_norms(query, reference, joint)
+    strides = [list(x.stride()) for x in (query, reference)]
+    heads_in_a_row = all(x.stride(1) == dim * x.stride(3) for x in (query, reference))
+    if joint and heads_in_a_row and heads * dim % FOLDED_HEAD_DIM == 0:  # the same channels as heads without padding
+        heads, dim = heads * dim // FOLDED_HEAD_DIM, FOLDED_HEAD_DIM
+        for stride in strides:
+            stride[1] = dim * stride[3]
+    main, tail = split_head_dim(dim)
+    pitches = [[*(x * query.element_size() for x in stride[:3]), stride[3]] for stride in strides]
+    labels = [0 if x is None else stride for x in (query_labels, reference_labels) for stride in (_row_stride(x), 0 if x is None else x.stride(1))]
+    tensors = [query, reference, query_norm, reference_norm, query_labels, reference_labels, batch_index]
+    rows_stride = 0 if batch_index is None else batch_index.stride(0)
+    pair = Pair._make([*tensors, *pitches[0], *pitches[1], *labels, rows_stride, heads, query.shape[2], reference.shape[2]])
+    return pair, {"D": dim, "MAIN": main, "TAIL": tail, "JOINT": joint}
+
+
+def _row_stride(labels: Tensor | None) -> int:
+    return labels.stride(0) if labels is not None and labels.shape[0] > 1 else 0
+
+
+def _inverse_norms(query: Tensor, reference: Tensor, joint: bool) -> tuple[Tensor, Tensor]:
+    """1 / max(|x|, 1e-12) of each token, fp32 [B, G, N], over its head or over all of them."""
+    heads, dim = query.shape[1], query.shape[3]
+    maps = 1 if joint else heads
+    norms = [torch.empty((x.shape[0], maps, x.shape[2]), device=x.device, dtype=torch.float32) for x in (query, reference)]
+    query_programs, reference_programs = (norm.shape[0] * maps * triton.cdiv(norm.shape[2], NORM_BLOCK) for norm in norms)
+    launch(
+        _inverse_norms_kernel, (query_programs + reference_programs,), num_warps=4, num_stages=1, query_ptr=query, reference_ptr=reference,
+        query_norm_ptr=norms[0], reference_norm_ptr=norms[1],
+        **{
+            f"{name}_pitch_{axis}": x.stride(i) * x.element_size()
+            for name, x in (("query", query), ("reference", reference))
+            for i, axis in enumerate("bhn")
+        },
+        query_stride_d=query.stride(3), reference_stride_d=reference.stride(3),
+        QUERY_PROGRAMS=query_programs, MAPS=maps, HEADS_PER_MAP=heads // maps, N_Q=query.shape[2], N_K=reference.shape[2], D=dim,
+        WIDTH=triton.next_power_of_2(dim), BLOCK=NORM_BLOCK,
+    )  # fmt: skip
+    return norms[0], norms[1]
+
+
+@triton.jit
+def _store_inverse_norms(
+    source_ptr, norm_ptr, pitch_b, pitch_h, pitch_n, stride_d, program, MAPS, HEADS_PER_MAP, N, D: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(N, BLOCK)
+    row = (program // blocks).to(tl.int64)
+    tokens = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    source_ptr = advance(source_ptr, (row // MAPS) * pitch_b + (row % MAPS) * HEADS_PER_MAP * pitch_h)
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(HEADS_PER_MAP):
+        tile = load_rows(source_ptr, tokens.to(tl.int64), tokens < N, pitch_n, stride_d, D, 0, WIDTH, True)
+        total += tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
+        source_ptr = advance(source_ptr, pitch_h)
+    norm = tl.maximum(tl.sqrt_rn(total), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(norm_ptr + row * N + tokens, 1.0 / norm, mask=tokens < N)
+
+
+@triton.jit
+def _inverse_norms_kernel(
+    query_ptr, reference_ptr, query_norm_ptr, reference_norm_ptr, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d,
+    reference_pitch_b, reference_pitch_h, reference_pitch_n, reference_stride_d, QUERY_PROGRAMS, MAPS, HEADS_PER_MAP, N_Q, N_K,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < QUERY_PROGRAMS:
+        _store_inverse_norms(
+            query_ptr, query_norm_ptr, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, program, MAPS, HEADS_PER_MAP, N_Q, D,
+            WIDTH, BLOCK,
+        )  # fmt: skip
+    else:
+        _store_inverse_norms(
+            reference_ptr, reference_norm_ptr, reference_pitch_b, reference_pitch_h, reference_pitch_n, reference_stride_d,
+            program - QUERY_PROGRAMS, MAPS, HEADS_PER_MAP, N_K, D, WIDTH, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _open_tile(
+    pair, row, row_tile, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, JOINT: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """Where the tile's queries and their keys are: (query rows, their channels and labels, pointers to query, keys, key norms, key labels)."""
+    query_rows = tl.minimum(row_tile * BLOCK_M + tl.arange(0, BLOCK_M), pair.N_Q - 1).to(tl.int64)
+    maps = 1 if JOINT else pair.H
+    batch, head = row // maps, row % maps
+    reference_batch = batch
+    if pair.rows_ptr is not None:
+        reference_batch = tl.load(pair.rows_ptr + batch * pair.rows_stride).to(tl.int64)
+    query_ptr = advance(pair.query_ptr, batch * pair.query_pitch_b + head * pair.query_pitch_h)
+    reference_ptr = advance(pair.reference_ptr, reference_batch * pair.reference_pitch_b + head * pair.reference_pitch_h)
+    query_main, query_tail, query_labels, norm_ptr, labels_ptr = 0, 0, 0, 0, 0
+    if not JOINT:
+        query_main = load_rows(query_ptr, query_rows, query_rows, pair.query_pitch_n, pair.query_stride_d, D, 0, MAIN, False)
+        if TAIL > 0:
+            query_tail = load_rows(query_ptr, query_rows, query_rows, pair.query_pitch_n, pair.query_stride_d, D, MAIN, TAIL, False)
+    if pair.reference_norm_ptr is not None:
+        norm_ptr = pair.reference_norm_ptr + (reference_batch * maps + head) * pair.N_K
+    if pair.reference_labels_ptr is not None:
+        query_labels = tl.load(pair.query_labels_ptr + batch * pair.query_labels_stride_b + query_rows * pair.query_labels_stride_n)
+        labels_ptr = pair.reference_labels_ptr + batch * pair.reference_labels_stride_b
+    return query_rows, query_main, query_tail, query_labels, query_ptr, reference_ptr, norm_ptr, labels_ptr
+
+
+@triton.jit
+def _score_tile(
+    pair, opened, start, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, JOINT: tl.constexpr,
+    SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BLOCK_M, BLOCK_N] against the keys from `start` on, without the query's norm; -inf where labels do not meet."""
+    query_rows, query_main, query_tail, query_labels, query_ptr, reference_ptr, norm_ptr, labels_ptr = opened
+    columns = tl.arange(0, BLOCK_N)
+    if SHORT:
+        columns = tl.minimum(columns, pair.N_K - 1)
+    keys_ptr = advance(reference_ptr, start.to(tl.int64) * pair.reference_pitch_n)
+    keys = columns.to(tl.int64)
+    if JOINT:
+        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for _ in range(pair.H):
+            part = load_rows(query_ptr, query_rows, query_rows, pair.query_pitch_n, pair.query_stride_d, D, 0, MAIN, False)
+            key = load_rows(keys_ptr, keys, keys, pair.reference_pitch_n, pair.reference_stride_d, D, 0, MAIN, False)
+            scores = tl.dot(part, key.T, scores, input_precision="ieee")
+            if TAIL > 0:
+                part = load_rows(query_ptr, query_rows, query_rows, pair.query_pitch_n, pair.query_stride_d, D, MAIN, TAIL, False)
+                key = load_rows(keys_ptr, keys, keys, pair.reference_pitch_n, pair.reference_stride_d, D, MAIN, TAIL, False)
+                scores = tl.dot(part, key.T, scores, input_precision="ieee")
+            query_ptr = advance(query_ptr, pair.query_pitch_h)
+            keys_ptr = advance(keys_ptr, pair.reference_pitch_h)
+    else:
+        scores = split_scores(query_main, query_tail, keys_ptr, keys, keys, pair.reference_pitch_n, pair.reference_stride_d, D, MAIN, TAIL, False)
+    if pair.reference_norm_ptr is not None:
+        scores *= tl.load(norm_ptr + start + columns)[None, :]
+    if pair.reference_labels_ptr is not None:
+        labels = tl.load(labels_ptr + (start + columns).to(tl.int64) * pair.reference_labels_stride_n)
+        scores = tl.where((query_labels[:, None] & labels[None, :]) != 0, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _maximum(left, right):
+    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _best_column(scores, columns):
+    """The largest score of each row, NaN where it has one, and the lowest of its columns (some number for NaN)."""
+    score = tl.reduce(scores, 1, _maximum)
+    return score, tl.min(tl.where(scores == score[:, None], columns, FAR), 1)
+
+
+@triton.jit
+def _pack(scores, code, LOP3: tl.constexpr):
+    """The scores with their seven low bits replaced by `code`; LLVM makes two instructions of it for sm_90, so one is asked for by name."""
+    bits = scores.to(tl.int32, bitcast=True)
+    if LOP3:
+        code = tl.zeros_like(bits) + code
+        packed = tl.inline_asm_elementwise("lop3.b32 $0, $1, 0xFFFFFF80, $2, 0xEA;", "=r,r,r", [bits, code], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        packed = (bits & -PACKED_TILES) | code
+    return packed.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _similarity_argmax_kernel(
+    pair, index_ptr, score_ptr, SPLITS, TILES_PER_SPLIT, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    JOINT: tl.constexpr, PACKED: tl.constexpr, LOP3: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(pair.N_Q, BLOCK_M)
+    row_tile, split = tl.program_id(0) % row_tiles, (tl.program_id(0) // row_tiles) % SPLITS
+    row = (tl.program_id(0) // row_tiles // SPLITS).to(tl.int64)
+    opened = _open_tile(pair, row, row_tile, D, MAIN, TAIL, JOINT, BLOCK_M)
+    first = split * TILES_PER_SPLIT
+    last = tl.minimum(first + TILES_PER_SPLIT, tl.cdiv(pair.N_K, BLOCK_N))
+    last_start = tl.maximum(pair.N_K - BLOCK_N, 0)
+    if JOINT:  # the heads' sum needs the registers, and there is one tile to reduce for all of them
+        score = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        index = tl.full([BLOCK_M], -1, tl.int32)
+    else:
+        best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+        best_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for tile in range(first, last):
+        start = tl.minimum(tile * BLOCK_N, last_start)
+        scores = _score_tile(pair, opened, start, D, MAIN, TAIL, JOINT, SHORT, BLOCK_M, BLOCK_N)
+        if JOINT:
+            tile_score, tile_index = _best_column(scores, start + tl.arange(0, BLOCK_N)[None, :])
+            index = tl.where(tile_score > score, tile_index, index)
+            score = tl.maximum(score, tile_score, propagate_nan=tl.PropagateNan.ALL)
+        elif PACKED:  # the earlier tile has the larger code: it wins among equal scores
+            scores = _pack(scores, PACKED_TILES - 1 - (tile - first), LOP3)
+            best = tl.maximum(best, scores, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            best_tile = tl.where(scores > best, tile, best_tile)
+            best = tl.maximum(best, scores, propagate_nan=tl.PropagateNan.ALL)
+
+    if not JOINT:
+        if PACKED:
+            best_tile = first + PACKED_TILES - 1 - (best.to(tl.int32, bitcast=True) & (PACKED_TILES - 1))
+        score, index = _best_column(best, tl.minimum(best_tile * BLOCK_N, last_start) + tl.arange(0, BLOCK_N)[None, :])
+    found = score != float("-inf")
+    if PACKED:  # the middle of the scores that share the upper bits
+        score = ((score.to(tl.int32, bitcast=True) & -PACKED_TILES) | PACKED_TILES // 2).to(tl.float32, bitcast=True)
+    if pair.query_norm_ptr is not None:
+        score *= tl.load(pair.query_norm_ptr + row * pair.N_Q + opened[0])
+    tokens = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.num_programs(0) // row_tiles // SPLITS
+    out = (split * rows.to(tl.int64) + row) * pair.N_Q + tokens
+    score = tl.where(found, score, float("-inf"))
+    index = tl.where(score != score, 0, tl.where(found, tl.minimum(index, pair.N_K - 1), -1))
+    tl.store(index_ptr + out, index, mask=tokens < pair.N_Q)
+    tl.store(score_ptr + out, score, mask=tokens < pair.N_Q)
+
+
+@triton.jit
+def _merge_splits_kernel(partial_index_ptr, partial_score_ptr, index_ptr, score_ptr, ROWS, SPLITS, BLOCK: tl.constexpr):
+    """The best over the splits; the earlier one, whose indices are lower, wins among equals."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_index = tl.full([BLOCK], -1, tl.int32)
+    for _ in range(SPLITS):
+        score = tl.load(partial_score_ptr + rows, mask=rows < ROWS, other=float("-inf"))
+        index = tl.load(partial_index_ptr + rows, mask=rows < ROWS, other=-1)
+        best_index = tl.where((score > best) | (score != score), index, best_index)
+        best = tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
+        partial_score_ptr += ROWS
+        partial_index_ptr += ROWS
+    tl.store(index_ptr + rows, best_index, mask=rows < ROWS)
+    tl.store(score_ptr + rows, best, mask=rows < ROWS)
+
+
+@triton.jit
+def _ordered(scores):
+    """int32 in the order of the float32 scores, with NaN above infinity."""
+    bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
+    return tl.where(scores != scores, FAR, bits ^ ((bits >> 31) & FAR))
+
+
+@triton.jit
+def _similarity_topk_kernel(
+    pair, index_ptr, score_ptr, K, SLOTS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    JOINT: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(pair.N_Q, BLOCK_M)
+    row_tile, row = tl.program_id(0) % row_tiles, (tl.program_id(0) // row_tiles).to(tl.int64)
+    opened = _open_tile(pair, row, row_tile, D, MAIN, TAIL, JOINT, BLOCK_M)
+    last_start = tl.maximum(pair.N_K - BLOCK_N, 0)
+    kept = tl.full([BLOCK_M, SLOTS], NOTHING, tl.int32)
+    kept_index = tl.zeros([BLOCK_M, SLOTS], tl.int32) - 1 - tl.arange(0, SLOTS)[None, :]
+    weakest = tl.full([BLOCK_M], NOTHING, tl.int32)
+    for tile in range(0, tl.cdiv(pair.N_K, BLOCK_N)):
+        start = tl.minimum(tile * BLOCK_N, last_start)
+        scores = _score_tile(pair, opened, start, D, MAIN, TAIL, JOINT, SHORT, BLOCK_M, BLOCK_N)
+        columns = start + tl.arange(0, BLOCK_N)
+        unseen = (columns >= tile * BLOCK_N) & (columns < pair.N_K)
+        ordered = tl.where(unseen[None, :], _ordered(scores), NOTHING)
+        strongest = tl.max(ordered, 1)
+        while tl.max((strongest > weakest).to(tl.int32), 0) > 0:
+            column = tl.min(tl.where(ordered == strongest[:, None], columns[None, :], FAR), 1)
+            # of equally weak ones the highest index leaves; empty slots have negative indices of their own
+            leaving = tl.max(tl.where(kept == weakest[:, None], kept_index, -FAR), 1)
+            replaced = kept_index == tl.where(strongest > weakest, leaving, FAR)[:, None]
+            kept = tl.where(replaced, strongest[:, None], kept)
+            kept_index = tl.where(replaced, column[:, None], kept_index)
+            ordered = tl.where(columns[None, :] == column[:, None], NOTHING, ordered)
+            strongest = tl.max(ordered, 1)
+            weakest = tl.min(kept, 1)
+
+    tokens = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    out = (row * pair.N_Q + tokens) * K
+    for rank in range(K):
+        strongest = tl.max(kept, 1)
+        index = tl.min(tl.where(kept == strongest[:, None], kept_index, FAR), 1)
+        kept = tl.where(kept_index == index[:, None], -FAR - 1, kept)
+        score = (strongest ^ ((strongest >> 31) & FAR)).to(tl.float32, bitcast=True)
+        if pair.query_norm_ptr is not None:
+            score *= tl.load(pair.query_norm_ptr + row * pair.N_Q + opened[0])
+        tl.store(index_ptr + out + rank, tl.maximum(index, -1), mask=tokens < pair.N_Q)
+        tl.store(score_ptr + out + rank, tl.where(index >= 0, score, float("-inf")), mask=tokens < pair.N_Q)

@@ -1,0 +1,84 @@
+"""match_counts, compact and rearrange_kv on Triton, in the interpreter, against the reference: all of them are exact."""
+
+import pytest
+import torch
+
+from qalign_kernels import testing
+from qalign_kernels._triton import rearrange
+from qalign_kernels.reference import rearrange as truth
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    with testing.poisoned_memory():
+        yield
+
+
+def _index(shape, num_tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, num_tokens, shape, generator=generator, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("shape,num_tokens", [((1, 1, 1), 1), ((2, 3, 70), 41), ((1, 2, 1500), 2100), ((3, 1, 129), 7)])
+def test_match_counts(shape, num_tokens):
+    index = _index(shape, num_tokens)
+    counts = rearrange.match_counts(index, num_tokens)
+    assert counts.dtype == torch.int32
+    assert torch.equal(counts, truth.match_counts(index, num_tokens))
+    assert torch.equal(counts.sum(-1), (index >= 0).sum(-1))
+
+
+def test_match_counts_of_strided_index():
+    index = _index((70, 2, 3), 41).permute(2, 1, 0)
+    assert torch.equal(rearrange.match_counts(index, 41), truth.match_counts(index, 41))
+    shared = _index((1, 1, 50), 41).expand(2, 3, 50)
+    assert torch.equal(rearrange.match_counts(shared, 41), truth.match_counts(shared, 41))
+
+
+def test_match_counts_of_no_match():
+    assert not rearrange.match_counts(torch.full((2, 1, 33), -1, dtype=torch.int32), 9).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 100), (1, 2, 2048), (1, 1, 5000)])
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_compact(shape, share):
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.randint(1, 9, shape, generator=generator, dtype=torch.int32) * (torch.rand(shape, generator=generator) < share)
+    order, unique = rearrange.compact(counts)
+    assert torch.equal(unique, (counts > 0).sum(-1).int())
+    for row, number, row_counts in zip(order.flatten(0, 1), unique.flatten(), counts.flatten(0, 1)):
+        assert torch.equal(row[:number], row_counts.nonzero().squeeze(-1).int())
+        assert not row[number:].any()
+
+
+def test_compact_of_strided_counts():
+    counts = (_index((60, 2, 3), 4) + 1).permute(2, 1, 0)
+    expected = rearrange.compact(counts.contiguous())
+    assert all(torch.equal(actual, wanted) for actual, wanted in zip(rearrange.compact(counts), expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("maps", [1, 3])
+@pytest.mark.parametrize("dims", [(40, 40), (64, 16), (1, 130)])
+def test_rearrange_kv(dtype, maps, dims):
+    generator = torch.Generator().manual_seed(2)
+    key, value = (torch.randn((2, 3, 37, dim), generator=generator).to(dtype) for dim in dims)
+    index = _index((2, maps, 71), 37)
+    for actual, expected in zip(rearrange.rearrange_kv(key, value, index), truth.rearrange_kv(key, value, index)):
+        assert actual.is_contiguous() and actual.dtype == dtype
+        assert torch.equal(actual, expected)
+
+
+def test_rearrange_kv_of_any_strides():
+    generator = torch.Generator().manual_seed(3)
+    key = torch.randn((2, 37, 3, 40), generator=generator).transpose(1, 2)[..., ::2]
+    value = torch.randn((1, 3, 37, 24), generator=generator).expand(2, -1, -1, -1)
+    index = _index((71, 1, 2), 37).permute(2, 1, 0)
+    for actual, expected in zip(rearrange.rearrange_kv(key, value, index), truth.rearrange_kv(key, value, index)):
+        assert torch.equal(actual, expected)
+
+
+def test_rearrange_kv_keeps_nan_and_zeroes_unmatched_rows():
+    key = torch.full((1, 1, 3, 16), float("nan"))
+    gathered, _ = rearrange.rearrange_kv(key, key, torch.tensor([[[2, -1]]], dtype=torch.int32))
+    assert gathered[0, 0, 0].isnan().all() and not gathered[0, 0, 1].any()
