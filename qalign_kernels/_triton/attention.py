@@ -16,31 +16,33 @@ from .rearrange import compact
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 WEIGH_BLOCK = 2048
-_QUERY_STRIDES = ("query_stride_b", "query_stride_h", "query_pitch", "query_stride_d")
-_GUIDE_QUERY_STRIDES = ("guide_query_stride_b", "guide_query_stride_h", "guide_query_pitch", "guide_query_stride_d")
+_QUERY_PITCHES = ("query_pitch_b", "query_pitch_h", "query_pitch_n", "query_stride_d")
+_GUIDE_QUERY_PITCHES = ("guide_query_pitch_b", "guide_query_pitch_h", "guide_query_pitch_n", "guide_query_stride_d")
 _QUERY_LABEL_STRIDES = ("query_labels_stride_b", "query_labels_stride_n")
 
 
 class SegmentArguments(NamedTuple):
-    """What the kernel reads of one segment; None where the segment has none. A pitch is a stride in bytes.
+    """What the kernel reads of one segment; None where the segment has none.
+
+    A pitch is a stride in bytes: that of a head is then a multiple of 16 also at head dim 40, and the loads stay wide.
 
     A segment with counts is read through `order`, its keys with a count above zero, which are `unique` many and weigh `weights`.
     """
 
     key_ptr: Tensor
-    key_stride_b: int
-    key_stride_h: int
-    key_pitch: int
+    key_pitch_b: int
+    key_pitch_h: int
+    key_pitch_n: int
     key_stride_d: int
     value_ptr: Tensor | None
-    value_stride_b: int
-    value_stride_h: int
-    value_pitch: int
+    value_pitch_b: int
+    value_pitch_h: int
+    value_pitch_n: int
     value_stride_d: int
     guide_ptr: Tensor | None
-    guide_stride_b: int
-    guide_stride_h: int
-    guide_pitch: int
+    guide_pitch_b: int
+    guide_pitch_h: int
+    guide_pitch_n: int
     guide_stride_d: int
     N_K: int
     scale: float
@@ -95,17 +97,18 @@ def segment_arguments(
         order, unique = compact(counts)
         weights, headroom, total = _weigh(counts, order, unique)
     return SegmentArguments(
-        key, *strides(key), value, *strides(value), guide_key, *strides(guide_key), key.shape[2], scale * LOG2_E, shift * LOG2_E,
+        key, *pitches(key), value, *pitches(value), guide_key, *pitches(guide_key), key.shape[2], scale * LOG2_E, shift * LOG2_E,
         batch_index, 0 if batch_index is None else batch_index.stride(0), labels, *_label_strides(labels), order, weights, unique, headroom, total,
         0 if counts is None else counts.shape[1],
     )  # fmt: skip
 
 
-def strides(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """Strides of batch and head, the pitch of the tokens, the stride of the channels."""
+def pitches(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    """Strides of batch, head and token in bytes, the stride of the channels."""
     if tensor is None:
         return 0, 0, 0, 0
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2) * tensor.element_size(), tensor.stride(3)
+    batch, head, token = (stride * tensor.element_size() for stride in tensor.stride()[:3])
+    return batch, head, token, tensor.stride(3)
 
 
 def _label_strides(labels: Tensor | None) -> tuple[int, int]:
@@ -155,13 +158,13 @@ def launch_attention(
     launch(
         attention_kernel, (triton.cdiv(tokens, tile.block_m) * batch * heads,), num_warps=tile.num_warps, num_stages=tile.num_stages,
         query_ptr=query, guide_query_ptr=None if guide is None else guide.query, query_labels_ptr=query_labels, output_ptr=output, lse_ptr=lse,
-        known_ptr=known, segments=tuple(segments), **dict(zip(_QUERY_STRIDES, strides(query))),
-        **dict(zip(_GUIDE_QUERY_STRIDES, strides(None if guide is None else guide.query))),
+        known_ptr=known, segments=tuple(segments), **dict(zip(_QUERY_PITCHES, pitches(query))),
+        **dict(zip(_GUIDE_QUERY_PITCHES, pitches(None if guide is None else guide.query))),
         **dict(zip(_QUERY_LABEL_STRIDES, _label_strides(query_labels))), H=heads, N_Q=tokens, lse_unit=lse_unit, contrast=contrast,
         strength=0.0 if guide is None else guide.strength * LOG2_E, SEGMENTS=len(segments),
         NEGATIVE=tuple(guide is None and s.scale < 0 for s in signed),
         RAGGED=tuple(s.order_ptr is not None or s.N_K % tile.block_n != 0 for s in segments),
-        PITCHES=sum(((0, 0, 0) if s.order_ptr is None else (s.key_pitch, s.value_pitch, s.guide_pitch) for s in segments), ()),
+        PITCHES=sum(((0, 0, 0) if s.order_ptr is None else (s.key_pitch_n, s.value_pitch_n, s.guide_pitch_n) for s in segments), ()),
         HAS_VALUES=output is not None, KNOWN_LSE=known is not None, EXACT_WEIGHTS=exact_weights, D=dim, D_MAIN=main, D_TAIL=tail, D_V=value_dim,
         V_MAIN=value_main, V_TAIL=value_tail, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
     )  # fmt: skip
@@ -222,21 +225,21 @@ def _attend_tile(
     if segment.order_ptr is None:
         # the offsets inside a tile stay as they are from tile to tile, only the base moves
         rows = tl.arange(0, BLOCK_N).to(tl.int64)
-        key_pitch, value_pitch, guide_pitch = segment.key_pitch, segment.value_pitch, segment.guide_pitch
+        key_pitch_n, value_pitch_n, guide_pitch_n = segment.key_pitch_n, segment.value_pitch_n, segment.guide_pitch_n
         first = tl.cast(start, tl.int64)
-        key_ptr = advance(key_ptr, first * key_pitch)
-        value_ptr = advance(value_ptr, first * value_pitch)
-        guide_ptr = advance(guide_ptr, first * guide_pitch)
+        key_ptr = advance(key_ptr, first * key_pitch_n)
+        value_ptr = advance(value_ptr, first * value_pitch_n)
+        guide_ptr = advance(guide_ptr, first * guide_pitch_n)
         labels_ptr += first * segment.labels_stride_n
     else:
         # a pitch known to the compiler makes an address one multiply-add
-        key_pitch, value_pitch, guide_pitch = KEY_PITCH, VALUE_PITCH, GUIDE_PITCH
+        key_pitch_n, value_pitch_n, guide_pitch_n = KEY_PITCH, VALUE_PITCH, GUIDE_PITCH
         rows = _load(order_ptr + columns, present, MASKED).to(tl.int64)
 
-    scores = split_scores(query_main, query_tail, key_ptr, rows, present, key_pitch, segment.key_stride_d, D, D_MAIN, D_TAIL, MASKED)
+    scores = split_scores(query_main, query_tail, key_ptr, rows, present, key_pitch_n, segment.key_stride_d, D, D_MAIN, D_TAIL, MASKED)
     factor = segment.scale
     if segment.guide_ptr is not None:
-        guided = split_scores(guide_main, guide_tail, guide_ptr, rows, present, guide_pitch, segment.guide_stride_d, D, D_MAIN, D_TAIL, MASKED)
+        guided = split_scores(guide_main, guide_tail, guide_ptr, rows, present, guide_pitch_n, segment.guide_stride_d, D, D_MAIN, D_TAIL, MASKED)
         scores = tl.fma(scores, segment.scale, guided * strength)
         factor = 1.0
     if segment.labels_ptr is not None:
@@ -270,7 +273,7 @@ def _attend_tile(
             if V_TAIL > 0:
                 acc_tail *= rescale[:, None]
     if HAS_VALUES:
-        value = load_rows(value_ptr, rows, present, value_pitch, segment.value_stride_d, D_V, 0, V_MAIN, MASKED)
+        value = load_rows(value_ptr, rows, present, value_pitch_n, segment.value_stride_d, D_V, 0, V_MAIN, MASKED)
         if EXACT_WEIGHTS:  # three bfloat16 parts hold the 24 bits; V_TAIL is 0
             for _ in tl.static_range(3):
                 part = weights.to(value.dtype)
@@ -280,21 +283,21 @@ def _attend_tile(
             rounded = weights.to(value.dtype)
             acc_main = tl.dot(rounded, value, acc_main, input_precision="ieee")
             if V_TAIL > 0:
-                tail = load_rows(value_ptr, rows, present, value_pitch, segment.value_stride_d, D_V, V_MAIN, V_TAIL, MASKED)
+                tail = load_rows(value_ptr, rows, present, value_pitch_n, segment.value_stride_d, D_V, V_MAIN, V_TAIL, MASKED)
                 acc_tail = tl.dot(rounded, tail, acc_tail, input_precision="ieee")
     return running_max, row_sum, acc_main, acc_tail
 
 
 @triton.jit
 def _load_queries(
-    pointer, batch, head, queries, inside, stride_b, stride_h, pitch, stride_d, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
+    pointer, batch, head, queries, inside, pitch_b, pitch_h, pitch_n, stride_d, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
 ):
     """Both parts of a query tile; the main part again where there is no tail."""
-    pointer += batch * stride_b + head * stride_h
-    main = load_rows(pointer, queries, inside, pitch, stride_d, D, 0, MAIN, True)
+    pointer = advance(pointer, batch * pitch_b + head * pitch_h)
+    main = load_rows(pointer, queries, inside, pitch_n, stride_d, D, 0, MAIN, True)
     tail = main
     if TAIL > 0:
-        tail = load_rows(pointer, queries, inside, pitch, stride_d, D, MAIN, TAIL, True)
+        tail = load_rows(pointer, queries, inside, pitch_n, stride_d, D, MAIN, TAIL, True)
     return main, tail
 
 
@@ -307,8 +310,8 @@ def _store_channels(output_ptrs, acc, inside, D_V: tl.constexpr, FIRST: tl.const
 
 @triton.jit
 def attention_kernel(
-    query_ptr, guide_query_ptr, query_labels_ptr, output_ptr, lse_ptr, known_ptr, segments, query_stride_b, query_stride_h, query_pitch,
-    query_stride_d, guide_query_stride_b, guide_query_stride_h, guide_query_pitch, guide_query_stride_d, query_labels_stride_b,
+    query_ptr, guide_query_ptr, query_labels_ptr, output_ptr, lse_ptr, known_ptr, segments, query_pitch_b, query_pitch_h, query_pitch_n,
+    query_stride_d, guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d, query_labels_stride_b,
     query_labels_stride_n, H, N_Q, lse_unit, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr, RAGGED: tl.constexpr,
     PITCHES: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -319,12 +322,12 @@ def attention_kernel(
     queries = ((tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     inside = queries < N_Q
     query_main, query_tail = _load_queries(
-        query_ptr, batch, head, queries, inside, query_stride_b, query_stride_h, query_pitch, query_stride_d, D, D_MAIN, D_TAIL
+        query_ptr, batch, head, queries, inside, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, D, D_MAIN, D_TAIL
     )  # fmt: skip
     guide_main, guide_tail = query_main, query_tail
     if guide_query_ptr is not None:
         guide_main, guide_tail = _load_queries(
-            guide_query_ptr, batch, head, queries, inside, guide_query_stride_b, guide_query_stride_h, guide_query_pitch, guide_query_stride_d, D,
+            guide_query_ptr, batch, head, queries, inside, guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d, D,
             D_MAIN, D_TAIL,
         )  # fmt: skip
     query_labels = queries
@@ -353,13 +356,13 @@ def attention_kernel(
         key_row = batch
         if segment.rows_ptr is not None:
             key_row = tl.load(segment.rows_ptr + batch * segment.rows_stride).to(tl.int64)
-        key_ptr = segment.key_ptr + key_row * segment.key_stride_b + head * segment.key_stride_h
+        key_ptr = advance(segment.key_ptr, key_row * segment.key_pitch_b + head * segment.key_pitch_h)
         value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr = key_ptr, key_ptr, key_ptr, key_ptr, key_ptr
         limit, headroom = segment.N_K, 0.0
         if HAS_VALUES:
-            value_ptr = segment.value_ptr + key_row * segment.value_stride_b + head * segment.value_stride_h
+            value_ptr = advance(segment.value_ptr, key_row * segment.value_pitch_b + head * segment.value_pitch_h)
         if segment.guide_ptr is not None:
-            guide_ptr = segment.guide_ptr + key_row * segment.guide_stride_b + head * segment.guide_stride_h
+            guide_ptr = advance(segment.guide_ptr, key_row * segment.guide_pitch_b + head * segment.guide_pitch_h)
         if segment.labels_ptr is not None:
             labels_ptr = segment.labels_ptr + batch * segment.labels_stride_b
         if segment.order_ptr is not None:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ._configs import attention_tile, split_head_dim
 from ._launch import launch, target_of
-from ._tile import load_rows, split_scores
-from .attention import LOG2_E, launch_attention, log2_sum_exp, segment_arguments, strides
+from ._tile import advance, load_rows, split_scores
+from .attention import LOG2_E, launch_attention, log2_sum_exp, pitches, segment_arguments
 
 
 def label_mass(query, key, key_labels, num_labels, *, scale, counts) -> Tensor:
@@ -28,13 +28,13 @@ def mean_attention_map(query, key, *, scale) -> Tensor:
     output = torch.empty((batch, tokens, key_tokens), device=query.device, dtype=torch.float32)
     tile = attention_tile(target_of(query.device), "map", dim, query.element_size())
     main, tail = split_head_dim(dim)
-    query_stride_b, query_stride_h, query_pitch, query_stride_d = strides(query)
-    key_stride_b, key_stride_h, key_pitch, key_stride_d = strides(key)
+    query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d = pitches(query)
+    key_pitch_b, key_pitch_h, key_pitch_n, key_stride_d = pitches(key)
     launch(
         mean_attention_map_kernel, (triton.cdiv(tokens, tile.block_m) * triton.cdiv(key_tokens, tile.block_n) * batch,),
         num_warps=tile.num_warps, num_stages=tile.num_stages, query_ptr=query, key_ptr=key, lse_ptr=lse, output_ptr=output,
-        query_stride_b=query_stride_b, query_stride_h=query_stride_h, query_pitch=query_pitch, query_stride_d=query_stride_d,
-        key_stride_b=key_stride_b, key_stride_h=key_stride_h, key_pitch=key_pitch, key_stride_d=key_stride_d, H=heads, N_Q=tokens, N_K=key_tokens,
+        query_pitch_b=query_pitch_b, query_pitch_h=query_pitch_h, query_pitch_n=query_pitch_n, query_stride_d=query_stride_d,
+        key_pitch_b=key_pitch_b, key_pitch_h=key_pitch_h, key_pitch_n=key_pitch_n, key_stride_d=key_stride_d, H=heads, N_Q=tokens, N_K=key_tokens,
         scale=scale * LOG2_E, D=dim, D_MAIN=main, D_TAIL=tail, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
     )  # fmt: skip
     return output
@@ -42,7 +42,7 @@ def mean_attention_map(query, key, *, scale) -> Tensor:
 
 @triton.jit
 def mean_attention_map_kernel(
-    query_ptr, key_ptr, lse_ptr, output_ptr, query_stride_b, query_stride_h, query_pitch, query_stride_d, key_stride_b, key_stride_h, key_pitch,
+    query_ptr, key_ptr, lse_ptr, output_ptr, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, key_pitch_b, key_pitch_h, key_pitch_n,
     key_stride_d, H, N_Q, N_K, scale, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result, all heads summed into it in order."""
@@ -54,20 +54,20 @@ def mean_attention_map_kernel(
     keys = (tl.program_id(0) % key_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, present = queries < N_Q, keys < N_K
     query_rows, key_rows = queries.to(tl.int64), keys.to(tl.int64)
-    query_ptr += batch * query_stride_b
-    key_ptr += batch * key_stride_b
+    query_ptr = advance(query_ptr, batch * query_pitch_b)
+    key_ptr = advance(key_ptr, batch * key_pitch_b)
     lse_ptr += batch * H * N_Q
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in tl.range(0, H):
-        query_main = load_rows(query_ptr, query_rows, inside, query_pitch, query_stride_d, D, 0, D_MAIN, True)
+        query_main = load_rows(query_ptr, query_rows, inside, query_pitch_n, query_stride_d, D, 0, D_MAIN, True)
         query_tail = query_main
         if D_TAIL > 0:
-            query_tail = load_rows(query_ptr, query_rows, inside, query_pitch, query_stride_d, D, D_MAIN, D_TAIL, True)
-        scores = split_scores(query_main, query_tail, key_ptr, key_rows, present, key_pitch, key_stride_d, D, D_MAIN, D_TAIL, True)
+            query_tail = load_rows(query_ptr, query_rows, inside, query_pitch_n, query_stride_d, D, D_MAIN, D_TAIL, True)
+        scores = split_scores(query_main, query_tail, key_ptr, key_rows, present, key_pitch_n, key_stride_d, D, D_MAIN, D_TAIL, True)
         lse = tl.load(lse_ptr + queries, mask=inside, other=0.0)
         total += tl.math.exp2(tl.fma(scores, scale, -lse[:, None]))
-        query_ptr += query_stride_h
-        key_ptr += key_stride_h
+        query_ptr = advance(query_ptr, query_pitch_h)
+        key_ptr = advance(key_ptr, key_pitch_h)
         lse_ptr += N_Q
     output_ptrs = output_ptr + (batch * N_Q + query_rows)[:, None] * N_K + key_rows[None, :]
     tl.store(output_ptrs, total / H, mask=inside[:, None] & present[None, :])
