@@ -103,8 +103,8 @@ def _compact(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
     return _module("rearrange").compact(_integers(BATCH, 1, tokens))
 
 
-def _rearrange_kv(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
-    return _module("rearrange").rearrange_kv(*_features(head_dim, dtype, tokens, 2), _integers(BATCH, 1, tokens))
+def _take_rows(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
+    return _module("rearrange").take_rows(*_features(head_dim, dtype, tokens, 1), _integers(BATCH, 1, tokens))
 
 
 def _label_mass(counts: bool) -> Case:
@@ -154,7 +154,7 @@ _ALL = [
     _topk("cosine", True, 64, False),
     Case("match_counts", _match_counts),
     Case("compact", _compact),
-    Case("rearrange_kv", _rearrange_kv),
+    Case("rearrange_kv", _take_rows),
     _attention("plain"),
     _attention("lse", lse=True),
     _attention("counts", counts=True),

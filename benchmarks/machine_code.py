@@ -44,6 +44,9 @@ class MachineCode:
     def matrix(self) -> list[str]:
         return [x.name for x in self.instructions if is_matrix(x.name)]
 
+    def narrow_loads(self) -> int:
+        return sum(is_narrow_load(x.name) for x in self.instructions)
+
     def hot_loop(self) -> Loop | None:
         """The innermost loop with the most matrix instructions; of equals the shortest, which is the one without a mask for the tail."""
         loops = [body for body in natural_loops(self.instructions) if any(is_matrix(self.instructions[i].name) for i in body)]
@@ -52,6 +55,12 @@ class MachineCode:
             return None
         candidates = [Loop(len(body), [name for i in sorted(body) if is_matrix(name := self.instructions[i].name)]) for body in innermost]
         return min(candidates, key=lambda loop: (-len(loop.matrix), loop.instructions))
+
+
+def is_narrow_load(name: str) -> bool:
+    """Whether the instruction reads a single 8- or 16-bit number from global memory: what a load of half-precision rows falls to
+    where the compiler does not know them to be aligned."""
+    return re.match(r"LDG\.E(\.\w+)*\.[US](8|16)\b|(global|buffer|flat)_load_[us]?(short|byte)", name) is not None
 
 
 def is_matrix(name: str) -> bool:

@@ -73,6 +73,7 @@ class Row:
     num_stages: int
     registers: int = 0
     spill_bytes: int = 0
+    narrow_loads: int = 0
     shared_kib: float = 0.0
     matrix: str = "-"
     seconds: float = 0.0
@@ -218,6 +219,7 @@ def _compile(position: int) -> Row:
     row.seconds = round(time.perf_counter() - start, 2)
     code = read(compiled)
     row.registers, row.spill_bytes, row.shared_kib = code.registers, code.spill_bytes, code.shared_bytes / 1024
+    row.narrow_loads = code.narrow_loads()
     row.matrix = machine_code.matrix_family(code.matrix())
     if row.matrix == "-" and "tt.dot " in compiled.asm["ttir"]:
         row.matrix = "none"
@@ -263,9 +265,11 @@ def tiles_per_pass(ttgir: str, loop: Loop, block_n: int, num_warps: int) -> int:
 
 
 def hold_limits(row: Row, budgets: dict) -> None:
-    """Add what breaks the limits that every kernel has: spills, shared memory, matrix instructions."""
+    """Add what breaks the limits that every kernel has: spills, narrow loads, shared memory, matrix instructions."""
     if row.spill_bytes > budgets["spill_bytes"]:
         row.problems.append(f"spills {row.spill_bytes} bytes, at most {budgets['spill_bytes']} allowed")
+    if row.narrow_loads > budgets["narrow_loads"]:
+        row.problems.append(f"loads {row.narrow_loads} times 2 bytes or less, at most {budgets['narrow_loads']} allowed for aligned tensors")
     limit = budgets["shared_memory_kib"][row.target]
     if row.shared_kib > limit:
         row.problems.append(f"wants {row.shared_kib:.0f} KiB of shared memory, a block has {limit}")

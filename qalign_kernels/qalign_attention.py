@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _backends, _contracts, _library
 from .attention import Guide, Segment, attention, guided_attention
-from .rearrange import match_counts, rearrange_kv
+from .rearrange import match_counts, take_rows
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
 from .tiled import qalign_attention as tiled
 
@@ -110,7 +110,7 @@ def qalign_attention(
         return attention(query, dataclasses.replace(reference, counts=counts), query_labels=query_labels, **refine)
     if batch_index is not None:
         ref_value = ref_value.index_select(0, batch_index)
-    value = rearrange_kv(ref_value, ref_value, index, backend=backend)[1]
+    value = take_rows(ref_value, index, backend=backend)
     if own_key is None:
         return value.masked_fill(score.isnan().unsqueeze(-1), float("nan"))
     return attention(query, Segment(own_key, value, counts=(index >= 0).int()), **refine)

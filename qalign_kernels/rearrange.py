@@ -65,13 +65,18 @@ def rearrange_kv(key: Tensor, value: Tensor, index: Tensor, *, backend: str | No
     tokens = index.shape[-1] if isinstance(index, Tensor) and index.dim() == 3 else 0
     sizes = [(f"B={batch}", (batch,)), (f"1 or H={heads}", (1, heads)), ("N_q", (tokens,) if tokens else ())]
     _contracts.check_integers("index", index, sizes, key.device)
-    backend = _backends.requested(backend)
-    if backend == "reference":
+    if _backends.requested(backend) == "reference":
         return _backends.implementation("reference", "rearrange").rearrange_kv(key, value, index)
-    if _library.wants_gradient(key, value):
-        _backends.require_gradient("rearrange_kv", backend, key, ())
-        return tiled.rearrange_kv(key, value, index)
-    return _gather_op(key, value, index, backend)
+    return take_rows(key, index, backend=backend), take_rows(value, index, backend=backend)
+
+
+def take_rows(x: Tensor, index: Tensor, *, backend: str | None = None) -> Tensor:
+    """The tokens of [B, H, N_k, D] that a match map [B, 1 or H, N_q] names; zeros for -1. Tiled or Triton."""
+    backend = _backends.requested(backend)
+    if _library.wants_gradient(x):
+        _backends.require_gradient("rearrange_kv", backend, x, ())
+        return tiled.take_rows(x, index)
+    return _take_rows_op(x, index, backend)
 
 
 def _counts_implementation(index, num_tokens, backend):
@@ -79,20 +84,18 @@ def _counts_implementation(index, num_tokens, backend):
     return _backends.implementation(chosen, "rearrange").match_counts(index, num_tokens)
 
 
-def _gather_implementation(key, value, index, backend):
-    chosen = _backends.select("rearrange_kv", backend, key, ())
-    return _backends.implementation(chosen, "rearrange").rearrange_kv(key, value, index)
+def _take_rows_implementation(x, index, backend):
+    chosen = _backends.select("rearrange_kv", backend, x, ())
+    return _backends.implementation(chosen, "rearrange").take_rows(x, index)
 
 
 def _counts_fake(index, num_tokens, backend):
     return index.new_empty((*index.shape[:2], num_tokens))
 
 
-def _gather_fake(key, value, index, backend):
-    return tuple(x.new_empty((*x.shape[:2], index.shape[2], x.shape[3])) for x in (key, value))
+def _take_rows_fake(x, index, backend):
+    return x.new_empty((*x.shape[:2], index.shape[2], x.shape[3]))
 
 
 _counts_op = _library.register("match_counts", "(Tensor index, int num_tokens, str backend) -> Tensor", _counts_implementation, _counts_fake)
-_gather_op = _library.register(
-    "rearrange_kv", "(Tensor key, Tensor value, Tensor index, str backend) -> (Tensor, Tensor)", _gather_implementation, _gather_fake
-)
+_take_rows_op = _library.register("take_rows", "(Tensor x, Tensor index, str backend) -> Tensor", _take_rows_implementation, _take_rows_fake)

@@ -21,11 +21,12 @@ _assumed_target: str | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **arguments: Any) -> None:
-    """Run `kernel` over `grid`, or note the launch inside `recording`."""
+    """Run `kernel` over `grid` on the device of its tensors, or note the launch inside `recording`."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, num_warps, num_stages))
     else:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        with torch.cuda.device_of(next(x for x in arguments.values() if isinstance(x, torch.Tensor))):  # Triton launches on the current device
+            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
 
 
 @contextlib.contextmanager

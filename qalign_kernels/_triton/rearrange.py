@@ -1,4 +1,4 @@
-"""match_counts, compact and rearrange_kv on Triton. B batch rows, G maps (1 or H), H heads, N tokens, D and D_v channels."""
+"""match_counts, compact and take_rows on Triton. B batch rows, G maps (1 or H), H heads, N tokens, D channels."""
 
 import torch
 import triton
@@ -41,28 +41,17 @@ def compact(counts: Tensor) -> tuple[Tensor, Tensor]:
     return order, unique
 
 
-def rearrange_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    (batch, heads, tokens, dim), value_dim, rows = key.shape, value.shape[3], index.shape[2]
-    out_key, out_value = (torch.empty((batch, heads, rows, d), device=key.device, dtype=key.dtype) for d in (dim, value_dim))
-    maps_stride = index.stride(1) if index.shape[1] > 1 else 0
-    grid = (batch * heads * triton.cdiv(rows, GATHER_BLOCK_M),)
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    (batch, heads, tokens, dim), rows = x.shape, index.shape[2]
+    output = torch.empty((batch, heads, rows, dim), device=x.device, dtype=x.dtype)
+    pitch_b, pitch_h, pitch_n = (stride * x.element_size() for stride in x.stride()[:3])
     launch(
-        _rearrange_kv_kernel, grid, num_warps=4, num_stages=1, key_ptr=key, value_ptr=value, index_ptr=index, out_key_ptr=out_key,
-        out_value_ptr=out_value,
-        **{
-            f"{name}_pitch_{axis}": x.stride(i) * x.element_size()
-            for name, x in (("key", key), ("value", value))
-            for i, axis in enumerate("bhn")
-        },
-        key_stride_d=key.stride(3), value_stride_d=value.stride(3), index_stride_b=index.stride(0), index_stride_g=maps_stride,
-        index_stride_n=index.stride(2), H=heads, N_Q=rows, N_K=tokens, D=dim, KEY_WIDTH=_width(dim), D_V=value_dim,
-        VALUE_WIDTH=_width(value_dim), BLOCK_M=GATHER_BLOCK_M,
+        _take_rows_kernel, (batch * heads * triton.cdiv(rows, GATHER_BLOCK_M),), num_warps=4, num_stages=1, x_ptr=x, index_ptr=index,
+        output_ptr=output, pitch_b=pitch_b, pitch_h=pitch_h, pitch_n=pitch_n, stride_d=x.stride(3), index_stride_b=index.stride(0),
+        index_stride_g=index.stride(1) if index.shape[1] > 1 else 0, index_stride_n=index.stride(2), H=heads, N_Q=rows, N_K=tokens, D=dim,
+        BLOCK_M=GATHER_BLOCK_M, WIDTH=triton.next_power_of_2(dim),
     )  # fmt: skip
-    return out_key, out_value
-
-
-def _width(dim: int) -> int:
-    return max(16, min(GATHER_WIDTH, triton.next_power_of_2(dim)))
+    return output
 
 
 @triton.jit
@@ -98,30 +87,18 @@ def _compact_kernel(
 
 
 @triton.jit
-def _copy_rows(source_ptr, pitch, stride_d, rows, present, out_ptr, out_rows, inside, D: tl.constexpr, WIDTH: tl.constexpr):
-    """out[out_rows] = source[rows] where `present`, else zeros."""
-    for first in tl.static_range(0, D, WIDTH):
-        channels = first + tl.arange(0, WIDTH)
-        tile = load_rows(source_ptr, rows, present, pitch, stride_d, D, first, WIDTH, True)
-        tl.store(out_ptr + out_rows[:, None] * D + channels[None, :], tile, mask=inside[:, None] & (channels < D)[None, :])
-
-
-@triton.jit
-def _rearrange_kv_kernel(
-    key_ptr, value_ptr, index_ptr, out_key_ptr, out_value_ptr, key_pitch_b, key_pitch_h, key_pitch_n, value_pitch_b, value_pitch_h,
-    value_pitch_n, key_stride_d, value_stride_d, index_stride_b, index_stride_g, index_stride_n, H, N_Q, N_K, D: tl.constexpr,
-    KEY_WIDTH: tl.constexpr, D_V: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+def _take_rows_kernel(
+    x_ptr, index_ptr, output_ptr, pitch_b, pitch_h, pitch_n, stride_d, index_stride_b, index_stride_g, index_stride_n, H, N_Q, N_K,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N_Q, BLOCK_M)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = row // H, row % H
-    tokens = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens = ((tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     inside = tokens < N_Q
     index_ptr += batch * index_stride_b + head * index_stride_g
-    source = tl.load(index_ptr + tokens.to(tl.int64) * index_stride_n, mask=inside, other=-1).to(tl.int64)
+    source = tl.load(index_ptr + tokens * index_stride_n, mask=inside, other=-1).to(tl.int64)
     present = (source >= 0) & (source < N_K)
-    out_rows = row * N_Q + tokens.to(tl.int64)
-    key_ptr = advance(key_ptr, batch * key_pitch_b + head * key_pitch_h)
-    value_ptr = advance(value_ptr, batch * value_pitch_b + head * value_pitch_h)
-    _copy_rows(key_ptr, key_pitch_n, key_stride_d, source, present, out_key_ptr, out_rows, inside, D, KEY_WIDTH)
-    _copy_rows(value_ptr, value_pitch_n, value_stride_d, source, present, out_value_ptr, out_rows, inside, D_V, VALUE_WIDTH)
+    tile = load_rows(advance(x_ptr, batch * pitch_b + head * pitch_h), source, present, pitch_n, stride_d, D, 0, WIDTH, True)
+    channels = tl.arange(0, WIDTH)
+    tl.store(output_ptr + (row * N_Q + tokens)[:, None] * D + channels[None, :], tile, mask=inside[:, None] & (channels < D)[None, :])

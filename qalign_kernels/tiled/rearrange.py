@@ -1,4 +1,4 @@
-"""match_counts by integer scatter, rearrange_kv by one gather."""
+"""match_counts by integer scatter, take_rows by one gather."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,7 @@ def match_counts(index: Tensor, num_tokens: int) -> Tensor:
     return counts.scatter_add_(2, slots, torch.ones_like(index)).narrow(2, 1, num_tokens).contiguous()
 
 
-def rearrange_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    batch = torch.arange(key.shape[0], device=key.device).view(-1, 1, 1)
-    heads = torch.arange(key.shape[1], device=key.device).view(-1, 1)
-    tokens = index.clamp(min=0).long()
-    unmatched = (index < 0).unsqueeze(-1)
-    key, value = (x[batch, heads, tokens].contiguous().masked_fill_(unmatched, 0) for x in (key, value))
-    return key, value
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    batch = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1)
+    heads = torch.arange(x.shape[1], device=x.device).view(-1, 1)
+    return x[batch, heads, index.clamp(min=0).long()].contiguous().masked_fill_((index < 0).unsqueeze(-1), 0)

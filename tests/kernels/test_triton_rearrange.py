@@ -1,4 +1,4 @@
-"""match_counts, compact and rearrange_kv on Triton, in the interpreter, against the reference: all of them are exact."""
+"""match_counts, compact and take_rows on Triton, in the interpreter, against the reference: all of them are exact."""
 
 import pytest
 import torch
@@ -17,6 +17,10 @@ def _poisoned():
 def _index(shape, num_tokens, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-1, num_tokens, shape, generator=generator, dtype=torch.int32)
+
+
+def _gathered(key, value, index):
+    return [rearrange.take_rows(x, index) for x in (key, value)]
 
 
 @pytest.mark.parametrize("shape,num_tokens", [((1, 1, 1), 1), ((2, 3, 70), 41), ((1, 2, 1500), 2100), ((3, 1, 129), 7)])
@@ -60,25 +64,25 @@ def test_compact_of_strided_counts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("maps", [1, 3])
 @pytest.mark.parametrize("dims", [(40, 40), (64, 16), (1, 130)])
-def test_rearrange_kv(dtype, maps, dims):
+def test_take_rows(dtype, maps, dims):
     generator = torch.Generator().manual_seed(2)
     key, value = (torch.randn((2, 3, 37, dim), generator=generator).to(dtype) for dim in dims)
     index = _index((2, maps, 71), 37)
-    for actual, expected in zip(rearrange.rearrange_kv(key, value, index), truth.rearrange_kv(key, value, index)):
+    for actual, expected in zip(_gathered(key, value, index), truth.rearrange_kv(key, value, index)):
         assert actual.is_contiguous() and actual.dtype == dtype
         assert torch.equal(actual, expected)
 
 
-def test_rearrange_kv_of_any_strides():
+def test_take_rows_of_any_strides():
     generator = torch.Generator().manual_seed(3)
     key = torch.randn((2, 37, 3, 40), generator=generator).transpose(1, 2)[..., ::2]
     value = torch.randn((1, 3, 37, 24), generator=generator).expand(2, -1, -1, -1)
     index = _index((71, 1, 2), 37).permute(2, 1, 0)
-    for actual, expected in zip(rearrange.rearrange_kv(key, value, index), truth.rearrange_kv(key, value, index)):
+    for actual, expected in zip(_gathered(key, value, index), truth.rearrange_kv(key, value, index)):
         assert torch.equal(actual, expected)
 
 
-def test_rearrange_kv_keeps_nan_and_zeroes_unmatched_rows():
+def test_take_rows_keeps_nan_and_zeroes_unmatched_rows():
     key = torch.full((1, 1, 3, 16), float("nan"))
-    gathered, _ = rearrange.rearrange_kv(key, key, torch.tensor([[[2, -1]]], dtype=torch.int32))
+    gathered = rearrange.take_rows(key, torch.tensor([[[2, -1]]], dtype=torch.int32))
     assert gathered[0, 0, 0].isnan().all() and not gathered[0, 0, 1].any()
