@@ -1,4 +1,4 @@
-"""Markdown tables and a plot from the files that `speed` wrote, and the section of the README between its markers."""
+"""Markdown tables and a plot from the files that `speed`, `validate` and `static` wrote, and the section of the README between its markers."""
 
 import argparse
 import json
@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from . import evidence
 from .providers import OURS, SDPA
 from .text_table import markdown
 
+BUDGETS = Path(__file__).with_name("budgets.json")
 RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PLOTTED_OP, PLOTTED_HEADS = "qalign_attention", (1, 8, 40)
@@ -16,34 +18,38 @@ Row = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="JSON files of `speed` (default: all of benchmarks/results)")
+    kinds = "JSON files of `speed`, `validate` or `static` (default: all of benchmarks/results)"
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=kinds)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md and report.png there; without it the tables go to stdout")
     parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite the section between {BEGIN} and {END} in FILE")
 
 
 def run(arguments: argparse.Namespace) -> int:
     files = arguments.files or sorted(RESULTS.glob("*/*.json"))
-    rows = [row for file in files for row in read(file)]
+    contents = [read(file) for file in files]
+    rows = [row for content in contents if isinstance(content, list) and not evidence.is_static(content) for row in content]
     if not rows:
-        raise ValueError("FILE: expected at least one file with rows, got none")
+        raise ValueError("FILE: expected at least one file with rows of `speed`, got none")
     if arguments.readme:
-        replace_section(arguments.readme, "\n\n".join(summary(group) for group in by_device(rows)))
+        replace_section(arguments.readme, "\n\n".join([*(summary(group) for group in by_device(rows)), *other_evidence(contents)]))
         print(f"wrote the section of {arguments.readme}")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "report.md").write_text(report(rows))
+        (arguments.out / "report.md").write_text(report(rows, contents))
         plot(rows, arguments.out / "report.png")
         print(f"wrote {arguments.out / 'report.md'} and {arguments.out / 'report.png'}")
     elif not arguments.readme:
-        print(report(rows), end="")
+        print(report(rows, contents), end="")
     return 0
 
 
-def read(file: Path) -> list[Row]:
+def read(file: Path) -> Any:
     try:
         rows = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: expected JSON rows, got {error}") from None
+    if evidence.is_validation(rows) or evidence.is_static(rows):
+        return rows
     if not isinstance(rows, list) or any(not isinstance(row, dict) or "p50_ms" not in row for row in rows):
         raise ValueError(f"{file}: expected a list of rows as `speed --json` writes it, got something else")
     return rows
@@ -64,14 +70,23 @@ def heading(rows: list[Row]) -> str:
     return f"{first['device']}, {first['dtype']}, PyTorch {first['torch']}, Triton {first['triton'] or 'absent'}, commit {commits}"
 
 
-def report(rows: list[Row]) -> str:
+def other_evidence(contents: list[Any]) -> list[str]:
+    """Accuracy and machine code, where the files hold them."""
+    parts = [f"### Accuracy\n\n{evidence.accuracy(content)}" for content in contents if evidence.is_validation(content)]
+    compiled = [row for content in contents if evidence.is_static(content) for row in content]
+    if compiled:
+        parts.append(f"### Machine code, without a GPU\n\n{evidence.machine_code(compiled, json.loads(BUDGETS.read_text()))}")
+    return parts
+
+
+def report(rows: list[Row], contents: list[Any]) -> str:
     """Every row of every device, losses and wins alike."""
     head = ("op", "[B, H, N, D]", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "x SDPA", "peak MiB", "U/N")
     keys = ("op", "shape", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "ratio_to_sdpa", "peak_mib", "unique_fraction")
     parts = ["# Benchmarks", f"{NOTE} TFLOP/s count the op's definition, whoever runs it."]
     for group in by_device(rows):
         parts += [f"## {heading(group)}", markdown(head, [[_cell(row[key]) for key in keys] for row in group])]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *other_evidence(contents)]) + "\n"
 
 
 NOTE = (

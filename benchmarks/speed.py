@@ -1,6 +1,7 @@
 """Time and memory of every op beside its peers, in one process, by pytest-benchmark; no figure for an op whose check fails."""
 
 import argparse
+import functools
 import itertools
 import json
 import platform
@@ -203,6 +204,7 @@ def triton_version() -> str | None:
     return triton.__version__
 
 
+@functools.cache
 def commit() -> str:
     """The short hash of the checkout, "+" behind it where files differ from it, or "unknown"."""
     git = ["git", "-C", str(Path(__file__).parent)]

@@ -80,6 +80,12 @@ class Row:
     lane_instructions: float | None = None
     problems: list[str] = field(default_factory=list)
 
+    def tile(self) -> str:
+        return "x".join(str(self.constexprs[name]) for name in ("BLOCK_M", "BLOCK_N") if name in self.constexprs)
+
+    def flags(self) -> list[str]:
+        return [name for name, value in self.constexprs.items() if value is True]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", nargs="+", choices=TARGETS, metavar="ARCH", help=f"architectures (default all: {' '.join(TARGETS)})")
@@ -108,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     unmatched = hold_instruction_budgets(rows, budgets)
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1, default=str) + "\n")
+        arguments.json.write_text("[\n" + ",\n".join(json.dumps(result(row)) for row in rows) + "\n]\n")
     broken = [f"{row.target} {row.dtype} d={row.head_dim} {row.cases[0]} ({row.kernel}): {problem}" for row in rows for problem in row.problems]
     broken += unmatched
     print(f"\n{len(rows)} compilations, {len(broken)} budgets broken")
@@ -304,17 +310,24 @@ def _fits(row: Row, budget: dict) -> bool:
     return fnmatch.fnmatch(row.kernel, budget.get("kernel", "*")) and all(row.constexprs.get(name) == value for name, value in wanted.items())
 
 
+def result(row: Row) -> dict[str, Any]:
+    """The row as `--json` writes it: of the constexprs the tile and the names of those that are set."""
+    import triton
+
+    written = {name: value for name, value in asdict(row).items() if name not in ("constexprs", "seconds")}
+    return {"triton": triton.__version__, **written, "tile": row.tile(), "flags": row.flags()}
+
+
 def table(rows: list[Row]) -> str:
     head = ("case", "kernel", "flags", "target", "dtype", "d", "tile", "warps", "stages", "regs", "spills", "KiB", "matrix", "/score", "")
     lines = []
     for row in rows:
-        tile = "x".join(str(row.constexprs[name]) for name in ("BLOCK_M", "BLOCK_N") if name in row.constexprs)
         more = f" (+{len(row.cases) - 1})" if len(row.cases) > 1 else ""
         per_score = "-" if row.lane_instructions is None else f"{row.lane_instructions:.2f}"
-        flags = ",".join(name.lower() for name, value in row.constexprs.items() if value is True)
         cells = (
-            row.cases[0] + more, row.kernel, flags, row.target, row.dtype, row.head_dim, tile or "-", row.num_warps, row.num_stages, row.registers,
-            row.spill_bytes, f"{row.shared_kib:.1f}", row.matrix, per_score, "BROKEN" if row.problems else "ok",
+            row.cases[0] + more, row.kernel, ",".join(row.flags()).lower(), row.target, row.dtype, row.head_dim, row.tile() or "-",
+            row.num_warps, row.num_stages, row.registers, row.spill_bytes, f"{row.shared_kib:.1f}", row.matrix, per_score,
+            "BROKEN" if row.problems else "ok",
         )  # fmt: skip
         lines.append(cells)
     return text_table.aligned(head, lines)

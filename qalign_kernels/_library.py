@@ -25,6 +25,11 @@ def register(
     return getattr(torch.ops.qalign_kernels, name).default
 
 
+def accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """In what scores, sums, log-sum-exps and probes are held: float32, or float64 for float64 input."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd would record an op on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -212,7 +212,7 @@ def _implementation(
 
 
 def _absent_lse(query: Tensor) -> Tensor:
-    return query.new_empty(0, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    return query.new_empty(0, dtype=_library.accumulate_dtype(query))
 
 
 def _fake(

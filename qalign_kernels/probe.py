@@ -49,7 +49,7 @@ def label_mass(
     if backend == "reference":
         return _backends.implementation("reference", "probe").label_mass(query, key, key_labels, num_labels, scale=scale, counts=counts)
     if _library.wants_gradient(query, key):
-        accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+        accumulate = _library.accumulate_dtype(query)
         members = (key_labels.unsqueeze(-1) == torch.arange(num_labels, device=key.device)).to(accumulate)
         members = members.unsqueeze(1).expand(key.shape[0], key.shape[1], -1, -1)
         return attention(query.to(accumulate), Segment(key.to(accumulate), members, counts=counts), scale=scale, backend=backend)
@@ -113,16 +113,12 @@ def _mean_map_implementation(query, key, scale, backend):
     return _backends.implementation(chosen, "probe").mean_attention_map(query, key, scale=scale)
 
 
-def _accumulate(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
 def _label_mass_fake(query, key, key_labels, num_labels, scale, counts, backend):
-    return query.new_empty((*query.shape[:3], num_labels), dtype=_accumulate(query))
+    return query.new_empty((*query.shape[:3], num_labels), dtype=_library.accumulate_dtype(query))
 
 
 def _mean_map_fake(query, key, scale, backend):
-    return query.new_empty((query.shape[0], query.shape[2], key.shape[2]), dtype=_accumulate(query))
+    return query.new_empty((query.shape[0], query.shape[2], key.shape[2]), dtype=_library.accumulate_dtype(query))
 
 
 _label_mass_op = _library.register(

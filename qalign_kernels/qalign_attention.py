@@ -153,8 +153,7 @@ def _features(query: Tensor, ref_query: Tensor, similarity: str) -> tuple[Tensor
 
 def unit(x: Tensor) -> Tensor:
     """x / max(|x|, 1e-12) along the last axis, computed in float32 (float64 for float64) and rounded to the input dtype."""
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.nn.functional.normalize(x.to(accumulate), dim=-1, eps=1e-12).to(x.dtype)
+    return torch.nn.functional.normalize(x.to(_library.accumulate_dtype(x)), dim=-1, eps=1e-12).to(x.dtype)
 
 
 def _soft(

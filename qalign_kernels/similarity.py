@@ -121,7 +121,7 @@ def _check(query, reference, similarity, heads, query_labels, reference_labels, 
 
 def _matched_score(query: Tensor, reference: Tensor, index: Tensor, similarity: str, batch_index: Tensor | None) -> Tensor:
     """The scores [B, G, N_q, k] at the matched pairs, recorded by autograd; O(N k C) memory."""
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    accumulate = _library.accumulate_dtype(query)
     query, reference = query.to(accumulate), reference.to(accumulate)
     if batch_index is not None:
         reference = reference.index_select(0, batch_index)
@@ -150,8 +150,7 @@ def _topk_implementation(query, reference, k, similarity, joint, query_labels, r
 
 def _empty_match(query: Tensor, joint: bool, *last: int) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], 1 if joint else query.shape[1], query.shape[2], *last)
-    score = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(shape, dtype=torch.int32), query.new_empty(shape, dtype=score)
+    return query.new_empty(shape, dtype=torch.int32), query.new_empty(shape, dtype=_library.accumulate_dtype(query))
 
 
 def _argmax_fake(query, reference, similarity, joint, query_labels, reference_labels, batch_index, exact, backend):

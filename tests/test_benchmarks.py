@@ -148,6 +148,22 @@ def test_readme_section_is_replaced_and_nothing_else(results, tmp_path):
     assert "| qalign_attention | [1, 8, 1024, 40] | tiled | 1.5 | 0.75 | 4.25 | - | 4.5 | 12.8 | - | - |" in text
 
 
+def test_report_tells_accuracy_and_machine_code(results, tmp_path):
+    checked = {"op": "attention", "backend": "tiled", "cases": 2, "failures": [], "passed": True}
+    validation = {"device": ["Toy"], "rows": [{**checked, "dtype": "float32", "error": 1.5e-7, "ratio": 0.3}]}
+    validation["rows"].append({**checked, "dtype": "float16", "error": 1.0, "ratio": 9.0, "passed": False, "failures": ["it"]})
+    compiled = {"triton": "3.9.0", "cases": ["attention plain"], "target": "sm_90", "dtype": "bf16", "head_dim": 64, "registers": 200}
+    compiled |= {"spill_bytes": 0, "shared_kib": 96.0, "lane_instructions": 7.5, "problems": [], "tile": "128x128", "flags": []}
+    files = [tmp_path / "validate.json", tmp_path / "static.json"]
+    for file, content in zip(files, (validation, [compiled, {**compiled, "spill_bytes": 8, "problems": ["spills"], "cases": ["other"]}])):
+        file.write_text(json.dumps(content))
+    assert _report(results, *files, "--out", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| attention | tiled | 1.5e-07 (0.30) | FAILED | - |" in text and "4 cases, 1 failed" in text
+    assert "| sm_90 | bf16 | 3.9.0 | 2 | 200 | 1 | 96 of 227 | 1 |" in text
+    assert "| attention plain | sm_90 | 128x128 | 200 | 7.5 | 7.6 |" in text
+
+
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]"])
 def test_report_names_a_bad_file(tmp_path, content):
     file = tmp_path / "bad.json"
