@@ -66,8 +66,8 @@ def qalign_attention(
 
     Returns:
         [B, H, N_q, D_v] in the dtype of `query`. A query that sees no reference token gives zeros, except where it
-        still attends the warped tokens of others ("warped_values", "soft"). NaN in a query, or in a key or value that is read, gives NaN;
-        in `ref_query` it leaves the choice of tokens open.
+        still attends the warped tokens of others ("warped_values", "soft"). NaN in a query, in what it
+        was compared with, or in a key or value that is read, gives NaN.
 
     Raises:
         TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
@@ -102,17 +102,18 @@ def qalign_attention(
         "batch_index": batch_index,
     }
     if refinement == "topk":
-        index = similarity_topk(query.detach(), ref_query.detach(), topk, **matching, backend=backend).index
-        return topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine)
+        index, score = similarity_topk(query.detach(), ref_query.detach(), topk, **matching, backend=backend)
+        return _unmatchable_to_nan(topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine), score[..., 0])
     index, score = similarity_argmax(query.detach(), ref_query.detach(), **matching, backend=backend)
     if refinement == "rearranged":
         counts = match_counts(index, ref_key.shape[2], backend=backend)
-        return attention(query, dataclasses.replace(reference, counts=counts), query_labels=query_labels, **refine)
+        output = attention(query, dataclasses.replace(reference, counts=counts), query_labels=query_labels, **refine)
+        return _unmatchable_to_nan(output, score)
     if batch_index is not None:
         ref_value = ref_value.index_select(0, batch_index)
-    value = take_rows(ref_value, index, backend=backend)
+    value = _unmatchable_to_nan(take_rows(ref_value, index, backend=backend), score)
     if own_key is None:
-        return value.masked_fill(score.isnan().unsqueeze(-1), float("nan"))
+        return value
     return attention(query, Segment(own_key, value, counts=(index >= 0).int()), **refine)
 
 
@@ -142,6 +143,11 @@ def topk_attention(
         _backends.require_gradient("topk_attention", backend, query, (query.shape[3], value.shape[3]))
         return tiled.topk_attention(query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index)
     return _topk_attention_op(query, key, value, index, scale, contrast, batch_index, backend)
+
+
+def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
+    """NaN, in place, in each row of [B, H, N, D] whose best score [B, 1 or H, N] is NaN: its choice means nothing."""
+    return rows.masked_fill_(score.isnan().unsqueeze(-1), float("nan"))
 
 
 def _features(query: Tensor, ref_query: Tensor, similarity: str) -> tuple[Tensor, Tensor]:

@@ -26,14 +26,14 @@ def qalign_attention(
         alignment = (_unit(query), _unit(ref_query), "dot", joint, query_labels, ref_labels)
 
     if refinement == "topk":
-        index = similarity_topk(query, ref_query, topk, similarity, joint, query_labels, ref_labels)[0]
-        return topk_attention(query, ref_key, ref_value, index, scale=scale, contrast=contrast)
+        index, score = similarity_topk(query, ref_query, topk, similarity, joint, query_labels, ref_labels)
+        return _unmatchable_to_nan(topk_attention(query, ref_key, ref_value, index, scale=scale, contrast=contrast), score[..., 0])
     if refinement == "guided":
-        return _weigh(_logits(query, ref_key, scale) + strength * scores(*alignment), ref_value, contrast)
+        return _weigh(_logits(query, ref_key, scale) + _strengthened(scores(*alignment), strength), ref_value, contrast)
     if refinement == "soft":
-        weights = (strength * scores(*alignment)).softmax(-1)
-        present = ~weights.isnan().all(-1)
-        weights = weights.masked_fill(~present.unsqueeze(-1), 0).to(query.dtype)
+        table = _strengthened(scores(*alignment), strength)
+        present = (table != float("-inf")).any(-1)
+        weights = table.softmax(-1).masked_fill(~present.unsqueeze(-1), 0).to(query.dtype)
         key, value = (weights @ ref_key, weights @ ref_value)
         logits = _logits(query, key, scale).masked_fill(~present.unsqueeze(2), float("-inf"))
         return _weigh(logits, value, contrast, present.sum(-1))
@@ -41,10 +41,10 @@ def qalign_attention(
     index, score = similarity_argmax(*alignment)
     key, value = rearrange_kv(ref_key, ref_value, index)
     if refinement == "none":
-        return value.masked_fill(score.isnan().unsqueeze(-1), float("nan"))
+        return _unmatchable_to_nan(value, score)
     matched = index >= 0
     if refinement == "warped_values":
-        return attention(query, [_segment(own_key, value, matched.int())], scale=scale, contrast=contrast)[0]
+        return attention(query, [_segment(own_key, _unmatchable_to_nan(value, score), matched.int())], scale=scale, contrast=contrast)[0]
     labels = None
     if query_labels is not None:  # a rearranged key carries the label of the token it was taken from
         labels = ref_labels.expand(query.shape[0], -1).unsqueeze(1).take_along_dim(index.clamp(min=0).long(), dim=2)
@@ -52,7 +52,16 @@ def qalign_attention(
     if labels is not None:
         seen = (query_labels.unsqueeze(1).unsqueeze(-1) & labels.unsqueeze(2)) != 0
         logits = logits.masked_fill(~seen, float("-inf"))
-    return _weigh(logits, value, contrast, matched.sum(-1))
+    return _unmatchable_to_nan(_weigh(logits, value, contrast, matched.sum(-1)), score)
+
+
+def _strengthened(table: Tensor, strength: float) -> Tensor:
+    """strength · S, inadmissible pairs still -inf."""
+    return (strength * table).masked_fill(table == float("-inf"), float("-inf"))
+
+
+def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
+    return rows.masked_fill(score.isnan().unsqueeze(-1), float("nan"))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -241,6 +241,27 @@ def test_a_nan_query_gives_nan_in_its_row(backend, refinement, device):
     assert not bool(output[0, 0].isnan().any())
 
 
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+def test_a_nan_in_the_reference_queries_gives_nan_where_it_was_compared(backend, refinement, device):
+    features, _ = draw(device)
+    settings = options(refinement, features)
+    features[1] = features[1].clone()
+    features[1][0, 1, 4, 3] = float("nan")
+    output = qalign_attention(*features, heads="per_head", backend=backend, **settings)
+    assert bool(output[0, 1].isnan().all())
+    assert not bool(output[0, 0].isnan().any())
+
+
+def test_no_strength_with_labels_is_attention_with_labels(backend, device):
+    (query, ref_query, key, value), _ = draw(device)
+    labels, ref_labels = (random_integers(1, 4, 1, x.shape[2], seed=21, device=device) for x in (query, key))
+    guided = qalign_attention(
+        query, ref_query, key, value, refinement="guided", strength=0.0, query_labels=labels, ref_labels=ref_labels, backend=backend
+    )
+    plain = attention(query, Segment(key, value, labels=ref_labels), query_labels=labels, backend=backend)
+    torch.testing.assert_close(guided, plain, rtol=0, atol=4 * torch.finfo(torch.float32).eps * plain.abs().max().item())
+
+
 @pytest.mark.parametrize("refinement", ["rearranged", "guided", "topk"])
 def test_repeats_are_equal_in_every_bit(backend, refinement, device):
     features, _ = draw(device)
