@@ -103,7 +103,7 @@ def qalign_attention(
     }
     if refinement == "topk":
         index, score = similarity_topk(query.detach(), ref_query.detach(), topk, **matching, backend=backend)
-        return _unmatchable_to_nan(topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine), score[..., 0])
+        return _unmatchable_to_nan(topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine), score.select(-1, 0))
     index, score = similarity_argmax(query.detach(), ref_query.detach(), **matching, backend=backend)
     if refinement == "rearranged":
         counts = match_counts(index, ref_key.shape[2], backend=backend)

@@ -184,7 +184,7 @@ def calls(dtype):
         "similarity_argmax": (query, key, "cosine", True, query_labels, key_labels, rows, True, "tiled"),
         "similarity_topk": (query, key, 3, "dot", False, query_labels, key_labels, rows, "tiled"),
         "match_counts": (index, 7, "tiled"),
-        "rearrange_kv": (key[:2], value[:2], index, "tiled"),
+        "take_rows": (value[:2], index, "tiled"),
         "attention": (query, *segments, True, False, "tiled"),
         "attention_backward": (features(2, 4, 5, 64, dtype=dtype), torch.zeros(2, 4, 5, dtype=score), query, *segments),
         "topk_attention": (query, key, value, topk, 0.2, 1.0, rows, "tiled"),
@@ -232,7 +232,7 @@ def test_the_environment_report_says_what_auto_takes_on_a_gpu(monkeypatch):
     monkeypatch.setattr(_backends, "triton_problem", lambda: None)
     with FakeTensorMode():
         table = env.choices(torch.device("cuda"))
-    assert {op for op, _ in table} == set(calls(torch.float32)) - {"attention_backward"}
+    assert {op for op, _ in table} == set(calls(torch.float32)) - {"attention_backward", "take_rows"} | {"rearrange_kv"}
     for (op, dtype), (chosen, reason) in table.items():
         served = dtype != "float64" or op == "match_counts"
         assert chosen == ("triton" if served else "tiled")
