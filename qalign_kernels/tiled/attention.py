@@ -53,7 +53,7 @@ def attention(
             tiles = [_tile(part, query, guide, query_labels, b, heads, rows) for part in parts]
             mass, lse[b, heads, rows] = _masses(tiles)
             if contrast != 1.0:
-                mass = [_contrasted(m, tile, contrast, total[heads])[0] for m, tile in zip(mass, tiles)]
+                mass = [_clipped(_unclipped(m, tile, contrast, total[heads]), tile, contrast) for m, tile in zip(mass, tiles)]
             output[b, heads, rows] = _sum([m.to(query.dtype).to(dtype) @ tile.value for m, tile in zip(mass, tiles)])
     return output, lse if need_lse else None
 
@@ -88,9 +88,10 @@ def attention_backward(
             gains = [grad @ tile.value.mT for tile in tiles]
             weights = mass
             if contrast != 1.0:
-                clipped = [_contrasted(m.clone(), tile, contrast, total[heads]) for m, tile in zip(mass, tiles)]
-                weights = [w for w, _ in clipped]
-                gains = [g.mul_(inside).mul_(contrast) for g, (_, inside) in zip(gains, clipped)]
+                weights = [_unclipped(m.clone(), tile, contrast, total[heads]) for m, tile in zip(mass, tiles)]
+                inside = [(w >= 0) & (w <= _multiplicity(tile)) for w, tile in zip(weights, tiles)]
+                weights = [_clipped(w, tile, contrast) for w, tile in zip(weights, tiles)]
+                gains = [g.mul_(within).mul_(contrast) for g, within in zip(gains, inside)]
             offset = -_sum([torch.einsum("hrn,hrn->hr", m, g) for m, g in zip(mass, gains)])
             if grad_lse is not None:
                 offset += grad_lse[b, heads, rows]
@@ -229,15 +230,23 @@ def _masses(tiles: Sequence[_Tile]) -> tuple[list[Tensor], Tensor]:
     return [x.div_(total) for x in mass], lse
 
 
-def _contrasted(mass: Tensor, tile: _Tile, contrast: float, total: Tensor) -> tuple[Tensor, Tensor]:
-    """m_j clip(c (p_ij - 1/N) + 1/N, 0, 1) in the place of `mass`, and whether each stands inside the clip."""
-    counts = mass.new_ones(()) if tile.counts is None else tile.counts
-    weights = mass.mul_(contrast).add_(counts * (1 - contrast) / total)
-    inside = (weights >= 0) & (weights <= counts)
-    torch.minimum(weights.clamp_(min=0), counts, out=weights)
-    if tile.seen is not None and contrast < 1:
-        weights.masked_fill_(~tile.seen, 0)
-    return weights, inside
+def _unclipped(mass: Tensor, tile: _Tile, contrast: float, total: Tensor) -> Tensor:
+    """m_j (c (p_ij - 1/N) + 1/N) in the place of `mass`."""
+    return mass.mul_(contrast).add_(_multiplicity(tile) * ((1 - contrast) / total))
+
+
+def _clipped(weights: Tensor, tile: _Tile, contrast: float) -> Tensor:
+    """Each between 0 and m_j, 0 for a key that is not seen, in place."""
+    if tile.counts is None:
+        weights.clamp_(0, 1)
+    else:
+        torch.minimum(weights.clamp_(min=0), tile.counts, out=weights)
+    return weights if tile.seen is None or contrast >= 1 else weights.masked_fill_(~tile.seen, 0)
+
+
+def _multiplicity(tile: _Tile) -> Tensor:
+    """m_j, [H, 1, U] or one number."""
+    return tile.key.new_ones(()) if tile.counts is None else tile.counts
 
 
 def _add_batch_row(target: Tensor, added: Tensor, b: int, batch_index: Tensor | None, kept: Tensor | None) -> None:
