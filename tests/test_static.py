@@ -142,3 +142,13 @@ def test_unrolled_loops_count_all_their_tiles(step, copies, tiles):
     once = 64 * 64 * 128 // (16 * 8 * 16) // 4
     loop = Loop(500, ["HMMA.16816.F32.BF16"] * once * copies)
     assert static.tiles_per_pass(TTGIR.format(step=step), loop, block_n=128, num_warps=4) == tiles
+
+
+@pytest.mark.parametrize("name", ["LDG.E.U16", "LDG.E.U16.CONSTANT", "LDG.E.CONSTANT.S8", "global_load_short_d16_hi", "buffer_load_ubyte"])
+def test_narrow_loads_are_seen(name):
+    assert machine_code.is_narrow_load(name)
+
+
+@pytest.mark.parametrize("name", ["LDG.E", "LDG.E.64", "LDG.E.128", "LDGSTS.E.BYPASS.128", "LDS.U16", "global_load_dwordx4", "ds_read_u16"])
+def test_wide_and_shared_loads_are_not_narrow(name):
+    assert not machine_code.is_narrow_load(name)
