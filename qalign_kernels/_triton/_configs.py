@@ -97,7 +97,7 @@ SIMILARITY_TILES: dict[tuple[str, str], list[tuple[int, Tile]]] = {
     ("ampere", "joint"): [(64, Tile(128, 128, 8, 3)), (96, Tile(128, 64, 8, 2)), (160, Tile(64, 64, 4, 2))],
     ("ampere", "topk"): [(160, Tile(64, 64, 4, 2))],
     ("sm_120", "topk"): [(160, Tile(64, 64, 8, 2))],
-    ("sm_120", "packed"): [(96, Tile(128, 64, 8, 3)), (160, Tile(128, 64, 8, 2))],
+    ("sm_120", "packed"): [(64, Tile(128, 64, 8, 3)), (160, Tile(128, 64, 8, 2))],
     ("cdna", "exact"): [(160, Tile(128, 64, 8, 2))],
     ("cdna", "packed"): [(96, Tile(128, 64, 4, 2)), (160, Tile(128, 64, 8, 2))],
     ("cdna", "joint"): [(96, Tile(128, 128, 8, 2)), (160, Tile(64, 64, 4, 2))],
