@@ -40,6 +40,7 @@ ATTENTION_TILES: dict[tuple[str, str], list[tuple[int, Tile]]] = {
     ("ampere", "exact"): [(160, Tile(128, 32, 8, 2))],
     ("ampere", "map"): [(64, Tile(128, 64, 8, 1)), (160, Tile(128, 64, 8, 2))],
     ("sm_120", "softmax"): [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 32, 8, 3)), (160, Tile(128, 16, 8, 2))],
+    ("sm_120", "busy softmax"): [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 32, 8, 3)), (160, Tile(128, 16, 8, 2))],
     ("sm_100", "softmax"): [(64, Tile(128, 128, 8, 3)), (160, Tile(128, 64, 8, 3))],
     ("sm_100", "busy softmax"): [(160, Tile(128, 64, 8, 3))],
     ("sm_100", "contrast"): [(64, Tile(128, 128, 8, 3)), (160, Tile(128, 64, 8, 3))],
