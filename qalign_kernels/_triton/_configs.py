@@ -127,4 +127,4 @@ def family(target: str) -> str:
 def topk_attention_tile(target: str, head_dim: int) -> Tile:
     if target == "interpreter":
         return Tile(16, 16, 4, 1)
-    return Tile(64 if head_dim <= 64 else 32, 16, 4, 2)
+    return Tile(64 if head_dim <= 64 else 32, 16, 4 if head_dim <= 96 else 8, 2)
