@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which no test module does before this
 
 from qalign_kernels import _backends
-from qalign_kernels.testing import poisoned_memory
+from qalign_kernels.testing import poisoned_memory, random_features
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -45,3 +45,16 @@ def poisoned():
     """Memory that an op allocates and does not write holds NaN."""
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def far(poisoned, device: str) -> torch.Tensor:
+    """float16 [1, 3, 24, 32] whose last head begins 2^31 elements in: memory that is reserved, hardly any of it touched."""
+    stride = 2**30
+    try:
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        storage = torch.empty(2 * stride + 4096, dtype=torch.float16, device=device)
+    except (RuntimeError, MemoryError):
+        pytest.skip("4 GiB cannot be reserved here")
+    far = storage.as_strided((1, 3, 24, 32), (0, stride, 32, 1))
+    return far.copy_(random_features(1, 3, 24, 32, seed=14))
