@@ -1,0 +1,26 @@
+"""A small Stable Diffusion that ships with the package, and the labelled scenes that it was trained on."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+FOLDER = Path(__file__).parent / "weights"
+
+
+def load(dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
+    """The embedded model as a StableDiffusionPipeline: 128x128 pictures, 4x32x32 latents, v-prediction.
+
+    Raises:
+        FileNotFoundError: the weights are not where the package keeps them.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    if not (FOLDER / "model_index.json").exists():
+        raise FileNotFoundError(f"embedded model: expected weights in {FOLDER}, got none; reinstall, or run python -m qalign.embedded.train")
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=dtype, local_files_only=True, safety_checker=None)
+    pipe.set_progress_bar_config(disable=None)
+    return pipe
