@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "qalign_kernels" / "__i
 if VERSION is None:
     raise RuntimeError("qalign_kernels/__init__.py: expected a line __version__ = \"...\"")
 
-DIFFUSERS = ["diffusers>=0.35", "transformers", "accelerate", "safetensors"]
+DIFFUSERS = ["diffusers>=0.35", "transformers", "accelerate", "safetensors", "scikit-learn>=1.4"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib"]
 DEMO = ["scikit-image", "matplotlib", "psutil"]
 DEV = ["pytest>=8", "ruff", "mypy"]

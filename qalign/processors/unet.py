@@ -65,7 +65,7 @@ class UNetAttnProcessor:
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        q, k, v = _project(attn, hidden_states, encoder_hidden_states)
+        q, k, v = project(attn, hidden_states, encoder_hidden_states)
         scale = None if attn.scale == q.shape[-1] ** -0.5 else attn.scale
         site = Site(self.layout, scale, mask, self.clock, self)
         if self.method is None or encoder_hidden_states is not None or "output" not in self.layout.roles:
@@ -133,7 +133,7 @@ def _prepare_mask(attn: "Attention", mask: Tensor | None, keys: Tensor) -> Tenso
     return mask.unsqueeze(1) if mask.shape[0] == batch else mask.view(batch, attn.heads, -1, mask.shape[-1])
 
 
-def _project(attn: "Attention", hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def project(attn: "Attention", hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, H, N, D], tokens outside heads in memory."""
     fused = attn.fused_projections and type(attn.to_q) is nn.Linear  # an adapter loaded since has not reached the fused weights
     if context is None and fused:
