@@ -3,11 +3,47 @@
 >>> pipe.unet.set_attn_processor(QAlignAttnProcessor())
 >>> with attach(pipe, QAlign(), layers="up", steps=(0.1, 0.9)):
 ...     images = pipe([prompt] * 3, latents=latents).images
+
+>>> pipe = AppearanceTransferPipeline.from_pipe(pipe)
+>>> image = pipe(appearance, structure, "a photo of a zebra", method=QAlign()).images[0]
 """
 
-from .control import Control, attach
-from .layout import BatchLayout
-from .methods import CrossImage, QAlign
-from .processors import CrossImageAttnProcessor, QAlignAttnProcessor, UNetAttnProcessor
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["BatchLayout", "Control", "CrossImage", "CrossImageAttnProcessor", "QAlign", "QAlignAttnProcessor", "UNetAttnProcessor", "attach"]
+if TYPE_CHECKING:
+    from .control import Control, attach
+    from .layout import BatchLayout
+    from .methods import CrossImage, QAlign
+    from .pipelines import AppearanceTransferOutput, AppearanceTransferPipeline, AppearanceTransferXLPipeline
+    from .processors import CrossImageAttnProcessor, QAlignAttnProcessor, UNetAttnProcessor
+
+# imported when asked for: the pipelines bring diffusers, and the command line answers --help without torch
+_HOMES = {
+    "control": ("Control", "attach"),
+    "layout": ("BatchLayout",),
+    "methods": ("CrossImage", "QAlign"),
+    "pipelines": ("AppearanceTransferOutput", "AppearanceTransferPipeline", "AppearanceTransferXLPipeline"),
+    "processors": ("CrossImageAttnProcessor", "QAlignAttnProcessor", "UNetAttnProcessor"),
+}
+
+__all__ = [
+    "AppearanceTransferOutput",
+    "AppearanceTransferPipeline",
+    "AppearanceTransferXLPipeline",
+    "BatchLayout",
+    "Control",
+    "CrossImage",
+    "CrossImageAttnProcessor",
+    "QAlign",
+    "QAlignAttnProcessor",
+    "UNetAttnProcessor",
+    "attach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

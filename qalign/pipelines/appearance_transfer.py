@@ -1,0 +1,452 @@
+"""Appearance transfer: a picture in the appearance of one and the structure of another, from noise that inversion finds for both."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from ..adain import adain as adain_latents
+from ..control import Control, attach, find_unet
+from ..freeu import cross_image_freeu
+from ..guidance import swap_guided, swap_scales
+from ..inversion import KINDS, Inversion, Predict, denoise_step, invert_ddim, invert_ddpm, require_finite
+from ..layout import BatchLayout
+from ..masks import MOST_TOKENS, MapCollector, default_noun, noun_tokens, object_masks
+from ..methods import CrossImage, Method, QAlign
+from .inversion_cache import InversionCache, digest
+from .pictures import choose_size, cover, to_tensors
+
+METHODS: dict[str, Callable[[], Method]] = {"cross_image": CrossImage, "qalign": QAlign}
+ADAIN = ("masked", "whole", None)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_QALIGN = QAlign()
+_log = logging.getLogger("qalign")
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+Condition = dict[str, Any]  # keyword arguments of the UNet for one row
+
+
+@dataclass
+class AppearanceTransferOutput(BaseOutput):
+    """What an appearance transfer made.
+
+    Attributes:
+        images: one for each structure: a list of PIL images, an array [n, H, W, 3] or a tensor [n, C, h, w], as `output_type` says.
+        reconstructions: of the appearance and of the structures, in the same form: what inversion and denoising alone make of them.
+        masks: bool [1 + n, h, w], the object in appearance and structures, as AdaIN used it; None without masked AdaIN.
+    """
+
+    images: Any
+    reconstructions: Any
+    masks: Tensor | None = None
+
+
+class AppearanceTransfer:
+    """Appearance transfer as a mixin before a Stable Diffusion pipeline, whose components and conditioning it uses."""
+
+    _callback_tensor_inputs = ["latents"]
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """A pipeline for appearance transfer with the components of any other of Stable Diffusion or Stable Diffusion XL.
+
+        >>> pipe = AppearanceTransferPipeline.from_pipe(StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16))
+
+        Weights are shared, and stay in the dtypes that they have. Call `enable_model_cpu_offload` and the like on the result.
+
+        Args:
+            pipeline: a diffusers pipeline.
+            kwargs: components and settings to take in place of the pipeline's.
+        """
+        components = getattr(pipeline, "components", {})
+        if "unet" not in components or "text_encoder" not in components:
+            raise TypeError(f"pipeline: expected a Stable Diffusion or Stable Diffusion XL pipeline, got {type(pipeline).__name__}")
+        target: Any = AppearanceTransferXLPipeline if "text_encoder_2" in components else AppearanceTransferPipeline
+        needed, settings = target._get_signature_keys(target)
+        given = {name: components.get(name) for name in needed} | {name: pipeline.config[name] for name in settings if name in pipeline.config}
+        return target(**{**given, **kwargs})
+
+    @classmethod
+    def embedded(cls, dtype: torch.dtype = torch.float32) -> Any:
+        """A pipeline on the small model that comes with the package: pictures of 128 x 128 pixels, nothing to download."""
+        from .. import embedded
+
+        return cls.from_pipe(embedded.load(dtype))
+
+    @torch.no_grad()
+    def invert(
+        self: Any,
+        appearance: Any,
+        structure: Any,
+        prompt: str = "",
+        *,
+        num_inference_steps: int = 100,
+        inversion: str = "ddpm",
+        inversion_guidance_scale: float = 3.5,
+        freeu: bool = False,
+        cache: str | Path | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+    ) -> Inversion:
+        """The inversion of [appearance, structures...], which several calls with the same pictures may share. Arguments as `__call__`."""
+        if inversion not in KINDS:
+            raise ValueError(f"inversion: expected an Inversion or one of {', '.join(KINDS)}, got {inversion!r}")
+        pictures = _pictures(appearance, structure, height, width)
+        clean, scheduler = self._encode(pictures), _ddim(self.scheduler)
+        condition, unconditional = self._conditions(prompt, *pictures.shape[-2:])
+        generators = _generators(generator, len(pictures))
+        keys = [""] * len(pictures)
+        if cache is not None:
+            noise = [each.get_state() if generator is not None and inversion == "ddpm" else None for each in generators]
+            settings = [num_inference_steps, inversion, inversion_guidance_scale, freeu]
+            shared = digest(settings, dict(scheduler.config), condition, unconditional, find_unet(self))
+            keys = [digest(shared, row, state) for row, state in zip(clean, noise)]
+
+        def make(rows: list[int]) -> Inversion:
+            predict = self._guided(condition, unconditional, inversion_guidance_scale)
+            with self._freeu(freeu), self.progress_bar(total=num_inference_steps) as bar:
+                options: dict[str, Any] = {"steps": num_inference_steps, "progress": bar.update}
+                if inversion == "ddim":
+                    return invert_ddim(predict, scheduler, clean[rows], **options)
+                options |= {"generator": [generators[row] for row in rows], "batch_size": 3 * len(pictures) - 2}  # as many rows as denoising has
+                return invert_ddpm(predict, scheduler, clean[rows], **options)
+
+        inverted = InversionCache(cache).fill(keys, make)
+        self.maybe_free_model_hooks()
+        return inverted.to(clean.device)
+
+    @torch.no_grad()
+    def __call__(
+        self: Any,
+        appearance: Any,
+        structure: Any,
+        prompt: str = "",
+        *,
+        method: Method | str | None = _QALIGN,
+        num_inference_steps: int = 100,
+        skip: float = 0.32,
+        inversion: str | Inversion = "ddpm",
+        inversion_guidance_scale: float = 3.5,
+        swap_guidance_scale: float = 3.5,
+        edit_steps: tuple[float, float] | None = (11 / 68, 1.0),
+        guidance_start: float = 10 / 68,
+        adain: str | None = "masked",
+        adain_start: float = 20 / 68,
+        noun: str | None = None,
+        freeu: bool = False,
+        layers: str | Sequence[str] | None = None,
+        cache: str | Path | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> AppearanceTransferOutput | tuple[Any, ...]:
+        """Give each structure the appearance.
+
+        >>> image = pipe(appearance, structure, "a photo of a zebra", method=QAlign()).images[0]
+
+        All pictures are inverted with guidance by the prompt. Then, from the step that `skip` says, they are denoised together with one
+        output for each structure, which starts as the structure: without classifier-free guidance, in one UNet call a step over the rows
+        [outputs, outputs without the edit, appearance, structures]. As published: 100 steps, of which 68 run; fractions are of these.
+
+        Args:
+            appearance: one picture: PIL, tensor [3, H, W] or array [H, W, 3], floats in [0, 1] or bytes.
+            structure: one or several.
+            prompt: what all of them show.
+            method: such as `QAlign()`, or "qalign" or "cross_image"; None edits nothing.
+            num_inference_steps: of the inversion.
+            skip: the fraction of these that is left out at the noisy end; more keeps more of the structure.
+            inversion: "ddpm", edit-friendly; "ddim", deterministic; or what `invert` returned for these pictures, which then need not be
+                given and whose number of steps counts.
+            inversion_guidance_scale: of the prompt against the empty one, at the inversion only.
+            swap_guidance_scale: γ of plain + γ (edited - plain), falling to its half; 1 or less is none and saves the rows without edit.
+            edit_steps: (start, stop), when the method edits; None is always. A method's own structure steps are counted from the first executed step.
+            guidance_start: where swap guidance begins.
+            adain: "masked": the output's latents take the statistics of the appearance's object inside the structure's; "whole": without
+                masks; None: not at all.
+            adain_start: where that begins, and the step whose attention maps make the masks.
+            noun: the word of the prompt that is the object; None is a guess by its grammar. See `qalign.masks.noun_tokens`.
+            freeu: `qalign.freeu` throughout. The official FreeU is `enable_freeu`.
+            layers: as `attach`.
+            cache: a folder for inversions, one file each for a picture with its settings and noise.
+            height, width: in pixels, multiples of 8; None is the first structure's. Pictures of another size are scaled to cover this one,
+                and their middle is taken.
+            generator: of the inversion's noise: one, from which all structures take the same, so that a structure's result does not depend
+                on the others; or one for each of [appearance, structures...]. None is new noise, unless any is cached.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: False: the tuple (images, reconstructions).
+            callback_on_step_end: called with (pipe, i, timestep, {"latents": float32 [outputs, appearance, structures]}) after each step; the
+                latents it returns replace them. `pipe._interrupt = True` ends the loop.
+
+        Raises:
+            TypeError, ValueError: a bad argument, named. FloatingPointError: NaN or infinity in latents or predictions.
+        Source: Cross-Image attention, arXiv 2311.03335; Q-Align, arXiv 2508.21090; inversion, arXiv 2304.06140.
+        """
+        method = _method(method)
+        _check(adain, edit_steps, output_type, callback_on_step_end_tensor_inputs)
+        known = inversion if isinstance(inversion, Inversion) else None
+        outputs = len(to_tensors(structure, "structure")) if known is None else _structures(known)
+        steps = num_inference_steps if known is None else len(known.timesteps)
+        skipped = _skipped(skip, steps)
+        guided = method is not None and swap_guidance_scale > 1
+        scales = swap_scales(steps - skipped, swap_guidance_scale, start=guidance_start) if guided else None
+        control = None
+        if method is not None:
+            roles = ["output"] * outputs + ["plain"] * outputs * guided + ["appearance"] + ["structure"] * outputs
+            control = attach(self, method, layout=BatchLayout(*roles, guidance=False), layers=layers, steps=edit_steps)
+        blend = None if adain is None else _Blend(adain, adain_start, self._noun_tokens(prompt, noun) if adain == "masked" else ())
+        if known is None:
+            settings = {"num_inference_steps": steps, "inversion": inversion, "inversion_guidance_scale": inversion_guidance_scale}
+            options = {"freeu": freeu, "cache": cache, "height": height, "width": width, "generator": generator}
+            known = self.invert(appearance, structure, prompt, **settings, **options)
+
+        rows, device = [*range(1, outputs + 1), *range(outputs + 1)], self._execution_device
+        loop = _Loop(
+            pipe=self,
+            scheduler=_ddim(self.scheduler, known.timesteps),
+            timesteps=known.timesteps[skipped:],
+            noises=None if known.noises is None else known.noises[skipped:, rows].to(device),
+            eta=known.eta,
+            outputs=outputs,
+            condition=self._conditions(prompt, *(side * self.vae_scale_factor for side in known.latents.shape[-2:]))[0],
+            scales=scales,
+            blend=blend,
+        )
+        with self._freeu(freeu):
+            latents, masks = loop.run(known.latents[skipped, rows].to(device), control, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        pictures = latents if output_type == "latent" else self._decode(latents)
+        self.maybe_free_model_hooks()
+        parts = [self.image_processor.postprocess(some, output_type=output_type) for some in pictures.split([outputs, outputs + 1])]
+        result = AppearanceTransferOutput(*parts, masks)
+        return result if return_dict else (result.images, result.reconstructions)
+
+    def _conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
+        """The UNet's keyword arguments for one row, of the prompt and of the empty one."""
+        embeddings = self.encode_prompt(prompt, self._execution_device, 1, True)
+        condition, unconditional = ({"encoder_hidden_states": each.to(self.unet.dtype)} for each in embeddings)
+        return condition, unconditional
+
+    def _noun_tokens(self: Any, prompt: str, noun: str | None) -> tuple[int, ...]:
+        word = noun or default_noun(prompt)
+        return noun_tokens(self.tokenizer, prompt, word) if word else ()
+
+    def _freeu(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
+        return cross_image_freeu(self) if wanted else contextlib.nullcontext()
+
+    def _predict(self: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """float32 [B, C, h, w], the UNet's output."""
+        options = _expand(condition, len(latents))
+        output = self.unet(latents.to(self.unet.dtype), timesteps.to(latents.device), return_dict=False, **options)[0]
+        return require_finite(output, "UNet output", self.unet.dtype).float()
+
+    def _guided(self: Any, condition: Condition, unconditional: Condition, scale: float) -> Predict:
+        """The prediction with classifier-free guidance; one call of the UNet is enough where both conditions are the same."""
+        same = digest(condition) == digest(unconditional)
+
+        def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+            output = self._predict(latents, timesteps, condition)
+            if scale == 1 or same:
+                return output
+            base = self._predict(latents, timesteps, unconditional)
+            return base + scale * (output - base)
+
+        return predict
+
+    def _encode(self: Any, pictures: Tensor) -> Tensor:
+        """float32 latents [B, C, h, w] of pictures [B, 3, H, W] in [0, 1]: the mode of what the VAE says, picture by picture."""
+        with self._wide_vae():
+            pixels = self.image_processor.normalize(pictures).to(self._execution_device, self.vae.dtype)
+            latents = torch.cat([retrieve_latents(self.vae.encode(row), sample_mode="argmax") for row in pixels.split(1)])
+            return require_finite(latents, "VAE latents", self.vae.dtype).float() * self.vae.config.scaling_factor
+
+    def _decode(self: Any, latents: Tensor) -> Tensor:
+        with self._wide_vae():
+            rows = (latents / self.vae.config.scaling_factor).to(self.vae.dtype).split(1)
+            return require_finite(torch.cat([self.vae.decode(row, return_dict=False)[0] for row in rows]), "VAE pictures", self.vae.dtype).float()
+
+    @contextlib.contextmanager
+    def _wide_vae(self: Any) -> Iterator[None]:
+        """A VAE in float16 that its configuration says overflows, in float32 meanwhile."""
+        if self.vae.dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
+            yield
+            return
+        self.vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            self.vae.to(torch.float16)
+
+
+class AppearanceTransferPipeline(AppearanceTransfer, StableDiffusionPipeline):
+    """Appearance transfer on Stable Diffusion. Make it by `from_pipe`, which takes SDXL too, or by `embedded`; call it as it is.
+
+    >>> pipe = AppearanceTransferPipeline.embedded()
+    >>> image = pipe(appearance, structure, "a quadruped").images[0]
+    """
+
+
+class AppearanceTransferXLPipeline(AppearanceTransfer, StableDiffusionXLPipeline):
+    """`AppearanceTransferPipeline` on Stable Diffusion XL."""
+
+    def _conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
+        options = {"device": self._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+        embeddings = self.encode_prompt(prompt, **options)
+        size, width_of_text = (height, width), embeddings[2].shape[-1]
+        ids = self._get_add_time_ids(size, (0, 0), size, self.unet.dtype, text_encoder_projection_dim=width_of_text).to(self._execution_device)
+        condition, unconditional = (
+            {"encoder_hidden_states": text.to(self.unet.dtype), "added_cond_kwargs": {"text_embeds": pooled.to(self.unet.dtype), "time_ids": ids}}
+            for text, pooled in (embeddings[::2], embeddings[1::2])
+        )
+        return condition, unconditional
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """AdaIN of the output's latents: "masked" or "whole", from which fraction of the steps, and the places of the object's noun."""
+
+    kind: str
+    start: float
+    noun: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    """The denoising of [outputs, appearance, structures].
+
+    Attributes:
+        timesteps: int64 [T], those that run.
+        noises: [T, B, C, h, w], or None where denoising is deterministic.
+        scales: of the swap guidance at each step; None: there are no rows without the edit.
+    """
+
+    pipe: Any
+    scheduler: DDIMScheduler
+    timesteps: Tensor
+    noises: Tensor | None
+    eta: float
+    outputs: int
+    condition: Condition
+    scales: Tensor | None
+    blend: _Blend | None
+
+    def run(self, latents: Tensor, control: Control | None, callback: Callable | None, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """The clean latents of all rows, and the masks of appearance and structures if any were made."""
+        pipe, timesteps, masks = self.pipe, self.timesteps, None
+        pipe._interrupt, pipe._num_timesteps = False, len(timesteps)
+        with control or contextlib.nullcontext(), pipe.progress_bar(total=len(timesteps)) as bar:
+            for step, timestep in enumerate(timesteps if control is None else control.track(timesteps)):
+                if pipe.interrupt:
+                    break
+                blend = self.blend if self.blend is not None and step / len(timesteps) >= self.blend.start else None
+                if blend is not None and blend.kind == "masked" and masks is None:
+                    with self._collector(latents) as collector:
+                        output = self._predict(latents, timestep, step)
+                    masks = object_masks(collector.maps(), blend.noun)
+                else:
+                    output = self._predict(latents, timestep, step)
+                noise = None if self.noises is None else self.noises[step]
+                latents = denoise_step(self.scheduler, output, timestep, latents, noise=noise, eta=self.eta)
+                if blend is not None:
+                    latents = self._adain(latents, masks)
+                if callback is not None:
+                    returned = callback(pipe, step, timestep, {name: latents for name in names}) or {}
+                    latents = returned.get("latents", latents)
+                bar.update()
+        return latents, masks
+
+    def _predict(self, latents: Tensor, timestep: Tensor, step: int) -> Tensor:
+        """The UNet's output for every row, under swap guidance in the output rows."""
+        n = self.outputs
+        if self.scales is None:
+            return self.pipe._predict(latents, timestep, self.condition)
+        edited, plain, others = self.pipe._predict(torch.cat([latents[:n], latents]), timestep, self.condition).split([n, n, n + 1])
+        return torch.cat([swap_guided(plain, edited, self.scales[step]), others])
+
+    def _collector(self, latents: Tensor) -> MapCollector:
+        """Of the maps of appearance and structures, on the latents' own grid where the UNet attends there, as published."""
+        first = self.outputs if self.scales is None else 2 * self.outputs
+        tokens = latents.shape[-2] * latents.shape[-1]
+        attends = tokens <= MOST_TOKENS and getattr(self.pipe.unet.up_blocks[-1], "has_cross_attention", False)
+        return MapCollector(self.pipe, rows=range(first, first + self.outputs + 1), self_tokens=tokens if attends else None)
+
+    def _adain(self, latents: Tensor, masks: Tensor | None) -> Tensor:
+        content, style = latents[: self.outputs], latents[self.outputs : self.outputs + 1]
+        inside, model = (None, None) if masks is None else (masks[1:], masks[:1])
+        return torch.cat([adain_latents(content, style, content_mask=inside, style_mask=model), latents[self.outputs :]])
+
+
+def _check(adain: str | None, edit_steps: tuple[float, float] | None, output_type: str, names: Sequence[str]) -> None:
+    if adain not in ADAIN:
+        raise ValueError(f"adain: expected 'masked', 'whole' or None, got {adain!r}")
+    if edit_steps is not None and not (len(edit_steps) == 2 and 0 <= edit_steps[0] < edit_steps[1] <= 1):
+        raise ValueError(f"edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got {edit_steps!r}")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    if set(names) - {"latents"}:
+        raise ValueError(f"callback_on_step_end_tensor_inputs: expected ('latents',) or (), got {names!r}")
+
+
+def _method(method: Method | str | None) -> Method | None:
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"method: expected a method or one of {', '.join(METHODS)}, got {method!r}")
+        return METHODS[method]()
+    return method
+
+
+def _structures(inversion: Inversion) -> int:
+    rows = inversion.latents.shape[1]
+    if rows < 2:
+        raise ValueError(f"inversion: expected rows for [appearance, structures...], got {rows}")
+    return rows - 1
+
+
+def _skipped(skip: float, steps: int) -> int:
+    if not 0 <= skip < 1 or round(skip * steps) >= steps:
+        raise ValueError(f"skip: expected a fraction that leaves at least one of {steps} steps, got {skip!r}")
+    return round(skip * steps)
+
+
+def _pictures(appearance: Any, structure: Any, height: int | None, width: int | None) -> Tensor:
+    """float32 [1 + n, 3, H, W] in [0, 1]."""
+    appearances, structures = to_tensors(appearance, "appearance"), to_tensors(structure, "structure")
+    if len(appearances) != 1:
+        raise ValueError(f"appearance: expected one picture, got {len(appearances)}")
+    size = choose_size(structures[0], height, width, "structure")
+    return torch.stack([cover(picture, size).cpu() for picture in appearances + structures])
+
+
+def _generators(generator: Generators, pictures: int) -> list[torch.Generator]:
+    """One generator for each picture; of one there are made two, the second with a copy for every structure."""
+    if generator is None or isinstance(generator, torch.Generator):
+        seeds = torch.randint(2**62, (2,), generator=generator, device=generator.device if generator else "cpu").tolist()
+        return [torch.Generator().manual_seed(seed) for seed in [seeds[0]] + [seeds[1]] * (pictures - 1)]
+    if len(generator) != pictures:
+        raise ValueError(f"generator: expected one, or one for each of {pictures} pictures, got {len(generator)}")
+    return list(generator)
+
+
+def _ddim(scheduler: Any, timesteps: Tensor | None = None) -> DDIMScheduler:
+    """A DDIMScheduler with the noise levels of the pipeline's own, which stays as it is; set to `timesteps`."""
+    ddim = DDIMScheduler.from_config(scheduler.config)
+    if timesteps is not None:
+        ddim.set_timesteps(len(timesteps))
+        if not torch.equal(ddim.timesteps, timesteps):
+            raise ValueError(f"inversion: expected the {len(timesteps)} timesteps of this pipeline's scheduler, got those of another")
+    return ddim
+
+
+def _expand(condition: Condition, rows: int) -> Condition:
+    return {name: _expand(each, rows) if isinstance(each, dict) else each.expand(rows, *each.shape[1:]) for name, each in condition.items()}

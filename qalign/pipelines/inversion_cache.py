@@ -1,0 +1,92 @@
+"""Inversions on disk: one safetensors file per picture, named by everything that the inversion depends on."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..inversion import Inversion
+
+SAMPLES = 16  # of each parameter
+NOT_PARAMETERS = ("b1", "b2", "s1", "s2", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")  # of FreeU and of adapters
+_log = logging.getLogger("qalign")
+
+
+class InversionCache:
+    """A folder of inversions; without a folder it finds nothing and keeps nothing."""
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def fill(self, keys: Sequence[str], make: Callable[[list[int]], Inversion]) -> Inversion:
+        """The inversion of all pictures, from the folder where it has their key; `make` is asked for the others by their numbers, if any."""
+        found = {row: inverted for row, key in enumerate(keys) if (inverted := self._load(key)) is not None}
+        missing = [row for row in range(len(keys)) if row not in found]
+        if missing:
+            made = make(missing)
+            found |= {row: _rows(made, [position]) for position, row in enumerate(missing)}
+            for row in missing:
+                self._store(keys[row], found[row])
+        return _join([found[row] for row in range(len(keys))])
+
+    def _load(self, key: str) -> Inversion | None:
+        path = None if self.folder is None else self.folder / f"{key}.safetensors"
+        if path is None or not path.exists():
+            return None
+        try:
+            return Inversion.load(path)
+        except (OSError, ValueError) as error:
+            _log.warning("cache: the inversion in %s cannot be read and is made again (%s)", path, error)
+            return None
+
+    def _store(self, key: str, inversion: Inversion) -> None:
+        if self.folder is not None:
+            inversion.save(self.folder / f"{key}.safetensors")
+
+
+def _rows(inversion: Inversion, rows: list[int]) -> Inversion:
+    return replace(inversion, latents=inversion.latents[:, rows], noises=None if inversion.noises is None else inversion.noises[:, rows])
+
+
+def _join(inversions: list[Inversion]) -> Inversion:
+    device = inversions[0].latents.device
+    latents = torch.cat([each.latents.to(device) for each in inversions], dim=1)
+    noises = [each.noises.to(device) for each in inversions if each.noises is not None]
+    return replace(inversions[0], latents=latents, noises=torch.cat(noises, dim=1) if noises else None)
+
+
+def digest(*parts: Any) -> str:
+    """sha256 of tensors by their bytes, of models by their configuration and some of each parameter, of anything else by its JSON.
+
+    Entries of a dict whose name begins with an underscore do not count: diffusers keeps paths and versions there.
+    """
+    whole = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            part = digest(dict(part.config), *_samples(part))  # type: ignore[arg-type]
+        elif isinstance(part, Tensor):
+            part = hashlib.sha256(f"{list(part.shape)}".encode() + part.detach().float().cpu().numpy().tobytes()).hexdigest()
+        elif isinstance(part, dict):
+            part = digest(*(item for name in sorted(part) if not name.startswith("_") for item in (name, part[name])))
+        whole.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
+    return whole.hexdigest()
+
+
+def _samples(model: nn.Module) -> list[Any]:
+    """The name of each parameter and some of its values; those that are offloaded to where they cannot be read count by name.
+
+    With them, what else changes a UNet's results: the factors of FreeU and the state of adapters.
+    """
+    samples: list[Any] = [
+        str({name: state[name] for name in NOT_PARAMETERS if name in state}) for state in map(vars, model.modules()) if state.keys() & NOT_PARAMETERS
+    ]
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        samples += [name] if parameter.is_meta else [name, values[:: max(len(values) // SAMPLES, 1)][:SAMPLES]]
+    return samples

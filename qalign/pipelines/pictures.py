@@ -1,0 +1,64 @@
+"""Pictures of any kind as tensors of one size."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MULTIPLE = 8  # pixels: what every Stable Diffusion pipeline asks of a size
+
+
+def to_tensors(pictures: Any, name: str) -> list[Tensor]:
+    """float32 [3, H, W] in [0, 1] of one picture, of a list, or of a batch.
+
+    Args:
+        pictures: PIL images; tensors [3, H, W] or [B, 3, H, W]; arrays [H, W, 3] or [B, H, W, 3]. Integers are taken as 0 to 255.
+        name: of the argument, for errors.
+    """
+    if isinstance(pictures, list | tuple):
+        tensors = [tensor for picture in pictures for tensor in to_tensors(picture, name)]
+    elif getattr(pictures, "ndim", 0) == 4:
+        tensors = [_to_tensor(picture, name) for picture in pictures]
+    else:
+        tensors = [_to_tensor(pictures, name)]
+    if not tensors:
+        raise ValueError(f"{name}: expected at least one picture, got none")
+    return tensors
+
+
+def choose_size(picture: Tensor, height: int | None, width: int | None, name: str) -> tuple[int, int]:
+    """(height, width) as asked for, or else the picture's own."""
+    size = (height or picture.shape[1], width or picture.shape[2])
+    if any(side % MULTIPLE for side in size):
+        asked = "height and width" if height and width else name
+        raise ValueError(f"{asked}: expected multiples of {MULTIPLE} pixels, got {size[0]} x {size[1]} (height and width resize a picture)")
+    return size
+
+
+def cover(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture [3, H, W] scaled until it covers `size`, its middle cut out: nothing is stretched."""
+    if picture.shape[1:] == size:
+        return picture
+    scale = max(wanted / side for wanted, side in zip(size, picture.shape[1:]))
+    scaled = tuple(max(wanted, round(side * scale)) for wanted, side in zip(size, picture.shape[1:]))
+    picture = F.interpolate(picture.unsqueeze(0), scaled, mode="bicubic", antialias=True).squeeze(0).clamp(0, 1)
+    top, left = ((side - wanted) // 2 for wanted, side in zip(size, scaled))
+    return picture[:, top : top + size[0], left : left + size[1]]
+
+
+def _to_tensor(picture: Any, name: str) -> Tensor:
+    if hasattr(picture, "convert"):
+        import numpy
+
+        picture = numpy.array(picture.convert("RGB"))
+    if hasattr(picture, "__array__") and not isinstance(picture, Tensor):
+        picture = torch.as_tensor(picture)
+        picture = picture.permute(2, 0, 1) if picture.ndim == 3 else picture
+    if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[0] != 3:
+        got = list(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
+        raise TypeError(f"{name}: expected pictures (PIL, tensors [3, H, W] or arrays [H, W, 3]), got {got}")
+    tensor = picture.float() if picture.is_floating_point() else picture.float() / 255
+    if not (tensor.min() >= 0 and tensor.max() <= 1):
+        raise ValueError(f"{name}: expected values from 0 to 1, got {tensor.min():.3g} to {tensor.max():.3g}")
+    return tensor
