@@ -66,7 +66,7 @@ def _observe(into: list[Tensor], labels: Tensor, attn: nn.Module, inputs: Any) -
     into.append(_own_and_background(attn, inputs[0], labels))
 
 
-def _own_and_background(attn: nn.Module, hidden_states: Tensor, labels: Tensor) -> Tensor:
+def _own_and_background(attn: Any, hidden_states: Tensor, labels: Tensor) -> Tensor:
     """[object queries, 4]: number of tokens, label, own-part mass and background mass."""
     q, k, _ = project(attn, hidden_states, None)
     side = round(q.shape[2] ** 0.5)

@@ -51,7 +51,7 @@ class Settings:
     rate: float = 8e-4
     decay: float = 0.3  # the last part of the steps, over which the rate falls to 0
     warmup: int = 200
-    average: float = 0.999  # of the exponential moving average of the weights
+    average: float = 0.998  # of the exponential moving average of the weights
     noisy: float = 0.75  # timestep = 1000 · u^noisy: below 1 the noisy ones come more often
     first_scenes: int = 4096
     scenes_per_step: int = 2  # until there are `scenes`
@@ -78,7 +78,7 @@ def build_tokenizer() -> Any:
     return CLIPTokenizer(vocab={token: place for place, token in enumerate(vocab)}, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def build_autoencoder() -> nn.Module:
+def build_autoencoder() -> Any:
     """A small AutoencoderKL, 4 x 4 pixels to a latent; the deviation of its posterior is fixed and small."""
     from diffusers import AutoencoderKL
 
@@ -98,7 +98,7 @@ def build_autoencoder() -> nn.Module:
     return model
 
 
-def build_text_encoder(tokenizer: Any) -> nn.Module:
+def build_text_encoder(tokenizer: Any) -> Any:
     """A small CLIPTextModel."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -116,7 +116,7 @@ def build_text_encoder(tokenizer: Any) -> nn.Module:
     return CLIPTextModel(config)
 
 
-def build_denoiser() -> nn.Module:
+def build_denoiser() -> Any:
     """A small UNet2DConditionModel with transformer blocks at 32², 16² and 8² tokens of the decoder."""
     from diffusers import UNet2DConditionModel
 

@@ -1,0 +1,85 @@
+"""Training: resumable, a function of its settings, and its result is an ordinary Stable Diffusion folder."""
+
+import json
+
+import pytest
+import torch
+
+from qalign.embedded.scenes import COLOURS, PLANS, TEXTURES, held_out_seed, render
+from qalign.embedded.train import LOG_VARIANCE, MAX_TOKENS, Settings, Training, build_autoencoder, build_tokenizer, main
+
+TINY = {
+    "autoencoder_steps": 3,
+    "autoencoder_batch": 4,
+    "steps": 3,
+    "batch": 2,
+    "warmup": 1,
+    "first_scenes": 6,
+    "scenes_per_step": 2,
+    "scenes": 10,
+}
+
+
+def train(folder, limit_s=float("inf")):
+    training = Training(folder, Settings(**TINY), torch.device("cpu"), lambda line: None, limit_s)
+    training.train_autoencoder()
+    training.train_denoiser()
+    return training
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole"))
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(trained, tmp_path):
+    for _ in range(2 * TINY["steps"]):
+        try:
+            resumed = train(tmp_path, limit_s=0.0)  # stops after every step
+            break
+        except KeyboardInterrupt:
+            continue
+    for name in ("autoencoder", "denoiser", "text_encoder"):
+        whole, parts = getattr(trained, name).state_dict(), getattr(resumed, name).state_dict()
+        for key in whole:
+            torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=1e-6, msg=f"{name} {key}")
+
+
+def test_training_moves_every_parameter(trained):
+    torch.manual_seed(trained.settings.seed)
+    fresh = Training(trained.folder, trained.settings, torch.device("cpu"), print)
+    for name in ("denoiser", "text_encoder"):
+        before = fresh.__dict__[name].state_dict()
+        still = [key for key, value in getattr(trained, name).state_dict().items() if value.is_floating_point() and torch.equal(value, before[key])]
+        assert not still, f"{name}: {still}"
+
+
+def test_the_posterior_is_narrow():
+    image = render([held_out_seed(1)], 32).image * 2 - 1
+    posterior = build_autoencoder().encode(image).latent_dist
+    assert torch.equal(posterior.logvar, torch.full_like(posterior.logvar, LOG_VARIANCE))
+
+
+def test_words_of_captions_are_single_tokens():
+    tokenizer = build_tokenizer()
+    captions = render([held_out_seed(number) for number in range(60)], 8).captions
+    for caption in captions:
+        assert tokenizer.tokenize(caption) == [f"{word}</w>" for word in caption.split()]
+        assert len(tokenizer(caption).input_ids) <= MAX_TOKENS
+    for word in (*PLANS, *COLOURS, *TEXTURES):
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1
+    spelled = tokenizer("zebra", add_special_tokens=False).input_ids
+    assert len(spelled) > 1 and tokenizer.unk_token_id not in spelled
+
+
+def test_command_stops_in_time_and_says_how_to_go_on(tmp_path, capsys):
+    arguments = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--minutes", "0", "--device", "cpu"]
+    assert main(arguments + [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]) == 1
+    assert "goes on from" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_record_says_what_was_run(trained):
+    record = json.loads(json.dumps(trained.record))
+    assert record["settings"]["seed"] == 0 and record["denoiser"]["samples"] == 6 and record["denoiser"]["wall_s"] > 0
+    assert {"device", "threads", "torch"} <= set(record["machine"])
