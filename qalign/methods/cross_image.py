@@ -35,7 +35,7 @@ class CrossImage:
         if site.idle:
             return site.plain(q, k, v)
         output, reference = site.output_rows(q), site.reference_rows(q)
-        return site.merge(q, k, v, self._edit(q, k, v, output, reference, site))
+        return site.merge(q, k, v, self.edit(q, k, v, output, reference, site))
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         """Self-attention in the last two decoder blocks that have any: 32² and 64² tokens in SD 1.5 at 512 and SDXL at 1024 pixels."""
@@ -47,7 +47,7 @@ class CrossImage:
         late = max(step - 1, 0)
         return self.structure_every > 0 and late % self.structure_every == 0 and late / total < self.structure_until
 
-    def _edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+    def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         """The attention output of the rows `output`, [rows, H, N, D]."""
         query_labels, labels = site.token_labels(q, reference)
         segment = Segment(k, v, labels=labels, batch_index=reference)

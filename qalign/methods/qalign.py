@@ -31,7 +31,7 @@ class QAlign(CrossImage):
     topk: int = 8
     strength: float = 20.0
 
-    def _edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+    def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         query_labels, ref_labels = site.token_labels(q, reference)
         return qalign_attention(
             take(q, output),
