@@ -14,7 +14,7 @@ demo test: export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test lint static bench validate clean help
 
 help:
-	@echo "make demo      the main job on two real photographs; writes $(OUT)/ (under three minutes once installed)"
+	@echo "make demo      one step on real photographs, then appearance transfer and its leakage; writes $(OUT)/ (under three minutes once installed)"
 	@echo "make test      ruff, mypy, kernels against plain PyTorch, pytest"
 	@echo "make lint      ruff and mypy"
 	@echo "make validate  every op x backend x dtype x shape on this machine against float64"

@@ -1,42 +1,73 @@
-"""`python -m qalign demo`: the command line of the diffusers layer."""
+"""`python -m qalign demo | transfer | leakage | correspond | scenes`: the command line of the diffusers layer."""
 
 import argparse
+import importlib
 import importlib.util
+import os
 import sys
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NoReturn
 
-DEMO_NEEDS = ("diffusers", "psutil", "skimage", "matplotlib")
+COMMANDS = {
+    "demo": "one denoising step over two photographs, then appearance transfer between two scenes, measured",
+    "transfer": "give one or more pictures the appearance of another",
+    "leakage": "where attention goes on held-out scenes: Cross-Image and Q-Align, with intervals",
+    "correspond": "which tokens of two pictures match, as lines and heat maps",
+    "scenes": "sample pictures of the embedded model's world, with their labels",
+}
+EPILOG = """\
+examples:
+  python -m qalign demo --out demo_out
+  python -m qalign scenes --count 12 --held-out --out scenes
+  python -m qalign transfer --appearance scenes/0001.png --structure scenes/0003.png --out out.png
+  python -m qalign correspond --scenes 0 --out matches
+  python -m qalign leakage --pairs 12
+
+Everything runs on the model inside the package unless --model names another. `python -m qalign COMMAND --help` says more.
+After an error, `python -X dev -m qalign ...` shows where it came from."""
+NEEDS = ("diffusers", "transformers", "matplotlib", "PIL")
 
 
-def size(text: str) -> int:
-    """A picture size: a multiple of 32 pixels, so that two halvings of the latent grid come out even."""
-    value = int(text) if text.isdigit() else 0
-    if value < 64 or value % 32:
-        raise argparse.ArgumentTypeError(f"expected a multiple of 32 from 64, got {text!r}")
-    return value
+class Parser(argparse.ArgumentParser):
+    """Errors of one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help says more)\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m qalign", description="Q-Align on diffusers models.")
-    commands = top.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="one denoising step over two photographs: stock, Q-Align materialised, Q-Align as shipped")
-    demo.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="for the picture and its figures (default: %(default)s)")
-    demo.add_argument("--size", type=size, default=512, metavar="PIXELS", help="side of the photographs, a multiple of 32 (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of weights and noise (default: %(default)s)")
+    formatter = argparse.RawDescriptionHelpFormatter
+    top = Parser(prog="python -m qalign", description="Q-Align on diffusers models.", epilog=EPILOG, formatter_class=formatter)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"{__package__}.commands.{name}")
+        command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=formatter)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, needs=getattr(module, "NEEDS", NEEDS))
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    missing = [name for name in DEMO_NEEDS if importlib.util.find_spec(name) is None]
+    missing = [name for name in options.needs if importlib.util.find_spec(name) is None]
     if missing:
-        sys.stderr.write(f"demo: expected {', '.join(DEMO_NEEDS)} to be installed, found no {', '.join(missing)}: pip install -e '.[demo]'\n")
+        wanted, lacking = ", ".join(options.needs), ", ".join(missing)
+        sys.stderr.write(f"{options.command}: expected {wanted} to be installed, found no {lacking}: pip install -e '.[demo]'\n")
         return 2
-    from . import demo
-
-    demo.run(options.out, size=options.size, seed=options.seed)
-    return 0
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")  # read at import; otherwise they say what they would rather have installed
+    warnings.simplefilter("ignore", FutureWarning)  # between those libraries: nothing that a user of the command line could change
+    try:
+        return options.run(options)
+    except (ValueError, RuntimeError, ImportError, OSError, FloatingPointError) as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.stderr.write(f"{options.command}: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{options.command}: interrupted\n")
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The main job on real input: one denoising step over two photographs, stock, with Q-Align materialised, and with Q-Align as shipped.
+"""The first part of the demo: one denoising step over two photographs, stock, with Q-Align materialised, and with Q-Align as shipped.
 
 The photographs are the two views of a stereo pair, so the true correspondence of almost every pixel is known. Nothing is downloaded:
 the pictures come with scikit-image, and the networks have the geometry of Stable Diffusion 1.5 with seeded random weights.
@@ -11,29 +11,30 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qalign_kernels import Match, Segment, attention, attention_with_lse, match_counts, qalign_attention, similarity_argmax, use_backend
+from qalign_kernels import Match, Segment, attention, attention_with_lse, match_counts, qalign_attention, use_backend
 
+from .commands._shared import say, write
 from .control import Control, attach
+from .correspondence import SIGNALS, Capture, Recording
 from .layout import BatchLayout
 from .methods import Method, QAlign
-from .site import Site
 
 CHANNELS = (320, 640, 1280)
 HEADS = 8
 TIMESTEP = 301
 CROPS_APART = 120
+LINES = 120
 SOME_QUERIES = 512
 LAYERS = "up"
 VARIANTS = ("stock", "materialised", "shipped")
-SECOND_ROUND_S = 40.0
 MIB = 2**20
 
 
@@ -77,16 +78,6 @@ class Truth:
         """The errors of matches drawn at random, 64 for each known token."""
         drawn = torch.randint(len(self.position), (64, len(self.position)), generator=torch.Generator().manual_seed(0))
         return torch.cat([self.error(index) for index in drawn])
-
-
-@dataclass(frozen=True, eq=False)
-class Capture:
-    """What one layer matches: the queries of the output row against the queries and keys of the appearance row, [1, H, N, D] each."""
-
-    layer: str
-    query: Tensor
-    ref_query: Tensor
-    ref_key: Tensor
 
 
 def load_pair(size: int) -> StereoPair:
@@ -212,10 +203,6 @@ class Step:
     attention_s: float
     peak_mib: float
 
-    def best(self, other: "Step") -> "Step":
-        """The lower cost of two runs of the same step."""
-        return Step(self.prediction, *(min(getattr(self, cost), getattr(other, cost)) for cost in ("time_s", "attention_s", "peak_mib")))
-
 
 @dataclass(frozen=True, eq=False)
 class Scene:
@@ -295,25 +282,6 @@ def measure(scene: Scene, variant: str) -> Step:
     return Step(prediction, time_s, attention_s, memory.peak_mib)
 
 
-@dataclass(frozen=True)
-class Recording:
-    """A method, and the queries and keys that it was given in each layer."""
-
-    method: Method
-    captures: list[Capture] = field(default_factory=list)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        output, reference = site.output_rows(q), site.reference_rows(q)
-        self.captures.append(Capture(getattr(site.owner, "layer", ""), q[output], q[reference], k[reference]))
-        return self.method.attend(q, k, v, site)
-
-    def default_layers(self, names: Sequence[str]) -> list[str]:
-        return self.method.default_layers(names)
-
-    def takes_structure(self, step: int, total: int) -> bool:
-        return self.method.takes_structure(step, total)
-
-
 def record(scene: Scene) -> list[Capture]:
     """One step with Q-Align, keeping the queries and keys of the edited layers."""
     recording = Recording(QAlign())
@@ -344,7 +312,7 @@ def summarise(taken: Capture, truth: Truth) -> tuple[dict[str, Any], dict[str, M
     """Figures of one layer (those of attention over some of its queries), and its matches by query-query and by query-key similarity."""
     query, ref_query, ref_key = taken.query, taken.ref_query, taken.ref_key
     tokens = query.shape[2]
-    matches = {"query_query": similarity_argmax(query, ref_query), "query_key": similarity_argmax(query, ref_key)}
+    matches = {signal: taken.match(signal) for signal in SIGNALS}
     counts = match_counts(matches["query_query"].index, tokens)
     some = query[:, :, :: max(tokens // SOME_QUERIES, 1)]
     position = (truth.position / truth.pitch).to(query.device)  # in tokens: small numbers, for float32
@@ -381,15 +349,15 @@ def agreement(scene: Scene, steps: dict[str, Step]) -> dict[str, float]:
 
 
 def run(out: Path, *, size: int = 512, seed: int = 0, channels: tuple[int, ...] = CHANNELS) -> dict[str, Any]:
-    """Run the demo, print its figures, and write correspondences.png and demo.json to `out`."""
+    """Run this part, print its figures, and write correspondences.png and demo.json to `out`."""
     begin = time.perf_counter()
 
     def progress(text: str) -> None:
-        _say(f"[{time.perf_counter() - begin:5.1f} s] {text}")
+        say(f"[{time.perf_counter() - begin:5.1f} s] {text}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _say("Q-Align, one denoising step. The weights are random and seeded: tokens, heads, head dims and cost are those of Stable")
-    _say("Diffusion 1.5; a picture that it would paint is not the point and none is painted.")
+    say("Q-Align, one denoising step. The weights are random and seeded: tokens, heads, head dims and cost are those of Stable")
+    say("Diffusion 1.5; a picture that it would paint is not the point and none is painted.")
     with torch.inference_mode():
         progress(f"photographs: the stereo pair 'motorcycle' of scikit-image, {size}x{size}; the left one is structure, the right one appearance")
         pair = load_pair(size)
@@ -401,7 +369,7 @@ def run(out: Path, *, size: int = 512, seed: int = 0, channels: tuple[int, ...] 
         noise = (1 - signal**2) ** 0.5
         progress(f"warm-up step with Q-Align at timestep {TIMESTEP} ({signal:.2f} signal + {noise:.2f} noise), keeping queries and keys")
         captures = record(scene)
-        steps, rounds = _measure_all(scene, progress)
+        steps = _measure_all(scene, progress)
         progress("where matches and attention go, layer by layer")
         layers, panels = [], []
         for taken in captures:
@@ -416,60 +384,52 @@ def run(out: Path, *, size: int = 512, seed: int = 0, channels: tuple[int, ...] 
         "seed": seed,
         "timestep": TIMESTEP,
         "batch_rows": ["output", "appearance", "structure"],
-        "rounds": rounds,
         "memory": "torch.cuda peak" if device.type == "cuda" else "resident set, sampled every 2 ms",
         "steps": {name: {"time_s": s.time_s, "attention_s": s.attention_s, "peak_mib": s.peak_mib} for name, s in steps.items()},
         "agreement": agreement(scene, steps),
         "layers": layers,
     }
-    progress("picture")
-    out.mkdir(parents=True, exist_ok=True)
-    picture, figures_file = out / "correspondences.png", out / "demo.json"
-    _draw(picture, pair, layers, panels)
-    figures_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _say(render(report))
-    _say(f"\npicture: {picture}\nfigures: {figures_file}\nall of it in {time.perf_counter() - begin:.0f} s")
+    say(render(report) + "\n")
+    write("picture", _draw(pair, layers, panels), out / "correspondences.png")
+    write("figures", json.dumps(report, indent=2) + "\n", out / "demo.json")
     return report
 
 
-def _measure_all(scene: Scene, progress: Any) -> tuple[dict[str, Step], int]:
+def _measure_all(scene: Scene, progress: Callable[[str], None]) -> dict[str, Step]:
     steps: dict[str, Step] = {}
-    begin, rounds = time.perf_counter(), 0
-    while rounds == 0 or (rounds == 1 and time.perf_counter() - begin < SECOND_ROUND_S):
-        for variant in VARIANTS:
-            step = measure(scene, variant)
-            progress(f"step {rounds + 1}, {variant}: {step.time_s:.1f} s")
-            steps[variant] = step.best(steps[variant]) if variant in steps else step
-        rounds += 1
-    return steps, rounds
+    for variant in VARIANTS:
+        steps[variant] = measure(scene, variant)
+        progress(f"{variant}: {steps[variant].time_s:.1f} s")
+    return steps
 
 
-def _draw(path: Path, pair: StereoPair, layers: list[dict[str, Any]], panels: list[tuple[Truth, dict[str, Match]]]) -> None:
-    from .plots import MatchPanel, plot_correspondences
+def _draw(pair: StereoPair, layers: list[dict[str, Any]], panels: list[tuple[Truth, dict[str, Match]]]) -> Any:
+    from .plots import MatchPanel, correspondence
 
-    tokens = sorted({figures["tokens"] for figures in layers})[len({figures["tokens"] for figures in layers}) // 2]
+    sizes = sorted({figures["tokens"] for figures in layers})
+    tokens = sizes[len(sizes) // 2]
     chosen = next(i for i, figures in enumerate(layers) if figures["tokens"] == tokens)
     truth, matches = panels[chosen]
     shown = []
-    for name, title in (("query_query", "Query-query matches (Q-Align)"), ("query_key", "Query-key matches (Cross-Image)")):
-        index, score = (tensor.flatten().cpu() for tensor in matches[name])
+    for signal, name in SIGNALS.items():
+        index, score = (tensor.flatten().cpu() for tensor in matches[signal])
         best = torch.nonzero(truth.known).flatten()
-        best = best[score[best].topk(min(120, len(best))).indices]
+        best = best[score[best].topk(min(LINES, len(best))).indices]
         target = truth.position[index[best].long()]
-        shown.append(MatchPanel(title, truth.position[best], target, (target - truth.target[best]).norm(dim=-1)))
-    errors = {name: truth.error(match.index.flatten().cpu()) for name, match in matches.items()}
-    curves = {"query-query (Q-Align)": errors["query_query"], "query-key (Cross-Image)": errors["query_key"], "chance": truth.chance()}
-    plot_correspondences(
-        path,
+        right = (target - truth.target[best]).norm(dim=-1) <= truth.pitch
+        title = f"{name[0].upper()}{name[1:]}: {right.double().mean():.0%} of these lines end within {truth.pitch:.0f} px of the truth"
+        shown.append(MatchPanel(title, truth.position[best], target, right))
+    curves = {name: truth.error(matches[signal].index.flatten().cpu()) for signal, name in SIGNALS.items()} | {"chance": truth.chance()}
+    return correspondence(
         pair.structure,
         pair.appearance,
         shown,
-        curves,
-        tolerance=truth.pitch,
         title=f"Matches in {layers[chosen]['layer']}: {tokens} tokens, independent noise on both photographs, random weights",
-        note=f"Lines: the {len(shown[0].error)} most similar matches among tokens whose truth is known; green where they end within one token "
+        note=f"Lines: the {len(shown[0].source)} most similar matches among tokens whose truth is known; green where they end within one token "
         "of it (true disparity of the stereo pair).\nWith random weights the query and key projections are independent, so query-key "
         "matches are no better than chance by construction; what query-query keeps is real.",
+        curves=curves,
+        tolerance=truth.pitch,
     )
 
 
@@ -483,8 +443,7 @@ def render(report: dict[str, Any]) -> str:
     lines = ["", f"{'one denoising step':<24}{'time s':>9}{'in edited attention s':>24}{'peak memory MiB':>18}"]
     for name, step in report["steps"].items():
         lines.append(f"{names[name]:<24}{step['time_s']:>9.2f}{step['attention_s']:>24.2f}{step['peak_mib']:>18.0f}")
-    runs = "one run each, which other work on the machine disturbs" if report["rounds"] == 1 else f"best of {report['rounds']}"
-    lines.append(f"({runs}; memory above the level before the step: {report['memory']})")
+    lines.append(f"(one run each, which other work on the machine disturbs; memory above the level before the step: {report['memory']})")
     differences = report["agreement"]
     lines += [
         "",
@@ -518,8 +477,3 @@ def render(report: dict[str, Any]) -> str:
         )
     lines.append("effective keys: exp of the entropy over distinct keys. rearranged re-weights and prunes keys; guided acts per query.")
     return "\n".join(lines)
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()

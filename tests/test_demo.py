@@ -1,4 +1,4 @@
-"""The demo on small networks: its truth, its figures, its files, its command line."""
+"""The first part of the demo on small networks: its truth, its figures, its files; and the command line of both parts."""
 
 import json
 import math
@@ -12,7 +12,11 @@ pytest.importorskip("skimage")
 
 from qalign import __main__ as command_line  # noqa: E402
 from qalign import demo  # noqa: E402
+from qalign.commands import demo as command  # noqa: E402
+from qalign.embedded.scenes import held_out_pairs, render  # noqa: E402
+from qalign.pipelines import AppearanceTransferPipeline  # noqa: E402
 from qalign_kernels.testing import judge  # noqa: E402
+from tests.processors import models  # noqa: E402
 
 CHANNELS = (32, 64, 128)
 
@@ -116,7 +120,7 @@ def test_peak_memory_sees_what_was_held_inside_only():
     assert small.peak_mib < 16
 
 
-@pytest.mark.parametrize("arguments", [["demo", "--size", "100"], ["demo", "--size", "32"], ["demo", "--size", "x"], [], ["unknown"]])
+@pytest.mark.parametrize("arguments", [["demo", "--size", "100"], ["demo", "--size", "32"], ["demo", "--size", "x"], ["demo", "--only", "x"]])
 def test_command_line_refuses_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as refusal:
         command_line.main(arguments)
@@ -125,13 +129,46 @@ def test_command_line_refuses_bad_arguments(arguments, capsys):
 
 
 def test_command_line_names_what_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setattr(command_line, "DEMO_NEEDS", ("torch", "no_such_package"))
+    monkeypatch.setattr(command, "NEEDS", ("torch", "no_such_package"))
     assert command_line.main(["demo"]) == 2
-    assert "no_such_package" in capsys.readouterr().err
+    assert "found no no_such_package" in capsys.readouterr().err
 
 
-def test_command_line_hands_its_options_on(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("only", "parts"), [((), ["step", "transfer"]), (("--only", "step"), ["step"]), (("--only", "transfer"), ["transfer"])])
+def test_command_line_hands_its_options_on(only, parts, monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(demo, "run", lambda out, **options: calls.append((out, options)))
-    assert command_line.main(["demo", "--out", str(tmp_path), "--size", "256", "--seed", "3"]) == 0
-    assert calls == [(tmp_path, {"size": 256, "seed": 3})]
+    monkeypatch.setattr(demo, "run", lambda out, **options: calls.append(("step", out, options)))
+    monkeypatch.setattr(command, "show_transfer", lambda out, *options: calls.append(("transfer", out, options)))
+    assert command_line.main(["demo", "--out", str(tmp_path), "--size", "256", "--seed", "3", "--pairs", "2", *only]) == 0
+    expected = [("step", tmp_path, {"size": 256, "seed": 3}), ("transfer", tmp_path, (2, 3))]
+    assert calls == [call for call in expected if call[0] in parts]
+
+
+def test_the_second_part_transfers_matches_and_measures(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(AppearanceTransferPipeline, "embedded", classmethod(lambda cls, dtype: cls.from_pipe(models.make_pipe("small"))))
+    for name, value in {"STEPS": 4, "MEASURED_STEPS": 8, "ADAIN": None, "ROWS": 1}.items():
+        monkeypatch.setattr(command, name, value)
+    assert command_line.main(["demo", "--only", "transfer", "--pairs", "1", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    written = {"transfer.png", "transfer_matches.png", "heat_maps.png", "leakage.png", "leakage.json"}
+    assert {path.name for path in tmp_path.iterdir()} == written
+    assert all(f": {tmp_path / name}\n" in said for name in written)
+    report = json.loads((tmp_path / "leakage.json").read_text())
+    assert report["pairs"] == 1 and report["settings"]["steps"] == 8
+    assert f"{report['methods']['qalign']['part_agreement']:.3f}" in said
+
+
+def test_a_row_of_the_grid_is_what_the_pipeline_paints():
+    pipe = AppearanceTransferPipeline.from_pipe(models.make_pipe("small"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "STEPS", 4)
+        patch.setattr(command, "ADAIN", None)
+        row = command.transfer(pipe, seed=2)
+    assert list(row) == ["structure", "appearance", "Cross-Image", "Q-Align"]
+    pair = held_out_pairs(1, 2)[0]
+    size = row["structure"].shape[-1]
+    scenes = render([pair.structure, pair.appearance], size)
+    assert torch.equal(torch.stack([row["structure"], row["appearance"]]), scenes.image)
+    caption, generator = f"a photo of a {scenes.plans[0]}", torch.Generator().manual_seed(2)
+    painted = pipe(row["appearance"], row["structure"], caption, method="cross_image", num_inference_steps=4, adain=None, generator=generator)
+    assert painted.images[0].tobytes() == row["Cross-Image"].tobytes() != row["Q-Align"].tobytes()

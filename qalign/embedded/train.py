@@ -9,6 +9,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -158,7 +159,7 @@ class Training:
         self.tokenizer = build_tokenizer()
         self.autoencoder = build_autoencoder().to(device, memory_format=torch.channels_last)
         self.text_encoder = build_text_encoder(self.tokenizer).to(device)
-        self.denoiser = build_denoiser().to(device, memory_format=torch.channels_last)
+        self.denoiser = build_denoiser().to(device)
         if device.type == "cpu":
             from diffusers.models.attention_processor import AttnProcessor
 
@@ -177,7 +178,7 @@ class Training:
         path = self.folder / f"{name}.pt"
         return torch.load(path, map_location=self.device, weights_only=True) if path.exists() else None
 
-    def loop(self, name: str, parts: dict[str, Any], steps: int, batch: int, step: Callable[[int], float], after: Callable[[], None]) -> None:
+    def loop(self, name: str, parts: dict[str, Any], steps: int, batch: int, step: Callable[[int], list[float]], after: Callable[[], None]) -> None:
         """Run `step` from the checkpoint on, with a line and a checkpoint every few minutes; Ctrl-C keeps what there is."""
         state = self.load(name) or {"step": 0, "wall_s": 0.0, "losses": []}
         for key, part in parts.items():
@@ -190,20 +191,20 @@ class Training:
             saved = {key: part.state_dict() for key, part in parts.items()}
             self.save(name, {**saved, "step": done, "wall_s": before_s + time.monotonic() - begun, "losses": losses})
 
-        number = state["step"]
+        number = said = state["step"]
         try:
             while number < steps:
                 recent.append(step(number))
                 after()
                 number += 1
                 if number % 50 == 0:
-                    losses.append([number, round(sum(recent) / len(recent), 5)])
+                    losses.append([number, *(round(sum(each) / len(each), 5) for each in zip(*recent))])
                     recent = []
                 if time.monotonic() - spoken > 60 or number == steps:
-                    rate = (number - state["step"]) * batch / (time.monotonic() - begun)
-                    self.report(f"{name}: step {number}/{steps}, loss {losses[-1][1] if losses else math.nan:.4f}, {rate:.1f} pictures/s")
+                    rate = (number - said) * batch / (time.monotonic() - spoken)
+                    self.report(f"{name}: step {number}/{steps}, losses {losses[-1][1:] if losses else '-'}, {rate:.1f} pictures/s")
                     keep(number)
-                    spoken = time.monotonic()
+                    said, spoken = number, time.monotonic()
                 if time.monotonic() > self.deadline:
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -219,7 +220,7 @@ class Training:
         optimizer = torch.optim.AdamW(model.parameters(), lr=settings.autoencoder_rate, weight_decay=0.0, fused=True)
         crops = (PICTURE // settings.crop) ** 2
 
-        def step(number: int) -> float:
+        def step(number: int) -> list[float]:
             for group in optimizer.param_groups:
                 group["lr"] = settings.autoencoder_rate * _rate(number, settings.autoencoder_steps, settings.warmup, 0.5)
             count = settings.autoencoder_batch // crops
@@ -235,7 +236,8 @@ class Training:
             colour = (latents[:, :3] - F.avg_pool2d(image, PICTURE // LATENT)).abs().mean()
             size = latents[:, 3:].square().mean()
             loss = (decoded - image).abs().mean() + 0.5 * edges + 0.5 * colour + 0.01 * size
-            return _descend(loss, optimizer, model)
+            _descend(loss, optimizer, model)
+            return [loss.item()]
 
         self.loop("autoencoder", {"model": model, "optimizer": optimizer}, settings.autoencoder_steps, settings.autoencoder_batch, step, lambda: None)
         model.requires_grad_(False).eval()
@@ -259,7 +261,7 @@ class Training:
         weight = torch.tensor([1.0] * len(BACKGROUNDS) + [2.0] * len(OBJECT_PARTS), device=self.device)
         taken = 0
 
-        def step(number: int) -> float:
+        def step(number: int) -> list[float]:
             nonlocal taken
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate * _rate(number, settings.steps, settings.warmup, settings.decay)
@@ -268,16 +270,16 @@ class Training:
             timestep = (1000 * torch.rand(settings.batch, generator=generator, device=self.device) ** settings.noisy).long().clamp(max=999)
             noise = torch.randn(latents.shape, generator=generator, device=self.device)
             tokens[torch.rand(settings.batch, generator=generator, device=self.device) < NO_CAPTION] = pool.nothing
-            noisy = self.scheduler.add_noise(latents, noise, timestep).contiguous(memory_format=torch.channels_last)
-            with self.autocast(), self.tapped() as taps:
+            noisy = self.scheduler.add_noise(latents, noise, timestep)
+            with self.autocast():
                 text = self.text_encoder(tokens)[0]
                 predicted = self.denoiser(noisy, timestep, text).sample.float()
-                told = [reader(tap()) for reader, tap in zip(self.readers, taps)]
+                told = [reader(taps[name]) for reader, name in zip(self.readers, LABELLED)]
             loss = F.mse_loss(predicted, self.scheduler.get_velocity(latents, noise, timestep))
             parts = sum(F.cross_entropy(logits.float().flatten(0, 1), _at(labels, logits.shape[1]).flatten(), weight) for logits in told)
             taken = number
             _descend(loss + SHARE_OF_PART * parts, optimizer, trained)
-            return loss.item()
+            return [loss.item(), parts.item() / len(told)]
 
         def after() -> None:
             keep = min(settings.average, (taken + 1) / (taken + 10))
@@ -286,24 +288,25 @@ class Training:
 
         parts = {"model": trained, "average": average, "optimizer": optimizer}
         try:
-            self.loop("denoiser", parts, settings.steps, settings.batch, step, after)
+            with self.tapped() as taps:
+                self.loop("denoiser", parts, settings.steps, settings.batch, step, after)
         finally:
             self.denoiser.load_state_dict(average[0].state_dict())
             self.text_encoder.load_state_dict(average[1].state_dict())
         self.record["denoiser"]["parameters"] = sum(p.numel() for p in average.parameters())
 
     @contextlib.contextmanager
-    def tapped(self) -> Iterator[list[Callable[[], Tensor]]]:
-        """The outputs of the layers of LABELLED in this forward pass, each [B, tokens, channels] once it has run."""
+    def tapped(self) -> Iterator[dict[str, Tensor]]:
+        """The outputs [B, tokens, channels] of the layers of LABELLED in the last forward pass, by name."""
         kept: dict[str, Tensor] = {}
+
+        def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            kept[name] = output[0].flatten(2).transpose(1, 2)
+
         with contextlib.ExitStack() as stack:
             for name in LABELLED:
-
-                def keep(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-                    kept[name] = output[0].flatten(2).transpose(1, 2)
-
-                stack.callback(self.denoiser.get_submodule(name).register_forward_hook(keep).remove)
-            yield [lambda name=name: kept[name] for name in LABELLED]  # type: ignore[misc]
+                stack.callback(self.denoiser.get_submodule(name).register_forward_hook(functools.partial(keep, name)).remove)
+            yield kept
 
     # -- all stages
 
@@ -393,12 +396,11 @@ def _at(labels: Tensor, tokens: int) -> Tensor:
     return labels.view(-1, fine, fine)[:, stride // 2 :: stride, stride // 2 :: stride].flatten(1)
 
 
-def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, model: nn.Module) -> float:
+def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return loss.item()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -459,7 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     settings = Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
     prepare_process()
-    training = Training(given["work"], settings, given["device"], lambda line: print(line, flush=True), 60 * given["minutes"])
+    training = Training(given["work"], settings, given["device"], functools.partial(print, flush=True), 60 * given["minutes"])
     stopped = False
     try:
         training.train_autoencoder()

@@ -21,7 +21,7 @@ TINY = {
 
 
 def train(folder, limit_s=float("inf")):
-    training = Training(folder, Settings(**TINY), torch.device("cpu"), lambda line: None, limit_s)
+    training = Training(folder, Settings(**TINY), torch.device("cpu"), lambda line: None, limit_s=limit_s)
     training.train_autoencoder()
     training.train_denoiser()
     return training

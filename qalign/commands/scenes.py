@@ -1,0 +1,47 @@
+"""Write sample pictures of the scenes that the embedded model was trained on, with the label of every pixel.
+
+For each scene SEED.png and SEED-labels.png, whose pixel values are the labels (a palette shows them in colours); and sheet.png with all.
+Scenes with even seeds are for training, those with odd seeds are held out.
+
+examples:
+  python -m qalign scenes --count 12 --out scenes
+  python -m qalign scenes --count 4 --held-out --seed 100 --size 512 --out large
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ._shared import count, folder_path, replacing, say, whole, write
+
+NEEDS = ("matplotlib", "PIL")
+SHEET = 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--count", type=count, default=12, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="number of the first scene (default: %(default)s)")
+    parser.add_argument("--held-out", action="store_true", help="scenes that the model was not trained on")
+    parser.add_argument("--size", type=count, default=128, metavar="PIXELS", help="side of the pictures (default: %(default)s)")
+    parser.add_argument("--out", type=folder_path, default=Path("scenes"), metavar="DIR", help="where to (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..embedded.scenes import PARTS, held_out_seed, render, training_seed
+    from ..plots import contact_sheet, label_picture, to_image
+
+    chosen = held_out_seed if options.held_out else training_seed
+    seeds = [chosen(options.seed + number) for number in range(options.count)]
+    shown: list[tuple[Any, Any, str]] = []
+    for seed in seeds:
+        scene = render([seed], options.size)
+        for name, picture in ((f"{seed:04}.png", to_image(scene.image[0])), (f"{seed:04}-labels.png", label_picture(scene.labels[0]))):
+            with replacing(options.out / name) as temporary:
+                picture.save(temporary)
+        if len(shown) < SHEET:
+            shown.append((scene.image[0], scene.labels[0], f"{seed}: {scene.captions[0]}"))
+    say(f"scenes: {options.count} pictures and their labels in {options.out}, {seeds[0]:04}.png to {seeds[-1]:04}.png")
+    say("labels: " + ", ".join(f"{number} {part}" for number, part in enumerate(PARTS)))
+    title = "Held-out scenes" if options.held_out else "Scenes for training"
+    write("contact sheet", contact_sheet(*zip(*shown), names=PARTS, title=title), options.out / "sheet.png")
+    return 0

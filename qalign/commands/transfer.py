@@ -1,0 +1,111 @@
+"""Give one or more pictures the appearance of another.
+
+Both are inverted into noise and denoised together; in chosen self-attention layers the output reads the keys and values of the appearance.
+With the embedded model pictures are of 128x128 pixels; `scenes` writes some that it knows.
+
+examples:
+  python -m qalign transfer --appearance zebra.png --structure horse.png --size 128 --out out.png --grid grid.png
+  python -m qalign transfer --appearance a.png --structure b.png c.png --method cross_image --steps 50 --out out.png
+  python -m qalign transfer --appearance a.png --structure b.png --method qalign --refinement topk --topk 4 --out out.png
+  python -m qalign transfer --model ./stable-diffusion-v1-5 --dtype float16 --size 512 --prompt "a photo of a zebra" --noun zebra \\
+      --steps 100 --cache inversions --appearance zebra.jpg --structure horse.jpg giraffe.jpg --out out.png
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ._shared import METHODS, add_model_arguments, count, folder_path, load_pipeline, picture_path, read_pictures, size, write
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "refinement": {
+        "choices": ("rearranged", "guided", "topk", "warped_values", "soft", "none"),
+        "help": "of qalign: how attention follows the alignment (default: the method's own, as below)",
+    },
+    "similarity": {"choices": ("cosine", "dot"), "help": "of qalign: by which queries are aligned"},
+    "heads": {"choices": ("joint", "per_head"), "help": "of qalign: one alignment for all heads, or one for each"},
+    "topk": {"type": count, "metavar": "K", "help": "of qalign: best-aligned tokens for each query, with --refinement topk"},
+    "strength": {"type": float, "metavar": "TAU", "help": "of qalign: weight of the alignment, with --refinement guided or soft"},
+    "contrast": {"type": float, "metavar": "C", "help": "of the attention probabilities; 1 is none"},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pictures = parser.add_argument_group("pictures")
+    pictures.add_argument("--appearance", type=Path, required=True, metavar="A.png", help="whose colours and textures to take")
+    pictures.add_argument("--structure", type=Path, required=True, nargs="+", metavar="B.png", help="what to give them to; several share one run")
+    pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="of several structures O-1.png, O-2.png, ...")
+    pictures.add_argument("--grid", type=picture_path, metavar="GRID.png", help="also structure | appearance | output side by side")
+    pictures.add_argument("--size", type=size, metavar="S|WxH", help="scale and crop all pictures to this, multiples of 8 (default: their own)")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", choices=METHODS, default="qalign", help="default: %(default)s")
+    for name, options in SETTINGS.items():
+        method.add_argument(f"--{name}", **options)
+    method.add_argument("--layers", nargs="+", metavar="NAME", help="self-attention layers: up, names, patterns (default: the method's own)")
+
+    run = parser.add_argument_group("transfer")
+    run.add_argument("--prompt", default="", help="what the pictures show")
+    run.add_argument("--noun", help="the word of the prompt that is the object, for masks (default: guessed)")
+    run.add_argument("--steps", type=count, default=50, metavar="N", help="of the schedule (default: %(default)s)")
+    run.add_argument("--skip", type=float, default=0.32, metavar="F", help="the noisiest fraction of them is left out (default: %(default)s)")
+    run.add_argument("--inversion", choices=("ddpm", "ddim"), default="ddpm", help="default: %(default)s")
+    run.add_argument("--adain", choices=("masked", "whole", "none"), help="of the latents (default: masked with a prompt, else none)")
+    run.add_argument("--swap-guidance", type=float, default=3.5, metavar="S", help="1 is none, and faster (default: %(default)s)")
+    run.add_argument("--freeu", action="store_true", help="with FreeU as Cross-Image attention has it")
+    run.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    run.add_argument("--cache", type=folder_path, metavar="DIR", help="keep inversions there, and take them from there")
+    add_model_arguments(parser)
+
+
+def make_method(options: argparse.Namespace) -> Any:
+    """The method with the settings that were given."""
+    from dataclasses import fields
+
+    from ..pipelines import METHODS as KINDS
+
+    method = KINDS[options.method]()
+    given = {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
+    foreign = set(given) - {field.name for field in fields(method)}  # type: ignore[arg-type]
+    if foreign:
+        raise ValueError(f"--{min(foreign)}: expected with --method qalign, got --method {options.method}")
+    return type(method)(**given)
+
+
+def run(options: argparse.Namespace) -> int:
+    method = make_method(options)
+    appearance, *structures = read_pictures([options.appearance, *options.structure], options.size)
+    import torch
+
+    from ..leakage import picture_size
+
+    pipe = load_pipeline(options)
+    if options.model == "embedded" and appearance.size != (picture_size(pipe),) * 2:
+        known, got = picture_size(pipe), "x".join(map(str, appearance.size))
+        sys.stderr.write(f"transfer: the embedded model knows pictures of {known}x{known}, these are {got}; --size {known} makes them so\n")
+    images = pipe(
+        appearance,
+        structures,
+        options.prompt,
+        method=method,
+        num_inference_steps=options.steps,
+        skip=options.skip,
+        inversion=options.inversion,
+        adain={"none": None, None: "masked" if options.prompt else None}.get(options.adain, options.adain),
+        swap_guidance_scale=options.swap_guidance,
+        noun=options.noun,
+        freeu=options.freeu,
+        layers=options.layers,
+        cache=options.cache,
+        generator=torch.Generator().manual_seed(options.seed),
+    ).images
+    for number, image in enumerate(images, 1):
+        path = options.out if len(images) == 1 else options.out.with_stem(f"{options.out.stem}-{number}")
+        write("picture", image, path)
+    if options.grid:
+        from ..plots import transfer_grid
+
+        rows = [{"structure": structure, "appearance": appearance, METHODS[options.method]: image} for structure, image in zip(structures, images)]
+        write("grid", transfer_grid(rows), options.grid)
+    return 0

@@ -1,0 +1,120 @@
+"""Which tokens of two pictures the self-attention of a denoiser takes for the same: matches, and where one token looks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qalign_kernels import Match, mean_attention_map, similarity_argmax
+
+from .control import attach
+from .layout import BatchLayout
+from .methods import Method
+from .site import Site
+
+SIGNALS = {"query_query": "query-query (Q-Align)", "query_key": "query-key (Cross-Image)"}
+STRENGTH = 20.0  # of cosine similarity under a softmax, as in `QAlign`
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """What one layer matches: the queries of the output row against the queries and keys of the appearance row, [1, H, N, D] each."""
+
+    layer: str
+    query: Tensor
+    ref_query: Tensor
+    ref_key: Tensor
+
+    def match(self, signal: str) -> Match:
+        """The appearance token most similar to each token, [1, 1, N], over all heads: by cosine of the queries, or by query-key dot product.
+
+        Args:
+            signal: one of `SIGNALS`.
+        """
+        if signal == "query_query":
+            return similarity_argmax(self.query, self.ref_query, similarity="cosine")
+        return similarity_argmax(self.query, self.ref_key, similarity="dot")
+
+    def heat(self, token: int, signal: str) -> Tensor:
+        """Where `token` looks in the appearance, float32 [N], sums to one.
+
+        query_key: softmax(q_i·k_j / sqrt(D)), heads averaged, as Cross-Image attends; query_query: softmax(20 cos(q_i, q_j)), joint over heads.
+        """
+        query = self.query[:, :, token : token + 1]
+        if signal == "query_key":
+            return mean_attention_map(query, self.ref_key)[0, 0]
+        joint, reference = (features[0].transpose(0, 1).flatten(1).float() for features in (query, self.ref_query))
+        return (STRENGTH * F.cosine_similarity(joint, reference)).softmax(-1)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A method, or stock attention, and the queries and keys that it was given in each layer."""
+
+    method: Method | None = None
+    captures: list[Capture] = field(default_factory=list)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        output, reference = site.output_rows(q), site.reference_rows(q)
+        self.captures.append(Capture(getattr(site.owner, "layer", ""), q[output], q[reference], k[reference]))
+        return site.plain(q, k, v) if self.method is None else self.method.attend(q, k, v, site)
+
+    def default_layers(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name.startswith("up_blocks.")] if self.method is None else self.method.default_layers(names)
+
+    def takes_structure(self, step: int, total: int) -> bool:
+        return self.method is not None and self.method.takes_structure(step, total)
+
+
+@torch.inference_mode()
+def compare(
+    pipe: Any,
+    structure: Tensor,
+    appearance: Tensor,
+    prompt: str = "",
+    *,
+    noise: float = 0.3,
+    layers: str | Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[Capture]:
+    """Queries and keys of two pictures, noised independently, in one stock call of a pipeline's UNet.
+
+    Args:
+        pipe: an `AppearanceTransferPipeline`.
+        structure, appearance: [3, H, W] in [0, 1], of one size.
+        prompt: what both of them show.
+        noise: the timestep as a fraction of those of the training.
+        layers: as `attach`; None is all of the decoder.
+    """
+    latents = pipe._encode(torch.stack([structure, appearance]))
+    timestep = torch.tensor([round(noise * (pipe.scheduler.config.num_train_timesteps - 1))], device=latents.device)
+    drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+    noised = pipe.scheduler.add_noise(latents, drawn, timestep)
+    condition = pipe._conditions(prompt, *structure.shape[-2:])[0]
+    recording = Recording()
+    with attach(pipe.unet, recording, layout=BatchLayout("output", "appearance"), layers=layers):
+        pipe._predict(noised, timestep, condition)
+    pipe.maybe_free_model_hooks()
+    return recording.captures
+
+
+def token_grid(height: int, width: int, tokens: int) -> tuple[int, int]:
+    """(rows, columns) of a layer's tokens over a picture, whose sides the network halves and rounds up.
+
+    Raises:
+        ValueError: no number of halvings gives so many tokens.
+    """
+    for halvings in range(12):
+        grid = (-(-height // 2**halvings), -(-width // 2**halvings))
+        if grid[0] * grid[1] == tokens:
+            return grid
+    raise ValueError(f"tokens: expected a grid of {height} x {width} halved some times, got {tokens}")
+
+
+def token_centres(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """[N, 2] (x, y) in pixels: the centres of the tokens of a `grid` over a picture of `size`, both (height, width)."""
+    y, x = ((torch.arange(count) + 0.5) * (side / count) for side, count in zip(size, grid))
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)

@@ -1,0 +1,303 @@
+"""The command line: help without torch, errors of one line, and files that hold what they say; on a tiny Stable Diffusion in a folder."""
+
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+
+import numpy
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("matplotlib")
+
+from PIL import Image  # noqa: E402
+
+from qalign import QAlign, attach, correspondence, embedded, pipelines  # noqa: E402
+from qalign import __main__ as command_line  # noqa: E402
+from qalign.commands import _shared, correspond, demo, transfer  # noqa: E402
+from qalign.correspondence import Capture  # noqa: E402
+from qalign.embedded import scenes  # noqa: E402
+from qalign_kernels.testing import random_features  # noqa: E402
+from tests.processors import models  # noqa: E402
+
+SIZE = 32  # pixels of the tiny model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, and pictures a.png, b.png, c.png of its size, odd.png of 30 x 45 and text.png that is none."""
+    folder = tmp_path_factory.mktemp("commands")
+    models.make_pipe("sd15").save_pretrained(folder / "model")
+    for seed, name in enumerate("abc"):
+        picture(seed).save(folder / f"{name}.png")
+    picture(3).resize((30, 45)).save(folder / "odd.png")
+    picture(3).resize((64, 64)).save(folder / "large.png")
+    (folder / "text.png").write_text("no picture")
+    return folder
+
+
+def picture(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(256, (SIZE, SIZE, 3), dtype=torch.uint8, generator=generator).numpy())
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return torch.tensor(numpy.asarray(image.convert("RGB")))
+
+
+def run(folder, text):
+    """The exit status of a command whose {} is the folder."""
+    return command_line.main(text.replace("{}", str(folder)).split())
+
+
+def test_help_needs_neither_torch_nor_diffusers():
+    code = "import sys; from qalign.__main__ import parser; parser(); print({'torch', 'numpy', 'diffusers', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("command", command_line.COMMANDS)
+def test_help_has_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit) as finished:
+        command_line.main([command, "--help"])
+    assert finished.value.code == 0
+    text = capsys.readouterr().out.replace("\\\n", " ")
+    examples = [shlex.split(line.split("-m qalign ", 1)[1], comments=True) for line in text.splitlines() if f"  python -m qalign {command}" in line]
+    assert examples
+    for example in examples:
+        assert command_line.parser().parse_args(example).command == command
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("transfer --appearance {}/none.png --structure {}/b.png --out {}/o.png", "none.png: expected a picture, found no such file"),
+        ("transfer --appearance {} --structure {}/b.png --out {}/o.png", "expected a picture, found a folder"),
+        ("transfer --appearance {}/text.png --structure {}/b.png --out {}/o.png", "text.png: expected a picture (PNG"),
+        ("transfer --appearance {}/a.png --structure {}/odd.png --out {}/o.png", "multiples of 8, got 30x45; --size 32x48 is the nearest"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --size 30x45", "multiples of 8, got 30x45; the nearest is 32x48"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --size big", "expected a size such as 512"),
+        ("transfer --appearance {}/a.png --structure {}/large.png --out {}/o.png", "large.png: expected the size of"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method masa", "invalid choice: 'masa'"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method cross_image --topk 3", "--topk: expected with --method qalign"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.txt", "expected a file that ends in .png"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --cache {}/a.png", "expected a folder, got the file"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}", "a path without one"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model no/such", "hf download no/such --local-dir such"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --noun zebra --prompt horse", "noun: expected a word"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --layers top", "layers: expected names or patterns"),
+        ("transfer --appearance {}/a.png", "required: --structure, --out"),
+        ("correspond --structure {}/a.png", "expected either --structure and --appearance, or --scenes"),
+        ("correspond --structure {}/a.png --appearance {}/b.png --scenes 1", "expected either"),
+        ("correspond --structure {}/a.png --appearance {}/b.png --model {}/model --point 32,3", "--point: expected pixels inside 32x32, got 32,3"),
+        ("correspond --structure {}/a.png --appearance {}/b.png --point 3", "expected a point such as 40,64"),
+        ("correspond --structure {}/a.png --appearance {}/b.png --noise 1.5", "--noise: expected a fraction"),
+        ("scenes --count 0 --out {}/s", "expected a number above zero"),
+        ("scenes --seed -1 --out {}/s", "expected a whole number, got '-1'"),
+        ("nonsense", "invalid choice: 'nonsense'"),
+        ("", "required: COMMAND"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(folder, text, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = sorted(folder.iterdir())
+    try:
+        status = run(folder, text)
+    except SystemExit as refusal:
+        status = refusal.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert len([line for line in error.splitlines() if line and "Loading" not in line]) == 1  # the bars of a model that is loaded apart
+    assert sorted(folder.iterdir()) == before
+
+
+def test_missing_weights_are_one_line_that_says_how_to_get_them(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(embedded, "FOLDER", tmp_path)
+    assert run(folder, "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "qalign.embedded.train" in error
+
+
+def test_choices_are_those_of_the_library():
+    assert set(_shared.METHODS) == set(pipelines.METHODS)
+    op = importlib.import_module("qalign_kernels.qalign_attention")
+    assert transfer.SETTINGS["refinement"]["choices"] == op.REFINEMENTS
+    given = Namespace(**{"method": "qalign", **dict.fromkeys(transfer.SETTINGS), "refinement": "topk", "topk": 3, "contrast": 1.0})
+    assert transfer.make_method(given) == QAlign(refinement="topk", topk=3, contrast=1.0)
+
+
+def test_transfer_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
+    options = "--model {}/model --steps 6 --seed 3 --swap-guidance 2 --refinement guided --strength 5 --inversion ddim"
+    outputs = f"--out {tmp_path}/new/o.png --grid {tmp_path}/grid.png"
+    assert run(folder, f"transfer --appearance {{}}/a.png --structure {{}}/b.png {{}}/c.png {options} {outputs}") == 0
+    said = capsys.readouterr().out
+    stock = models.make_pipe("sd15")
+    expected = pipelines.AppearanceTransferPipeline.from_pipe(stock)(
+        picture(0),
+        [picture(1), picture(2)],
+        method=QAlign(refinement="guided", strength=5),
+        num_inference_steps=6,
+        inversion="ddim",
+        swap_guidance_scale=2,
+        adain=None,
+        generator=torch.Generator().manual_seed(3),
+    ).images
+    for number, image in enumerate(expected, 1):
+        path = tmp_path / "new" / f"o-{number}.png"
+        assert torch.equal(pixels(path), torch.tensor(numpy.asarray(image)))
+        assert f"picture: {path}" in said
+    assert f"grid: {tmp_path / 'grid.png'}" in said
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["grid.png", "o-1.png", "o-2.png"]
+
+
+def test_pictures_are_scaled_to_cover_and_turned_as_their_camera_says(tmp_path):
+    halves = Image.new("RGB", (40, 20), "red")
+    halves.paste("blue", (20, 0, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise
+    halves.save(tmp_path / "turned.png", exif=exif)
+    (read,) = _shared.read_pictures([tmp_path / "turned.png"], (16, 16))
+    assert read.size == (16, 16)
+    assert read.getpixel((8, 1)) == (255, 0, 0) and read.getpixel((8, 14)) == (0, 0, 255)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "made" / "figures.json"
+    _shared.write("figures", "old", path)
+    with pytest.raises(RuntimeError), _shared.replacing(path) as temporary:
+        temporary.write_text("hal")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_scenes_are_written_with_their_labels(tmp_path, capsys):
+    assert run(tmp_path, "scenes --count 3 --seed 5 --held-out --size 40 --out {}/held") == 0
+    assert run(tmp_path, "scenes --count 3 --seed 5 --size 40 --out {}/train") == 0
+    assert f"contact sheet: {tmp_path}/held/sheet.png" in capsys.readouterr().out
+    seeds = [scenes.held_out_seed(number) for number in (5, 6, 7)]
+    assert sorted(path.name for path in (tmp_path / "held").iterdir()) == [
+        *(name for seed in seeds for name in (f"{seed:04}-labels.png", f"{seed:04}.png")),
+        "sheet.png",
+    ]
+    assert {path.name for path in (tmp_path / "held").iterdir()} & {path.name for path in (tmp_path / "train").iterdir()} == {"sheet.png"}
+    truth = scenes.render(seeds[1:2], 40)
+    with Image.open(tmp_path / "held" / f"{seeds[1]:04}-labels.png") as labels:
+        assert torch.equal(torch.tensor(numpy.asarray(labels)).long(), truth.labels[0])
+    written = pixels(tmp_path / "held" / f"{seeds[1]:04}.png").permute(2, 0, 1) / 255
+    torch.testing.assert_close(written, truth.image[0], atol=0.51 / 255, rtol=0)
+
+
+def test_correspond_writes_its_pictures(folder, tmp_path, capsys):
+    text = f"correspond --structure {{}}/a.png --appearance {{}}/b.png --model {{}}/model --point 3,4 --out {tmp_path}/c"
+    assert run(folder, text) == 0
+    assert run(folder, f"correspond --scenes 0 --model {{}}/model --layer up_blocks.2 --out {tmp_path}/s") == 0
+    said = capsys.readouterr().out
+    for path in (tmp_path / out / name for out in "cs" for name in ("correspondences.png", "heat_maps.png")):
+        assert pixels(path).float().std() > 10
+        assert str(path) in said
+    assert said.count("of the object's tokens are matched") == 2
+
+
+def test_compare_keeps_the_queries_and_keys_of_a_stock_call():
+    pipe = pipelines.AppearanceTransferPipeline.from_pipe(models.make_pipe("sd15"))
+    kept = {}
+    name, layer = list(models.self_attention(pipe.unet, "up_blocks").items())[-1]
+    for projection in ("to_q", "to_k"):
+        getattr(layer, projection).register_forward_hook(lambda _, __, output, projection=projection: kept.__setitem__(projection, output))
+    structure, appearance = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    captures = correspondence.compare(pipe, structure, appearance, "a zebra", noise=0.5)
+    capture = captures[-1]
+    assert [each.layer for each in captures] == list(models.self_attention(pipe.unet, "up_blocks")) and capture.layer == name
+    for got, projection, row in ((capture.query, "to_q", 0), (capture.ref_query, "to_q", 1), (capture.ref_key, "to_k", 1)):
+        assert torch.equal(got[0].transpose(0, 1).flatten(1), kept[projection][row])
+    alone = correspondence.compare(pipe, structure, structure.flip(0), "a zebra", noise=0.5, layers=name)[0]
+    torch.testing.assert_close(alone.query, capture.query)
+    assert not torch.equal(alone.ref_query, capture.ref_query)
+    with attach(pipe, QAlign()):
+        pass  # nothing of `compare` is left installed
+
+
+def test_matches_and_heat_are_the_formulas():
+    query, ref_query, ref_key = (random_features(1, 4, 36, 8, seed=seed) for seed in range(3))
+    capture = Capture("layer", query, ref_query, ref_key)
+    joint = [features[0].transpose(0, 1).flatten(1).double() for features in (query, ref_query, ref_key)]
+    cosine = torch.nn.functional.normalize(joint[0], dim=-1) @ torch.nn.functional.normalize(joint[1], dim=-1).T
+    assert torch.equal(capture.match("query_query").index.flatten().long(), cosine.argmax(-1))
+    assert torch.equal(capture.match("query_key").index.flatten().long(), (joint[0] @ joint[2].T).argmax(-1))
+    attention = (query.double() @ ref_key.double().mT / 8**0.5).softmax(-1).mean(1)[0]
+    for token in (0, 17, 35):
+        torch.testing.assert_close(capture.heat(token, "query_key").double(), attention[token], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(capture.heat(token, "query_query").double(), (20 * cosine[token]).softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+def test_shares_are_of_object_tokens_whose_part_the_appearance_shows():
+    labels = torch.full((32, 32), scenes.PARTS.index("sky"))
+    labels[:16], labels[16:, :16] = scenes.PARTS.index("body"), scenes.PARTS.index("wing")
+    other = labels.where(labels != scenes.PARTS.index("wing"), scenes.PARTS.index("sky"))
+    query = random_features(1, 2, 64, 16, seed=0)
+    picture = torch.zeros(3, 32, 32)
+    capture = Capture("up_blocks.0.attn1", query, query, -query)
+    shares = [correspond.draw_lines(capture, picture, picture, pair)[1]["query-query (Q-Align)"] for pair in ((labels, labels), (labels, other))]
+    assert shares == [1, 1]
+    swapped = Capture("up_blocks.0.attn1", query, query.roll(32, 2), -query)  # the upper half matches the lower one
+    assert correspond.draw_lines(swapped, picture, picture, (labels, other))[1]["query-query (Q-Align)"] == 0
+    assert correspond.draw_lines(capture, picture, picture, None)[1] == {}
+
+
+def test_default_points_lie_on_tokens_of_parts_that_both_scenes_show():
+    labels = scenes.render([scenes.held_out_seed(0), scenes.held_out_seed(5)]).labels
+    query = random_features(1, 1, 256, 8, seed=0)
+    capture = Capture("layer", query, query, query)
+    points = correspond.default_points(capture, torch.zeros(3, 128, 128), tuple(labels))
+    centres = correspondence.token_centres((128, 128), (16, 16))
+    first, second = scenes.token_labels(labels, (16, 16))
+    parts = [int(first[torch.cdist(point[None], centres).argmin()]) for point in points]
+    assert torch.cdist(points, centres).amin(1).max() == 0
+    assert len(set(parts)) == 3
+    assert all(part >= len(scenes.BACKGROUNDS) and (second == part).any() for part in parts)
+    assert correspond.default_points(capture, torch.zeros(3, 40, 80), None).tolist() == [[20, 10], [40, 20], [60, 30]]
+
+
+@pytest.mark.parametrize(("height", "width", "tokens", "grid"), [(512, 768, 384, (16, 24)), (520, 512, 33 * 32, (33, 32)), (40, 40, 9, (3, 3))])
+def test_token_grid_halves_and_rounds_up(height, width, tokens, grid):
+    assert correspondence.token_grid(height, width, tokens) == grid
+
+
+def test_token_grid_refuses_what_is_no_grid():
+    with pytest.raises(ValueError, match="tokens: expected a grid of 64 x 64"):
+        correspondence.token_grid(64, 64, 17)
+
+
+def test_token_centres_run_along_rows_first():
+    assert correspondence.token_centres((4, 6), (2, 2)).tolist() == [[1.5, 1], [4.5, 1], [1.5, 3], [4.5, 3]]
+
+
+def _report(pairs, agreement):
+    entry = {"part_agreement": agreement, "own_part_mass": 0.5, "object_background_leakage": 0.25, "leaking_pairs": 2, "colour_error": None}
+    layers = {"layers": ["up.0", "up.1"], "steps": [3, 6], "cross_region_mass": [[0.1, 0.2], [0.3, None]]}
+    methods = {"cross_image": {**entry, "by_layer_and_step": layers}, "qalign": {**entry, "leaking_pairs_improved": 1, "by_layer_and_step": layers}}
+    return {"pairs": pairs, "methods": methods}
+
+
+def test_demo_sets_its_figures_beside_the_committed_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "COMMITTED", tmp_path / "leakage.json")
+    assert demo.committed() == {}
+    demo.COMMITTED.write_text(json.dumps(_report(180, 0.75)))
+    lines = demo.table({"6 pairs": _report(6, 0.5)} | demo.committed()).splitlines()
+    assert lines[0].split() == ["attention", "leakage", "6", "pairs", "180", "pairs,", "as", "committed"]
+    assert lines[1].split() == ["Cross-Image", "Q-Align"] * 2
+    assert lines[2].split()[-4:] == ["0.500", "0.500", "0.750", "0.750"]
+    assert [line.split()[-4:] for line in lines if line.startswith("leaking pairs")] == [["2", "2", "2", "2"], ["-", "1", "-", "1"]]
+
+
+def test_demo_reads_a_method_s_leakage_by_layer():
+    curves = demo.by_layer(_report(6, 0.5)["methods"]["qalign"]["by_layer_and_step"])
+    assert curves["up.0"] == [(3, 0.1), (6, 0.2)]
+    assert curves["up.1"][0] == (3, 0.3) and numpy.isnan(curves["up.1"][1][1])
