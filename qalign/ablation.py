@@ -15,6 +15,7 @@ from torch import Tensor
 from qalign_kernels import match_counts, similarity_argmax
 
 from .embedded.scenes import PARTS, ScenePair, held_out_pairs, render, token_labels
+from .features import noised_features
 from .leakage import (
     Progress,
     Settings,
@@ -22,7 +23,6 @@ from .leakage import (
     by_layer_and_step,
     cell,
     estimate,
-    features,
     figures,
     gathered,
     layers_of,
@@ -79,7 +79,7 @@ def probe(pipe: Any, pair: ScenePair, variants: Mapping[str, CrossImage], settin
     count = len(levels)
     pictures = scenes.image.repeat_interleave(count, 0)
     seed, prompt = noise_seed(pair, settings), f"a photo of a {scenes.plans[0]}"
-    kept = features(pipe, pictures, torch.tensor(levels * 2), prompt, seeds=range(seed, seed + 2 * count))
+    kept = noised_features(pipe, pictures, torch.tensor(levels * 2), prompt, seeds=range(seed, seed + 2 * count))
     output, reference = torch.arange(2 * count, dtype=torch.int32, device=pipe.unet.device).chunk(2)
     found = Probe({name: {} for name in ("self_attention", *SIGNALS, *variants)}, {name: {} for name in SIGNALS})
     for layer, (q, k, site) in kept.items():

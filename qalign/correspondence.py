@@ -10,8 +10,7 @@ from torch import Tensor
 
 from qalign_kernels import Match, mean_attention_map, similarity_argmax
 
-from .control import attach
-from .layout import BatchLayout
+from .features import noised_features
 from .methods import Method
 from .site import Site
 
@@ -52,21 +51,21 @@ class Capture:
 
 @dataclass(frozen=True)
 class Recording:
-    """A method, or stock attention, and the queries and keys that it was given in each layer."""
+    """A method, and the queries and keys that it was given in each layer."""
 
-    method: Method | None = None
+    method: Method
     captures: list[Capture] = field(default_factory=list)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         output, reference = site.output_rows(q), site.reference_rows(q)
         self.captures.append(Capture(getattr(site.owner, "layer", ""), q[output], q[reference], k[reference]))
-        return site.plain(q, k, v) if self.method is None else self.method.attend(q, k, v, site)
+        return self.method.attend(q, k, v, site)
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name.startswith("up_blocks.")] if self.method is None else self.method.default_layers(names)
+        return self.method.default_layers(names)
 
     def takes_structure(self, step: int, total: int) -> bool:
-        return self.method is not None and self.method.takes_structure(step, total)
+        return self.method.takes_structure(step, total)
 
 
 @torch.inference_mode()
@@ -89,16 +88,11 @@ def compare(
         noise: the timestep as a fraction of those of the training.
         layers: as `attach`; None is all of the decoder.
     """
-    latents = pipe._encode(torch.stack([structure, appearance]))
-    timestep = torch.tensor([round(noise * (pipe.scheduler.config.num_train_timesteps - 1))], device=latents.device)
-    drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-    noised = pipe.scheduler.add_noise(latents, drawn, timestep)
-    condition = pipe._conditions(prompt, *structure.shape[-2:])[0]
-    recording = Recording()
-    with attach(pipe.unet, recording, layout=BatchLayout("output", "appearance"), layers=layers):
-        pipe._predict(noised, timestep, condition)
+    timestep = round(noise * (pipe.scheduler.config.num_train_timesteps - 1))
+    pictures, timesteps = torch.stack([structure, appearance]), torch.tensor([timestep, timestep])
+    kept = noised_features(pipe, pictures, timesteps, prompt, seeds=[seed, seed + 1], layers=layers)
     pipe.maybe_free_model_hooks()
-    return recording.captures
+    return [Capture(layer, q[:1], q[1:], k[1:]) for layer, (q, k, _) in kept.items()]
 
 
 def token_grid(height: int, width: int, tokens: int) -> tuple[int, int]:

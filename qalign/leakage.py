@@ -22,7 +22,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from qalign_kernels import similarity_argmax
 
-from .control import attach
 from .embedded.scenes import BACKGROUNDS, PARTS, ScenePair, Scenes, held_out_pairs, render, token_labels
+from .features import noised_features
 from .layout import BatchLayout
 from .methods import CrossImage, QAlign
 from .site import Site, take
@@ -217,53 +217,6 @@ def part_iou(found: Tensor, truth: Tensor) -> float:
     return (both / either)[truth.any(0)].mean().item()
 
 
-class Features(NamedTuple):
-    """Queries and keys [B, H, N, D] of one layer, and the site where they met."""
-
-    q: Tensor
-    k: Tensor
-    site: Site
-
-
-class _Kept:
-    """Stock attention that keeps what each layer attends."""
-
-    def __init__(self) -> None:
-        self.layers: dict[str, Features] = {}
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        self.layers[getattr(site.owner, "layer", "")] = Features(q, k, site)
-        return site.plain(q, k, v)
-
-    def default_layers(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name.startswith("up_blocks.")]
-
-    def takes_structure(self, step: int, total: int) -> bool:
-        return False
-
-
-@torch.inference_mode()
-def features(
-    pipe: Any, pictures: Tensor, timesteps: Tensor, prompt: str, *, seeds: Sequence[int], layers: str | Sequence[str] | None = None
-) -> dict[str, Features]:
-    """Queries and keys of noised pictures, by self-attention layer of the decoder, in one stock UNet call.
-
-    Args:
-        pipe: an `AppearanceTransferPipeline`.
-        pictures: [B, 3, S, S] in [0, 1].
-        timesteps: int64 [B]; each row is noised to its own.
-        seeds: of the noise of each row.
-        layers: as `attach`; None is all of the decoder.
-    """
-    latents = pipe._encode(pictures)
-    noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    noised = pipe.scheduler.add_noise(latents, noise.to(latents), timesteps.to(latents.device))
-    kept = _Kept()
-    with attach(pipe.unet, kept, layout=BatchLayout(*["output"] * len(latents)), layers=layers):
-        pipe._predict(noised, timesteps, pipe._conditions(prompt, *pictures.shape[-2:])[0])
-    return kept.layers
-
-
 def read_layouts(pipe: Any, pictures: Mapping[str, Tensor], scenes: Scenes, prompt: str, *, seed: int) -> dict[str, float]:
     """Mean part IoU between the structure's layout and that of each picture [3, S, S], as the model itself sees it.
 
@@ -273,7 +226,7 @@ def read_layouts(pipe: Any, pictures: Mapping[str, Tensor], scenes: Scenes, prom
     timestep = int(LAYOUT_NOISE * pipe.scheduler.config.num_train_timesteps)
     rows = torch.cat([torch.stack(list(pictures.values())), scenes.image])
     seeds = [seed] * len(pictures) + [seed + 1, seed + 2]  # the same noise for all pictures, so that they are compared by what they show
-    kept = features(pipe, rows, torch.full((len(rows),), timestep), prompt, seeds=seeds)
+    kept = noised_features(pipe, rows, torch.full((len(rows),), timestep), prompt, seeds=seeds)
     scores = torch.zeros(len(pictures), dtype=torch.float64)
     for q, _, _ in kept.values():
         appearance, structure = token_labels(scenes.labels, square_grid(q.shape[2])).cpu()
@@ -342,6 +295,13 @@ def processes() -> Any:
 
     wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return PartialState(cpu=wanted or ("LOCAL_RANK" in os.environ and not torch.cuda.is_available()))
+
+
+def leave() -> None:
+    """Wait for the other processes and part from them: one that ends while they are still connected may be aborted."""
+    state = processes()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def gathered(work: Callable[[Item], Result], items: Sequence[Item], progress: Progress = iter) -> list[Result]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ._shared import add_model_arguments, load_pipeline, say, write
+from ._shared import add_model_arguments, count, load_pipeline, say, write
 
 REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "soft", "none")
 CHOSEN = ("refinement", "topk", "strength", "contrast")
@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
         say(text)
         if options.json is not None:
             write("figures", json.dumps(report, indent=2) + "\n", options.json)
+    leakage.leave()
     return 0
 
 
@@ -78,9 +79,3 @@ def _progress(shown: bool) -> Any:
         return tqdm(items, unit="pair", disable=not shown)
 
     return bar
-
-
-def count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)

@@ -61,22 +61,15 @@ class Settings:
 
 def build_tokenizer() -> Any:
     """CLIP's tokenizer with each word of the captions as one token, and letters for every other word."""
+    from tokenizers import AddedToken
     from transformers import CLIPTokenizer
 
+    letters = [*map(chr, range(ord("a"), ord("z") + 1)), *"0123456789.,-'"]
+    vocab = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: place for place, token in enumerate(vocab)}, merges=[], model_max_length=MAX_TOKENS)
     words = sorted({*WORDS, *PLANS, *TEXTURES, *COLOURS, *COUNTS, *BACKGROUNDS, *OBJECT_PARTS})
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789.,-'")
-    vocab = letters + [letter + "</w>" for letter in letters]
-    merges: list[tuple[str, str]] = []
-    for word in words:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            merge, joined = (pieces[0], pieces[1]), pieces[0] + pieces[1]
-            if joined not in vocab:
-                vocab.append(joined)
-                merges.append(merge)
-            pieces[:2] = [joined]
-    vocab += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: place for place, token in enumerate(vocab)}, merges=merges, model_max_length=MAX_TOKENS)
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in words])
+    return tokenizer
 
 
 def build_autoencoder() -> Any:
@@ -178,7 +171,7 @@ class Training:
         path = self.folder / f"{name}.pt"
         return torch.load(path, map_location=self.device, weights_only=True) if path.exists() else None
 
-    def loop(self, name: str, parts: dict[str, Any], steps: int, batch: int, step: Callable[[int], list[float]], after: Callable[[], None]) -> None:
+    def loop(self, name: str, parts: dict[str, Any], steps: int, batch: int, step: Callable[[int], list[float]]) -> None:
         """Run `step` from the checkpoint on, with a line and a checkpoint every few minutes; Ctrl-C keeps what there is."""
         state = self.load(name) or {"step": 0, "wall_s": 0.0, "losses": []}
         for key, part in parts.items():
@@ -195,7 +188,6 @@ class Training:
         try:
             while number < steps:
                 recent.append(step(number))
-                after()
                 number += 1
                 if number % 50 == 0:
                     losses.append([number, *(round(sum(each) / len(each), 5) for each in zip(*recent))])
@@ -239,7 +231,7 @@ class Training:
             _descend(loss, optimizer, model)
             return [loss.item()]
 
-        self.loop("autoencoder", {"model": model, "optimizer": optimizer}, settings.autoencoder_steps, settings.autoencoder_batch, step, lambda: None)
+        self.loop("autoencoder", {"model": model, "optimizer": optimizer}, settings.autoencoder_steps, settings.autoencoder_batch, step)
         model.requires_grad_(False).eval()
         image = render([training_seed(place) for place in range(64)], PICTURE).image.to(self.device) * 2 - 1
         with torch.no_grad():
@@ -259,10 +251,8 @@ class Training:
         optimizer = torch.optim.AdamW(trained.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         pool = Pool(self)
         weight = torch.tensor([1.0] * len(BACKGROUNDS) + [2.0] * len(OBJECT_PARTS), device=self.device)
-        taken = 0
 
         def step(number: int) -> list[float]:
-            nonlocal taken
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate * _rate(number, settings.steps, settings.warmup, settings.decay)
             latents, labels, tokens = pool.batch(number)
@@ -276,20 +266,17 @@ class Training:
                 predicted = self.denoiser(noisy, timestep, text).sample.float()
                 told = [reader(taps[name]) for reader, name in zip(self.readers, LABELLED)]
             loss = F.mse_loss(predicted, self.scheduler.get_velocity(latents, noise, timestep))
-            parts = sum(F.cross_entropy(logits.float().flatten(0, 1), _at(labels, logits.shape[1]).flatten(), weight) for logits in told)
-            taken = number
+            parts = torch.stack([F.cross_entropy(each.float().flatten(0, 1), _at(labels, each.shape[1]).flatten(), weight) for each in told]).sum()
             _descend(loss + SHARE_OF_PART * parts, optimizer, trained)
-            return [loss.item(), parts.item() / len(told)]
-
-        def after() -> None:
-            keep = min(settings.average, (taken + 1) / (taken + 10))
+            keep = min(settings.average, (number + 1) / (number + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(followed.parameters()), 1 - keep)
+            return [loss.item(), parts.item() / len(told)]
 
         parts = {"model": trained, "average": average, "optimizer": optimizer}
         try:
             with self.tapped() as taps:
-                self.loop("denoiser", parts, settings.steps, settings.batch, step, after)
+                self.loop("denoiser", parts, settings.steps, settings.batch, step)
         finally:
             self.denoiser.load_state_dict(average[0].state_dict())
             self.text_encoder.load_state_dict(average[1].state_dict())

@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(trained, tmp_path):
-    for _ in range(2 * TINY["steps"]):
+    for _ in range(20):
         try:
             resumed = train(tmp_path, limit_s=0.0)  # stops after every step
             break
@@ -64,7 +64,7 @@ def test_words_of_captions_are_single_tokens():
     tokenizer = build_tokenizer()
     captions = render([held_out_seed(number) for number in range(60)], 8).captions
     for caption in captions:
-        assert tokenizer.tokenize(caption) == [f"{word}</w>" for word in caption.split()]
+        assert tokenizer.tokenize(caption) == caption.split()
         assert len(tokenizer(caption).input_ids) <= MAX_TOKENS
     for word in (*PLANS, *COLOURS, *TEXTURES):
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1

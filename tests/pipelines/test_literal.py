@@ -247,7 +247,10 @@ def test_inversion_as_published(prediction: str, freeu: bool) -> None:
             same = literal.invert(unet, pipe.scheduler, inversion.latents, *embeddings)
             truth = literal.invert(unet.double(), pipe.scheduler, inversion.latents.double(), *(each.double() for each in embeddings))
     assert torch.allclose(inversion.latents[-1], clean, rtol=0, atol=1e-6)
-    verdict = judge(inversion.noises, same, truth, reduction=GRID**2)
+    before = [int(t) - 1000 // len(inversion.timesteps) for t in inversion.timesteps]
+    variance = [float(pipe.scheduler._get_variance(int(t), earlier)) for t, earlier in zip(inversion.timesteps, before)]
+    sigma = torch.tensor(variance, dtype=torch.float64).sqrt().view(-1, 1, 1, 1, 1)  # z is a difference over it: what denoising adds is sigma z
+    verdict = judge((sigma * inversion.noises).float(), (sigma * same).float(), sigma * truth, reduction=GRID**2)
     assert verdict.passed, verdict
     bars = pipe.scheduler.alphas_cumprod[inversion.timesteps].view(-1, 1, 1, 1, 1)
     draws = ((inversion.latents[:-1] - bars.sqrt() * clean) / (1 - bars).sqrt()).flatten(1)
