@@ -34,7 +34,7 @@ MAX_TOKENS = 20
 LATENT_NOISE = 0.03  # on the latents that the decoder learns from
 LOG_VARIANCE = -8.0
 SHARE_OF_PART = 0.25  # weight of the part labels' loss
-LABELLED = ("up_blocks.1.attentions.1", "up_blocks.2.attentions.0")  # outputs from which a linear map must tell the part
+LABELLED = {"up_blocks.1.attentions.1": 96, "up_blocks.2.attentions.0": 48}  # outputs from which a linear map must tell the part: channels
 NO_CAPTION = 0.15  # how often the caption is dropped, for classifier-free guidance
 
 
@@ -157,8 +157,7 @@ class Training:
             from diffusers.models.attention_processor import AttnProcessor
 
             self.denoiser.set_attn_processor(AttnProcessor())  # twice as fast to train as SDPA on a CPU
-        widths = (96, 48)
-        self.readers = nn.ModuleList(nn.Linear(width, len(PARTS)) for width in widths).to(device)
+        self.readers = nn.ModuleList(nn.Linear(width, len(PARTS)) for width in LABELLED.values()).to(device)
         self.scheduler = build_scheduler()
         self.record: dict[str, Any] = {"settings": dataclasses.asdict(settings), "machine": machine(device)}
 
@@ -442,7 +441,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("embedded_training"), help="checkpoints; a second call goes on from there (%(default)s)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the model is written (%(default)s)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop and write what there is after this long")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long, to go on with a second call")
     for field in dataclasses.fields(Settings):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, help="(%(default)s)")
     given = vars(parser.parse_args(arguments))
