@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qalign_kernels import match_counts, similarity_argmax
 
+from .denoiser import picture_size, short_name, token_grid
 from .embedded.scenes import PARTS, ScenePair, held_out_pairs, render, token_labels
 from .features import noised_features
 from .leakage import (
@@ -29,11 +30,8 @@ from .leakage import (
     measure,
     measure_pair,
     noise_seed,
-    picture_size,
     resample,
     row,
-    short,
-    square_grid,
     stacked,
     summarise,
     tally,
@@ -83,7 +81,7 @@ def probe(pipe: Any, pair: ScenePair, variants: Mapping[str, CrossImage], settin
     output, reference = torch.arange(2 * count, dtype=torch.int32, device=pipe.unet.device).chunk(2)
     found = Probe({name: {} for name in ("self_attention", *SIGNALS, *variants)}, {name: {} for name in SIGNALS})
     for layer, (q, k, site) in kept.items():
-        labels = token_labels(scenes.labels, square_grid(q.shape[2])).long().to(q.device).repeat_interleave(count, 0)
+        labels = token_labels(scenes.labels, token_grid(scenes.labels.shape[1:], q.shape[2])).long().to(q.device).repeat_interleave(count, 0)
         keys = [(layer, level) for level in levels]
 
         def keep(name: str, tallies: Tensor, keys: Sequence[tuple[str, int]] = keys) -> None:
@@ -158,10 +156,10 @@ def _picture(transferred: Mapping[str, Any], name: str) -> dict[str, Any]:
 def render_report(report: Mapping[str, Any]) -> str:
     """The report as tables."""
     probed = f"{report['pairs']} pairs, one stock pass at noise levels {', '.join(f'{level:g}' for level in NOISE)}"
-    lines = [f"matches, {probed}", row("", ["part agreement", "U/N", "best layer"])]
+    lines = [f"matches, {probed}", row("", ["part agreement", "U/N", "in the best layer", "best layer"])]
     for name, found in report["matches"].items():
-        best = f"{found['best_layer_agreement']:.3f} ({short(found['best_layer'])})"
-        lines.append(row(name, [cell(**found["part_agreement"]), f"{found['matched_fraction']:.2f}", best]))
+        best = [f"{found['best_layer_agreement']:.3f}", short_name(found["best_layer"])]
+        lines.append(row(name, [cell(**found["part_agreement"]), f"{found['matched_fraction']:.2f}", *best]))
     lines += ["", f"object attention, {probed}", row("", ["own part", "on background", "across regions"])]
     for name, found in {"self_attention": report["self_attention"], **report["refinements"]}.items():
         lines.append(row(name, [cell(**found[figure]) for figure in ATTENTION]))

@@ -95,19 +95,6 @@ def compare(
     return [Capture(layer, q[:1], q[1:], k[1:]) for layer, (q, k, _) in kept.items()]
 
 
-def token_grid(height: int, width: int, tokens: int) -> tuple[int, int]:
-    """(rows, columns) of a layer's tokens over a picture, whose sides the network halves and rounds up.
-
-    Raises:
-        ValueError: no number of halvings gives so many tokens.
-    """
-    for halvings in range(12):
-        grid = (-(-height // 2**halvings), -(-width // 2**halvings))
-        if grid[0] * grid[1] == tokens:
-            return grid
-    raise ValueError(f"tokens: expected a grid of {height} x {width} halved some times, got {tokens}")
-
-
 def token_centres(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """[N, 2] (x, y) in pixels: the centres of the tokens of a `grid` over a picture of `size`, both (height, width)."""
     y, x = ((torch.arange(count) + 0.5) * (side / count) for side, count in zip(size, grid))

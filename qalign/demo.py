@@ -24,6 +24,7 @@ from qalign_kernels import Match, Segment, attention, attention_with_lse, match_
 from .commands._shared import say, write
 from .control import Control, attach
 from .correspondence import SIGNALS, Capture, Recording
+from .denoiser import short_name
 from .layout import BatchLayout
 from .methods import Method, QAlign
 
@@ -324,7 +325,7 @@ def summarise(taken: Capture, truth: Truth) -> tuple[dict[str, Any], dict[str, M
     }
     errors = {name: truth.error(match.index.flatten().cpu()) for name, match in matches.items()} | {"chance": truth.chance()}
     figures = {
-        "layer": taken.layer.removesuffix(".transformer_blocks.0.attn1"),
+        "layer": short_name(taken.layer),
         "tokens": tokens,
         "head_dim": query.shape[3],
         "unique_fraction": (counts > 0).double().mean().item(),

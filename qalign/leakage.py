@@ -30,6 +30,7 @@ from torch import Tensor
 
 from qalign_kernels import similarity_argmax
 
+from .denoiser import picture_size, short_name, token_grid
 from .embedded.scenes import BACKGROUNDS, PARTS, ScenePair, Scenes, held_out_pairs, render, token_labels
 from .features import noised_features
 from .layout import BatchLayout
@@ -128,16 +129,10 @@ class Measured:
         """int64 [B, N]."""
         tokens = q.shape[2]
         if tokens not in self._tokens:
-            grid = square_grid(tokens)
-            self._tokens[tokens] = {role: token_labels(labels[None], grid)[0].long().to(q.device) for role, labels in self.labels.items()}
+            self._tokens[tokens] = {
+                role: token_labels(labels[None], token_grid(labels.shape, tokens))[0].long().to(q.device) for role, labels in self.labels.items()
+            }
         return torch.stack([self._tokens[tokens][role] for role in layout.roles]).repeat(q.shape[0] // len(layout.roles), 1)
-
-
-def square_grid(tokens: int) -> tuple[int, int]:
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise ValueError(f"tokens: expected a square grid, got {tokens}")
-    return side, side
 
 
 def measure(method: CrossImage, q: Tensor, k: Tensor, labels: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
@@ -229,7 +224,7 @@ def read_layouts(pipe: Any, pictures: Mapping[str, Tensor], scenes: Scenes, prom
     kept = noised_features(pipe, rows, torch.full((len(rows),), timestep), prompt, seeds=seeds)
     scores = torch.zeros(len(pictures), dtype=torch.float64)
     for q, _, _ in kept.values():
-        appearance, structure = token_labels(scenes.labels, square_grid(q.shape[2])).cpu()
+        appearance, structure = token_labels(scenes.labels, token_grid(scenes.labels.shape[1:], q.shape[2])).cpu()
         known = torch.cat([q[-2], q[-1]], 1)[None]
         index = similarity_argmax(q[:-2], known, batch_index=torch.zeros(len(pictures), dtype=torch.int32, device=q.device)).index
         found = torch.cat([appearance, structure])[index[:, 0].long().cpu()]
@@ -253,15 +248,13 @@ def measure_pair(pipe: Any, pair: ScenePair, methods: Mapping[str, CrossImage], 
     for name, method in methods.items():
         measured = Measured(method, labels, every=settings.every)
         pictures[name] = pipe(None, None, prompt, method=measured, output_type="pt", **options).images[0].float().cpu()
+        if not measured.tallies:
+            wanted = "a step that is edited and does not read the structure"
+            raise ValueError(f"every: expected {wanted} among the multiples of {settings.every}, got none in {settings.steps} inference steps")
         tallies[name] = measured.tallies
     layout = read_layouts(pipe, pictures | {"appearance": appearance}, scenes, prompt, seed=seed)
     colour = {name: colour_error(picture, structure_labels, appearance, appearance_labels) for name, picture in pictures.items()}
     return PairResult(tallies, colour, layout)
-
-
-def picture_size(pipe: Any) -> int:
-    """The side, in pixels, of the pictures that a pipeline was trained on."""
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
 def noise_seed(pair: ScenePair, settings: Settings) -> int:
@@ -421,14 +414,16 @@ def render_report(report: Mapping[str, Any]) -> str:
     lines.append(row(f"leaking pairs (across > {settings['threshold']:g})", [_pairs(m["leaking_pairs"], report["pairs"]) for m in methods.values()]))
     improved = [_pairs(m["leaking_pairs_improved"], methods[baseline]["leaking_pairs"]) for name, m in methods.items() if name != baseline]
     lines.append(row(f"  of those of {baseline}, improved", ["", *improved]))
-    lines.append(row("agreement in the best layer", [_best(m["by_layer_and_step"]) for m in methods.values()]))
+    best = [_best(method["by_layer_and_step"]) for method in methods.values()]
+    lines.append(row("agreement in the best layer", [f"{agreement:.3f}" for _, agreement in best]))
+    lines.append(row("  which is", [short_name(layer) for layer, _ in best]))
     error, layout, chance = (report[name][figure]["value"] for name, figure in NOTED)
     lines += ["", f"untouched structure: colour error {error:.3f}, part IoU {layout:.3f}; the appearance's own layout: part IoU {chance:.3f}"]
     return "\n".join(lines)
 
 
 def row(title: str, cells: Sequence[str]) -> str:
-    return f"{title:<40}" + "".join(f"{cell:>27}" for cell in cells)
+    return f"{title:<40}" + "".join(f" {cell:>26}" for cell in cells)
 
 
 def cell(value: float | None, interval: Sequence[float | None], sign: str = "") -> str:
@@ -442,13 +437,7 @@ def _pairs(count: int, of: int) -> str:
     return f"{count} of {of} ({count / max(of, 1):.1%})"
 
 
-def _best(table: Mapping[str, Any]) -> str:
-    """The layer whose matches agree most, over its steps."""
+def _best(table: Mapping[str, Any]) -> tuple[str, float]:
+    """The layer whose matches agree most, over its steps, and how far they do."""
     means = {layer: sum(x or 0 for x in row) / len(row) for layer, row in zip(table["layers"], table["part_agreement"])}
-    best = max(means, key=lambda layer: means[layer])
-    return f"{means[best]:.3f} ({short(best)})"
-
-
-def short(layer: str) -> str:
-    """up_blocks.1.attentions.0.transformer_blocks.0.attn1 -> up 1.0.0"""
-    return " ".join([layer.split("_")[0], ".".join(part for part in layer.split(".") if part.isdigit())])
+    return max(means.items(), key=lambda item: item[1])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qalign_kernels import mean_attention_map
 
 from .control import NOT_SPATIAL, find_unet
+from .denoiser import halved, token_grid
 from .processors.unet import is_unet_attention, project
 
 FEW_TOKENS, MOST_TOKENS = 1024, 4096  # one map takes 4 MiB, 64 MiB
@@ -101,15 +102,15 @@ class MapCollector:
         """The maps of what has run so far.
 
         Raises:
-            RuntimeError: no layer with these numbers of tokens has run.
+            RuntimeError: no layer with these numbers of tokens has run. ValueError: their grids are not the latents' halved.
         """
         tokens = self.self_tokens or max(self._self, default=0)
         _require("self_tokens", tokens, self._self)
-        grid = _grid(tokens, self._size)
-        half = _half(grid)
+        grid = token_grid(self._size, tokens)
+        half = halved(grid)
         cross_tokens = self.cross_tokens or (half[0] * half[1] if half[0] * half[1] in self._cross else tokens)
         _require("cross_tokens", cross_tokens, self._cross)
-        return AttentionMaps(self._self[tokens].map(), grid, self._cross[cross_tokens].map(), _grid(cross_tokens, self._size), self._size)
+        return AttentionMaps(self._self[tokens].map(), grid, self._cross[cross_tokens].map(), token_grid(self._size, cross_tokens), self._size)
 
     def _begin(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
@@ -289,20 +290,6 @@ def _is_mapped(name: str, module: nn.Module) -> bool:
     return (
         parts[0] in ("down_blocks", "up_blocks") and "transformer_blocks" in parts and not set(parts) & set(NOT_SPATIAL) and is_unet_attention(module)
     )
-
-
-def _half(grid: tuple[int, int]) -> tuple[int, int]:
-    return -(-grid[0] // 2), -(-grid[1] // 2)
-
-
-def _grid(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of `tokens` tokens: latents of `grid`, halved as a UNet halves them."""
-    latents = grid
-    while grid[0] * grid[1] > tokens:
-        grid = _half(grid)
-    if grid[0] * grid[1] != tokens:
-        raise RuntimeError(f"size: expected latents that are halved from layer to layer, got {latents} and {tokens} tokens")
-    return grid
 
 
 def _require(name: str, tokens: int, seen: dict[int, Any]) -> None:

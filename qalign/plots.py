@@ -18,6 +18,8 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
+from .denoiser import short_name
+
 Picture = Tensor | Image.Image  # a tensor is [3, H, W] in [0, 1]
 
 RIGHT = "#1a9e77"
@@ -210,7 +212,7 @@ def leakage_by_layer_and_step(
             place.plot(steps, values, color=colour, lw=2, marker="o", ms=3.5, label=method)
         if threshold is not None:
             place.axhline(threshold, color=GREY, lw=0.9, ls=":")
-        place.set_title(layers[number].removesuffix(".transformer_blocks.0.attn1"), fontsize=9, loc="left")
+        place.set_title(short_name(layers[number]), fontsize=9, loc="left")
         place.set_ylim(0, 1)
         place.tick_params(labelbottom=number + columns >= len(layers))
         place.grid(alpha=0.25)

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # noqa: E402
 
-from qalign import QAlign, attach, correspondence, embedded, pipelines  # noqa: E402
+from qalign import QAlign, attach, correspondence, denoiser, embedded, pipelines  # noqa: E402
 from qalign import __main__ as command_line  # noqa: E402
 from qalign.commands import _shared, correspond, demo, transfer  # noqa: E402
 from qalign.correspondence import Capture  # noqa: E402
@@ -267,12 +267,24 @@ def test_default_points_lie_on_tokens_of_parts_that_both_scenes_show():
 
 @pytest.mark.parametrize(("height", "width", "tokens", "grid"), [(512, 768, 384, (16, 24)), (520, 512, 33 * 32, (33, 32)), (40, 40, 9, (3, 3))])
 def test_token_grid_halves_and_rounds_up(height, width, tokens, grid):
-    assert correspondence.token_grid(height, width, tokens) == grid
+    assert denoiser.token_grid((height, width), tokens) == grid
 
 
-def test_token_grid_refuses_what_is_no_grid():
-    with pytest.raises(ValueError, match="tokens: expected a grid of 64 x 64"):
-        correspondence.token_grid(64, 64, 17)
+@pytest.mark.parametrize("tokens", [0, 17, 64 * 64 * 4])
+def test_token_grid_refuses_what_is_no_grid(tokens):
+    with pytest.raises(ValueError, match=f"^tokens: expected a grid of 64 x 64 halved some times, got {tokens}$"):
+        denoiser.token_grid((64, 64), tokens)
+
+
+@pytest.mark.parametrize(
+    ("layer", "short"),
+    [
+        ("up_blocks.1.attentions.0.transformer_blocks.0.attn1", "up_blocks.1.attentions.0"),
+        ("up_blocks.0.attentions.2.transformer_blocks.10.attn1", "up_blocks.0.attentions.2.transformer_blocks.10"),
+    ],
+)
+def test_short_names_of_layers_leave_out_the_first_block(layer, short):
+    assert denoiser.short_name(layer) == short
 
 
 def test_token_centres_run_along_rows_first():

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from ..correspondence import compare
-    from ..leakage import picture_size
+    from ..denoiser import picture_size
     from ..pipelines.pictures import to_tensors
 
     labels, prompt = None, options.prompt
@@ -106,11 +106,12 @@ def draw_lines(
     """Lines between two pictures by both signals; with labels, those of objects' tokens, and which share of these is right."""
     import torch
 
-    from ..correspondence import SIGNALS, token_centres, token_grid
+    from ..correspondence import SIGNALS, token_centres
+    from ..denoiser import short_name, token_grid
     from ..plots import MatchPanel, correspondence
 
     size = (structure.shape[1], structure.shape[2])
-    grid = token_grid(*size, capture.query.shape[2])
+    grid = token_grid(size, capture.query.shape[2])
     centres = token_centres(size, grid)
     judged, of_structure, of_appearance = torch.ones(len(centres), dtype=torch.bool), None, None
     if labels is not None:
@@ -128,7 +129,7 @@ def draw_lines(
         panels.append(MatchPanel(title, centres[kept], centres[index[kept]], right))
     colours = "green where they end in the part where they begin" if labels is not None else "coloured by where they begin"
     note = f"{len(kept)} {'tokens of the object' if labels is not None else 'tokens'} as lines, {colours}."
-    title = f"Matches in {_short(capture.layer)}, {grid[0]} x {grid[1]} tokens"
+    title = f"Matches in {short_name(capture.layer)}, {grid[0]} x {grid[1]} tokens"
     return correspondence(structure, appearance, panels, title=title, note=note), shares
 
 
@@ -138,12 +139,13 @@ def draw_heat_maps(
     """Where the tokens under `points` [P, 2] look, by both signals; with labels, how much of it is in their own part."""
     import torch
 
-    from ..correspondence import SIGNALS, STRENGTH, token_centres, token_grid
+    from ..correspondence import SIGNALS, STRENGTH, token_centres
+    from ..denoiser import short_name, token_grid
     from ..embedded.scenes import PARTS
     from ..plots import point_heat_maps
 
     size = (structure.shape[1], structure.shape[2])
-    grid = token_grid(*size, capture.query.shape[2])
+    grid = token_grid(size, capture.query.shape[2])
     tokens = torch.cdist(points.float(), token_centres(size, grid)).argmin(1).tolist()
     maps = {SIGNALS[signal]: torch.stack([capture.heat(token, signal).cpu().reshape(grid) for token in tokens]) for signal in reversed(SIGNALS)}
     note = f"Softmax over the appearance's tokens of q·k, heads averaged, and of {STRENGTH:g} cos(q, q); cross: the peak."
@@ -156,19 +158,21 @@ def draw_heat_maps(
             for name, heats in maps.items()
         }
         note += " In the corner: the point's part, and the share that falls on it."
-    return point_heat_maps(structure, appearance, points, maps, title=f"Where one point looks, {_short(capture.layer)}", note=note, captions=captions)
+    title = f"Where one point looks, {short_name(capture.layer)}"
+    return point_heat_maps(structure, appearance, points, maps, title=title, note=note, captions=captions)
 
 
 def default_points(capture: "Capture", structure: "Tensor", labels: "tuple[Tensor, Tensor] | None", most: int = 3) -> "Tensor":
     """Points [P, 2]: in the middle of tokens of the object's largest parts that both scenes show; without labels, along the diagonal."""
     import torch
 
-    from ..correspondence import token_centres, token_grid
+    from ..correspondence import token_centres
+    from ..denoiser import token_grid
 
     height, width = structure.shape[1:]
     if labels is None:
         return torch.stack([torch.linspace(0, side, most + 2)[1:-1] for side in (width, height)], -1)
-    grid = token_grid(height, width, capture.query.shape[2])
+    grid = token_grid((height, width), capture.query.shape[2])
     centres, (of_structure, _, judged) = token_centres((height, width), grid), _judged(labels, grid)
     parts, sizes = of_structure[judged].unique(return_counts=True)
     points = []
@@ -186,7 +190,3 @@ def _judged(labels: "tuple[Tensor, Tensor]", grid: tuple[int, int]) -> "tuple[Te
 
     of_structure, of_appearance = token_labels(torch.stack(labels), grid).long()
     return of_structure, of_appearance, (of_structure >= len(BACKGROUNDS)) & torch.isin(of_structure, of_appearance)
-
-
-def _short(layer: str) -> str:
-    return layer.removesuffix(".attn1").replace(".transformer_blocks.0", "")

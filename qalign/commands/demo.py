@@ -63,6 +63,7 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
 
     from .. import leakage
     from ..correspondence import compare
+    from ..denoiser import picture_size
     from ..plots import leakage_by_layer_and_step, transfer_grid
     from . import correspond
 
@@ -79,7 +80,7 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
     for number in range(ROWS):
         progress(f"transfer {number + 1} of {ROWS}: inversion, then {', '.join(METHODS.values())}; {STEPS} steps")
         rows.append(transfer(pipe, seed + number))
-    structure, appearance, labels, caption = correspond.held_out_scenes(seed, leakage.picture_size(pipe))
+    structure, appearance, labels, caption = correspond.held_out_scenes(seed, picture_size(pipe))
     progress("what matches what")
     shown = correspond.choose(compare(pipe, structure, appearance, caption, seed=seed))
     lines, shares = correspond.draw_lines(shown, structure, appearance, labels)
@@ -113,7 +114,7 @@ def transfer(pipe: Any, seed: int) -> dict[str, Any]:
     """A row of the grid: the first held-out pair of `seed`, by every method from one inversion."""
     import torch
 
-    from ..leakage import picture_size
+    from ..denoiser import picture_size
     from .correspond import held_out_scenes
 
     structure, appearance, _, caption = held_out_scenes(seed, picture_size(pipe))

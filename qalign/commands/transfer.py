@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     appearance, *structures = read_pictures([options.appearance, *options.structure], options.size)
     import torch
 
-    from ..leakage import picture_size
+    from ..denoiser import picture_size
 
     pipe = load_pipeline(options)
     if options.model == "embedded" and appearance.size != (picture_size(pipe),) * 2:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qalign_kernels import label_mass
 
+from ..denoiser import picture_size, short_name, token_grid
 from ..processors.unet import project
 from .scenes import BACKGROUNDS, PARTS, held_out_seed, render, token_labels
 
@@ -34,8 +35,7 @@ def self_attention_fitness(pipe: Any, scenes: int = 48, timesteps: Sequence[int]
     masses: dict[tuple[str, int], list[Tensor]] = {}
     for first in range(0, scenes, batch):
         seeds = [held_out_seed(10**9 + number) for number in range(first, min(first + batch, scenes))]
-        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        drawn = render(seeds, size)
+        drawn = render(seeds, picture_size(pipe))
         latents = pipe.vae.encode(pipe.image_processor.preprocess(drawn.image)).latent_dist.mode() * pipe.vae.config.scaling_factor
         tokens = pipe.tokenizer(list(drawn.captions), padding="max_length", truncation=True, return_tensors="pt")
         text = pipe.text_encoder(tokens.input_ids)[0]
@@ -69,8 +69,7 @@ def _observe(into: list[Tensor], labels: Tensor, attn: nn.Module, inputs: Any) -
 def _own_and_background(attn: Any, hidden_states: Tensor, labels: Tensor) -> Tensor:
     """[object queries, 4]: number of tokens, label, own-part mass and background mass."""
     q, k, _ = project(attn, hidden_states, None)
-    side = round(q.shape[2] ** 0.5)
-    label = token_labels(labels, (side, side))
+    label = token_labels(labels, token_grid(labels.shape[1:], q.shape[2]))
     mass = label_mass(q, k, label, len(PARTS), scale=attn.scale).mean(1)
     own = mass.gather(-1, label.long().unsqueeze(-1)).squeeze(-1)
     background = mass[..., : len(BACKGROUNDS)].sum(-1)
@@ -82,7 +81,7 @@ def _row(layer: str, timestep: int, queries: Tensor) -> dict[str, Any]:
     tokens, label, own, background = queries.unbind(-1)
     by_part = [own[label == part].mean().item() for part in label.unique()]
     return {
-        "layer": layer.removesuffix(".transformer_blocks.0.attn1"),
+        "layer": short_name(layer),
         "tokens": int(tokens[0]),
         "timestep": timestep,
         "own_part_mass": round(own.mean().item(), 4),

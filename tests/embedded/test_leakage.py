@@ -18,6 +18,7 @@ pytest.importorskip("accelerate")
 from qalign import BatchLayout, CrossImage, QAlign, ablation, embedded, leakage  # noqa: E402
 from qalign import __main__ as command_line  # noqa: E402
 from qalign.commands import leakage as command  # noqa: E402
+from qalign.denoiser import picture_size  # noqa: E402
 from qalign.embedded.scenes import BACKGROUNDS, PARTS, ScenePair, held_out_pairs, render, token_labels  # noqa: E402
 from qalign.features import noised_features  # noqa: E402
 from qalign.layout import ROLES  # noqa: E402
@@ -190,11 +191,6 @@ def test_measured_skips_idle_steps_structure_steps_and_what_is_between():
     assert [step for _, step in measured.tallies] == [8, 10, 12, 14, 18]  # 6 and 16 read the structure, one late
 
 
-def test_tokens_have_to_form_a_square():
-    with pytest.raises(ValueError, match="tokens: expected a square grid, got 60"):
-        leakage.square_grid(60)
-
-
 def test_colours_of_parts_and_their_error():
     labels = torch.full((10, 10), BODY)
     labels[:5], labels[9, 9] = HEAD, LIMB
@@ -272,7 +268,7 @@ def test_layers_and_steps_are_not_mixed_up():
 
 
 def test_features_of_a_row_depend_on_that_row_alone(pipe):
-    pictures, timesteps = render([1, 3, 5], leakage.picture_size(pipe)).image, torch.tensor([100, 400, 700])
+    pictures, timesteps = render([1, 3, 5], picture_size(pipe)).image, torch.tensor([100, 400, 700])
     together = noised_features(pipe, pictures, timesteps, "a fish", seeds=[1, 2, 3])
     alone = noised_features(pipe, pictures[1:2], timesteps[1:2], "a fish", seeds=[2])
     assert together and all(name.startswith("up_blocks.") for name in together)
@@ -283,7 +279,7 @@ def test_features_of_a_row_depend_on_that_row_alone(pipe):
 
 
 def test_layouts_are_read_from_what_pictures_show(pipe):
-    scenes = render([1, 3], leakage.picture_size(pipe))
+    scenes = render([1, 3], picture_size(pipe))
     scores = leakage.read_layouts(pipe, {"first": scenes.image[1], "again": scenes.image[1]}, scenes, "a fish", seed=7)
     assert scores["first"] == scores["again"] and 0 < scores["first"] < 1
     blank = dataclasses.replace(scenes, labels=torch.zeros_like(scenes.labels))
@@ -309,12 +305,26 @@ def test_a_scene_transferred_to_itself_has_its_own_colours(pipe):
 
 def test_the_matches_of_a_pair_are_those_of_the_transfer_itself(pipe):
     """Wrapped for measuring or not, the pipeline paints the same picture."""
-    scenes = render([31, 33], leakage.picture_size(pipe))
+    scenes = render([31, 33], picture_size(pipe))
     inversion = pipe.invert(*scenes.image, "a bird", num_inference_steps=4, generator=torch.Generator().manual_seed(0))
     options = {"inversion": inversion, "adain": None, "output_type": "latent"}
     wrapped = Measured(QAlign(), {role: scenes.labels[0] for role in ROLES})
     painted = [pipe(None, None, "a bird", method=method, **options).images for method in (QAlign(), wrapped)]
     assert torch.equal(*painted) and wrapped.tallies
+
+
+def test_a_run_that_measures_no_step_says_so(pipe):
+    with pytest.raises(ValueError, match="^every: expected a step that is edited .* among the multiples of 3, got none in 3 inference steps$"):
+        leakage.run(pipe, pairs=1, settings=Settings(steps=3, adain=None))
+
+
+def test_the_best_layer_is_named_below_its_agreement():
+    result = made_up({"cross_image": 0.5}, 0.4)
+    for key, tally in result.tallies["cross_image"].items():
+        result.tallies["cross_image"][key] = tally.clone()
+    result.tallies["cross_image"]["up_blocks.1", 6][BODY, leakage.TALLIED.index("right")] = 4
+    lines = leakage.render_report(leakage.summarise([result, result], Settings(), {"cross_image": ""})).splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith(("agreement in", "  which is"))] == ["0.750", "up_blocks.1"]
 
 
 REQUIRED = {"part_agreement", "own_part_mass", "object_background_leakage", "leaking_pairs"}
