@@ -1,7 +1,6 @@
 """Inversion: the noise from which a diffusion model reproduces given latents, and the step that does it. Arithmetic in float32."""
 
 import os
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .files import replacing
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timesteps int64 [B]) -> the guided output, in the scheduler's prediction_type
 
@@ -57,15 +58,9 @@ class Inversion:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file, and the folder it is in; whoever reads `path` meanwhile finds the old file or the whole new one."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name).contiguous() for name in ("latents", "noises", "timesteps") if getattr(self, name) is not None}
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
+        with replacing(Path(path)) as unfinished:
             save_file(tensors, unfinished, metadata={"format": _FORMAT, "kind": self.kind, "eta": repr(self.eta)})
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> Self:

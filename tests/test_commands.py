@@ -21,6 +21,7 @@ from qalign import __main__ as command_line  # noqa: E402
 from qalign.commands import _shared, correspond, demo, transfer  # noqa: E402
 from qalign.correspondence import Capture  # noqa: E402
 from qalign.embedded import scenes  # noqa: E402
+from qalign.files import replacing  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
 from tests.processors import models  # noqa: E402
 
@@ -170,7 +171,7 @@ def test_pictures_are_scaled_to_cover_and_turned_as_their_camera_says(tmp_path):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "made" / "figures.json"
     _shared.write("figures", "old", path)
-    with pytest.raises(RuntimeError), _shared.replacing(path) as temporary:
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
         temporary.write_text("hal")
         raise RuntimeError
     assert path.read_text() == "old"

@@ -1,13 +1,13 @@
 """What the commands share: pictures in, files out, and the model."""
 
 import argparse
-import contextlib
-import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ..files import replacing
 
 MULTIPLE = 8  # pixels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -149,18 +149,6 @@ def _load_stock(model: str, dtype: Any) -> Any:
     except Exception as error:  # of the hub's client, of requests, of the loader: each has its own family
         reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
         raise ValueError(f"{wanted}, got {got} ({reason})") from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place when all went well: a file is never half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write(what: str, content: Any, path: Path) -> None:

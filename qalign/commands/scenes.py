@@ -12,7 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ._shared import count, folder_path, replacing, say, whole, write
+from ..files import replacing
+from ._shared import count, folder_path, say, whole, write
 
 NEEDS = ("matplotlib", "PIL")
 SHEET = 24
