@@ -21,6 +21,6 @@ def load(dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
 
     if not (FOLDER / "model_index.json").exists():
         raise FileNotFoundError(f"embedded model: expected weights in {FOLDER}, got none; reinstall, or run python -m qalign.embedded.train")
-    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=dtype, local_files_only=True, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, local_files_only=True, safety_checker=None)
     pipe.set_progress_bar_config(disable=None)
-    return pipe
+    return pipe.to(dtype, silence_dtype_warnings=True)  # from_pretrained has renamed its argument for it

@@ -74,6 +74,14 @@ def test_it_denoises_scenes_far_better_than_their_mean(pipe):
     assert (found - clean).square().mean() < 0.4 * (wiener - clean).square().mean()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_network_has_the_dtype_that_was_asked_for(dtype, recwarn):
+    loaded = embedded.load(dtype)
+    found = {parameter.dtype for part in (loaded.unet, loaded.vae, loaded.text_encoder) for parameter in part.parameters()}
+    assert found == {dtype}
+    assert not [warning for warning in recwarn if "dtype" in str(warning.message)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_samples_are_finite(dtype):
     half = embedded.load(dtype)
