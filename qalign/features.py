@@ -49,10 +49,10 @@ def noised_features(
         seeds: of the noise of each row.
         layers: as `attach`; None is all of the decoder.
     """
-    latents = pipe._encode(pictures)
+    latents = pipe.encode(pictures)
     noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     noised = pipe.scheduler.add_noise(latents, noise.to(latents), timesteps.to(latents.device))
     kept = _Kept()
     with attach(pipe.unet, kept, layout=BatchLayout(*["output"] * len(latents)), layers=layers):
-        pipe._predict(noised, timesteps, pipe._conditions(prompt, *pictures.shape[-2:])[0])
+        pipe.predict(noised, timesteps, pipe.conditions(prompt, *pictures.shape[-2:])[0])
     return kept.layers

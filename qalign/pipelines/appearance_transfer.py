@@ -58,7 +58,7 @@ class AppearanceTransfer:
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """A pipeline for appearance transfer with the components of any other of Stable Diffusion or Stable Diffusion XL.
 
-        >>> pipe = AppearanceTransferPipeline.from_pipe(StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16))
+        >>> pipe = AppearanceTransferPipeline.from_pipe(StableDiffusionPipeline.from_pretrained(folder).to(torch.bfloat16))
 
         Weights are shared, and stay in the dtypes that they have. Call `enable_model_cpu_offload` and the like on the result.
 
@@ -101,8 +101,8 @@ class AppearanceTransfer:
         if inversion not in KINDS:
             raise ValueError(f"inversion: expected an Inversion or one of {', '.join(KINDS)}, got {inversion!r}")
         pictures = _pictures(appearance, structure, height, width)
-        clean, scheduler = self._encode(pictures), _ddim(self.scheduler)
-        condition, unconditional = self._conditions(prompt, *pictures.shape[-2:])
+        clean, scheduler = self.encode(pictures), _ddim(self.scheduler)
+        condition, unconditional = self.conditions(prompt, *pictures.shape[-2:])
         generators = _generators(generator, len(pictures))
         keys = [""] * len(pictures)
         if cache is not None:
@@ -220,7 +220,7 @@ class AppearanceTransfer:
             noises=None if known.noises is None else known.noises[skipped:, rows].to(device),
             eta=known.eta,
             outputs=outputs,
-            condition=self._conditions(prompt, *(side * self.vae_scale_factor for side in known.latents.shape[-2:]))[0],
+            condition=self.conditions(prompt, *(side * self.vae_scale_factor for side in known.latents.shape[-2:]))[0],
             scales=scales,
             blend=blend,
         )
@@ -232,11 +232,37 @@ class AppearanceTransfer:
         result = AppearanceTransferOutput(*parts, masks)
         return result if return_dict else (result.images, result.reconstructions)
 
-    def _conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
-        """The UNet's keyword arguments for one row, of the prompt and of the empty one."""
+    def encode(self: Any, pictures: Tensor) -> Tensor:
+        """float32 latents [B, C, h, w] of pictures [B, 3, H, W] in [0, 1]: the mode of what the VAE says, picture by picture.
+
+        Raises:
+            FloatingPointError: NaN or infinity in the latents.
+        """
+        with self._wide_vae():
+            pixels = self.image_processor.normalize(pictures).to(self._execution_device, self.vae.dtype)
+            latents = torch.cat([retrieve_latents(self.vae.encode(row), sample_mode="argmax") for row in pixels.split(1)])
+            return require_finite(latents, "VAE latents", self.vae.dtype).float() * self.vae.config.scaling_factor
+
+    def conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
+        """The UNet's keyword arguments for one row of `height` x `width` pixels, of the prompt and of the empty one."""
         embeddings = self.encode_prompt(prompt, self._execution_device, 1, True)
         condition, unconditional = ({"encoder_hidden_states": each.to(self.unet.dtype)} for each in embeddings)
         return condition, unconditional
+
+    def predict(self: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """float32 [B, C, h, w], the UNet's output, whatever its dtype.
+
+        Args:
+            latents: [B, C, h, w].
+            timesteps: int64 [B], or one for all rows.
+            condition: of one row, from `conditions`.
+
+        Raises:
+            FloatingPointError: NaN or infinity in the output.
+        """
+        options = _expand(condition, len(latents))
+        output = self.unet(latents.to(self.unet.dtype), timesteps.to(latents.device), return_dict=False, **options)[0]
+        return require_finite(output, "UNet output", self.unet.dtype).float()
 
     def _noun_tokens(self: Any, prompt: str, noun: str | None) -> tuple[int, ...]:
         word = noun or default_noun(prompt)
@@ -245,31 +271,18 @@ class AppearanceTransfer:
     def _freeu(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
         return cross_image_freeu(self) if wanted else contextlib.nullcontext()
 
-    def _predict(self: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """float32 [B, C, h, w], the UNet's output."""
-        options = _expand(condition, len(latents))
-        output = self.unet(latents.to(self.unet.dtype), timesteps.to(latents.device), return_dict=False, **options)[0]
-        return require_finite(output, "UNet output", self.unet.dtype).float()
-
     def _guided(self: Any, condition: Condition, unconditional: Condition, scale: float) -> Predict:
         """The prediction with classifier-free guidance; one call of the UNet is enough where both conditions are the same."""
         same = digest(condition) == digest(unconditional)
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-            output = self._predict(latents, timesteps, condition)
+            output = self.predict(latents, timesteps, condition)
             if scale == 1 or same:
                 return output
-            base = self._predict(latents, timesteps, unconditional)
+            base = self.predict(latents, timesteps, unconditional)
             return base + scale * (output - base)
 
         return predict
-
-    def _encode(self: Any, pictures: Tensor) -> Tensor:
-        """float32 latents [B, C, h, w] of pictures [B, 3, H, W] in [0, 1]: the mode of what the VAE says, picture by picture."""
-        with self._wide_vae():
-            pixels = self.image_processor.normalize(pictures).to(self._execution_device, self.vae.dtype)
-            latents = torch.cat([retrieve_latents(self.vae.encode(row), sample_mode="argmax") for row in pixels.split(1)])
-            return require_finite(latents, "VAE latents", self.vae.dtype).float() * self.vae.config.scaling_factor
 
     def _decode(self: Any, latents: Tensor) -> Tensor:
         with self._wide_vae():
@@ -300,7 +313,8 @@ class AppearanceTransferPipeline(AppearanceTransfer, StableDiffusionPipeline):
 class AppearanceTransferXLPipeline(AppearanceTransfer, StableDiffusionXLPipeline):
     """`AppearanceTransferPipeline` on Stable Diffusion XL."""
 
-    def _conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
+    def conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
+        """As that of Stable Diffusion, with the pooled text and the size that the pictures are said to have had."""
         options = {"device": self._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
         embeddings = self.encode_prompt(prompt, **options)
         size, width_of_text = (height, width), embeddings[2].shape[-1]
@@ -370,8 +384,8 @@ class _Loop:
         """The UNet's output for every row, under swap guidance in the output rows."""
         n = self.outputs
         if self.scales is None:
-            return self.pipe._predict(latents, timestep, self.condition)
-        edited, plain, others = self.pipe._predict(torch.cat([latents[:n], latents]), timestep, self.condition).split([n, n, n + 1])
+            return self.pipe.predict(latents, timestep, self.condition)
+        edited, plain, others = self.pipe.predict(torch.cat([latents[:n], latents]), timestep, self.condition).split([n, n, n + 1])
         return torch.cat([swap_guided(plain, edited, self.scales[step]), others])
 
     def _collector(self, latents: Tensor) -> MapCollector:
