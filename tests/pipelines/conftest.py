@@ -1,0 +1,24 @@
+"""What the tests of the pipeline share."""
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from qalign.inversion import Inversion
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A pipeline with a UNet of one block; tests leave it as it was."""
+    from tests.pipelines.transfers import make
+
+    return make()
+
+
+@pytest.fixture(scope="module")
+def pair(small) -> "Inversion":
+    """That of `transfer`'s default pair, which then does nothing but denoise it."""
+    from tests.pipelines.transfers import PROMPT, pictures, seeded
+
+    return small.invert(pictures(1)[0], pictures(1, seed=1), PROMPT, num_inference_steps=6, generator=seeded())
