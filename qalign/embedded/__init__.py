@@ -23,4 +23,4 @@ def load(dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
         raise FileNotFoundError(f"embedded model: expected weights in {FOLDER}, got none; reinstall, or run python -m qalign.embedded.train")
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER, local_files_only=True, safety_checker=None)
     pipe.set_progress_bar_config(disable=None)
-    return pipe.to(dtype, silence_dtype_warnings=True)  # from_pretrained has renamed its argument for it
+    return pipe.to(dtype)  # from_pretrained has renamed its argument for it
