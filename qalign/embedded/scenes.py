@@ -18,6 +18,8 @@ OBJECT_PARTS = ("body", "head", "limb", "tail", "crest", "wing", "muzzle", "eye"
 PARTS = BACKGROUNDS + OBJECT_PARTS  # a label is an index into this
 PLANS = ("quadruped", "bird", "fish")
 TEXTURES = ("plain", "striped", "spotted", "shaded", "mottled")
+# how often each texture is drawn, in tenths: shapes are easier to tell where most surfaces are quiet
+_BACKGROUND_OF_TEN, _OBJECT_OF_TEN = (4, 0, 1, 3, 2), (4, 2, 1, 2, 1)
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 COUNTS = ("a", "two", "three", "four")
 HERD = 4  # at most so many individuals
@@ -33,7 +35,7 @@ _OWN_COLOUR = (1.0, 1.0, 1.0, 1.0, 1.0, 0.85, 0.8, 0.85, 0.9, 0.9, 0.9, 1.0)
 _HUES = (0.58, 0.12, 0.53, 0.33)  # of the backgrounds, give or take a little
 _CELLS = torch.tensor([[[0.5, 0.5]] * 4, [[0.29, 0.48], [0.71, 0.52]] * 2, [[0.28, 0.27], [0.73, 0.32], [0.5, 0.74], [0.5, 0.5]],
                        [[0.27, 0.27], [0.74, 0.28], [0.26, 0.74], [0.73, 0.73]]])  # fmt: skip
-_SCALES = (1.02, 0.7, 0.58, 0.55)
+_SCALES = (1.08, 0.74, 0.66, 0.62)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ def _traits(draws: _Draws) -> _Traits:
     herd = draws() < 0.5
     count = torch.where(herd, 2 + _choice(draws(), 3), 1)
     place = _choice(draws(), 3)
-    kind = _choice(draws(len(PARTS)), len(TEXTURES))
+    kind = torch.cat([_drawn(draws(len(BACKGROUNDS)), _BACKGROUND_OF_TEN), _drawn(draws(len(OBJECT_PARTS)), _OBJECT_OF_TEN)], 1)
     kind[:, EYE] = 0
     own = draws(len(PARTS)) < torch.tensor(_OWN_COLOUR)
     hue = draws(len(PARTS))
@@ -157,6 +159,11 @@ def _pair(first: int, same_plan: bool) -> ScenePair:
     others = [held_out_seed(first + step) for step in range(1, _PAIR_STRIDE)]
     fits = (seed for seed in others if (_plan(seed) == _plan(appearance)) == same_plan)
     return ScenePair(appearance, next(fits, others[-1]))
+
+
+def _drawn(uniform: Tensor, shares: Sequence[int]) -> Tensor:
+    """Indices drawn as often as `shares` says."""
+    return torch.arange(len(shares)).repeat_interleave(torch.tensor(shares))[_choice(uniform, sum(shares))]
 
 
 def _choice(uniform: Tensor, count: int) -> Tensor:

@@ -33,8 +33,10 @@ WORDS = ("a", "photo", "of", "on", "the", "by", "in", "above", "among", "ground"
 MAX_TOKENS = 20
 LATENT_NOISE = 0.03  # on the latents that the decoder learns from
 LOG_VARIANCE = -8.0
-SHARE_OF_PART = 0.25  # weight of the part labels' loss
-LABELLED = {"up_blocks.1.attentions.1": 96, "up_blocks.2.attentions.0": 48}  # outputs from which a linear map must tell the part: channels
+SHARE_OF_PART = 0.5  # weight of the part labels' loss
+# the features [B, tokens, channels] from which the part is read in training: what each of the decoder's self-attention layers is given
+LABELLED = {f"up_blocks.{block}.attentions.{layer}.transformer_blocks.0.norm1": (128, 96, 32)[block] for block in range(3) for layer in range(2)}
+PART_SCALE = 16.0  # of the cosines from which the part is read
 NO_CAPTION = 0.15  # how often the caption is dropped, for classifier-free guidance
 
 
@@ -43,7 +45,7 @@ class Settings:
     """Everything that decides the result; lengths in optimiser steps."""
 
     seed: int = 0
-    autoencoder_steps: int = 1200
+    autoencoder_steps: int = 1600
     autoencoder_batch: int = 8
     autoencoder_rate: float = 2e-3
     crop: int = 64
@@ -116,7 +118,7 @@ def build_denoiser() -> Any:
 
     return UNet2DConditionModel(
         sample_size=LATENT,
-        block_out_channels=(48, 96, 128),
+        block_out_channels=(32, 96, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D",) * 3,
         layers_per_block=1,
@@ -141,6 +143,17 @@ def build_scheduler() -> Any:
     )
 
 
+class CosineReader(nn.Module):
+    """Tells the part from the direction of a feature alone, as similarity between queries does: [..., channels] to logits [..., parts]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.directions = nn.Parameter(torch.randn(len(PARTS), channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return PART_SCALE * F.linear(F.normalize(features, dim=-1), F.normalize(self.directions, dim=-1))
+
+
 class Training:
     """One run in one folder: checkpoints, losses, wall time."""
 
@@ -150,16 +163,20 @@ class Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(settings.seed)
         self.tokenizer = build_tokenizer()
-        self.autoencoder = build_autoencoder().to(device, memory_format=torch.channels_last)
+        self.autoencoder = build_autoencoder().to(device)
         self.text_encoder = build_text_encoder(self.tokenizer).to(device)
         self.denoiser = build_denoiser().to(device)
         if device.type == "cpu":
             from diffusers.models.attention_processor import AttnProcessor
 
             self.denoiser.set_attn_processor(AttnProcessor())  # twice as fast to train as SDPA on a CPU
-        self.readers = nn.ModuleList(nn.Linear(width, len(PARTS)) for width in LABELLED.values()).to(device)
+        self.readers = nn.ModuleList(CosineReader(width) for width in LABELLED.values()).to(device)
         self.scheduler = build_scheduler()
-        self.record: dict[str, Any] = {"settings": dataclasses.asdict(settings), "machine": machine(device)}
+        self.record: dict[str, Any] = {
+            "settings": dataclasses.asdict(settings),
+            "part_labels": {"read_from": list(LABELLED), "weight": SHARE_OF_PART, "scale": PART_SCALE},
+            "machine": machine(device),
+        }
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         part = self.folder / f"{name}.part"
@@ -220,7 +237,7 @@ class Training:
             image = image.unfold(2, settings.crop, settings.crop).unfold(3, settings.crop, settings.crop)
             image = image.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, settings.crop, settings.crop) * 2 - 1
             with self.autocast():
-                latents = model.encode(image.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
+                latents = model.encode(image.contiguous()).latent_dist.mode()
                 noise = torch.randn(latents.shape, generator=self.generator(number), device=self.device)
                 decoded = model.decode(latents + LATENT_NOISE * noise).sample.float()
             edges = sum((decoded.diff(dim=dim) - image.diff(dim=dim)).abs().mean() for dim in (2, 3))
@@ -283,11 +300,11 @@ class Training:
 
     @contextlib.contextmanager
     def tapped(self) -> Iterator[dict[str, Tensor]]:
-        """The outputs [B, tokens, channels] of the layers of LABELLED in the last forward pass, by name."""
+        """The features of LABELLED in the last forward pass, by name."""
         kept: dict[str, Tensor] = {}
 
-        def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-            kept[name] = output[0].flatten(2).transpose(1, 2)
+        def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+            kept[name] = output
 
         with contextlib.ExitStack() as stack:
             for name in LABELLED:
@@ -303,7 +320,7 @@ class Training:
 
         self.denoiser.set_attn_processor(AttnProcessor2_0())
         trained = {"vae": self.autoencoder, "text_encoder": self.text_encoder, "unet": self.denoiser}
-        modules = {name: copy.deepcopy(module).to("cpu", memory_format=torch.contiguous_format).eval() for name, module in trained.items()}
+        modules = {name: copy.deepcopy(module).to("cpu").eval() for name, module in trained.items()}
         return StableDiffusionPipeline(
             **modules,
             tokenizer=self.tokenizer,
@@ -357,7 +374,7 @@ class Pool:
         scenes = render([training_seed(self.count + place) for place in range(count)], PICTURE)
         model = self.training.autoencoder
         with self.training.autocast():
-            image = (scenes.image * 2 - 1).to(self.training.device, memory_format=torch.channels_last)
+            image = (scenes.image * 2 - 1).to(self.training.device)
             latents = model.encode(image).latent_dist.mode() * model.config.scaling_factor
         new = slice(self.count, self.count + count)
         self.latents[new] = latents.cpu()

@@ -16,10 +16,11 @@ class QAlign(CrossImage):
 
     The paper's method section is not available to this project: it builds on Cross-Image attention, so contrast, structure steps and
     layers are kept from there (each can be switched off), and similarity, heads and refinement are inferred (each can be chosen).
-    At a structure step the alignment, too, is with the structure.
+    At a structure step the alignment, too, is with the structure. The paper's own reading of the refinement is "rearranged"; the default,
+    "topk", attends each query's eight best-aligned tokens, because on the embedded model it leaks least (CHANGELOG, benchmarks/results).
 
     Args:
-        similarity, heads, refinement, topk, strength: as `qalign_kernels.qalign_attention`.
+        similarity, heads, refinement, topk, strength: as `qalign_kernels.qalign_attention`; a layer of fewer tokens takes a smaller k.
         contrast, structure_every, structure_until: as `CrossImage`.
 
     Source: Q-Align, arXiv 2508.21090.
@@ -27,7 +28,7 @@ class QAlign(CrossImage):
 
     similarity: str = "cosine"
     heads: str = "joint"
-    refinement: str = "rearranged"
+    refinement: str = "topk"
     topk: int = 8
     strength: float = 20.0
 
@@ -42,7 +43,7 @@ class QAlign(CrossImage):
             heads=self.heads,
             refinement=self.refinement,
             own_key=take(k, output) if self.refinement == "warped_values" else None,
-            topk=self.topk,
+            topk=min(self.topk, k.shape[2]),
             strength=self.strength,
             scale=site.scale,
             contrast=self.contrast,

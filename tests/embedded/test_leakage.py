@@ -95,7 +95,7 @@ def test_mass_is_label_mass_and_counts_keys_as_often_as_they_are_matched():
     q, k = random_features(2, 3, 50, 16, seed=2), random_features(2, 3, 50, 16, seed=3)
     labels = random_labels(2, 50, seed=4)
     counts = match_counts(similarity_argmax(q[:1], q[1:]).index, 50)
-    for method, weight in ((CrossImage(), None), (QAlign(), counts)):
+    for method, weight in ((CrossImage(), None), (QAlign(refinement="rearranged"), counts)):
         expected = label_mass(q[:1], k[1:], labels[1:].int(), len(PARTS), counts=weight)
         torch.testing.assert_close(leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(TRIPLE)), expected)
 
@@ -158,7 +158,8 @@ def test_agreement_is_averaged_over_parts_and_mass_over_queries():
     tallies[HEAD] = torch.tensor([2, 2, 0, 1, 1])
     tallies[TAIL] = torch.tensor([10, 0, 0, 0, 3])  # out of view in the appearance
     found = {figure: value.item() for figure, value in leakage.figures(tallies).items()}
-    assert found == pytest.approx({"part_agreement": 0.5, "own_part_mass": 0.7, "object_background_leakage": 0.25, "cross_region_mass": 0.3})
+    expected = {"part_agreement": 0.5, "token_agreement": 0.8, "own_part_mass": 0.7, "object_background_leakage": 0.25, "cross_region_mass": 0.3}
+    assert found == pytest.approx(expected)
     assert all(math.isnan(value) for value in leakage.figures(torch.zeros_like(tallies)).values())
 
 
@@ -364,7 +365,7 @@ def test_the_command_compares_variants(stub, monkeypatch, tmp_path, capsys):
 
 
 def test_the_ablation_sees_the_signals_that_the_methods_use(pipe):
-    found = ablation.probe(pipe, ScenePair(41, 43), {"cross_image": CrossImage(), "rearranged": QAlign()}, QUICK)
+    found = ablation.probe(pipe, ScenePair(41, 43), {"cross_image": CrossImage(), "rearranged": QAlign(refinement="rearranged")}, QUICK)
     right = leakage.TALLIED.index("right")
     for signal, variant in (("query_key dot joint", "cross_image"), ("query_query cosine joint", "rearranged")):
         for key, tally in found.tallies[signal].items():
@@ -375,7 +376,6 @@ def test_the_ablation_sees_the_signals_that_the_methods_use(pipe):
 
 
 @pytest.mark.skipif(not (embedded.FOLDER / "model_index.json").exists(), reason="the embedded model's weights are not here")
-@pytest.mark.xfail(reason="the weights are interim ones, stopped early: 1.43 times where 1.5 is asked", raises=AssertionError)
 def test_query_query_matches_agree_far_more_often_in_the_embedded_model():
     trained = AppearanceTransferPipeline.embedded()
     probes = [ablation.probe(trained, pair, {}, Settings()) for pair in held_out_pairs(4)]

@@ -13,6 +13,7 @@ from tests.processors.models import make_pipe, make_unet, self_attention, unet_i
 
 TOKENS = 96
 SHAPES = {"sd15": (8, 40), "sd21": (2, 64), "sdxl": (4, 64), "coarse": (2, 160)}
+PAPER = [QAlign(refinement="rearranged", **settings) for settings in ({}, {"contrast": 1.0}, {"similarity": "dot"})]
 
 
 def make_attention(heads: int, head_dim: int) -> tuple[Attention, Tensor]:
@@ -39,7 +40,7 @@ def formula(attn: Attention, hidden: Tensor, method: CrossImage, row: int, refer
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", [QAlign(), QAlign(contrast=1.0), QAlign(similarity="dot"), CrossImage(), CrossImage(contrast=1.0)], ids=repr)
+@pytest.mark.parametrize("method", [*PAPER, CrossImage(), CrossImage(contrast=1.0)], ids=repr)
 def test_output_rows_are_the_formula(method, shape) -> None:
     attn, hidden = make_attention(*SHAPES[shape])
     same = {row: formula(attn, hidden, method, row, row + 1) for row in (0, 3)}
@@ -70,7 +71,7 @@ def test_an_output_that_reads_a_copy_of_itself_is_stock_under_neutral_settings()
     attn, hidden = make_attention(2, 40)
     hidden[1] = hidden[0]
     stock, truth = attn(hidden[:3]), attn.double()(hidden[:3].double())
-    for method in (CrossImage(contrast=1.0), QAlign(contrast=1.0)):
+    for method in (CrossImage(contrast=1.0), PAPER[1]):
         attn.float().set_processor(UNetAttnProcessor(method))
         assert judge(attn(hidden[:3]), stock, truth, reduction=TOKENS + hidden.shape[-1]).passed
 
