@@ -19,6 +19,7 @@ from .shapes import NUM_LABELS, Inputs, Shape
 
 HEADS = {40: 8, 64: 10, 80: 8, 128: 24, 160: 8}  # as the models that have these head dims
 FOLDED_HEAD_DIM = 64  # joint scores of heads in a row are taken in parts of this many channels, whatever the head dim
+USUAL_TOKENS = (4096, 1024, 16384, 256)  # most usual first
 LARGE_K = 64
 
 
@@ -44,7 +45,7 @@ class Trial(NamedTuple):
 
 def make_inputs(key: Key, device: str = "cuda") -> Inputs:
     """Correlated inputs of the key's dtype, head dim and largest number of tokens, laid out so that the launch looks up this key."""
-    tokens = key.tokens or max(shapes.SHAPES, key=lambda shape: shape.tokens).tokens
+    tokens = key.tokens or USUAL_TOKENS[0]
     batch = 2 if tokens <= 4096 and key.head_dim < 128 else 1
     shape = Shape("", batch, HEADS[key.head_dim], tokens, key.head_dim)
     return _laid_out(shapes.make_inputs(shape, True, getattr(torch, key.dtype), device), key)
@@ -62,8 +63,8 @@ def make_ragged(inputs: Inputs, key: Key) -> Inputs:
 def _laid_out(inputs: Inputs, key: Key) -> Inputs:
     """[B, N, H, D] storage as attention processors have it, except where that would fold the heads into another head dim."""
     unfolded = key.op == "similarity" and key.mode in ("joint", "topk") and key.head_dim != FOLDED_HEAD_DIM
-    lay_out = Tensor.contiguous if unfolded else lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
-    return Inputs(*(lay_out(x) for x in inputs[:4]), *inputs[4:])
+    features = (x.contiguous() if unfolded else x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:4])
+    return Inputs(*features, *inputs[4:])
 
 
 def _attention(*, counts: bool = False, labels: bool = False, segments: int = 1, contrast: float = 1.0, guided: bool = False) -> Call:
@@ -165,6 +166,6 @@ def order(trial: Trial, key: Key) -> tuple:
     folded = trial.name in ("similarity joint", "similarity topk") and key.head_dim != FOLDED_HEAD_DIM
     minor = trial.name not in CORE or key.head_dim not in CORE_HEAD_DIMS or folded
     return (
-        key.dtype != "bfloat16", minor, (4096, 1024, 16384, 256).index(key.tokens or 4096), TRIALS.index(trial),
+        key.dtype != "bfloat16", minor, USUAL_TOKENS.index(key.tokens or USUAL_TOKENS[0]), TRIALS.index(trial),
         (*CORE_HEAD_DIMS, *HEADS).index(key.head_dim),
     )  # fmt: skip

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import __main__, shapes, trials, tune
+from benchmarks import __main__, shapes, timing, trials, tune
 from benchmarks.shapes import Shape
 from benchmarks.trials import TRIALS, Call
 from benchmarks.tune import Change, Sweep
@@ -174,6 +174,7 @@ def test_what_matters_most_is_first_and_everything_is_there():
     keys = [key for _, key in chosen]
     assert len(set(keys)) == len(keys) == len(WORK) * len(tune.DTYPES) * len(_configs.TOKEN_BUCKETS) * len(trials.HEADS)
     assert {(key.op, key.mode) for key in keys} == set(WORK)
+    assert set(trials.USUAL_TOKENS) == set(_configs.TOKEN_BUCKETS)
     named = [f"{trial.name} {key.head_dim}" for trial, key in chosen[:8]]
     assert named[:4] == ["similarity joint 64", "attention softmax 64", "attention softmax 40", "attention softmax 128"]
     assert named[4:] == [*(f"attention contrast {head_dim}" for head_dim in (64, 40, 128)), "attention guided 64"]
@@ -197,18 +198,29 @@ def test_checks_take_what_is_right_and_see_one_wrong_row(trial, call):
 
 @pytest.mark.parametrize("head_dim", [64, 40])
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
-def test_every_call_launches_with_the_tile_that_is_tried(trial, head_dim):
+def test_every_call_launches_with_the_tile_that_is_tried(trial, head_dim, device):
     if problem := _backends.triton_problem():
         pytest.skip(problem)
     from qalign_kernels._triton._launch import recording
 
     key, odd = Key(trial.op, trial.mode, "sm_90", _configs.triton_minor(), "float16", 256, head_dim), Tile(16, 16, 4, 5)
-    inputs = trials.make_inputs(key, "cpu")
+    inputs = trials.make_inputs(key, device)
     for call in (trial.timed, *(trial.others if head_dim == 64 else ())):
         for x in (inputs, trials.make_ragged(inputs, key)):
             with _configs.trying(key, odd), recording("sm_90") as launches:
                 call.run(x, "triton")
             assert any(launch.num_stages == odd.num_stages and launch.arguments["BLOCK_M"] == odd.block_m for launch in launches)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_short_sweep_on_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_configs, "tiles", lambda table=dict(_configs.tiles()): table)
+    monkeypatch.setattr(timing, "_flush", None)
+    file = tmp_path / "tiles.json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "tune", "--op", "packed", "--minutes", "0.5", "--out", str(file)])
+    assert __main__.main() == 0
+    assert _configs.expand(json.loads(file.read_text()))
+    assert not capsys.readouterr().out.splitlines()[-1].startswith("0 of")
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def accumulators(tile: Tile, key: Key) -> float:
     """fp32 numbers of scores and outputs that a thread keeps, one register each."""
     work = WORK[key.op, key.mode]
     columns = work.scores * tile.block_n + work.outputs * sum(split_head_dim(key.head_dim))
-    lanes = 32 if key.architecture.startswith("sm_") else 64
+    lanes = 64 if key.architecture.startswith("gfx9") else 32
     return tile.block_m * columns / (tile.num_warps * lanes)
 
 
