@@ -149,7 +149,8 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_what_was_found_is_kept_at_once(interrupted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(_configs, "tiles", lambda table=dict(_configs.tiles()): table)
+    table = dict(_configs.tiles())
+    monkeypatch.setattr(_configs, "tiles", lambda: table)
     shipped = {key: _configs.look_up(key, 2) for key in (KEY, OTHER)}
     file = tmp_path / "tiles.json"
 
@@ -214,7 +215,8 @@ def test_every_call_launches_with_the_tile_that_is_tried(trial, head_dim, device
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_a_short_sweep_on_a_gpu(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(_configs, "tiles", lambda table=dict(_configs.tiles()): table)
+    table = dict(_configs.tiles())
+    monkeypatch.setattr(_configs, "tiles", lambda: table)
     monkeypatch.setattr(timing, "_flush", None)
     file = tmp_path / "tiles.json"
     monkeypatch.setattr(sys, "argv", ["benchmarks", "tune", "--op", "packed", "--minutes", "0.5", "--out", str(file)])

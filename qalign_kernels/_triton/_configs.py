@@ -54,16 +54,16 @@ class Work(NamedTuple):
     staged_queries: bool = False
 
 
-_SOFTMAX = Work(queries=1, keys=2, scores=1, outputs=1)
+_SOFTMAX = Work(queries=1, keys=2, scores=2, outputs=1)  # scores and weights
 WORK = {
     ("attention", "softmax"): _SOFTMAX,
     ("attention", "busy softmax"): _SOFTMAX,  # "busy" segments keep more per key: labels, or counts beside other segments
     ("attention", "contrast"): _SOFTMAX,
     ("attention", "busy contrast"): _SOFTMAX,
     ("attention", "exact"): _SOFTMAX,  # unrounded weights
-    ("attention", "lse"): Work(queries=1, keys=1, scores=1, outputs=0),
-    ("attention", "guided"): Work(queries=2, keys=3, scores=2, outputs=1),
-    ("attention", "map"): Work(queries=1, keys=1, scores=2, outputs=0),
+    ("attention", "lse"): Work(queries=1, keys=1, scores=2, outputs=0),
+    ("attention", "guided"): Work(queries=2, keys=3, scores=3, outputs=1),
+    ("attention", "map"): Work(queries=1, keys=1, scores=2, outputs=0, staged_queries=True),
     ("similarity", "exact"): Work(queries=1, keys=1, scores=3, outputs=0),
     ("similarity", "packed"): Work(queries=1, keys=1, scores=2, outputs=0),
     ("similarity", "joint"): Work(queries=1, keys=1, scores=1, outputs=0, staged_queries=True),
@@ -174,7 +174,7 @@ SHARED_MEMORY_KIB = {
 }  # fmt: skip
 LEAST_SHARED_MEMORY_KIB = 64
 REDUCTIONS_KIB = 2
-MOST_ACCUMULATORS = 160  # of a thread's 255 registers; operands, addresses and running sums take the rest
+MOST_ACCUMULATORS = 192  # of a thread's 255 registers; operands, addresses and running sums take the rest
 SMALLEST_BLOCK, SMALLEST_TEAM = 16, 4
 
 
