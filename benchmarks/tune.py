@@ -101,7 +101,7 @@ class Sweep:
         tiles = [tile for tile in (shipped, *self.candidates(key, shipped)) if self._passes(subject.right, tile)]
         self.timed += len(tiles)
         first = medians(tiles, subject.seconds, ROUNDS)
-        runs = shipped in first and self._passes(subject.serves, shipped)
+        runs = shipped in first
         if not runs:
             self.notes.append(f"{describe(key)}: the shipped tile {_cell(shipped)} does not run or is wrong")
         for tile in sorted((tile for tile in tiles if tile != shipped), key=first.__getitem__):

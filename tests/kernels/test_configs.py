@@ -13,7 +13,8 @@ from qalign_kernels._triton._configs import FAMILIES, TOKEN_BUCKETS, WORK, Key, 
 
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in TRITON_DTYPES]
 STRANGERS = ("sm_75", "sm_87", "sm_110", "sm_121", "gfx90a", "gfx950", "gfx1100")
-STATIC = sorted((Path(__file__).parents[2] / "benchmarks" / "results" / "static").glob("*.json"))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STATIC = sorted((BENCHMARKS / "results" / "static").glob("*.json"))
 SOFTMAX = Key("attention", "softmax", "sm_90", "3.6", "bfloat16", 4096, 64)
 
 
@@ -160,6 +161,11 @@ def test_nearest_architecture(target, nearest):
 def test_an_unknown_mode_is_named():
     with pytest.raises(ValueError, match="tile: expected an op, mode and dtype of tiles.json, got .*'nonsense'"):
         _look_up(SOFTMAX._replace(mode="nonsense"))
+
+
+def test_limits_are_those_of_the_static_gate():
+    for target, limit in json.loads((BENCHMARKS / "budgets.json").read_text())["shared_memory_kib"].items():
+        assert _configs.SHARED_MEMORY_KIB[target] == limit and target in FAMILIES
 
 
 def _key(row: dict) -> Key | None:
