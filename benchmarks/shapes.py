@@ -66,9 +66,7 @@ class Inputs(NamedTuple):
     classes: Tensor
 
 
-def make_inputs(
-    shape: Shape, correlated: bool, dtype: torch.dtype, device: str, seed: int = 0, asked_fraction: float = UNIQUE_FRACTION
-) -> Inputs:
+def make_inputs(shape: Shape, correlated: bool, dtype: torch.dtype, device: str, seed: int = 0, asked_fraction: float = UNIQUE_FRACTION) -> Inputs:
     """Normal features; `correlated` makes each query a noisy copy of its match among `asked_fraction` of the reference tokens, else matches
     are by chance."""
     generator = torch.Generator(device).manual_seed(seed)

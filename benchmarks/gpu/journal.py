@@ -6,20 +6,21 @@ from typing import Any
 
 
 class Journal:
-    """Entries are `begin` (of a first visit), `end` (of it), `group` (finished), `note` (a peer that shows no figure) and `failure` (of ours)."""
+    """Entries are `begin` and `end` of a first visit or of a group's timing, `group` (finished), `skip` (what is not to be tried again),
+    `note` (a peer that shows no figure) and `failure` (of ours)."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def add(self, kind: str, text: str) -> None:
-        with self._path.open("a") as file:
+        with self.path.open("a") as file:
             file.write(json.dumps([kind, text]) + "\n")
 
     def entries(self) -> list[tuple[str, str]]:
-        if not self._path.is_file():
+        if not self.path.is_file():
             return []
         lines: list[Any] = []
-        for line in self._path.read_text().splitlines():
+        for line in self.path.read_text().splitlines():
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
@@ -29,10 +30,10 @@ class Journal:
     def texts(self, kind: str) -> list[str]:
         return [text for found, text in self.entries() if found == kind]
 
-    def open_visit(self) -> str | None:
-        """The first visit that was begun and did not end: what ended the process, or let it hang."""
-        visits = [(kind, text) for kind, text in self.entries() if kind in ("begin", "end")]
-        return visits[-1][1] if visits and visits[-1][0] == "begin" else None
+    def left_open(self) -> str | None:
+        """What was begun and did not end: it ended the process, or let it hang."""
+        marks = [(kind, text) for kind, text in self.entries() if kind in ("begin", "end")]
+        return marks[-1][1] if marks and marks[-1][0] == "begin" else None
 
     def changed_at(self) -> float:
-        return self._path.stat().st_mtime if self._path.is_file() else 0.0
+        return self.path.stat().st_mtime if self.path.is_file() else 0.0

@@ -10,24 +10,28 @@ from pathlib import Path
 
 from . import arguments, processes
 from .journal import Journal
+from .must_show import OURS
 
 WORKERS = 6
 STALL_SECONDS = 60.0
+SECONDS_TO_END = 4.0
 
 
-def supervise(command: Sequence[str], journal: Journal, logs: Path, clock: arguments.Clock, stall_seconds: float = STALL_SECONDS) -> int:
-    """0 where a worker came to its end in time. `command` is started with `--seconds S` behind it."""
+def supervise(command: Sequence[str], journal: Journal, clock: arguments.Clock, stall_seconds: float = STALL_SECONDS) -> int:
+    """0 where a worker came to its end, or measured until time was up. `command` is started with `--seconds S` behind it."""
     for number in range(WORKERS):
-        with (logs / f"worker-{logs.name}-{number}.log").open("w") as output:
+        with journal.path.with_name(f"{journal.path.stem}-{number}.log").open("w") as output:
+            seconds = max(0.0, clock.left() - SECONDS_TO_END)
             process = subprocess.Popen(
-                (*command, "--seconds", f"{clock.left():.1f}"), stdout=output, stderr=subprocess.STDOUT, env=processes.environment()
+                (*command, "--seconds", f"{seconds:.1f}"), stdout=output, stderr=subprocess.STDOUT, env=processes.environment()
             )
             code = _wait(process, journal, clock, stall_seconds)
         if code == 0:
             return 0
+        if clock.left() < 0:
+            journal.add("note", f"stopped at the end of its time in {journal.left_open() or 'no visit'}")
+            return 0
         _leave_out(journal, code)
-        if clock.left() < 1:
-            return 1
     journal.add("failure", f"{WORKERS} workers have ended early, the last with exit code {code}")
     return 1
 
@@ -47,13 +51,20 @@ def _wait(process: subprocess.Popen, journal: Journal, clock: arguments.Clock, s
 
 
 def _leave_out(journal: Journal, code: int | None) -> None:
-    visit = journal.open_visit()
+    """What the worker was busy with is not tried again; it is a failure where it is ours."""
     how = "did not come to an end" if code is None else f"ended the process with exit code {code}"
-    if visit is not None:
-        journal.add("failure", f"{visit}: {how}")
-        journal.add("end", visit)
-    else:
-        journal.add("failure", f"a worker between two first visits: it {how}")
+    place = journal.left_open()
+    if place is None:
+        journal.add("failure", f"a worker {how} outside any visit: {processes.last_line(_newest_log(journal))}")
+        return
+    of_peer = not place.startswith("[") and f" {OURS} [" not in place
+    journal.add("note" if of_peer else "failure", f"{place}: {how}")
+    journal.add("skip", place)
+    journal.add("end", place)
+
+
+def _newest_log(journal: Journal) -> Path:
+    return max(journal.path.parent.glob(f"{journal.path.stem}-*.log"), key=lambda log: log.stat().st_mtime)
 
 
 def compile_all(folder: Path, clock: arguments.Clock) -> None:
@@ -87,7 +98,7 @@ def main() -> int:
         old.unlink(missing_ok=True)
     journal = Journal(journal_file)
     command = (sys.executable, "-m", "benchmarks.gpu.worker", "--out", str(options.out), "--plan", plan)
-    code = supervise(command, journal, logs, clock)
+    code = supervise(command, journal, clock)
     failures = journal.texts("failure")
     for failure in failures:
         print(failure)

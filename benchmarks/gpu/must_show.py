@@ -153,10 +153,8 @@ def memory_ratio(shape: Shape, row: Row) -> float | None:
 
 def _word(line: Line, measured: tuple[float | None, ...]) -> str:
     better = MEASURES[line.measure].more_is_better
-    must, *goals = [
-        None if value is None else (value >= bar.limit if better else value <= bar.limit)
-        for value, bar in zip(measured, (line.must, *line.goals))
-    ]
+    held = [None if value is None else value >= bar.limit if better else value <= bar.limit for value, bar in zip(measured, (line.must, *line.goals))]
+    must, *goals = held
     if must is None:
         return "not measured"
     if not must:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .. import memory, providers, shapes, timing
 from ..ops import Op
-from ..speed import percentiles, result_row
+from ..speed import DTYPES, percentiles, result_row
 from . import arguments
 from .journal import Journal
 from .must_show import DEFAULT, OURS, Visit
 from .plan import Group, compile_parts, must_show_groups, other_groups
 
-DTYPE = "bf16"
+DEVICE, DTYPE = "cuda", "bf16"
 REPEATS = 3
 ROUNDS = 15  # of each visit and mode, where they fit in SECONDS_OF_VISIT
 SECONDS_OF_VISIT = 0.05
@@ -67,13 +67,13 @@ def files(folder: Path, plan: str) -> Files:
 
 def measure_groups(groups: list[Group], where: Files, clock: arguments.Clock) -> None:
     """Rows of all groups that are not in the journal yet, written after each."""
-    done = set(where.journal.texts("group"))
+    done = {*where.journal.texts("group"), *where.journal.texts("skip")}
     rows = where.read_rows()
     for group in groups:
         if group.name in done:
             continue
         if clock.left() < LEAST_SECONDS_OF_GROUP:
-            where.journal.add("note", f"{group.name}: not measured, {max(0, clock.left()):.0f} s were left")
+            where.journal.add("note", f"{group.name}: not measured for want of time")
             continue
         print(f"{group.name}: {len(group.visits)} visits, {clock.left():.0f} s left", flush=True)
         rows += measure(group, where.journal, clock)
@@ -88,24 +88,30 @@ def measure(group: Group, journal: Journal, clock: arguments.Clock) -> list[dict
     inputs = _inputs(group)
     found: dict[Visit, Measured] = {}
     for visit in group.visits:
-        if clock.left() < LEAST_SECONDS_OF_GROUP / 2 and visit not in DEFAULT:
+        if clock.left() < LEAST_SECONDS_OF_GROUP / 2:
             journal.add("note", f"{_name(visit, group)}: not measured for want of time")
         elif measured := _first_visit(visit, group, inputs, journal):
             found[visit] = measured
+    journal.add("begin", group.name)
     for repeat in range(REPEATS):
-        order = list(found.values())
-        for measured in order if repeat % 2 == 0 else order[::-1]:
-            measured.eager_seconds += time_rounds(measured.call, measured.rounds)
-            if measured.graph:
-                measured.graph_seconds += time_rounds(measured.graph.replay, measured.rounds)
+        if repeat == 0 or clock.left() > 0:
+            _time_all(list(found.values()), reverse=repeat % 2 == 1)
+    journal.add("end", group.name)
     yardstick = found.get(DEFAULT[0])
     return [_row(visit, group, measured, yardstick) for visit, measured in found.items()]
+
+
+def _time_all(order: list[Measured], reverse: bool) -> None:
+    for measured in order[::-1] if reverse else order:
+        measured.eager_seconds += time_rounds(measured.call, measured.rounds)
+        if measured.graph:
+            measured.graph_seconds += time_rounds(measured.graph.replay, measured.rounds)
 
 
 def _inputs(group: Group) -> shapes.Inputs:
     fraction = group.asked_fraction
     how = {} if fraction is None else {"asked_fraction": fraction}
-    return shapes.make_inputs(group.shape, fraction is not None, torch.bfloat16, "cuda", **how)
+    return shapes.make_inputs(group.shape, fraction is not None, DTYPES[DTYPE], DEVICE, **how)
 
 
 def _name(visit: Visit, group: Group) -> str:
@@ -115,22 +121,21 @@ def _name(visit: Visit, group: Group) -> str:
 def _first_visit(visit: Visit, group: Group, inputs: shapes.Inputs, journal: Journal) -> Measured | None:
     """Build, check, capture; None where the visit shows no figure, with the reason in the journal."""
     name, (op_name, provider) = _name(visit, group), visit
-    if any(text.startswith(f"{name}: ") for text in journal.texts("failure") + journal.texts("note")):
-        return None  # it ended the process before
+    if name in journal.texts("skip"):
+        return None
     journal.add("begin", name)
+    measured = None
     try:
         op = providers.op_named(op_name)
         if reason := providers.refusal(provider, op, inputs):
             journal.add("note", f"{name}: not run, {reason}")
-            return None
-        return _prepare(op, provider, inputs, name, journal)
+        else:
+            measured = _prepare(op, provider, inputs, name, journal)
     except Exception as error:  # a peer that cannot run here is a note, one of ours a failure
-        text = f"{name}: {type(error).__name__}: {error}".splitlines()[0][:300]
-        journal.add("failure" if provider == OURS else "note", text)
+        journal.add("failure" if provider == OURS else "note", f"{name}: {type(error).__name__}: {error}".splitlines()[0][:300])
         _require_device()
-        return None
-    finally:
-        journal.add("end", name)
+    journal.add("end", name)
+    return measured
 
 
 def _require_device() -> None:
@@ -207,7 +212,7 @@ def time_rounds(call: Callable[[], Any], rounds: int) -> list[float]:
 def _row(visit: Visit, group: Group, measured: Measured, yardstick: Measured | None) -> dict[str, Any]:
     op, provider = providers.op_named(visit[0]), visit[1]
     sdpa = percentiles(yardstick.eager_seconds)[1] if yardstick else None
-    row = result_row(op, group.shape, DTYPE, "cuda", provider, measured.eager_seconds, sdpa, measured.peak_mib, measured.unique_fraction)
+    row = result_row(op, group.shape, DTYPE, DEVICE, provider, measured.eager_seconds, sdpa, measured.peak_mib, measured.unique_fraction)
     work = providers.flops(provider, op, group.shape)
     graph = percentiles(measured.graph_seconds) if measured.graph_seconds else (None, None, None)
     times = {f"graph_{name}_ms": None if value is None else round(value * 1e3, 5) for name, value in zip(("p20", "p50", "p80"), graph)}
