@@ -31,7 +31,7 @@ def fa3(x: Inputs) -> Callable[[], Tensor]:
 def sageattention(x: Inputs) -> Callable[[], Tensor]:
     """Attention with 8-bit scores: not the same numbers."""
     function = importlib.import_module("sageattention").sageattn
-    return lambda: function(x.query, x.key, x.value, tensor_layout="HND", is_causal=False)
+    return lambda: function(x.query, x.key, x.value, is_causal=False)
 
 
 def flash_kmeans(x: Inputs, joint: bool) -> Callable[[], Tensor]:

@@ -354,7 +354,8 @@ def test_sanitizer_reads_the_summary(tmp_path, monkeypatch, code, summary, expec
     monkeypatch.setattr(sys, "argv", ["sanitizer", "--out", str(tmp_path), "--seconds", "60"])
     assert sanitizer.main() == expected
     rows = json.loads((tmp_path / "sanitizer.json").read_text())["rows"]
-    assert [(row["tool"], row["verdict"], row["calls"]) for row in rows] == [("memcheck", summary, 1), ("racecheck", summary, 1)]
+    found = [(row["tool"], row["part"], row["verdict"], row["calls"]) for row in rows]
+    assert found == [(tool, part, summary, ["attention [1]"]) for tool in ("memcheck", "racecheck") for part in range(sanitizer.PARTS)]
 
 
 def test_sanitizer_that_is_not_installed_is_told(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def stages(folder: Path) -> list[Stage]:
         stage("environment", "environment", 30, 5),
         stage("ceilings", "ceilings", 45, 10),
         stage("validate", "validation", 110, 10),
-        stage("sanitizer", "sanitizer", 45, 5),
+        stage("sanitizer", "sanitizer", 60, 5),
         stage("compile", "measure", 70, 10, "--compile"),
         stage("must_show", "measure", 150, 40, "--must-show"),
         stage("speed", "measure", 400, 20),

@@ -152,7 +152,8 @@ def _accuracy(folder: Path) -> str:
 def _sanitizer(content: Row) -> str:
     if not content.get("rows"):
         return f"{content.get('note', 'not run')}."
-    return markdown(("tool", "calls", "s", "verdict"), [(row["tool"], row["calls"], row["seconds"], row["verdict"]) for row in content["rows"]])
+    cells = [(row["tool"], row["part"], len(row["calls"]), row["seconds"], row["verdict"]) for row in content["rows"]]
+    return markdown(("tool", "part of the ops", "calls", "s", "verdict"), cells)
 
 
 def _notes(folder: Path) -> str:

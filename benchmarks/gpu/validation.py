@@ -11,6 +11,13 @@ from . import arguments, processes
 
 DTYPES = ("bfloat16", "float16", "float32")
 PARTS = (("attention",), ("qalign_attention",), ("similarity",), ("match_counts", "rearrange_kv", "label_mass", "mean_attention_map"))
+GIB_OF_A_PART = 16  # the float64 truth at 4096 tokens
+
+
+def _memory_gib() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory >> 30
 
 
 def main() -> int:
@@ -27,7 +34,7 @@ def main() -> int:
         code = processes.run((*command, "--json", str(result)), Path(f"{stem}.log"), clock.left())
         return code, json.loads(result.read_text()) if result.is_file() else None
 
-    with ThreadPoolExecutor(max(1, min(len(jobs), os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(max(1, min(len(jobs), os.cpu_count() or 1, _memory_gib() // GIB_OF_A_PART))) as pool:
         results = list(pool.map(run, jobs))
     return conclude(options.out, jobs, results)
 
