@@ -12,7 +12,11 @@ SECONDS_TO_END = 2.0
 
 def environment() -> dict[str, str]:
     """This process's, with the checkout on the path; FlexAttention's one kernel needs no pool of compilers."""
-    return {"TORCHINDUCTOR_COMPILE_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    return {
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
 
 
 def run(command: Sequence[str], log: Path, seconds: float, **variables: str) -> int | None:
