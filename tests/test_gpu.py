@@ -21,19 +21,14 @@ from qalign_kernels import validate
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape("small", 1, 2, 300, 40)
-RAISES = "raise ValueError('no such clock')"
-OVERRUNS = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('[]'); time.sleep(600)"
-HANGS = """
-import pathlib, signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-pathlib.Path(sys.argv[1]).write_text(str(child.pid))
-time.sleep(600)
-"""
+FAILS = "echo; echo 'ValueError: no such clock'; exit 1"
+OVERRUNS = "echo '[]' > $1; exec sleep 600"
+HANGS = "trap '' TERM; sleep 600 & echo $! > $1; wait"
 
 
-def _stage(name: str, code: str, *words: object, seconds: float = 60, least_seconds: float = 0) -> Stage:
-    return Stage(name, (sys.executable, "-c", code, *map(str, words)), seconds, least_seconds)
+def _stage(name: str, script: str, *words: object, seconds: float = 60, least_seconds: float = 0) -> Stage:
+    """A stage whose process costs next to nothing; `words` are $1 and on, --seconds S comes behind them."""
+    return Stage(name, ("sh", "-c", script, name, *map(str, words)), seconds, least_seconds)
 
 
 def _alive(pid: int) -> bool:
@@ -41,34 +36,34 @@ def _alive(pid: int) -> bool:
     return state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_stages_that_fail_do_not_stop_the_rest(tmp_path, capsys):
+def test_stages_that_fail_overrun_or_hang_do_not_stop_the_rest(tmp_path, capsys):
     pid_file = tmp_path / "pid"
     stages = [
-        _stage("raises", RAISES),
-        _stage("overruns", OVERRUNS, tmp_path / "must_show.json", seconds=4),
-        _stage("hangs", HANGS, pid_file, seconds=10),
-        _stage("never", RAISES, least_seconds=1000),
-        _stage("good", "pass"),
+        _stage("fails", FAILS),
+        _stage("overruns", OVERRUNS, tmp_path / "must_show.json", seconds=3),
+        _stage("hangs", HANGS, pid_file, seconds=3),
+        _stage("never", FAILS, least_seconds=1000),
+        _stage("good", ":"),
     ]
     assert command.execute(stages, tmp_path, 120) == 1
     outcomes = {outcome["stage"]: outcome for outcome in json.loads((tmp_path / "stages.json").read_text())["outcomes"]}
     assert [outcome["status"] for outcome in outcomes.values()] == ["failed", "stopped", "stopped", "skipped", "ok"]
-    assert outcomes["raises"]["note"] == "exit code 1: ValueError: no such clock"
+    assert outcomes["fails"]["note"] == "exit code 1: ValueError: no such clock"
     assert "at least 1000" in outcomes["never"]["note"]
     assert not _alive(int(pid_file.read_text()))
     text = (tmp_path / "report.md").read_text()
-    assert "| raises | failed |" in text and "| hangs | stopped |" in text and "| never | skipped |" in text
+    assert "| fails | failed |" in text and "| hangs | stopped |" in text and "| never | skipped |" in text
     assert f"{len(must_show.LINES)} not measured." in text
     assert "[5/5] good: ok" in capsys.readouterr().out
 
 
 def test_run_of_good_stages_ends_with_zero(tmp_path):
-    assert command.execute([_stage("good", "import sys; assert float(sys.argv[-1]) == 7.5", seconds=7.5)], tmp_path, 120) == 0
+    assert command.execute([_stage("good", "[ $1 = --seconds ] && [ $2 = 7.5 ]", seconds=7.5)], tmp_path, 120) == 0
     assert "| good | ok |" in (tmp_path / "report.md").read_text()
 
 
 def test_stage_is_shortened_for_those_behind_it(tmp_path):
-    stages = [_stage("first", "pass", seconds=500), _stage("second", "pass", least_seconds=70)]
+    stages = [_stage("first", ":", seconds=500), _stage("second", ":", least_seconds=70)]
     assert command.execute(stages, tmp_path, 100) == 0
     first = json.loads((tmp_path / "stages.json").read_text())["outcomes"][0]
     granted = int(first["note"].removeprefix("shortened to ").split()[0])
@@ -77,7 +72,7 @@ def test_stage_is_shortened_for_those_behind_it(tmp_path):
 
 def test_report_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "text", lambda folder, outcomes: 1 / 0)
-    assert command.execute([_stage("good", "pass")], tmp_path, 60) == 1
+    assert command.execute([_stage("good", ":")], tmp_path, 60) == 1
     assert "report: ZeroDivisionError" in capsys.readouterr().out
     assert "could not be written" in (tmp_path / "report.md").read_text()
 
@@ -221,45 +216,40 @@ def test_parts_of_the_validation_hold_every_op():
 # -- workers
 
 
-DIES = """
-import pathlib, sys
-from benchmarks.gpu.journal import Journal
-journal = Journal(pathlib.Path(sys.argv[1]))
-if {name!r} in journal.texts("skip"):
-    sys.exit(0)
-journal.add("begin", {name!r})
-{end}
-"""
+BUSY = "attention triton [1, 2, 3, 4]"
 
 
-def _supervise(tmp_path: Path, name: str, end: str, seconds: float = 100, stall_seconds: float = 60) -> tuple[int, Journal]:
+def _supervise(tmp_path: Path, visit: str, end: str, seconds: float = 100, stall_seconds: float = 60) -> tuple[int, Journal]:
+    """Workers that are busy with the visit, until it is to be left out."""
     journal = Journal(tmp_path / "speed.journal")
-    program = (sys.executable, "-c", DIES.format(name=name, end=end), str(journal.path))
-    return measure.supervise(program, journal, arguments.Clock(seconds), stall_seconds), journal
+    journal.add("begin", visit)
+    worker_command = ("sh", "-c", f"grep -q skip $1 || {end}", "worker", str(journal.path))
+    return measure.supervise(worker_command, journal, arguments.Clock(seconds), stall_seconds), journal
 
 
 def test_worker_that_dies_is_followed_by_one_that_leaves_out_the_visit(tmp_path):
-    code, journal = _supervise(tmp_path, "attention triton [1, 2, 3, 4]", "import os; os._exit(5)")
+    code, journal = _supervise(tmp_path, BUSY, "exit 5")
     assert code == 0
-    assert journal.texts("failure") == ["attention triton [1, 2, 3, 4]: ended the process with exit code 5"]
-    assert journal.texts("skip") == ["attention triton [1, 2, 3, 4]"] and journal.left_open() is None
+    assert journal.texts("failure") == [f"{BUSY}: ended the process with exit code 5"]
+    assert journal.texts("skip") == [BUSY] and journal.left_open() is None
 
 
 def test_peer_that_hangs_is_a_note(tmp_path):
-    code, journal = _supervise(tmp_path, "attention fa3 [1, 2, 3, 4]", "import time; time.sleep(600)", stall_seconds=10)
+    peer = "attention fa3 [1, 2, 3, 4]"
+    code, journal = _supervise(tmp_path, peer, "exec sleep 600", stall_seconds=3)
     assert code == 0
-    assert journal.texts("note") == ["attention fa3 [1, 2, 3, 4]: did not come to an end"] and not journal.texts("failure")
+    assert journal.texts("note") == [f"{peer}: did not come to an end"] and not journal.texts("failure")
 
 
 def test_worker_is_stopped_when_time_is_up(tmp_path):
-    code, journal = _supervise(tmp_path, "attention triton [1, 2, 3, 4]", "import time; time.sleep(600)", seconds=15)
+    code, journal = _supervise(tmp_path, BUSY, "exec sleep 600", seconds=2)
     assert code == 0
-    assert journal.texts("note") == ["stopped at the end of its time in attention triton [1, 2, 3, 4]"]
+    assert journal.texts("note") == [f"stopped at the end of its time in {BUSY}"]
 
 
 def test_workers_that_never_start_are_a_failure(tmp_path):
     journal = Journal(tmp_path / "speed.journal")
-    assert measure.supervise((sys.executable, "-c", RAISES), journal, arguments.Clock(300)) == 1
+    assert measure.supervise(("sh", "-c", FAILS), journal, arguments.Clock(300)) == 1
     assert "ValueError: no such clock" in journal.texts("failure")[0] and len(journal.texts("failure")) == measure.WORKERS + 1
 
 

@@ -30,20 +30,21 @@ def must_show_groups() -> list[Group]:
     """Everything that a line of the table needs, no more."""
     visits: dict[tuple[Shape, float], dict[Visit, None]] = {}
     for line in LINES:
-        wanted = visits.setdefault((line.shape, line.asked_fraction), {})
+        wanted = visits.setdefault((line.shape, line.asked_fraction), dict.fromkeys(DEFAULT))
         peers = [visit for bar in (line.must, *line.goals) for visit in bar.against]
-        wanted.update(dict.fromkeys(((line.op, OURS), *peers, *DEFAULT)))
+        wanted.update(dict.fromkeys(((line.op, OURS), *peers)))
     return [Group(shape, fraction, tuple(wanted)) for (shape, fraction), wanted in visits.items()]
 
 
 def other_groups() -> list[Group]:
-    """Q-Align against U/N, then every op and peer, then the main ops at the remaining shapes."""
-    main = [shape for shape in SHAPES if not shape.sweep]
-    main.sort(key=lambda shape: shape.tokens != 4096)
-    ours = tuple((op, OURS) for op in DATA_OPS)
-    groups = [Group(shape, fraction, (*ours, *DEFAULT)) for shape in main for fraction in FRACTIONS]
-    groups += [Group(shape, None, tuple(_every_visit(_op_names()))) for shape in main]
-    return groups + [Group(shape, None, tuple(_every_visit(MAIN_OPS))) for shape in SHAPES if shape.sweep]
+    """Shape by shape, 4096 tokens first: every op and peer on random data (main ops at the shapes of a sweep), then Q-Align against U/N."""
+    groups = []
+    for shape in sorted(SHAPES, key=lambda shape: shape.tokens != 4096):
+        visits = dict.fromkeys((*DEFAULT, *_every_visit(MAIN_OPS if shape.sweep else _op_names())))
+        groups.append(Group(shape, None, tuple(visits)))
+        if not shape.sweep:
+            groups += [Group(shape, fraction, (*DEFAULT, *((op, OURS) for op in DATA_OPS))) for fraction in FRACTIONS]
+    return groups
 
 
 def _op_names() -> list[str]:
