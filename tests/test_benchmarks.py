@@ -179,7 +179,7 @@ def test_report_tells_accuracy_and_machine_code(results, tmp_path):
     assert "| attention plain | sm_90 | 128x128 | 200 | 7.5 | 7.6 |" in text
 
 
-def test_report_takes_the_files_of_a_gpu_run(results, tmp_path):
+def test_report_takes_the_files_of_a_gpu_run(tmp_path):
     rows = [_row("triton", 1024, ms, asked_fraction=fraction) for ms, fraction in ((1.5, 0.35), (2.5, 1.0))]
     files = [tmp_path / "speed.json", tmp_path / "ceilings.json"]
     for file, content in zip(files, (rows, {"stage": "ceilings", "rows": []})):

@@ -109,9 +109,10 @@ def _time_all(order: list[Measured], reverse: bool) -> None:
 
 
 def _inputs(group: Group) -> shapes.Inputs:
-    fraction = group.asked_fraction
-    how = {} if fraction is None else {"asked_fraction": fraction}
-    return shapes.make_inputs(group.shape, fraction is not None, DTYPES[DTYPE], DEVICE, **how)
+    dtype = DTYPES[DTYPE]
+    if group.asked_fraction is None:
+        return shapes.make_inputs(group.shape, False, dtype, DEVICE)
+    return shapes.make_inputs(group.shape, True, dtype, DEVICE, asked_fraction=group.asked_fraction)
 
 
 def _name(visit: Visit, group: Group) -> str:
