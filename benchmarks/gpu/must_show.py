@@ -116,7 +116,10 @@ def judge(line: Line, rows: Sequence[Row], ceiling_tflops: float | None) -> Verd
     if mine is None:
         return Verdict((None,) * (1 + len(line.goals)), "-", None, "not measured")
     measured, modes = zip(*(_measure(line, bar, mine, found, ceiling_tflops) for bar in (line.must, *line.goals)))
-    return Verdict(measured, modes[0], mine["unique_fraction"], _word(line, measured))
+    absent = dict.fromkeys(provider for bar in line.goals for op, provider in bar.against if (op, provider) not in found)
+    word = _word(line, measured)
+    text = f"{word}; without {', '.join(absent)}" if absent and word != "not measured" else word
+    return Verdict(measured, modes[0], mine["unique_fraction"], text)
 
 
 def _measure(line: Line, bar: Bar, mine: Row, found: dict[Visit, Row], ceiling_tflops: float | None) -> tuple[float | None, str]:
@@ -159,9 +162,7 @@ def _word(line: Line, measured: tuple[float | None, ...]) -> str:
         return "not measured"
     if not must:
         return "MISSED"
-    if False in goals:
-        return "must"
-    return "must; goal not measured" if None in goals else "goal"
+    return "goal" if all(goals) else "must"
 
 
 def describe(line: Line, bars: Iterable[Bar]) -> str:
