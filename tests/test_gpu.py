@@ -287,8 +287,16 @@ def test_worker_measures_a_group(on_cpu, tmp_path):
     assert any(note.startswith("attention fa3 [1, 2, 300, 40] U/N 0.35: ModuleNotFoundError") or "ImportError" in note for note in notes)
     assert any("no CUDA graph, RuntimeError: no graphs here" in note for note in notes)
     assert where.journal.texts("group") == [GROUP.name] and not where.journal.texts("failure")
-    text = report.speed_table(list(rows.values()), None)
+    text = report.speed_table([list(rows.values())], None)
     assert f"| qalign_attention | {SMALL.size} | {mine['unique_fraction']:.3g} | tiled |" in text
+
+
+def test_ratios_of_the_speed_table_stay_within_a_run():
+    more = {"p20_ms": 1.0, "p80_ms": 1.0}
+    first = [_row("attention", OURS, 1.0, **more), _row("attention", "sdpa", 2.0, **more)]
+    second = [_row("attention", OURS, 3.0, **more)]
+    lines = report.speed_table([first, second], 200.0).splitlines()[2:]
+    assert [line.split(" | ")[6:9] for line in lines] == [["100", "0.5", "0.5"], ["50", "0.25", "1"], ["33.3", "0.167", "-"]]
 
 
 def test_worker_shows_no_figure_for_a_failed_check(on_cpu, tmp_path, monkeypatch):

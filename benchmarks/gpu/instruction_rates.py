@@ -42,8 +42,8 @@ def rate_kernel(values_ptr, result_ptr, clock_ptr, iterations, MODE: tl.constexp
     if MODE == 2:
         a, b, c, d = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True), c.to(tl.int32, bitcast=True), d.to(tl.int32, bitcast=True)
     first_cycle, first_nanosecond = cycles(), globaltimer()
-    for _ in range(iterations):
-        for _ in tl.static_range(UNROLL):
+    for _iteration in range(iterations):
+        for _step in tl.static_range(UNROLL):
             if MODE == 0:
                 a, b, c, d = tl.fma(a, b, c), tl.fma(b, c, d), tl.fma(c, d, a), tl.fma(d, a, b)
             elif MODE == 1:

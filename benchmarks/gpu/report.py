@@ -30,7 +30,7 @@ def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
         stage_table(outcomes),
         f"## Must show\n\n{must_show_table(must_rows, ceiling)}\n\n{NOTE}",
         f"## Ceilings\n\n{ceiling_table(ceilings)}",
-        f"## Speed\n\n{speed_table([*must_rows, *rows], ceiling)}",
+        f"## Speed\n\n{speed_table([must_rows, rows], ceiling)}",
         f"## Peak extra memory, MiB, output included\n\n{memory_table(rows)}",
         f"## Accuracy\n\n{_accuracy(folder)}",
         f"## compute-sanitizer\n\n{_sanitizer(_read(folder / 'sanitizer.json', {}))}",
@@ -94,17 +94,19 @@ def _line_cells(line: Line, verdict: Verdict) -> tuple[str, ...]:
     return line.what, sizes, fraction, describe(line, [line.must]), describe(line, line.goals), " / ".join(figures), verdict.mode, verdict.text
 
 
-def speed_table(rows: Sequence[Row], ceiling: float | None) -> str:
-    if not rows:
-        return "Not measured."
-    head = ("op", "[B, H, N, D]", "U/N", "provider", "eager ms (p20 p50 p80)", "graph ms", "TFLOP/s", "of matmul", *_peer_names(), "peak MiB")
+def speed_table(runs: Sequence[Sequence[Row]], ceiling: float | None) -> str:
+    """Every row; ratios stay within a run."""
     groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((*row["shape"], row["asked_fraction"]), []).append(row)
+    for number, rows in enumerate(runs):
+        for row in rows:
+            groups.setdefault((number, *row["shape"], row["asked_fraction"]), []).append(row)
+    if not groups:
+        return "Not measured."
     cells = []
     for group in groups.values():
         yardsticks = {(row["op"], row["provider"]): row for row in group}
         cells += [_speed_cells(row, yardsticks, ceiling) for row in group]
+    head = ("op", "[B, H, N, D]", "U/N", "provider", "eager ms (p20 p50 p80)", "graph ms", "TFLOP/s", "of matmul", *_peer_names(), "peak MiB")
     return markdown(head, cells)
 
 
