@@ -26,7 +26,7 @@ OVERRUNS = "echo '[]' > $1; exec sleep 600"
 HANGS = "trap '' TERM; sleep 600 & echo $! > $1; wait"
 
 
-def _stage(name: str, script: str, *words: object, seconds: float = 60, least_seconds: float = 0) -> Stage:
+def _stage(name: str, script: str, *words: object, seconds: float = 60, least_seconds: float = 3) -> Stage:
     """A stage whose process costs next to nothing; `words` are $1 and on, --seconds S comes behind them."""
     return Stage(name, ("sh", "-c", script, name, *map(str, words)), seconds, least_seconds)
 
@@ -39,11 +39,11 @@ def _alive(pid: int) -> bool:
 def test_stages_that_fail_overrun_or_hang_do_not_stop_the_rest(tmp_path, capsys):
     pid_file = tmp_path / "pid"
     stages = [
-        _stage("fails", FAILS),
+        _stage("fails", FAILS, least_seconds=60),
         _stage("overruns", OVERRUNS, tmp_path / "must_show.json", seconds=3),
         _stage("hangs", HANGS, pid_file, seconds=3),
         _stage("never", FAILS, least_seconds=1000),
-        _stage("good", ":"),
+        _stage("good", ":", least_seconds=60),
     ]
     assert command.execute(stages, tmp_path, 120) == 1
     outcomes = {outcome["stage"]: outcome for outcome in json.loads((tmp_path / "stages.json").read_text())["outcomes"]}
