@@ -32,11 +32,18 @@ def main() -> int:
         result.unlink(missing_ok=True)
         command = (sys.executable, "-m", "qalign_kernels.validate", "--quick", "--device", "cuda", "--dtype", dtype, "--op", *part)
         code = processes.run((*command, "--json", str(result)), Path(f"{stem}.log"), clock.left())
-        return code, json.loads(result.read_text()) if result.is_file() else None
+        return code, _content(result)
 
     with ThreadPoolExecutor(max(1, min(len(jobs), os.cpu_count() or 1, _memory_gib() // GIB_OF_A_PART))) as pool:
         results = list(pool.map(run, jobs))
     return conclude(options.out, jobs, results)
+
+
+def _content(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError):  # stopped before the first row, or within one
+        return None
 
 
 def conclude(folder: Path, jobs: list[tuple[str, tuple[str, ...]]], results: list[tuple[int | None, dict[str, Any] | None]]) -> int:
