@@ -58,11 +58,11 @@ def check_match(x: Inputs, match: Any, similarity: str, joint: bool, packed: boo
 
 
 def check_attention(
-    x: Inputs, output: Tensor, segments: list[Segment], contrast: float = 1.0, labels: bool = False, guide: Guide | None = None
+    x: Inputs, output: Tensor, segments: list[Segment], contrast: float = 1.0, labels: Tensor | None = None, guide: Guide | None = None
 ) -> bool:
     rows = sampled_rows(x)
     query = x.query[:, :, rows]
-    seen = {"query_labels": x.bit_sets[:, rows] if labels else None}
+    seen = {"query_labels": None if labels is None else labels[:, rows]}
     scale, reduction = query.shape[-1] ** -0.5, sum(s.key.shape[2] for s in segments)
     results = []
     for dtype in (query.dtype, torch.float64):
@@ -130,12 +130,14 @@ def attention_flops(shape: Shape) -> float:
     return 2 * _pass(shape)
 
 
-def _attention_op(name: str, how: Callable[[Inputs], dict], contrast: float = 1.0, labels: bool = False) -> Op:
+def _attention_op(name: str, how: Callable[[Inputs], dict], contrast: float = 1.0) -> Op:
+    """`how` gives what the segment holds beside keys and values; queries have the labels of the keys."""
+
     def run(x: Inputs, backend: str) -> Tensor:
-        return qk.attention(x.query, _segment(x, **how(x)), contrast=contrast, query_labels=x.bit_sets if labels else None, backend=backend)
+        return qk.attention(x.query, _segment(x, **how(x)), contrast=contrast, query_labels=how(x).get("labels"), backend=backend)
 
     def check(x: Inputs, output: Tensor, backend: str) -> bool:
-        return check_attention(x, output, [_segment(x, **how(x))], contrast, labels)
+        return check_attention(x, output, [_segment(x, **how(x))], contrast, how(x).get("labels"))
 
     counted = name == "attention_counts"
     return Op(name, run, getattr(eager, name), check, attention_flops, match_map=(lambda x, output, backend: x.match_map) if counted else None)
@@ -189,7 +191,8 @@ OPS = [
     _attention_op("attention", lambda x: {}),
     _attention_op("attention_counts", lambda x: {"counts": x.counts}),
     _attention_op("attention_contrast", lambda x: {}, contrast=CONTRAST),
-    _attention_op("attention_labels", lambda x: {"labels": x.bit_sets}, labels=True),
+    _attention_op("attention_labels", lambda x: {"labels": x.bit_sets}),
+    _attention_op("attention_half_labels", lambda x: {"labels": x.half_sets}),
     Op(
         "attention_segments",
         lambda x, backend: qk.attention(x.query, _two_segments(x), backend=backend),

@@ -82,7 +82,7 @@ def _attention(*, counts: bool = False, labels: bool = False, segments: int = 1,
             return guided_attention(x.query, parts(x)[0], guidance, **how)
         return qk.attention(x.query, parts(x), **how)
 
-    return Call(run, lambda x, output, backend: check_attention(x, output, parts(x), contrast, labels, guide(x)))
+    return Call(run, lambda x, output, backend: check_attention(x, output, parts(x), contrast, x.bit_sets if labels else None, guide(x)))
 
 
 def _match(similarity: str, joint: bool, k: int | None = None, labels: bool = False) -> Call:
