@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks static | speed | report`."""
+"""Measurements: `python -m benchmarks static | speed | gpu | report`."""

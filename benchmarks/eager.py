@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize, one_hot, scaled_dot_product_attention
 
 from .shapes import NUM_LABELS, Inputs
 
@@ -79,7 +79,15 @@ def attention_contrast(x: Inputs) -> Tensor:
 
 
 def attention_labels(x: Inputs) -> Tensor:
-    seen = (x.bit_sets.unsqueeze(-1) & x.bit_sets.unsqueeze(-2)) != 0
+    return _attend_where_sets_meet(x, x.bit_sets)
+
+
+def attention_half_labels(x: Inputs) -> Tensor:
+    return _attend_where_sets_meet(x, x.half_sets)
+
+
+def _attend_where_sets_meet(x: Inputs, sets: Tensor) -> Tensor:
+    seen = (sets.unsqueeze(-1) & sets.unsqueeze(-2)) != 0
     return _attend(x.query, x.key, x.value, bias=torch.zeros_like(seen, dtype=x.query.dtype).masked_fill(~seen, float("-inf")).unsqueeze(1))
 
 
@@ -100,6 +108,11 @@ def mean_attention_map(x: Inputs) -> Tensor:
 def qalign_attention(x: Inputs) -> Tensor:
     index = similarity_argmax(x)[0]
     return _attend(x.query, _gather(x.key, index), _gather(x.value, index))
+
+
+def qalign_attention_by_sdpa(x: Inputs) -> Tensor:
+    index = similarity_argmax(x)[0]
+    return scaled_dot_product_attention(x.query, _gather(x.key, index), _gather(x.value, index))
 
 
 def qalign_attention_guided(x: Inputs) -> Tensor:

@@ -1,4 +1,4 @@
-"""The other two kinds of result files as tables: what `validate --json` and `static --json` wrote."""
+"""The other kinds of result files: tables of what `validate --json` and `static --json` wrote."""
 
 from typing import Any
 
@@ -14,6 +14,11 @@ def is_validation(content: Any) -> bool:
 
 def is_static(content: Any) -> bool:
     return isinstance(content, list) and bool(content) and all(isinstance(row, dict) and "spill_bytes" in row for row in content)
+
+
+def is_stage(content: Any) -> bool:
+    """What `gpu` writes beside rows of time and accuracy; its own report shows it."""
+    return isinstance(content, dict) and "stage" in content
 
 
 def accuracy(validation: Row) -> str:

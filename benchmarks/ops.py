@@ -30,7 +30,7 @@ class Op(NamedTuple):
     match_map: Callable[[Inputs, Any, str], Tensor] | None = None
 
 
-def _rows(x: Inputs) -> Tensor:
+def sampled_rows(x: Inputs) -> Tensor:
     """Sampled query rows, the first and the last among them."""
     tokens = x.query.shape[2]
     return torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=x.query.device).long()
@@ -44,24 +44,25 @@ def _reference(stem: str) -> Any:
     return _backends.implementation("reference", stem)
 
 
-def _scores(x: Inputs, similarity: str, joint: bool) -> tuple[Tensor, Tensor]:
+def _scores(x: Inputs, similarity: str, joint: bool, labels: bool) -> tuple[Tensor, Tensor]:
     """Scores of the sampled rows in the input dtype and in float64."""
-    query = x.query[:, :, _rows(x)]
-    return tuple(_reference("similarity").scores(*pair, similarity, joint) for pair in ((query, x.ref_query), _double(query, x.ref_query)))
+    rows = sampled_rows(x)
+    query, sets = x.query[:, :, rows], (x.bit_sets[:, rows], x.bit_sets) if labels else ()
+    return tuple(_reference("similarity").scores(*pair, similarity, joint, *sets) for pair in ((query, x.ref_query), _double(query, x.ref_query)))
 
 
-def _check_match(x: Inputs, match: Any, similarity: str, joint: bool, packed: bool = False) -> bool:
+def check_match(x: Inputs, match: Any, similarity: str, joint: bool, packed: bool = False, labels: bool = False) -> bool:
     reduction = x.query.shape[3] * (x.query.shape[1] if joint else 1)
-    index, score = (part[:, :, _rows(x)] for part in match)
-    return testing.judge_match(index, score, *_scores(x, similarity, joint), reduction, packed=packed).passed
+    index, score = (part[:, :, sampled_rows(x)] for part in match)
+    return testing.judge_match(index, score, *_scores(x, similarity, joint, labels), reduction, packed=packed).passed
 
 
-def _check_attention(
-    x: Inputs, output: Tensor, segments: list[Segment], contrast: float = 1.0, labels: bool = False, guide: Guide | None = None
+def check_attention(
+    x: Inputs, output: Tensor, segments: list[Segment], contrast: float = 1.0, labels: Tensor | None = None, guide: Guide | None = None
 ) -> bool:
-    rows = _rows(x)
+    rows = sampled_rows(x)
     query = x.query[:, :, rows]
-    seen = {"query_labels": x.bit_sets[:, rows] if labels else None}
+    seen = {"query_labels": None if labels is None else labels[:, rows]}
     scale, reduction = query.shape[-1] ** -0.5, sum(s.key.shape[2] for s in segments)
     results = []
     for dtype in (query.dtype, torch.float64):
@@ -75,7 +76,7 @@ def _check_attention(
 def _check_counted(x: Inputs, output: Tensor, index: Tensor) -> bool:
     counts = torch.zeros((*index.shape[:2], x.key.shape[2]), device=index.device, dtype=torch.int32)
     counts.scatter_add_(2, index.long(), torch.ones_like(index))
-    return _check_attention(x, output, [_segment(x, counts=counts)])
+    return check_attention(x, output, [_segment(x, counts=counts)])
 
 
 def _joint_map(x: Inputs, backend: str) -> qk.Match:
@@ -88,24 +89,24 @@ def _qalign(x: Inputs, backend: str, **how: Any) -> Tensor:
 
 def _check_qalign(x: Inputs, output: Tensor, backend: str) -> bool:
     match = _joint_map(x, backend)
-    return _check_match(x, match, "cosine", True) and _check_counted(x, output, match.index)
+    return check_match(x, match, "cosine", True) and _check_counted(x, output, match.index)
 
 
 def _check_guided(x: Inputs, output: Tensor, backend: str) -> bool:
-    return _check_attention(x, output, [Segment(x.key, x.value)], guide=Guide(unit(x.query), unit(x.ref_query), STRENGTH))
+    return check_attention(x, output, [Segment(x.key, x.value)], guide=Guide(unit(x.query), unit(x.ref_query), STRENGTH))
 
 
 def _check_topk_attention(x: Inputs, output: Tensor, backend: str) -> bool:
     match = qk.similarity_topk(x.query, x.ref_query, TOPK, backend=backend)
-    rows = _rows(x)
+    rows = sampled_rows(x)
     index, reference, scale = match.index[:, :, rows], _reference("qalign_attention").topk_attention, x.query.shape[3] ** -0.5
     parts = (x.query[:, :, rows], x.key, x.value)
     same, truth = reference(*parts, index, scale=scale), reference(*_double(*parts), index, scale=scale)
-    return _check_match(x, match, "cosine", True) and testing.judge(output[:, :, rows], same, truth, TOPK).passed
+    return check_match(x, match, "cosine", True) and testing.judge(output[:, :, rows], same, truth, TOPK).passed
 
 
 def _check_probe(x: Inputs, result: Tensor, name: str, *more: Any, token_axis: int) -> bool:
-    rows, function, scale = _rows(x), getattr(_reference("probe"), name), x.query.shape[3] ** -0.5
+    rows, function, scale = sampled_rows(x), getattr(_reference("probe"), name), x.query.shape[3] ** -0.5
     query = x.query[:, :, rows]
     same, truth = function(query, x.key, *more, scale=scale), function(*_double(query, x.key), *more, scale=scale)
     return testing.judge(result.index_select(token_axis, rows), same, truth, x.key.shape[2]).passed
@@ -129,12 +130,14 @@ def attention_flops(shape: Shape) -> float:
     return 2 * _pass(shape)
 
 
-def _attention_op(name: str, how: Callable[[Inputs], dict], contrast: float = 1.0, labels: bool = False) -> Op:
+def _attention_op(name: str, how: Callable[[Inputs], dict], contrast: float = 1.0) -> Op:
+    """`how` gives what the segment holds beside keys and values; queries have the labels of the keys."""
+
     def run(x: Inputs, backend: str) -> Tensor:
-        return qk.attention(x.query, _segment(x, **how(x)), contrast=contrast, query_labels=x.bit_sets if labels else None, backend=backend)
+        return qk.attention(x.query, _segment(x, **how(x)), contrast=contrast, query_labels=how(x).get("labels"), backend=backend)
 
     def check(x: Inputs, output: Tensor, backend: str) -> bool:
-        return _check_attention(x, output, [_segment(x, **how(x))], contrast, labels)
+        return check_attention(x, output, [_segment(x, **how(x))], contrast, how(x).get("labels"))
 
     counted = name == "attention_counts"
     return Op(name, run, getattr(eager, name), check, attention_flops, match_map=(lambda x, output, backend: x.match_map) if counted else None)
@@ -149,7 +152,7 @@ OPS = [
         "similarity_argmax",
         lambda x, backend: qk.similarity_argmax(x.query, x.ref_query, backend=backend),
         eager.similarity_argmax,
-        lambda x, match, backend: _check_match(x, match, "cosine", True),
+        lambda x, match, backend: check_match(x, match, "cosine", True),
         _pass,
         match_map=lambda x, match, backend: match.index,
     ),
@@ -157,7 +160,7 @@ OPS = [
         "similarity_argmax_per_head",
         lambda x, backend: qk.similarity_argmax(x.query, x.ref_query, similarity="dot", heads="per_head", backend=backend),
         eager.similarity_argmax_per_head,
-        lambda x, match, backend: _check_match(x, match, "dot", False),
+        lambda x, match, backend: check_match(x, match, "dot", False),
         _pass,
         match_map=lambda x, match, backend: match.index,
     ),
@@ -165,7 +168,7 @@ OPS = [
         "similarity_argmax_packed",
         lambda x, backend: qk.similarity_argmax(x.query, x.ref_query, similarity="dot", heads="per_head", exact=False, backend=backend),
         eager.similarity_argmax_per_head,
-        lambda x, match, backend: _check_match(x, match, "dot", False, packed=True),
+        lambda x, match, backend: check_match(x, match, "dot", False, packed=True),
         _pass,
         match_map=lambda x, match, backend: match.index,
     ),
@@ -173,7 +176,7 @@ OPS = [
         "similarity_topk",
         lambda x, backend: qk.similarity_topk(x.query, x.ref_query, TOPK, backend=backend),
         eager.similarity_topk,
-        lambda x, match, backend: _check_match(x, match, "cosine", True),
+        lambda x, match, backend: check_match(x, match, "cosine", True),
         _pass,
     ),
     Op(
@@ -188,12 +191,13 @@ OPS = [
     _attention_op("attention", lambda x: {}),
     _attention_op("attention_counts", lambda x: {"counts": x.counts}),
     _attention_op("attention_contrast", lambda x: {}, contrast=CONTRAST),
-    _attention_op("attention_labels", lambda x: {"labels": x.bit_sets}, labels=True),
+    _attention_op("attention_labels", lambda x: {"labels": x.bit_sets}),
+    _attention_op("attention_half_labels", lambda x: {"labels": x.half_sets}),
     Op(
         "attention_segments",
         lambda x, backend: qk.attention(x.query, _two_segments(x), backend=backend),
         eager.attention_segments,
-        lambda x, output, backend: _check_attention(x, output, _two_segments(x)),
+        lambda x, output, backend: check_attention(x, output, _two_segments(x)),
         lambda shape: 2 * attention_flops(shape),
     ),
     Op(

@@ -1,4 +1,4 @@
-"""Who may serve a measured op: our backends, the reference, eager PyTorch and its compiled form, SDPA by name, FlexAttention."""
+"""Who may serve a measured op: our backends, the reference, eager PyTorch and its compiled form, SDPA by name, FlexAttention, other peers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qalign_kernels import _backends
 
+from . import eager, peers
 from .ops import OPS, Op, attention_flops
 from .shapes import Inputs, Shape
 
@@ -20,6 +21,8 @@ FORCED_SDPA = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+EAGER_SDPA = "eager sdpa"
+PEERS = ("fa3", "sageattention", "flash_kmeans")
 FLEX_OPS = ("attention", "attention_counts", "attention_labels")
 COMPILED_OPS = ("attention", "similarity_argmax", "qalign_attention")
 MAIN_OPS = ("attention", "similarity_argmax", "qalign_attention", "qalign_attention_correlated")
@@ -60,6 +63,12 @@ def build(provider: str, op: Op, x: Inputs) -> Callable[[], Any]:
         return lambda: compiled(x)
     if provider == "flex":
         return _flex(op.name, x)
+    if provider == EAGER_SDPA:
+        return lambda: eager.qalign_attention_by_sdpa(x)
+    if provider == "flash_kmeans":
+        return peers.flash_kmeans(x, joint=op.name == "similarity_argmax")
+    if provider in PEERS:
+        return getattr(peers, provider)(x)
     if provider == SDPA:
         return lambda: scaled_dot_product_attention(x.query, x.key, x.value)
     return lambda: _forced_sdpa(FORCED_SDPA[provider], x)

@@ -48,7 +48,7 @@ def read(file: Path) -> Any:
         rows = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: expected JSON rows, got {error}") from None
-    if evidence.is_validation(rows) or evidence.is_static(rows):
+    if evidence.is_validation(rows) or evidence.is_static(rows) or evidence.is_stage(rows):
         return rows
     if not isinstance(rows, list) or any(not isinstance(row, dict) or "p50_ms" not in row for row in rows):
         raise ValueError(f"{file}: expected a list of rows as `speed --json` writes it, got something else")
@@ -60,7 +60,7 @@ def by_device(rows: list[Row]) -> list[list[Row]]:
     groups: dict[tuple, dict[tuple, Row]] = {}
     for row in rows:
         setting = tuple(row[name] for name in ("device", "torch", "triton", "dtype"))
-        groups.setdefault(setting, {})[(row["op"], *row["shape"], row["provider"])] = row
+        groups.setdefault(setting, {})[(row["op"], *row["shape"], row.get("asked_fraction"), row["provider"])] = row
     return [list(group.values()) for group in groups.values()]
 
 
@@ -100,7 +100,7 @@ def summary(rows: list[Row]) -> str:
     head = ("op", "[B, H, N, D]", "backend", "ms", "x SDPA", "eager ms", "reference ms", "MiB", "eager MiB", "reference MiB", "U/N")
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        groups.setdefault((row["op"], *row["shape"]), {})[row["provider"]] = row
+        groups.setdefault((row["op"], *row["shape"], row.get("asked_fraction")), {})[row["provider"]] = row
     lines = []
     for found in groups.values():
         for name in OURS:
@@ -136,7 +136,8 @@ def plot(rows: list[Row], file: Path) -> None:
     groups = by_device(rows)
     figure, panels = pyplot.subplots(len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False)
     for (time_panel, memory_panel), group in zip(panels, groups):
-        chosen = [row for row in group if row["op"] == PLOTTED_OP and (row["shape"][0], row["shape"][1], row["shape"][3]) == PLOTTED_HEADS]
+        by_chance = [row for row in group if row["op"] == PLOTTED_OP and row.get("asked_fraction") is None]
+        chosen = [row for row in by_chance if (row["shape"][0], row["shape"][1], row["shape"][3]) == PLOTTED_HEADS]
         for provider in dict.fromkeys(row["provider"] for row in chosen):
             own = sorted((row for row in chosen if row["provider"] == provider), key=lambda row: row["shape"][2])
             tokens = [row["shape"][2] for row in own]

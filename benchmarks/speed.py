@@ -153,25 +153,41 @@ class Plan:
         self._inputs = None  # type: ignore[assignment]
 
     def _row(self, provider: str, found: Measured, yardstick: float | None) -> dict[str, Any]:
-        p20, p50, p80 = percentiles(found.seconds)
-        work = providers.flops(provider, self._op, self._shape)
-        return {
-            "device": device_name(self.device),
-            "torch": torch.__version__,
-            "triton": triton_version(),
-            "op": self._op.name,
-            "shape": self._shape.size,
-            "dtype": self.dtype,
-            "provider": provider,
-            "p20_ms": round(p20 * 1e3, 4),
-            "p50_ms": round(p50 * 1e3, 4),
-            "p80_ms": round(p80 * 1e3, 4),
-            "tflops": None if work is None else float(f"{work / p50 / 1e12:.4g}"),
-            "peak_mib": None if found.peak_mib is None else round(found.peak_mib, 2),
-            "ratio_to_sdpa": None if yardstick is None else float(f"{p50 / yardstick:.4g}"),
-            "unique_fraction": None if self._unique_fraction is None else round(self._unique_fraction, 4),
-            "commit": commit(),
-        }
+        where = (self._op, self._shape, self.dtype, self.device)
+        return result_row(*where, provider, found.seconds, yardstick, found.peak_mib, self._unique_fraction)
+
+
+def result_row(
+    op: Op,
+    shape: Shape,
+    dtype: str,
+    device: str,
+    provider: str,
+    seconds: list[float],
+    yardstick: float | None,
+    peak_mib: float | None,
+    unique_fraction: float | None,
+) -> dict[str, Any]:
+    """What a file of results holds of one provider; `yardstick` is SDPA's median in seconds."""
+    p20, p50, p80 = percentiles(seconds)
+    work = providers.flops(provider, op, shape)
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "op": op.name,
+        "shape": shape.size,
+        "dtype": dtype,
+        "provider": provider,
+        "p20_ms": round(p20 * 1e3, 4),
+        "p50_ms": round(p50 * 1e3, 4),
+        "p80_ms": round(p80 * 1e3, 4),
+        "tflops": None if work is None else float(f"{work / p50 / 1e12:.4g}"),
+        "peak_mib": None if peak_mib is None else round(peak_mib, 2),
+        "ratio_to_sdpa": None if yardstick is None else float(f"{p50 / yardstick:.4g}"),
+        "unique_fraction": None if unique_fraction is None else round(unique_fraction, 4),
+        "commit": commit(),
+    }
 
 
 def percentiles(seconds: list[float]) -> tuple[float, float, float]:

@@ -517,12 +517,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in run_op(name, served, dtype, device, quick=options.quick):
                 rows.append(row)
                 print(_line(row), *_shown(row.failures), sep="\n", flush=True)
+            if options.json:  # after every op, so that a run that is stopped leaves what it found
+                report = {"device": _header(device, triton).splitlines(), "rows": [row._asdict() for row in rows]}
+                with open(options.json, "w", encoding="utf-8") as file:
+                    json.dump(report, file, indent=1)
     cases, failures = sum(row.cases for row in rows), sum(len(row.failures) for row in rows)
     print(f"{cases} cases in {len(rows)} rows, {failures} failed, {time.perf_counter() - start:.0f} s")
-    if options.json:
-        report = {"device": _header(device, triton).splitlines(), "rows": [row._asdict() for row in rows]}
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
     return 1 if failures or not rows else 0
 
 

@@ -39,6 +39,21 @@ def test_inputs_match_the_promised_fraction_of_tokens(correlated, fraction, with
     assert torch.equal(inputs.counts.sum(-1), torch.full((2, 1), 1024))
 
 
+@pytest.mark.parametrize("fraction", [0.35, 0.55, 0.63, 1.0])
+def test_correlated_inputs_match_the_asked_fraction(fraction):
+    inputs = make_inputs(Shape("", 2, 4, 256, 40), True, torch.float32, "cpu", asked_fraction=fraction)
+    match = similarity_argmax(inputs.query, inputs.ref_query, backend="tiled")
+    assert shapes.unique_fraction(match.index) == pytest.approx(fraction, abs=0.01)
+    assert (inputs.counts > 0).float().mean().item() == pytest.approx(fraction, abs=0.01)
+
+
+def test_label_sets_are_equal_regions():
+    inputs = make_inputs(SMALL, False, torch.float32, "cpu")
+    for sets, count in ((inputs.bit_sets, shapes.NUM_LABELS), (inputs.half_sets, 2)):
+        found, sizes = sets[0].unique(return_counts=True)
+        assert found.tolist() == [1 << label for label in range(count)] and sizes.unique().tolist() == [SMALL.tokens // count]
+
+
 def test_inputs_are_the_same_for_a_seed():
     first, again, other = (make_inputs(SMALL, True, torch.float32, "cpu", seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
@@ -162,6 +177,16 @@ def test_report_tells_accuracy_and_machine_code(results, tmp_path):
     assert "| attention | tiled | 1.5e-07 (0.30) | FAILED | - |" in text and "4 cases, 1 failed" in text
     assert "| sm_90 | bf16 | 3.9.0 | 2 | 200 | 1 | 96 of 227 | 1 |" in text
     assert "| attention plain | sm_90 | 128x128 | 200 | 7.5 | 7.6 |" in text
+
+
+def test_report_takes_the_files_of_a_gpu_run(tmp_path):
+    rows = [_row("triton", 1024, ms, asked_fraction=fraction) for ms, fraction in ((1.5, 0.35), (2.5, 1.0))]
+    files = [tmp_path / "speed.json", tmp_path / "ceilings.json"]
+    for file, content in zip(files, (rows, {"stage": "ceilings", "rows": []})):
+        file.write_text(json.dumps(content))
+    assert _report(*files, "--out", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| triton | 1.5 | 1.5 |" in text and "| triton | 2.5 | 2.5 |" in text
 
 
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]"])

@@ -136,6 +136,13 @@ def test_packages_say_that_they_are_typed(packaging):
         assert (ROOT / package / "py.typed").is_file()
 
 
+@pytest.mark.parametrize("package", ["qalign_kernels", "qalign"])
+def test_data_files_are_packaged(package, packaging):
+    folder = ROOT / package
+    packaged = {path for pattern in packaging["package_data"][package] for path in folder.glob(pattern)}
+    assert not [path for path in _own_files() if folder in path.parents and path.suffix != ".py" and path not in packaged]
+
+
 def _own_files():
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a git checkout")

@@ -1,7 +1,26 @@
-"""Tile sizes as data: a pure function of op, head dim, dtype and architecture over small tables."""
+"""Tiles as data: which one a kernel takes is a pure function of op, architecture, Triton, dtype, tokens and head dim over `tiles.json`.
 
+A row of the file holds for an op, its modes, an architecture (or a family of them), a minor version of Triton, dtypes, a bucket of query
+tokens and head dims; null is every version or every number of tokens. Of the rows that hold the most particular is taken: its own
+architecture before the family, then its own version of Triton, then its own bucket. `python -m benchmarks tune` writes rows.
+"""
+
+import contextlib
 import functools
-from typing import NamedTuple
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+FILE = Path(__file__).with_name("tiles.json")
+TOKEN_BUCKETS = (256, 1024, 4096, 16384)  # the most query tokens of each; the last takes all that have more
+FAMILIES = {
+    "sm_80": "ampere", "sm_86": "ampere", "sm_89": "ampere", "sm_90": "hopper", "sm_100": "hopper", "sm_103": "hopper", "sm_120": "ampere",
+    "gfx942": "cdna",
+}  # fmt: skip
 
 
 class Tile(NamedTuple):
@@ -13,58 +32,194 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class Key(NamedTuple):
+    """What a tile is chosen for. `triton` is a minor version ("3.6"), `tokens` a bucket; None is every one."""
+
+    op: str
+    mode: str
+    architecture: str
+    triton: str | None
+    dtype: str
+    tokens: int | None
+    head_dim: int
+
+
+class Work(NamedTuple):
+    """What a program holds, in tiles: of queries and keys × head dim, fp32 of queries × keys and queries × head dim. Loops may stage queries too."""
+
+    queries: int
+    keys: int
+    scores: int
+    outputs: int
+    staged_queries: bool = False
+
+
+_SOFTMAX = Work(queries=1, keys=2, scores=2, outputs=1)  # scores and weights
+WORK = {
+    ("attention", "softmax"): _SOFTMAX,
+    ("attention", "busy softmax"): _SOFTMAX,  # "busy" segments keep more per key: labels, or counts beside other segments
+    ("attention", "contrast"): _SOFTMAX,
+    ("attention", "busy contrast"): _SOFTMAX,
+    ("attention", "exact"): _SOFTMAX,  # unrounded weights
+    ("attention", "lse"): Work(queries=1, keys=1, scores=2, outputs=0),
+    ("attention", "guided"): Work(queries=2, keys=3, scores=3, outputs=1),
+    ("attention", "map"): Work(queries=1, keys=1, scores=2, outputs=0, staged_queries=True),
+    ("similarity", "exact"): Work(queries=1, keys=1, scores=3, outputs=0),
+    ("similarity", "packed"): Work(queries=1, keys=1, scores=2, outputs=0),
+    ("similarity", "joint"): Work(queries=1, keys=1, scores=1, outputs=0, staged_queries=True),
+    ("similarity", "topk"): Work(queries=1, keys=1, scores=2, outputs=0, staged_queries=True),
+    ("topk_attention", "softmax"): Work(queries=0, keys=0, scores=0, outputs=4),  # a gathered key and value for each query
+    ("topk_attention", "contrast"): Work(queries=0, keys=0, scores=0, outputs=4),
+}
+INTERPRETED = {"attention": Tile(32, 32, 4, 1), "similarity": Tile(64, 32, 4, 1), "topk_attention": Tile(16, 16, 4, 1)}
+
+
+@functools.cache
+def choose_tile(op: str, mode: str, target: str, head_dim: int, dtype: torch.dtype, tokens: int) -> Tile:
+    """The tile of an (op, mode) of WORK on `target` ("sm_90", "gfx942", "interpreter") for `tokens` queries.
+
+    What the table lacks, an architecture or a wider head dim, takes the nearest tile, made smaller until it fits.
+    """
+    if target == "interpreter":
+        return INTERPRETED[op]
+    name = str(dtype).removeprefix("torch.")
+    return look_up(Key(op, mode, target, triton_minor(), name, token_bucket(tokens), head_dim), dtype.itemsize)
+
+
+def look_up(key: Key, itemsize: int) -> Tile:
+    """The tile of a key without None in it."""
+    nearest = nearest_architecture(key.architecture)
+    architectures = (key.architecture, nearest, FAMILIES[nearest])
+    widths = sorted({row.head_dim for row in tiles()}, key=lambda width: (width < key.head_dim, abs(width - key.head_dim)))
+    for head_dim, architecture, triton, tokens in itertools.product(widths, architectures, (key.triton, None), (key.tokens, None)):
+        tile = tiles().get(key._replace(architecture=architecture, triton=triton, tokens=tokens, head_dim=head_dim))
+        if tile:
+            served = head_dim >= key.head_dim and key.architecture in (nearest, architecture)
+            return tile if served else fit(tile, key, itemsize)
+    raise ValueError(f"tile: expected an op, mode and dtype of {FILE.name}, got {key}")
+
+
+@functools.cache
+def tiles() -> dict[Key, Tile]:
+    """The rows of the file, one entry for each mode, dtype and head dim that a row names."""
+    return expand(json.loads(FILE.read_text(encoding="utf-8")))
+
+
+def expand(rows: list[dict[str, Any]]) -> dict[Key, Tile]:
+    """Rows as the file has them by key; raises where two of them hold for the same."""
+    table: dict[Key, Tile] = {}
+    for row in rows:
+        for key in row_keys(row):
+            if key in table:
+                raise ValueError(f"{FILE.name}: expected one row for each key, got two for {key}")
+            table[key] = Tile(*row["tile"])
+    return table
+
+
+def row_keys(row: dict[str, Any]) -> list[Key]:
+    """What a row holds for."""
+    return [
+        Key(row["op"], mode, row["architecture"], row["triton"], dtype, row["tokens"], head_dim)
+        for mode in row["modes"]
+        for dtype in row["dtypes"]
+        for head_dim in row["head_dims"]
+    ]
+
+
+def put(key: Key, tile: Tile | None) -> Tile | None:
+    """Give `key` the tile in this process, or with None its row back to the more general ones; returns what it had."""
+    before = tiles().pop(key, None)
+    if tile is not None:
+        tiles()[key] = tile
+    choose_tile.cache_clear()
+    return before
+
+
+@contextlib.contextmanager
+def trying(key: Key, tile: Tile) -> Iterator[None]:
+    """Inside, launches that `key` describes take `tile`."""
+    before = put(key, tile)
+    try:
+        yield
+    finally:
+        put(key, before)
+
+
+@functools.cache
+def triton_minor() -> str:
+    """ "3.6" for Triton 3.6.0."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def token_bucket(tokens: int) -> int:
+    return next((most for most in TOKEN_BUCKETS if tokens <= most), TOKEN_BUCKETS[-1])
+
+
+def nearest_architecture(target: str) -> str:
+    """The architecture of FAMILIES that `target` is likest: itself, else the newest before it, else the oldest."""
+    if target in FAMILIES:
+        return target
+    if not target.startswith("sm_"):
+        return "gfx942"
+    known = [(int(name[3:]), name) for name in FAMILIES if name.startswith("sm_")]
+    return max((pair for pair in known if pair[0] <= int(target[3:])), default=min(known))[1]
+
+
+# what one program may have, from the vendors' tables
+SHARED_MEMORY_KIB = {
+    "sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_110": 227, "sm_120": 99,
+    "sm_121": 99, "gfx90a": 64, "gfx942": 64, "gfx950": 160,
+}  # fmt: skip
+LEAST_SHARED_MEMORY_KIB = 64
+REDUCTIONS_KIB = 2
+MOST_ACCUMULATORS = 192  # of a thread's 255 registers; operands, addresses and running sums take the rest
+SMALLEST_BLOCK, SMALLEST_TEAM = 16, 4
+
+
+def shared_memory_kib(tile: Tile, key: Key, itemsize: int) -> float:
+    """At most what a program takes: query tiles, key tiles of every stage, or one fp32 tile of scores if that is more; and reductions."""
+    work = WORK[key.op, key.mode]
+    queries = work.queries * tile.block_m * (tile.num_stages if work.staged_queries else 1)
+    keys = work.keys * tile.block_n * tile.num_stages
+    operands = (queries + keys) * sum(split_head_dim(key.head_dim)) * itemsize
+    return max(operands, tile.block_m * tile.block_n * 4) / 1024 + REDUCTIONS_KIB
+
+
+def accumulators(tile: Tile, key: Key) -> float:
+    """fp32 numbers of scores and outputs that a thread keeps, one register each."""
+    work = WORK[key.op, key.mode]
+    columns = work.scores * tile.block_n + work.outputs * sum(split_head_dim(key.head_dim))
+    lanes = 64 if key.architecture.startswith("gfx9") else 32
+    return tile.block_m * columns / (tile.num_warps * lanes)
+
+
+def fits(tile: Tile, key: Key, itemsize: int) -> bool:
+    limit = SHARED_MEMORY_KIB.get(key.architecture, LEAST_SHARED_MEMORY_KIB)
+    return shared_memory_kib(tile, key, itemsize) <= limit and accumulators(tile, key) <= MOST_ACCUMULATORS
+
+
+def fit(tile: Tile, key: Key, itemsize: int) -> Tile:
+    """The tile made smaller until it fits: stages while shared memory lacks, then columns, then rows; the smallest one even if it does not."""
+    while not fits(tile, key, itemsize):
+        crowded = accumulators(tile, key) > MOST_ACCUMULATORS
+        if tile.num_stages > 1 and not crowded:
+            tile = tile._replace(num_stages=tile.num_stages - 1)
+        elif tile.block_n > SMALLEST_BLOCK:
+            tile = tile._replace(block_n=tile.block_n // 2)
+        elif tile.block_m > SMALLEST_BLOCK:
+            tile = tile._replace(block_m=tile.block_m // 2, num_warps=max(SMALLEST_TEAM, tile.num_warps // 2))
+        else:
+            break
+    return tile
+
+
 def split_head_dim(head_dim: int) -> tuple[int, int]:
     """A head dim as a power of two plus a smaller power-of-two tail (0 for none): 40 = 32 + 16 (8 masked), 160 = 128 + 32."""
     main = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - main
     return main, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
-
-
-# (widest head dim served, tile), narrowest first, by family or, before it, by target;
-# "busy" segments keep more per key: labels, or counts beside other segments
-ATTENTION_TILES: dict[tuple[str, str], list[tuple[int, Tile]]] = {
-    ("hopper", "softmax"): [(64, Tile(128, 128, 8, 3)), (128, Tile(128, 128, 8, 2)), (160, Tile(128, 64, 8, 3))],
-    ("hopper", "busy softmax"): [(64, Tile(128, 128, 8, 3)), (160, Tile(128, 64, 8, 3))],
-    ("hopper", "lse"): [(64, Tile(128, 128, 8, 3)), (160, Tile(128, 64, 8, 3))],
-    ("hopper", "contrast"): [(64, Tile(128, 64, 4, 3)), (128, Tile(128, 128, 8, 2)), (160, Tile(128, 64, 8, 3))],
-    ("hopper", "busy contrast"): [(64, Tile(128, 64, 4, 3)), (160, Tile(128, 64, 8, 3))],
-    ("hopper", "guided"): [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 2)), (160, Tile(128, 32, 8, 2))],
-    ("hopper", "exact"): [(160, Tile(128, 64, 8, 3))],
-    ("hopper", "map"): [(160, Tile(128, 64, 8, 2))],
-    ("ampere", "softmax"): [(48, Tile(128, 64, 8, 3)), (64, Tile(128, 64, 8, 2)), (128, Tile(128, 64, 8, 3)), (160, Tile(128, 16, 8, 2))],
-    ("ampere", "busy softmax"): [(32, Tile(128, 64, 8, 2)), (64, Tile(128, 64, 8, 3)), (128, Tile(128, 32, 8, 3)), (160, Tile(128, 16, 8, 2))],
-    ("ampere", "lse"): [(64, Tile(128, 64, 8, 2)), (80, Tile(128, 64, 8, 1)), (128, Tile(128, 64, 8, 2)), (160, Tile(128, 32, 8, 2))],
-    ("ampere", "contrast"): [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 32, 8, 3)), (160, Tile(128, 16, 8, 2))],
-    ("ampere", "busy contrast"): [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 32, 8, 3)), (160, Tile(128, 16, 8, 2))],
-    ("ampere", "guided"): [(80, Tile(128, 32, 8, 2)), (160, Tile(128, 16, 8, 2))],
-    ("ampere", "exact"): [(160, Tile(128, 32, 8, 2))],
-    ("ampere", "map"): [(64, Tile(128, 64, 8, 1)), (160, Tile(128, 64, 8, 2))],
-    ("sm_120", "softmax"): [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 32, 8, 3)), (160, Tile(128, 16, 8, 2))],
-    ("sm_120", "busy softmax"): [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 32, 8, 3)), (160, Tile(128, 16, 8, 2))],
-    ("sm_100", "softmax"): [(64, Tile(128, 128, 8, 3)), (80, Tile(128, 128, 8, 2)), (96, Tile(128, 64, 8, 2)), (160, Tile(128, 64, 8, 3))],
-    ("sm_100", "busy softmax"): [(160, Tile(128, 64, 8, 3))],
-    ("sm_100", "contrast"): [(64, Tile(128, 128, 8, 3)), (160, Tile(128, 64, 8, 3))],
-    ("sm_100", "busy contrast"): [(64, Tile(128, 128, 8, 3)), (160, Tile(128, 64, 8, 3))],
-    ("cdna", "softmax"): [(64, Tile(128, 64, 4, 1)), (80, Tile(64, 64, 4, 1)), (160, Tile(128, 64, 4, 1))],
-    ("cdna", "busy softmax"): [(160, Tile(64, 32, 4, 1))],
-    ("cdna", "lse"): [(160, Tile(128, 64, 4, 1))],
-    ("cdna", "contrast"): [(64, Tile(128, 64, 4, 1)), (80, Tile(128, 32, 4, 1)), (160, Tile(128, 64, 4, 1))],
-    ("cdna", "busy contrast"): [(160, Tile(64, 32, 4, 1))],
-    ("cdna", "guided"): [(64, Tile(128, 64, 4, 1)), (80, Tile(128, 64, 8, 1)), (160, Tile(128, 64, 4, 1))],
-    ("cdna", "exact"): [(160, Tile(128, 64, 4, 1))],
-    ("cdna", "map"): [(160, Tile(128, 64, 4, 1))],
-}
-ATTENTION_TILE_FLOAT32 = Tile(32, 32, 8, 1)
-
-
-def attention_tile(target: str, mode: str, head_dim: int, itemsize: int) -> Tile:
-    """`mode` is "softmax", "lse", "contrast", "busy softmax", "busy contrast", "guided", "exact" (unrounded weights) or "map"."""
-    if target == "interpreter":
-        return Tile(32, 32, 4, 1)
-    if itemsize == 4:
-        return ATTENTION_TILE_FLOAT32
-    tiles = ATTENTION_TILES.get((target, mode)) or ATTENTION_TILES[family(target), mode]
-    return next(tile for widest, tile in tiles if head_dim <= widest)
 
 
 CONCURRENT_PROGRAMS = 264  # two on each multiprocessor of a large GPU
@@ -83,48 +238,3 @@ def split_keys(programs: int, key_tiles: int, most_tiles: int) -> tuple[int, int
         schedules.append((waves * (tiles + PROGRAM_OVERHEAD_TILES), splits, tiles))
     _, splits, tiles = min(schedules)
     return splits, tiles
-
-
-# as ATTENTION_TILES; 64 rows would read the keys twice as often as the second-level cache can give them
-SIMILARITY_TILES: dict[tuple[str, str], list[tuple[int, Tile]]] = {
-    ("hopper", "exact"): [(64, Tile(128, 64, 4, 3)), (160, Tile(128, 64, 8, 3))],
-    ("hopper", "packed"): [(160, Tile(128, 64, 4, 3))],
-    ("hopper", "joint"): [(64, Tile(128, 128, 8, 3)), (160, Tile(128, 128, 8, 2))],
-    ("hopper", "topk"): [(160, Tile(64, 64, 4, 3))],
-    ("sm_100", "exact"): [(160, Tile(128, 64, 8, 3))],
-    ("sm_100", "joint"): [(64, Tile(128, 128, 8, 3)), (128, Tile(128, 64, 8, 3)), (160, Tile(128, 64, 8, 2))],
-    ("ampere", "exact"): [(160, Tile(128, 64, 8, 3))],
-    ("ampere", "packed"): [(160, Tile(128, 64, 8, 3))],
-    ("ampere", "joint"): [(64, Tile(128, 128, 8, 3)), (96, Tile(128, 64, 8, 2)), (160, Tile(64, 64, 4, 2))],
-    ("ampere", "topk"): [(160, Tile(64, 64, 4, 2))],
-    ("sm_120", "topk"): [(160, Tile(64, 64, 8, 2))],
-    ("sm_120", "packed"): [(64, Tile(128, 64, 8, 3)), (160, Tile(128, 64, 8, 2))],
-    ("cdna", "exact"): [(160, Tile(128, 64, 8, 2))],
-    ("cdna", "packed"): [(96, Tile(128, 64, 4, 2)), (160, Tile(128, 64, 8, 2))],
-    ("cdna", "joint"): [(96, Tile(128, 128, 8, 2)), (160, Tile(64, 64, 4, 2))],
-    ("cdna", "topk"): [(160, Tile(64, 64, 4, 2))],
-}
-SIMILARITY_TILES_FLOAT32 = {"hopper": Tile(32, 32, 8, 1), "ampere": Tile(32, 32, 8, 1), "cdna": Tile(64, 32, 4, 2)}
-
-
-def similarity_tile(target: str, mode: str, head_dim: int, itemsize: int) -> Tile:
-    """`mode` is "exact", "packed", "joint" or "topk"."""
-    if target == "interpreter":
-        return Tile(64, 32, 4, 1)
-    if itemsize == 4:
-        return SIMILARITY_TILES_FLOAT32[family(target)]
-    tiles = SIMILARITY_TILES.get((target, mode)) or SIMILARITY_TILES[family(target), mode]
-    return next(tile for widest, tile in tiles if head_dim <= widest)
-
-
-def family(target: str) -> str:
-    """Which architectures share a table: "hopper" (large shared memory), "ampere" or "cdna"."""
-    if not target.startswith("sm_"):
-        return "cdna"
-    return "hopper" if target in ("sm_90", "sm_100", "sm_103") else "ampere"
-
-
-def topk_attention_tile(target: str, head_dim: int) -> Tile:
-    if target == "interpreter":
-        return Tile(16, 16, 4, 1)
-    return Tile(64 if head_dim <= 64 else 32, 16, 4 if head_dim <= 96 else 8, 2)

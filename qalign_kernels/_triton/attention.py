@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import attention_tile, split_head_dim
+from ._configs import choose_tile, split_head_dim
 from ._launch import launch, target_of
 from ._tile import advance, load_rows, split_scores
 from .rearrange import compact
@@ -149,7 +149,7 @@ def launch_attention(
     """
     (batch, heads, tokens, dim), value_dim = query.shape, 16 if output is None else output.shape[3]
     mode = _tile_mode(segments, output, guide, known, exact_weights)
-    tile = attention_tile(target_of(query.device), mode, max(dim, value_dim), query.element_size())
+    tile = choose_tile("attention", mode, target_of(query.device), max(dim, value_dim), query.dtype, tokens)
     main, tail = split_head_dim(dim)
     value_main, value_tail = split_head_dim(value_dim)
     signed = segments

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import attention_tile, split_head_dim
+from ._configs import choose_tile, split_head_dim
 from ._launch import launch, target_of
 from ._tile import advance, load_rows, split_scores
 from .attention import LOG2_E, launch_attention, log2_sum_exp, pitches, segment_arguments
@@ -26,7 +26,7 @@ def mean_attention_map(query, key, *, scale) -> Tensor:
     (batch, heads, tokens, dim), key_tokens = query.shape, key.shape[2]
     lse = log2_sum_exp(query, [segment_arguments(key, None, scale)])
     output = torch.empty((batch, tokens, key_tokens), device=query.device, dtype=torch.float32)
-    tile = attention_tile(target_of(query.device), "map", dim, query.element_size())
+    tile = choose_tile("attention", "map", target_of(query.device), dim, query.dtype, tokens)
     main, tail = split_head_dim(dim)
     query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d = pitches(query)
     key_pitch_b, key_pitch_h, key_pitch_n, key_stride_d = pitches(key)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import split_head_dim, topk_attention_tile
+from ._configs import choose_tile, split_head_dim
 from ._launch import launch, target_of
 from ._tile import advance, load_rows
 
@@ -15,7 +15,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def topk_attention(query, key, value, index, *, scale, contrast, batch_index=None) -> Tensor:
     (batch, heads, tokens, dim), value_dim = query.shape, value.shape[3]
     output = torch.empty((batch, heads, tokens, value_dim), device=query.device, dtype=query.dtype)
-    tile = topk_attention_tile(target_of(query.device), max(dim, value_dim))
+    mode = "softmax" if contrast == 1.0 else "contrast"
+    tile = choose_tile("topk_attention", mode, target_of(query.device), max(dim, value_dim), query.dtype, tokens)
     (main, tail), (value_main, value_tail) = split_head_dim(dim), split_head_dim(value_dim)
     launch(
         _topk_attention_kernel, (batch * heads * triton.cdiv(tokens, tile.block_m),), num_warps=tile.num_warps, num_stages=tile.num_stages,

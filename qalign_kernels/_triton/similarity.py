@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import Tile, similarity_tile, split_head_dim, split_keys
+from ._configs import Tile, choose_tile, split_head_dim, split_keys
 from ._launch import launch, target_of
 from ._tile import advance, load_rows, split_scores
 
@@ -59,7 +59,7 @@ def similarity_argmax(
     packed = not exact and not joint and query_labels is None  # it pays only where little else is done for a score
     target = target_of(query.device)
     mode = "joint" if joint else "packed" if packed else "exact"
-    tile = similarity_tile(target, mode, constants["D"], query.element_size())
+    tile = choose_tile("similarity", mode, target, constants["D"], query.dtype, shape[2])
     programs, key_tiles = shape[0] * shape[1] * triton.cdiv(shape[2], tile.block_m), triton.cdiv(pair.N_K, tile.block_n)
     splits, tiles_per_split = split_keys(programs, key_tiles, PACKED_TILES.value if packed else key_tiles)
     index, score = (torch.empty((splits, *shape), device=query.device, dtype=dtype) for dtype in (torch.int32, torch.float32))
@@ -82,7 +82,7 @@ def similarity_topk(query, reference, k, similarity, joint, query_labels=None, r
     shape = (query.shape[0], 1 if joint else query.shape[1], query.shape[2])
     index, score = (torch.empty((*shape, k), device=query.device, dtype=dtype) for dtype in (torch.int32, torch.float32))
     pair, constants = _pair(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
-    tile = similarity_tile(target_of(query.device), "topk", constants["D"], query.element_size())
+    tile = choose_tile("similarity", "topk", target_of(query.device), constants["D"], query.dtype, shape[2])
     launch(
         _similarity_topk_kernel, (shape[0] * shape[1] * triton.cdiv(shape[2], tile.block_m),), num_warps=tile.num_warps,
         num_stages=tile.num_stages, pair=pair, index_ptr=index, score_ptr=score, K=k, SLOTS=triton.next_power_of_2(k), **constants,

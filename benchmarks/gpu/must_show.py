@@ -1,0 +1,179 @@
+"""What is to be shown on one GPU, as data: limits that must hold and goals beyond them, and the verdict on measured rows."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from ..shapes import SHAPES, UNIQUE_FRACTION, Shape
+
+Row = dict[str, Any]
+Visit = tuple[str, str]  # op, provider
+OURS = "triton"
+DEFAULT: tuple[Visit, ...] = (("attention", "sdpa"),)
+FA3: tuple[Visit, ...] = (("attention", "fa3"),)
+FASTEST: tuple[Visit, ...] = (("attention", "sdpa cudnn"), ("attention", "fa3"))
+EAGER: tuple[Visit, ...] = (("qalign_attention", "eager sdpa"),)
+UNMASKED: tuple[Visit, ...] = (("attention", OURS),)
+BYTES_PER_ROW = 64  # what O(N) may be for each head of each token: maps, counts, log-sum-exps, their like
+
+
+class Bar(NamedTuple):
+    """A limit; where it is on a ratio of times, to the fastest of `against` that was measured."""
+
+    limit: float
+    against: tuple[Visit, ...] = ()
+
+
+class Line(NamedTuple):
+    """One op at one shape, data with this U/N, and what its measure (of MEASURES) must be; each goal on its own."""
+
+    what: str
+    op: str
+    shape: Shape
+    measure: str
+    must: Bar
+    goals: tuple[Bar, ...]
+    asked_fraction: float = UNIQUE_FRACTION
+
+
+class Measure(NamedTuple):
+    """How a limit is written, and whether more is better."""
+
+    text: str
+    more_is_better: bool = False
+
+
+MEASURES = {
+    "time ratio": Measure("≤ {limit:g} × {against}"),
+    "ceiling share": Measure("≥ {limit:g} of the matmul", True),
+    "speed-up": Measure("≥ {limit:g} × faster than {against}", True),
+    "graph µs": Measure("≤ {limit:g} µs"),
+    "memory ratio": Measure("≤ {limit:g} × (K+V) + O(N)"),
+}
+
+
+def _shape(name: str) -> Shape:
+    return next(shape for shape in SHAPES if shape.name == name)
+
+
+def _lines(what: str, op: str, names: str, measure: str, must: Bar, *goals: Bar, **how: Any) -> list[Line]:
+    return [Line(what, op, _shape(name), measure, must, goals, **how) for name in names.split()]
+
+
+def _against_sdpa(what: str, op: str, names: str, must: float, goal: float, **how: Any) -> list[Line]:
+    return _lines(what, op, names, "time ratio", Bar(must, DEFAULT), Bar(goal, DEFAULT), **how)
+
+
+WHOLE = "whole qalign_attention, joint"
+WIDE, NARROW, FLUX = "sdxl sd21-1024px", "sd15-512px sd15-low sd15-1024px", "flux"
+HEAD_DIM_SHAPES = {40: "sd15-512px", 64: "sdxl", 80: "sd15-low", 128: "flux", 160: "sd15-mid"}
+ATTENTION = {40: (0.85, 0.58), 64: (0.90, 0.68), 80: (0.75, 0.55), 128: (0.77, 0.62), 160: (0.75, 0.55)}
+PER_HEAD = {64: (0.50, 0.65), 128: (0.65, 0.80)}
+CONTRAST = {64: (1.5, 1.1), 128: (1.05, 0.85)}
+
+LINES = [
+    *_lines(WHOLE, "qalign_attention", WIDE, "time ratio", Bar(0.87, DEFAULT), Bar(0.65, DEFAULT), Bar(1.0, FASTEST)),
+    *_against_sdpa(WHOLE, "qalign_attention", NARROW, 0.80, 0.52),
+    *_lines(WHOLE, "qalign_attention", FLUX, "time ratio", Bar(0.85, DEFAULT), Bar(0.65, DEFAULT), Bar(1.3, FA3)),
+    *_against_sdpa(f"{WHOLE}, U/N = 1", "qalign_attention", f"{WIDE} {NARROW} {FLUX}", 1.20, 0.95, asked_fraction=1.0),
+    *_lines("joint similarity_argmax", "similarity_argmax", "sd15-512px sdxl flux", "ceiling share", Bar(0.60), Bar(0.80)),
+    *(
+        line
+        for op, kind in (("similarity_argmax_per_head", "exact"), ("similarity_argmax_packed", "packed"))
+        for head_dim, (must, goal) in PER_HEAD.items()
+        for line in _lines(f"per-head similarity_argmax, {kind}", op, HEAD_DIM_SHAPES[head_dim], "ceiling share", Bar(must), Bar(goal))
+    ),
+    *(
+        line
+        for head_dim, (must, goal) in ATTENTION.items()
+        for line in _against_sdpa("attention, all keys", "attention", HEAD_DIM_SHAPES[head_dim], must, goal)
+    ),
+    *(
+        line
+        for head_dim, (must, goal) in CONTRAST.items()
+        for line in _against_sdpa("contrast attention", "attention_contrast", HEAD_DIM_SHAPES[head_dim], must, goal)
+    ),
+    *_against_sdpa("guided refinement", "qalign_attention_guided", "sd15-512px sdxl", 1.5, 1.0),
+    *_against_sdpa("topk refinement, k = 8, with its similarity_topk", "qalign_attention_topk", "sd15-512px sdxl", 0.9, 0.5),
+    *_lines("two equal labels", "attention_half_labels", "sdxl sd15-512px", "time ratio", Bar(0.60, UNMASKED), Bar(0.54, UNMASKED)),
+    *_lines("whole call under a CUDA graph", "qalign_attention", "sd15-mid sd15-low sd15-256px sdxl-low", "graph µs", Bar(40), Bar(20)),
+    *_lines("against eager matmul, argmax, gather, SDPA", "qalign_attention", f"{WIDE} {NARROW} {FLUX}", "speed-up", Bar(3, EAGER), Bar(5, EAGER)),
+    *_lines("peak extra memory", "qalign_attention", f"{WIDE} {NARROW} {FLUX}", "memory ratio", Bar(2), Bar(1)),
+]
+
+
+class Verdict(NamedTuple):
+    """What was measured against the must and against each goal, None where it was not; `mode` of the times; the verdict in a word or two."""
+
+    measured: tuple[float | None, ...]
+    mode: str
+    unique_fraction: float | None
+    text: str
+
+
+def judge(line: Line, rows: Sequence[Row], ceiling_tflops: float | None) -> Verdict:
+    found = {(row["op"], row["provider"]): row for row in rows if row["shape"] == line.shape.size and row["asked_fraction"] == line.asked_fraction}
+    mine = found.get((line.op, OURS))
+    if mine is None:
+        return Verdict((None,) * (1 + len(line.goals)), "-", None, "not measured")
+    measured, modes = zip(*(_measure(line, bar, mine, found, ceiling_tflops) for bar in (line.must, *line.goals)))
+    absent = dict.fromkeys(provider for bar in line.goals for op, provider in bar.against if (op, provider) not in found)
+    word = _word(line, measured)
+    text = f"{word}; without {', '.join(absent)}" if absent and word != "not measured" else word
+    return Verdict(measured, modes[0], mine["unique_fraction"], text)
+
+
+def _measure(line: Line, bar: Bar, mine: Row, found: dict[Visit, Row], ceiling_tflops: float | None) -> tuple[float | None, str]:
+    """The figure that the bar is held against, and the mode of its times."""
+    if line.measure == "graph µs":
+        return (None if mine["graph_p50_ms"] is None else 1e3 * mine["graph_p50_ms"]), "graph"
+    if line.measure == "memory ratio":
+        return memory_ratio(line.shape, mine), "-"
+    if line.measure == "ceiling share":
+        mode, tflops = ("eager", mine["tflops"]) if mine["graph_tflops"] is None else ("graph", mine["graph_tflops"])
+        return (None if ceiling_tflops is None else tflops / ceiling_tflops), mode
+    ratios = [ratio(mine, found[visit]) for visit in bar.against if visit in found]
+    if not ratios:
+        return None, "-"
+    value, mode = max(ratios)  # the fastest peer makes the largest ratio
+    return (1 / value if line.measure == "speed-up" else value), mode
+
+
+def ratio(mine: Row, other: Row) -> tuple[float, str]:
+    """Time over time, both under a CUDA graph where both were captured, else both launched one by one."""
+    if mine["graph_p50_ms"] and other["graph_p50_ms"]:
+        return mine["graph_p50_ms"] / other["graph_p50_ms"], "graph"
+    return mine["p50_ms"] / other["p50_ms"], "eager"
+
+
+def memory_ratio(shape: Shape, row: Row) -> float | None:
+    """Peak memory beyond inputs, output and BYTES_PER_ROW for each head of each token, over the size of K and V (two bytes a number)."""
+    if row["peak_mib"] is None or row["output_mib"] is None:
+        return None
+    rows = shape.batch * shape.heads * shape.tokens
+    extra_bytes = (row["peak_mib"] - row["output_mib"]) * 2**20 - BYTES_PER_ROW * rows
+    return max(0.0, extra_bytes) / (2 * 2 * rows * shape.head_dim)
+
+
+def _word(line: Line, measured: tuple[float | None, ...]) -> str:
+    better = MEASURES[line.measure].more_is_better
+    held = [None if value is None else value >= bar.limit if better else value <= bar.limit for value, bar in zip(measured, (line.must, *line.goals))]
+    must, *goals = held
+    if must is None:
+        return "not measured"
+    if not must:
+        return "MISSED"
+    return "goal" if all(goals) else "must"
+
+
+def describe(line: Line, bars: Iterable[Bar]) -> str:
+    text = MEASURES[line.measure].text
+    return ", ".join(text.format(limit=bar.limit, against=_names(bar.against)) for bar in bars)
+
+
+def _names(visits: tuple[Visit, ...]) -> str:
+    if visits == EAGER:
+        return "eager"
+    if visits == UNMASKED:
+        return "unmasked"
+    names = ["default SDPA" if provider == "sdpa" else provider.removeprefix("sdpa ") for _, provider in visits]
+    return names[0] if len(names) == 1 else f"the fastest of {', '.join(names)}"

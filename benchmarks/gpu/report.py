@@ -1,0 +1,165 @@
+"""report.md out of what the stages have written, whatever is missing."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import evidence
+from ..text_table import markdown
+from .journal import Journal
+from .must_show import LINES, Line, Row, Verdict, describe, judge, ratio
+from .stages import Outcome
+
+PLANS = ("must_show", "speed")
+PEERS = (("attention", "sdpa"), ("attention", "sdpa cudnn"), ("attention", "sdpa flash"), ("attention", "fa3"), ("attention", "flex"))
+NOTE = (
+    "Times are of single calls with an empty L2 cache, medians over alternating rounds; eager: launched one by one; graph: replayed as a CUDA graph. "
+    "Ratios are times over times of the same inputs in the same process, graph where both were captured: below 1 is faster. TFLOP/s count the "
+    "op's definition, whoever runs it. U/N is the fraction of reference tokens that were matched, as measured."
+)
+
+
+def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
+    """The whole report."""
+    environment, ceilings = _read(folder / "environment.json", {}), _read(folder / "ceilings.json", {})
+    must_rows, rows = (_read(folder / f"{plan}.json", []) for plan in PLANS)
+    ceiling = matmul_ceiling(ceilings)
+    parts = [
+        f"# {_heading(environment)}",
+        stage_table(outcomes),
+        f"## Must show\n\n{must_show_table(must_rows, ceiling)}\n\n{NOTE}",
+        f"## Ceilings\n\n{ceiling_table(ceilings)}",
+        f"## Speed\n\n{speed_table([must_rows, rows], ceiling)}",
+        f"## Peak extra memory, MiB, output included\n\n{memory_table(rows)}",
+        f"## Accuracy\n\n{_accuracy(folder)}",
+        f"## compute-sanitizer\n\n{_sanitizer(_read(folder / 'sanitizer.json', {}))}",
+        f"## Not shown, and why\n\n{_notes(folder)}",
+        f"## Machine\n\n```json\n{json.dumps(environment, indent=1)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _read(file: Path, otherwise: Any) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return otherwise
+
+
+def _heading(environment: Row) -> str:
+    if not environment:
+        return "GPU run, machine unknown"
+    return "{device}, {capability}, PyTorch {torch}, Triton {triton}, commit {commit}".format(**environment)
+
+
+def stage_table(outcomes: Sequence[Outcome]) -> str:
+    return markdown(("stage", "status", "s", ""), [(x.stage, x.status, f"{x.seconds:.0f}", x.note) for x in outcomes])
+
+
+def matmul_ceiling(ceilings: Row) -> float | None:
+    """TFLOP/s of the large matmul, if it was measured."""
+    return next((row["value"] for row in ceilings.get("rows", []) if row["name"].startswith("matmul")), None)
+
+
+def ceiling_table(ceilings: Row) -> str:
+    rows = ceilings.get("rows", [])
+    if not rows:
+        return "Not measured."
+    cells = [(row["name"], f"{row['value']:.4g}", row["unit"], _clock(row)) for row in rows]
+    return "\n\n".join([markdown(("ceiling", "measured", "unit", "SM MHz while it ran"), cells), *ceilings.get("problems", [])])
+
+
+def _clock(row: Row) -> str:
+    if row.get("sm_mhz"):
+        return f"{row['sm_mhz']:.0f}"
+    return " ".join(f"{value:.0f}" for value in row.get("sm_mhz_while_running") or []) or "-"
+
+
+def must_show_table(rows: Sequence[Row], ceiling: float | None) -> str:
+    verdicts = [judge(line, rows, ceiling) for line in LINES]
+    cells = [_line_cells(line, verdict) for line, verdict in zip(LINES, verdicts)]
+    words = [verdict.text.split(";")[0] for verdict in verdicts]
+    total = ", ".join(f"{words.count(word)} {label}" for word, label in COUNTED)
+    return f"{markdown(('what', '[B, H, N, D]', 'U/N', 'must', 'goal', 'measured', 'mode', 'verdict'), cells)}\n\n{len(LINES)} lines: {total}."
+
+
+COUNTED = (("goal", "reach the goal"), ("must", "hold the must"), ("MISSED", "miss it"), ("not measured", "not measured"))
+
+
+def _line_cells(line: Line, verdict: Verdict) -> tuple[str, ...]:
+    fraction = "-" if verdict.unique_fraction is None else f"{verdict.unique_fraction:.3f}"
+    figures = list(dict.fromkeys("not measured" if value is None else f"{value:.3g}" for value in verdict.measured))
+    sizes = str(line.shape.size)
+    return line.what, sizes, fraction, describe(line, [line.must]), describe(line, line.goals), " / ".join(figures), verdict.mode, verdict.text
+
+
+def speed_table(runs: Sequence[Sequence[Row]], ceiling: float | None) -> str:
+    """Every row; ratios stay within a run."""
+    groups: dict[tuple, list[Row]] = {}
+    for number, rows in enumerate(runs):
+        for row in rows:
+            groups.setdefault((number, *row["shape"], row["asked_fraction"]), []).append(row)
+    if not groups:
+        return "Not measured."
+    cells = []
+    for group in groups.values():
+        yardsticks = {(row["op"], row["provider"]): row for row in group}
+        cells += [_speed_cells(row, yardsticks, ceiling) for row in group]
+    head = ("op", "[B, H, N, D]", "U/N", "provider", "eager ms (p20 p50 p80)", "graph ms", "TFLOP/s", "of matmul", *_peer_names(), "peak MiB")
+    return markdown(head, cells)
+
+
+def _peer_names() -> list[str]:
+    return [f"x {provider}" for _, provider in PEERS]
+
+
+def _speed_cells(row: Row, yardsticks: dict[tuple[str, str], Row], ceiling: float | None) -> tuple[str, ...]:
+    tflops = row["graph_tflops"] or row["tflops"]
+    share = tflops / ceiling if tflops and ceiling else None
+    ratios = [ratio(row, yardsticks[peer])[0] if peer in yardsticks else None for peer in PEERS]
+    fraction = row["unique_fraction"] if row["unique_fraction"] is not None else row["asked_fraction"]
+    eager = " ".join(_figure(row[name]) for name in ("p20_ms", "p50_ms", "p80_ms"))
+    figures = (_figure(x) for x in (row["graph_p50_ms"], tflops, share, *ratios, row["peak_mib"]))
+    return row["op"], str(row["shape"]), _figure(fraction), row["provider"], eager, *figures
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """qalign_attention against the number of tokens, at every batch, heads and head dim."""
+    shown = [row for row in rows if row["op"] in ("qalign_attention", "attention") and row["peak_mib"] is not None and row["asked_fraction"] is None]
+    columns = list(dict.fromkeys((row["op"], row["provider"]) for row in shown))
+    groups: dict[tuple, dict[tuple, float]] = {}
+    for row in sorted(shown, key=lambda row: (row["shape"][3], row["shape"][1], row["shape"][2])):
+        groups.setdefault(tuple(row["shape"]), {})[row["op"], row["provider"]] = row["peak_mib"]
+    if not groups:
+        return "Not measured."
+    head = ("[B, H, N, D]", *(f"{op} {provider}" for op, provider in columns))
+    return markdown(head, [(str(list(shape)), *(_figure(found.get(column)) for column in columns)) for shape, found in groups.items()])
+
+
+def _accuracy(folder: Path) -> str:
+    validation = _read(folder / "validate.json", {})
+    if not validation.get("rows"):
+        return "Not measured."
+    unfinished = validation.get("unfinished", [])
+    failures = [f"- {failure}" for row in validation["rows"] for failure in row["failures"][:3]]
+    parts = [evidence.accuracy(validation), "\n".join(failures), f"Not ended in time: {', '.join(unfinished)}." if unfinished else ""]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _sanitizer(content: Row) -> str:
+    if not content.get("rows"):
+        return f"{content.get('note', 'not run')}."
+    cells = [(row["tool"], row["part"], len(row["calls"]), row["seconds"], row["verdict"]) for row in content["rows"]]
+    return markdown(("tool", "part of the ops", "calls", "s", "verdict"), cells)
+
+
+def _notes(folder: Path) -> str:
+    journals = [Journal(folder / "logs" / f"{plan}.journal") for plan in PLANS]
+    failures, notes = ([text for journal in journals for text in journal.texts(kind)] for kind in ("failure", "note"))
+    lines = [*(f"- FAILED: {text}" for text in failures), *(f"- {text}" for text in notes)]
+    return "\n".join(dict.fromkeys(lines)) or "Nothing."

@@ -1,0 +1,295 @@
+"""Sweep of tiles on this machine: what beats the shipped tile, stays within the error budget and serves every variant replaces its row."""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from qalign_kernels import testing
+from qalign_kernels._triton import _configs
+from qalign_kernels._triton._configs import FILE, Key, Tile
+
+from . import progress, timing, trials
+from .trials import TRIALS, Trial
+
+DTYPES = ("bfloat16", "float16")  # float32 has no tensor cores to feed
+KEPT_BELOW = 0.98  # of the shipped tile's time
+ROUNDS = 20
+FLUSHES = 8  # the host queues a call while the GPU empties its cache so often
+BLOCKS, TEAMS, STAGES = range(16, 257), (4, 8), range(1, 6)
+
+
+class Subject(Protocol):
+    """A key on this machine. A tile that does not compile or fit raises."""
+
+    def right(self, tile: Tile) -> bool:
+        """Whether the timed call is within the error budget."""
+
+    def serves(self, tile: Tile) -> bool:
+        """Whether all calls that take the tile are, on ragged inputs too."""
+
+    def seconds(self, tile: Tile) -> float:
+        """Of one timed call."""
+
+
+class Change(NamedTuple):
+    """`ratio` is the new tile's time over the old one's; 0 where the old one does not run."""
+
+    key: Key
+    old: Tile
+    new: Tile
+    ratio: float
+
+    def __str__(self) -> str:
+        gain = f"{self.ratio:.3f} of its time" if self.ratio else "which did not run or was wrong"
+        return f"{describe(self.key)}: {_cell(self.new)} instead of {_cell(self.old)}, {gain}"
+
+
+def describe(key: Key) -> str:
+    return f"{key.op} {key.mode} {key.architecture} {key.dtype} d={key.head_dim} tokens<={key.tokens}"
+
+
+def _cell(tile: Tile) -> str:
+    return f"{tile.block_m}x{tile.block_n} warps {tile.num_warps} stages {tile.num_stages}"
+
+
+@dataclass
+class Sweep:
+    """Keys in order until `late`; `keep` is told each change as it is found."""
+
+    subject: Callable[[Key], Subject]
+    late: Callable[[], bool]
+    keep: Callable[[Change], None]
+    settle: Callable[[], None]  # raises where a candidate has broken the device
+    candidates: Callable[[Key, Tile], list[Tile]]
+    itemsize: int = 2
+    swept: int = 0
+    timed: int = 0
+    skipped: int = 0
+    wrong: int = 0
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, keys: list[Key]) -> None:
+        for key in keys:
+            if self.late():
+                return
+            progress.show(self.swept + 1, len(keys), describe(key))
+            try:
+                change = self.improve(key)
+            except TimeoutError:
+                return
+            except torch.OutOfMemoryError:
+                self.notes.append(f"{describe(key)}: not swept, the device has too little memory")
+                continue
+            self.swept += 1
+            if change:
+                self.changes.append(change)
+                self.keep(change)
+
+    def improve(self, key: Key) -> Change | None:
+        """The tile that beats the shipped one, in a screening and once more beside it alone; raises TimeoutError when it is late."""
+        shipped, subject = _configs.look_up(key, self.itemsize), self.subject(key)
+        tiles = [tile for tile in (shipped, *self.candidates(key, shipped)) if self._passes(subject.right, tile)]
+        self.timed += len(tiles)
+        first = medians(tiles, subject.seconds, ROUNDS)
+        runs = shipped in first
+        if not runs:
+            self.notes.append(f"{describe(key)}: the shipped tile {_cell(shipped)} does not run or is wrong")
+        for tile in sorted((tile for tile in tiles if tile != shipped), key=first.__getitem__):
+            if runs and first[tile] > KEPT_BELOW * first[shipped]:
+                break
+            if not self._passes(subject.serves, tile):
+                continue
+            if not runs:
+                return Change(key, shipped, tile, 0.0)
+            again = medians([shipped, tile], subject.seconds, 2 * ROUNDS)
+            if again[tile] <= KEPT_BELOW * again[shipped]:
+                return Change(key, shipped, tile, again[tile] / again[shipped])
+        return None
+
+    def _passes(self, check: Callable[[Tile], bool], tile: Tile) -> bool:
+        if self.late():
+            raise TimeoutError
+        try:
+            passed = check(tile)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # compilers raise anything: a tile that does not compile or fit is no candidate
+            self.settle()
+            self.skipped += 1
+            return False
+        self.wrong += not passed
+        return passed
+
+
+def medians(tiles: list[Tile], seconds: Callable[[Tile], float], rounds: int) -> dict[Tile, float]:
+    """Median time of each, taken in turn, there and back, so that drift cancels."""
+    times: dict[Tile, list[float]] = {tile: [] for tile in tiles}
+    for n in range(rounds):
+        for tile in tiles if n % 2 == 0 else tiles[::-1]:
+            times[tile].append(seconds(tile))
+    return {tile: statistics.median(values) for tile, values in times.items()}
+
+
+def neighbours(key: Key, tile: Tile) -> list[Tile]:
+    """One step away in each direction, and the steps that trade one resource for another; what would spill registers is left out."""
+    m, n, warps, stages = tile
+    steps = [
+        Tile(m, 2 * n, warps, stages), Tile(m, n // 2, warps, stages), Tile(m, n, warps, stages + 1), Tile(m, n, warps, stages - 1),
+        Tile(m, n, 2 * warps, stages), Tile(m, n, warps // 2, stages), Tile(2 * m, n, warps, stages), Tile(m // 2, n, warps, stages),
+        Tile(m, 2 * n, warps, stages - 1), Tile(m, n // 2, warps, stages + 1), Tile(m // 2, n, warps // 2, stages),
+        Tile(m // 2, 2 * n, warps, stages), Tile(2 * m, n // 2, warps, stages),
+    ]  # fmt: skip
+    has_columns = _configs.WORK[key.op, key.mode].keys > 0
+    return [
+        step for step in dict.fromkeys(steps)
+        if step.block_m in BLOCKS and step.block_n in BLOCKS and step.num_warps in TEAMS and step.num_stages in STAGES
+        and (has_columns or step.block_n == n) and _configs.accumulators(step, key) <= _configs.MOST_ACCUMULATORS
+    ]  # fmt: skip
+
+
+class GpuSubject:
+    """A key's trial on the GPU."""
+
+    def __init__(self, key: Key, trial: Trial) -> None:
+        self.key, self.trial, self.inputs = key, trial, trials.make_inputs(key)
+
+    def right(self, tile: Tile) -> bool:
+        return self._right(self.trial.timed, self.inputs, tile)
+
+    def serves(self, tile: Tile) -> bool:
+        ragged = trials.make_ragged(self.inputs, self.key)
+        calls = [(self.trial.timed, ragged), *((call, x) for call in self.trial.others for x in (self.inputs, ragged))]
+        return all(self._right(call, x, tile) for call, x in calls)
+
+    def seconds(self, tile: Tile) -> float:
+        with _configs.trying(self.key, tile):
+            for _ in range(FLUSHES):
+                timing.before_round()
+            start = timing.stamp()
+            self.trial.timed.run(self.inputs, "triton")
+            return timing.stamp() - start
+
+    def _right(self, call: Any, inputs: trials.Inputs, tile: Tile) -> bool:
+        with _configs.trying(self.key, tile):
+            with testing.poisoned_memory():
+                result = call.run(inputs, "triton")
+            again = call.run(inputs, "triton")
+            # the check may launch the op again
+            return _same(result, again) and call.check(inputs, result, "triton")
+
+
+def _same(first: Any, second: Any) -> bool:
+    pairs = zip(first, second) if isinstance(first, tuple) else [(first, second)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def replace(rows: list[dict[str, Any]], changes: Iterable[Change]) -> list[dict[str, Any]]:
+    """The rows with those of the changes, one for each key, behind the general ones in the order of their keys."""
+    general = [row for row in rows if row["triton"] is None]
+    special = {_row_key(row): row for row in rows if row["triton"] is not None}
+    for key, _, tile, _ in changes:
+        row = {
+            "op": key.op, "modes": [key.mode], "architecture": key.architecture, "triton": key.triton, "dtypes": [key.dtype], "tokens": key.tokens,
+            "head_dims": [key.head_dim], "tile": list(tile),
+        }  # fmt: skip
+        special[_row_key(row)] = row
+    return general + [special[text] for text in sorted(special)]
+
+
+def _row_key(row: dict[str, Any]) -> str:
+    return json.dumps([value for name, value in row.items() if name != "tile"])
+
+
+def write(rows: list[dict[str, Any]], file: Path) -> None:
+    """The whole table at once or not at all: written beside `file`, then renamed."""
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        beside.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", nargs="+", metavar="NAME", help=f"parts of names of {', '.join(trial.name for trial in TRIALS)}; default: all")
+    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="write the table there (default: the one that the library reads)")
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="stop after this time (default 10; all of it takes hours)")
+
+
+def choose_keys(words: list[str] | None, architecture: str, triton: str) -> list[tuple[Trial, Key]]:
+    """What is swept, in this order."""
+    chosen = [
+        (trial, Key(trial.op, trial.mode, architecture, triton, dtype, tokens, head_dim))
+        for trial in TRIALS
+        if not words or any(word in trial.name for word in words)
+        for dtype in DTYPES
+        for tokens in _configs.TOKEN_BUCKETS
+        for head_dim in trials.HEADS
+    ]
+    if not chosen:
+        raise ValueError(f"--op: expected part of {', '.join(trial.name for trial in TRIALS)}, got {' '.join(words or ())}")
+    return sorted(chosen, key=lambda pair: trials.order(*pair))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    choose_keys(arguments.op, "", "")
+    if not arguments.minutes > 0:
+        raise ValueError(f"--minutes: expected more than 0, got {arguments.minutes:g}")
+    if not arguments.out.parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that exists, got {arguments.out}")
+    if not torch.cuda.is_available():
+        raise RuntimeError("expected a GPU, because tiles are chosen by their time, got none")
+    from qalign_kernels import _backends
+    from qalign_kernels._triton._launch import target_of
+
+    if refusal := _backends.triton_refusal(torch.empty(1, device="cuda"), ()):
+        raise RuntimeError(f"expected Triton on the GPU, got none: {refusal}")
+    if _backends.interpreted():
+        raise ValueError("TRITON_INTERPRET: expected unset, because interpreted kernels cannot be timed, got it set")
+    target, triton = target_of(torch.device("cuda", torch.cuda.current_device())), _configs.triton_minor()
+    timing.use_cuda()
+    chosen = choose_keys(arguments.op, target, triton)
+    print(f"{torch.cuda.get_device_name()}, {target}, Triton {triton}: {len(chosen)} keys, {arguments.minutes:g} minutes", flush=True)
+    with torch.no_grad():
+        return sweep(chosen, arguments.out, arguments.minutes * 60)
+
+
+def sweep(chosen: list[tuple[Trial, Key]], file: Path, seconds: float) -> int:
+    """Sweep, keep what was found in `file` after each change, and print what changed."""
+    rows = json.loads(FILE.read_text(encoding="utf-8"))
+    write(rows, file)  # where it cannot be written, this is the time to say so
+    changes: list[Change] = []
+
+    def keep(change: Change) -> None:
+        changes.append(change)
+        _configs.put(change.key, change.new)
+        write(replace(rows, changes), file)
+        print(change, flush=True)
+
+    trial_of = {key: trial for trial, key in chosen}
+    start = time.monotonic()
+    found = Sweep(
+        subject=lambda key: GpuSubject(key, trial_of[key]), late=lambda: time.monotonic() - start > seconds, keep=keep,
+        settle=torch.cuda.synchronize, candidates=neighbours,
+    )  # fmt: skip
+    interrupted = True
+    with contextlib.suppress(KeyboardInterrupt):
+        found.run(list(trial_of))
+        interrupted = False
+    for note in found.notes:
+        print(note)
+    print(
+        f"{'interrupted: ' if interrupted else ''}{found.swept} of {len(trial_of)} keys swept, {len(changes)} changed; tiles: {found.timed} timed, "
+        f"{found.skipped} did not compile or fit, {found.wrong} wrong; wrote {file}"
+    )
+    return 130 if interrupted else 1 if any("the shipped tile" in note for note in found.notes) else 0

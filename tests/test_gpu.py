@@ -1,0 +1,399 @@
+"""The GPU run, without a GPU: stages that fail, hang and overrun, workers that die, verdicts, plans, the report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmarks_main
+from benchmarks import evidence, ops
+from benchmarks.gpu import arguments, command, measure, must_show, plan, report, sanitizer, validation, worker
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.must_show import DEFAULT, EAGER, FASTEST, OURS, Bar, Line
+from benchmarks.gpu.plan import Group
+from benchmarks.gpu.stages import Outcome, Stage
+from benchmarks.shapes import Shape
+from qalign_kernels import validate
+
+ROOT = Path(__file__).parents[1]
+SMALL = Shape("small", 1, 2, 300, 40)
+FAILS = "echo; echo 'ValueError: no such clock'; exit 1"
+OVERRUNS = "echo '[]' > $1; exec sleep 600"
+HANGS = "trap '' TERM; sleep 600 & echo $! > $1; wait"
+
+
+def _stage(name: str, script: str, *words: object, seconds: float = 60, least_seconds: float = 3) -> Stage:
+    """A stage whose process costs next to nothing; `words` are $1 and on, --seconds S comes behind them."""
+    return Stage(name, ("sh", "-c", script, name, *map(str, words)), seconds, least_seconds)
+
+
+def _alive(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_stages_that_fail_overrun_or_hang_do_not_stop_the_rest(tmp_path, capsys):
+    pid_file = tmp_path / "pid"
+    stages = [
+        _stage("fails", FAILS, least_seconds=60),
+        _stage("overruns", OVERRUNS, tmp_path / "must_show.json", seconds=3),
+        _stage("hangs", HANGS, pid_file, seconds=3),
+        _stage("never", FAILS, least_seconds=1000),
+        _stage("good", ":", least_seconds=60),
+    ]
+    assert command.execute(stages, tmp_path, 120) == 1
+    outcomes = {outcome["stage"]: outcome for outcome in json.loads((tmp_path / "stages.json").read_text())["outcomes"]}
+    assert [outcome["status"] for outcome in outcomes.values()] == ["failed", "stopped", "stopped", "skipped", "ok"]
+    assert outcomes["fails"]["note"] == "exit code 1: ValueError: no such clock"
+    assert "at least 1000" in outcomes["never"]["note"]
+    assert not _alive(int(pid_file.read_text()))
+    text = (tmp_path / "report.md").read_text()
+    assert "| fails | failed |" in text and "| hangs | stopped |" in text and "| never | skipped |" in text
+    assert f"{len(must_show.LINES)} not measured." in text
+    assert "[5/5] good: ok" in capsys.readouterr().out
+
+
+def test_run_of_good_stages_ends_with_zero(tmp_path):
+    assert command.execute([_stage("good", "[ $1 = --seconds ] && [ $2 = 7.5 ]", seconds=7.5)], tmp_path, 120) == 0
+    assert "| good | ok |" in (tmp_path / "report.md").read_text()
+
+
+def test_stage_is_shortened_for_those_behind_it(tmp_path):
+    stages = [_stage("first", ":", seconds=500), _stage("second", ":", least_seconds=70)]
+    assert command.execute(stages, tmp_path, 100) == 0
+    first = json.loads((tmp_path / "stages.json").read_text())["outcomes"][0]
+    granted = int(first["note"].removeprefix("shortened to ").split()[0])
+    assert 20 <= granted <= 25
+
+
+def test_report_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "text", lambda folder, outcomes: 1 / 0)
+    assert command.execute([_stage("good", ":")], tmp_path, 60) == 1
+    assert "report: ZeroDivisionError" in capsys.readouterr().out
+    assert "could not be written" in (tmp_path / "report.md").read_text()
+
+
+def _main(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    return benchmarks_main.main()
+
+
+def test_help(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        _main(monkeypatch, "gpu", "--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--out DIR" in text and "--minutes M" in text and "default 9" in text
+
+
+def test_without_a_gpu_one_line_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _main(monkeypatch, "gpu", "--out", str(tmp_path / "out")) == 2
+    assert capsys.readouterr().err == f"gpu: expected a GPU that torch can use, got torch {torch.__version__} without one\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_time_is_refused(monkeypatch, capsys, tmp_path):
+    assert _main(monkeypatch, "gpu", "--out", str(tmp_path), "--minutes", "0.5") == 2
+    assert capsys.readouterr().err == "gpu: --minutes: expected at least 1, got 0.5\n"
+
+
+def test_stages_fit_in_the_time_of_the_command(tmp_path):
+    stages = command.stages(tmp_path)
+    assert [stage.name for stage in stages] == ["environment", "ceilings", "validate", "sanitizer", "compile", "must_show", "speed"]
+    assert sum(stage.least_seconds for stage in stages) < 120
+    before = sum(stage.seconds for stage in stages[:-1])
+    assert before + stages[-1].least_seconds < 60 * command.MINUTES
+    for stage in stages:
+        assert (ROOT / (stage.command[2].replace(".", "/") + ".py")).is_file()
+
+
+# -- verdicts
+
+
+def _row(op: str, provider: str, ms: float, graph_ms: float | None = None, **more: object) -> dict:
+    row = {"op": op, "provider": provider, "shape": SMALL.size, "asked_fraction": 0.55, "unique_fraction": 0.5, "p50_ms": ms}
+    row |= {"graph_p50_ms": graph_ms, "tflops": 100 / ms, "graph_tflops": graph_ms and 100 / graph_ms, "peak_mib": None, "output_mib": None}
+    return row | more
+
+
+def _line(measure: str, must: Bar, *goals: Bar) -> Line:
+    return Line("it", "qalign_attention", SMALL, measure, must, goals)
+
+
+def _judge(line: Line, *rows: dict, ceiling: float | None = None) -> must_show.Verdict:
+    return must_show.judge(line, rows, ceiling)
+
+
+@pytest.mark.parametrize(("ms", "word"), [(0.65, "goal"), (0.66, "must"), (0.87, "must"), (0.88, "MISSED")])
+def test_time_ratio_is_held_against_must_and_goal(ms, word):
+    line = _line("time ratio", Bar(0.87, DEFAULT), Bar(0.65, DEFAULT))
+    verdict = _judge(line, _row("qalign_attention", OURS, 9.0, ms), _row("attention", "sdpa", 1.0, 1.0))
+    assert verdict.text == word and verdict.measured == (pytest.approx(ms),) * 2 and verdict.mode == "graph"
+
+
+def test_ratio_takes_eager_times_where_one_was_not_captured():
+    line = _line("time ratio", Bar(0.5, DEFAULT))
+    verdict = _judge(line, _row("qalign_attention", OURS, 1.0, 0.1), _row("attention", "sdpa", 4.0))
+    assert verdict.measured == (0.25,) and verdict.mode == "eager" and verdict.text == "goal"
+
+
+def test_fastest_peer_counts():
+    line = _line("time ratio", Bar(1.0, DEFAULT), Bar(1.0, FASTEST))
+    rows = [_row("qalign_attention", OURS, 1.0), _row("attention", "sdpa", 2.0), _row("attention", "sdpa cudnn", 1.25), _row("attention", "fa3", 0.5)]
+    assert _judge(line, *rows).measured == (0.5, 2.0) and _judge(line, *rows).text == "must"
+    assert _judge(line, *rows[:3]).measured == (0.5, 0.8) and _judge(line, *rows[:3]).text == "goal; without fa3"
+    assert _judge(line, *rows[:2]).measured == (0.5, None) and _judge(line, *rows[:2]).text == "must; without sdpa cudnn, fa3"
+    assert _judge(line, rows[0]).text == _judge(line).text == "not measured"
+
+
+def test_rows_of_other_data_or_shapes_do_not_count():
+    line = _line("time ratio", Bar(1.0, DEFAULT))
+    mine, sdpa = _row("qalign_attention", OURS, 1.0), _row("attention", "sdpa", 2.0)
+    assert _judge(line, mine, sdpa).text == "goal"
+    assert _judge(line, mine | {"asked_fraction": 1.0}, sdpa).text == "not measured"
+    assert _judge(line, mine | {"shape": [2, 2, 300, 40]}, sdpa).text == "not measured"
+    assert _judge(line, mine, sdpa | {"asked_fraction": None}).text == "not measured"
+
+
+def test_share_of_the_ceiling():
+    line = _line("ceiling share", Bar(0.5), Bar(0.65))
+    mine = _row("qalign_attention", OURS, 1.0, 0.5)
+    assert _judge(line, mine, ceiling=400.0).measured == (0.5, 0.5) and _judge(line, mine, ceiling=400.0).text == "must"
+    assert _judge(line, mine, ceiling=300.0).text == "goal" and _judge(line, mine, ceiling=401.0).text == "MISSED"
+    assert _judge(line, mine).text == "not measured"
+
+
+def test_speed_up_and_time_under_a_graph():
+    line = _line("speed-up", Bar(3, EAGER), Bar(5, EAGER))
+    verdict = _judge(line, _row("qalign_attention", OURS, 1.0), _row("qalign_attention", "eager sdpa", 4.0))
+    assert verdict.measured == (4.0, 4.0) and verdict.text == "must"
+    line = _line("graph µs", Bar(40), Bar(20))
+    assert _judge(line, _row("qalign_attention", OURS, 1.0, 0.0205)).measured == (pytest.approx(20.5),) * 2
+    assert _judge(line, _row("qalign_attention", OURS, 0.01)).text == "not measured"
+
+
+def test_memory_beyond_output_and_rows_is_in_units_of_keys_and_values():
+    mib = 2**20
+    rows, keys_and_values = 2 * 300, 2 * 2 * 2 * 300 * 40
+    peak_mib = 0.25 + (1.5 * keys_and_values + must_show.BYTES_PER_ROW * rows) / mib
+    line = _line("memory ratio", Bar(2), Bar(1))
+    verdict = _judge(line, _row("qalign_attention", OURS, 1.0, peak_mib=peak_mib, output_mib=0.25))
+    assert verdict.measured == (pytest.approx(1.5),) * 2 and verdict.text == "must"
+    assert _judge(line, _row("qalign_attention", OURS, 1.0)).text == "not measured"
+
+
+# -- plans
+
+
+def test_must_show_groups_hold_what_the_lines_need():
+    groups = {(group.shape, group.asked_fraction): group.visits for group in plan.must_show_groups()}
+    for line in must_show.LINES:
+        visits = groups[line.shape, line.asked_fraction]
+        assert (line.op, OURS) in visits
+        assert all(visit in visits for bar in (line.must, *line.goals) for visit in bar.against)
+
+
+def test_plans_name_ops_and_providers_that_exist():
+    names = {op.name for op in ops.OPS}
+    measured = {visit for group in plan.must_show_groups() + plan.other_groups() for visit in group.visits}
+    assert {op for op, _ in measured} <= names
+    assert {op for op, provider in measured if provider == OURS} == names - {"qalign_attention_correlated"}
+    assert {group.asked_fraction for group in plan.other_groups()} == {None, 0.35, 0.55, 0.63, 1.0}
+    compiled = {(visit, group.shape) for part in plan.compile_parts() for group in part for visit in group.visits}
+    assert {(visit, group.shape) for group in plan.other_groups() for visit in group.visits if visit[1] == OURS} <= compiled
+
+
+def test_parts_of_the_validation_hold_every_op():
+    starts = [start for part in validation.PARTS for start in part]
+    assert all(sum(name.startswith(start) for start in starts) == 1 for name in validate.OPS)
+
+
+# -- workers
+
+
+BUSY = "attention triton [1, 2, 3, 4]"
+
+
+def _supervise(tmp_path: Path, visit: str, end: str, seconds: float = 100, stall_seconds: float = 60) -> tuple[int, Journal]:
+    """Workers that are busy with the visit, until it is to be left out."""
+    journal = Journal(tmp_path / "speed.journal")
+    journal.add("begin", visit)
+    worker_command = ("sh", "-c", f"grep -q skip $1 || {end}", "worker", str(journal.path))
+    return measure.supervise(worker_command, journal, arguments.Clock(seconds), stall_seconds), journal
+
+
+def test_worker_that_dies_is_followed_by_one_that_leaves_out_the_visit(tmp_path):
+    code, journal = _supervise(tmp_path, BUSY, "exit 5")
+    assert code == 0
+    assert journal.texts("failure") == [f"{BUSY}: ended the process with exit code 5"]
+    assert journal.texts("skip") == [BUSY] and journal.left_open() is None
+
+
+def test_peer_that_hangs_is_a_note(tmp_path):
+    peer = "attention fa3 [1, 2, 3, 4]"
+    code, journal = _supervise(tmp_path, peer, "exec sleep 600", stall_seconds=3)
+    assert code == 0
+    assert journal.texts("note") == [f"{peer}: did not come to an end"] and not journal.texts("failure")
+
+
+def test_worker_is_stopped_when_time_is_up(tmp_path):
+    code, journal = _supervise(tmp_path, BUSY, "exec sleep 600", seconds=2)
+    assert code == 0
+    assert journal.texts("note") == [f"stopped at the end of its time in {BUSY}"]
+
+
+def test_workers_that_never_start_are_a_failure(tmp_path):
+    journal = Journal(tmp_path / "speed.journal")
+    assert measure.supervise(("sh", "-c", FAILS), journal, arguments.Clock(300)) == 1
+    assert "ValueError: no such clock" in journal.texts("failure")[0] and len(journal.texts("failure")) == measure.WORKERS + 1
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The worker as it is, on the CPU: no graphs, no memory counters, tiled PyTorch as ours."""
+
+    def no_graph(call):
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(worker, "DEVICE", "cpu")
+    monkeypatch.setattr(worker, "DTYPE", "fp32")
+    monkeypatch.setattr(worker, "OURS", "tiled")
+    monkeypatch.setattr(worker, "ROUNDS", 2)
+    monkeypatch.setattr(worker, "capture", no_graph)
+    monkeypatch.setattr(worker.memory, "cuda_peak_mib", lambda call: 1.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+GROUP = Group(SMALL, 0.35, (("qalign_attention", "tiled"), ("qalign_attention", "eager sdpa"), ("attention", "fa3"), ("attention", "sdpa")))
+
+
+def test_worker_measures_a_group(on_cpu, tmp_path):
+    where = worker.files(tmp_path, "speed")
+    (tmp_path / "logs").mkdir()
+    with torch.no_grad():
+        worker.measure_groups([GROUP], where, arguments.Clock(600))
+    rows = {(row["op"], row["provider"]): row for row in json.loads(where.rows.read_text())}
+    assert list(rows) == [visit for visit in GROUP.visits if visit[1] != "fa3"]
+    mine, sdpa = rows["qalign_attention", "tiled"], rows["attention", "sdpa"]
+    assert abs(mine["unique_fraction"] - 0.35) < 0.02 and mine["asked_fraction"] == 0.35 and mine["shape"] == SMALL.size
+    assert sdpa["ratio_to_sdpa"] == 1.0 and 0 < mine["p20_ms"] <= mine["p50_ms"] <= mine["p80_ms"]
+    assert mine["output_mib"] == pytest.approx(2 * 300 * 40 * 4 / 2**20, abs=1e-3) and mine["graph_p50_ms"] is None
+    notes = where.journal.texts("note")
+    assert any(note.startswith("attention fa3 [1, 2, 300, 40] U/N 0.35: ModuleNotFoundError") or "ImportError" in note for note in notes)
+    assert any("no CUDA graph, RuntimeError: no graphs here" in note for note in notes)
+    assert where.journal.texts("group") == [GROUP.name] and not where.journal.texts("failure")
+    text = report.speed_table([list(rows.values())], None)
+    assert f"| qalign_attention | {SMALL.size} | {mine['unique_fraction']:.3g} | tiled |" in text
+
+
+def test_ratios_of_the_speed_table_stay_within_a_run():
+    more = {"p20_ms": 1.0, "p80_ms": 1.0}
+    first = [_row("attention", OURS, 1.0, **more), _row("attention", "sdpa", 2.0, **more)]
+    second = [_row("attention", OURS, 3.0, **more)]
+    lines = report.speed_table([first, second], 200.0).splitlines()[2:]
+    assert [line.split(" | ")[6:9] for line in lines] == [["100", "0.5", "0.5"], ["50", "0.25", "1"], ["33.3", "0.167", "-"]]
+
+
+def test_worker_shows_no_figure_for_a_failed_check(on_cpu, tmp_path, monkeypatch):
+    wrong = ops.OPS[0]._replace(check=lambda x, result, backend: False)
+    monkeypatch.setattr(worker.providers, "OPS", [wrong])
+    journal = Journal(tmp_path / "journal")
+    with torch.no_grad():
+        assert worker.measure(Group(SMALL, None, ((wrong.name, "tiled"),)), journal, arguments.Clock(600)) == []
+    assert journal.texts("failure") == [f"similarity_argmax tiled {SMALL.size} U/N by chance: check failed"]
+
+
+def test_lost_device_ends_the_worker_and_names_the_visit(on_cpu, tmp_path, monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    journal = Journal(tmp_path / "journal")
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with torch.no_grad(), pytest.raises(worker.BrokenDevice, match="illegal memory access"):
+        worker.measure(GROUP, journal, arguments.Clock(600))
+    assert journal.left_open() == f"qalign_attention tiled {GROUP.name}"
+
+
+def test_worker_without_time_measures_nothing(on_cpu, tmp_path):
+    where = worker.files(tmp_path, "speed")
+    (tmp_path / "logs").mkdir()
+    worker.measure_groups([GROUP], where, arguments.Clock(1))
+    assert where.journal.texts("note") == [f"{GROUP.name}: not measured for want of time"] and not where.rows.exists()
+
+
+# -- validation, sanitizer, rates
+
+
+def test_validation_merges_its_parts_and_tells_what_is_missing(tmp_path, capsys):
+    row = {"op": "attention", "backend": "triton", "dtype": "bfloat16", "cases": 3, "error": 1.0, "ratio": 0.5, "passed": True, "failures": []}
+    jobs = [("bfloat16", ("attention",)), ("float16", ("attention",)), ("float32", ("attention",))]
+    results = [(0, {"device": ["Toy"], "rows": [row]}), (None, {"device": ["Toy"], "rows": [row | {"dtype": "float16"}]}), (2, None)]
+    assert validation.conclude(tmp_path, jobs, results) == 1
+    assert "6 cases, 0 failed; not ended: float16 attention, float32 attention" in capsys.readouterr().out
+    content = json.loads((tmp_path / "validate.json").read_text())
+    assert evidence.is_validation(content) and content["unfinished"] == ["float16 attention", "float32 attention"]
+    assert "| attention | triton | - | 1.0e+00 (0.50) | 1.0e+00 (0.50) |" in report.text(tmp_path, [])
+    assert validation.conclude(tmp_path, jobs[:1], results[:1]) == 0
+    assert validation.conclude(tmp_path, jobs[:1], [(1, {"device": [], "rows": [row | {"failures": ["it"]}]})]) == 1
+
+
+@pytest.mark.parametrize(("code", "summary", "expected"), [(0, "0 errors", 0), (99, "4 errors", 1)])
+def test_sanitizer_reads_the_summary(tmp_path, monkeypatch, code, summary, expected):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho 'called attention [1]'\necho '========= ERROR SUMMARY: {summary}'\nexit {code}\n")
+    tool.chmod(0o755)
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(sanitizer, "program", lambda: str(tool))
+    monkeypatch.setattr(sys, "argv", ["sanitizer", "--out", str(tmp_path), "--seconds", "60"])
+    assert sanitizer.main() == expected
+    rows = json.loads((tmp_path / "sanitizer.json").read_text())["rows"]
+    found = [(row["tool"], row["part"], row["verdict"], row["calls"]) for row in rows]
+    assert found == [(tool, part, summary, ["attention [1]"]) for tool in ("memcheck", "racecheck") for part in range(sanitizer.PARTS)]
+
+
+def test_sanitizer_that_is_not_installed_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sanitizer, "program", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["sanitizer", "--out", str(tmp_path), "--seconds", "60"])
+    assert sanitizer.main() == 0
+    assert "compute-sanitizer is not installed." in report.text(tmp_path, [Outcome("sanitizer", "ok", 0.1, "")])
+
+
+RATES = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from benchmarks.gpu import instruction_rates as rates
+names = rates.rate_kernel.arg_names
+types = ["*fp32", "*fp32", "*i64", "i32", "constexpr", "constexpr", "constexpr"]
+for name, mode in rates.MODES.items():
+    constants = {(4,): mode, (5,): rates.UNROLL, (6,): rates.BLOCK}
+    source = ASTSource(rates.rate_kernel, dict(zip(names, types)), constants, {})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": rates.WARPS})
+    print(name, rates.loop_contents(compiled), sep="|")
+"""
+
+
+def test_loops_of_the_rate_kernel_hold_the_chain_and_nothing_else():
+    pytest.importorskip("triton")
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = inherited | {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run([sys.executable, "-c", RATES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loops = {name: eval(contents) for name, contents in (line.split("|") for line in done.stdout.splitlines())}
+    chain = 16 * 8  # unrolled steps, chains of a lane
+    for name, instruction in (("FFMA", "FFMA"), ("FMNMX", "FMNMX"), ("LOP3", "LOP3"), ("MUFU.EX2", "MUFU")):
+        assert loops[name][instruction] == chain and sum(loops[name].values()) <= chain + 6, name
+    assert loops["FMNMX and FFMA"]["FMNMX"] == loops["FMNMX and FFMA"]["FFMA"] == chain // 2
+
+
+def test_lanes_per_clock_counts_every_instruction_of_every_warp():
+    pytest.importorskip("triton")
+    from benchmarks.gpu.instruction_rates import lanes_per_clock
+
+    instructions = 1000 * 16 * 8 * 8 * 2  # iterations, unrolled steps, chains, warps, programs on a multiprocessor
+    assert lanes_per_clock(1000, cycle_count=instructions / 4) == 128

@@ -1,0 +1,242 @@
+"""The sweep of tiles: what replaces a row and what does not, and what is left when time is up or a key is pressed."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import __main__, shapes, timing, trials, tune
+from benchmarks.shapes import Shape
+from benchmarks.trials import TRIALS, Call
+from benchmarks.tune import Change, Sweep
+from qalign_kernels import _backends
+from qalign_kernels._triton import _configs
+from qalign_kernels._triton._configs import WORK, Key, Tile
+
+KEY = Key("attention", "softmax", "sm_90", "3.6", "bfloat16", 4096, 64)
+OTHER = KEY._replace(head_dim=128)
+SLOW, FAST, FASTER = Tile(64, 32, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)
+
+
+class Fake:
+    """A subject whose tiles take given times; those without one do not compile."""
+
+    def __init__(self, times, wrong=(), unserving=()):
+        self.times, self.wrong, self.unserving, self.asked = times, wrong, unserving, []
+
+    def right(self, tile):
+        self.asked.append(tile)
+        self.times[tile]
+        return tile not in self.wrong
+
+    def serves(self, tile):
+        return tile not in self.unserving
+
+    def seconds(self, tile):
+        return self.times[tile]
+
+
+def _shipped():
+    return _configs.look_up(KEY, 2)
+
+
+def _sweep(subject, *, late=lambda: False, settle=lambda: None, candidates=(SLOW, FAST, FASTER)):
+    changes = []
+    sweep = Sweep(lambda key: subject, late, changes.append, settle, lambda key, shipped: list(candidates))
+    sweep.run([KEY])
+    assert sweep.changes == changes
+    return sweep
+
+
+@pytest.mark.parametrize(("times", "chosen"), [((9.0, 0.99, 1.5), None), ((9.0, 0.97, 0.985), FAST), ((9.0, 0.97, 0.5), FASTER)])
+def test_two_percent_replace_a_tile_and_less_does_not(times, chosen):
+    sweep = _sweep(Fake({_shipped(): 1.0, **dict(zip((SLOW, FAST, FASTER), times))}))
+    assert (sweep.swept, sweep.timed, sweep.skipped, sweep.wrong, sweep.notes) == (1, 4, 0, 0, [])
+    expected = [] if chosen is None else [Change(KEY, _shipped(), chosen, min(times))]
+    assert sweep.changes == expected
+
+
+def test_wrong_unserving_and_failing_tiles_are_passed_over():
+    subject = Fake({_shipped(): 1.0, FAST: 0.6, FASTER: 0.5, Tile(32, 32, 4, 1): 0.1}, wrong=(Tile(32, 32, 4, 1),), unserving=(FASTER,))
+    sweep = _sweep(subject, candidates=(Tile(32, 32, 4, 1), SLOW, FASTER, FAST))
+    assert sweep.changes == [Change(KEY, _shipped(), FAST, 0.6)]
+    assert (sweep.timed, sweep.skipped, sweep.wrong) == (3, 1, 2)
+
+
+def test_luck_in_the_screening_is_not_enough():
+    class Lucky(Fake):
+        def seconds(self, tile):
+            if tile == FAST:
+                self.times[FAST] += 0.01
+            return super().seconds(tile)
+
+    sweep = _sweep(Lucky({_shipped(): 1.0, FAST: 0.8}), candidates=(FAST,))
+    assert sweep.changes == [] and sweep.swept == 1
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_shipped_tile_that_fails_is_named_and_replaced(wrong):
+    subject = Fake({FAST: 5.0} | ({_shipped(): 0.1} if wrong else {}), wrong=(_shipped(),))
+    sweep = _sweep(subject, candidates=(FAST,))
+    assert sweep.changes == [Change(KEY, _shipped(), FAST, 0.0)]
+    assert len(sweep.notes) == 1 and "the shipped tile" in sweep.notes[0]
+
+
+@pytest.mark.parametrize("checks", [0, 1, 3])
+def test_nothing_is_half_swept_when_time_is_up(checks):
+    subject = Fake({_shipped(): 1.0, SLOW: 9.0, FAST: 0.5, FASTER: 0.5})
+    sweep = _sweep(subject, late=lambda: len(subject.asked) >= checks)
+    assert (sweep.swept, sweep.changes) == (0, [])
+    assert len(subject.asked) == checks
+
+
+def test_a_broken_device_ends_the_sweep():
+    def settle():
+        raise RuntimeError("CUDA error")
+
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        _sweep(Fake({_shipped(): 1.0}), settle=settle)
+
+
+def test_too_little_memory_is_a_note():
+    class Large(Fake):
+        def right(self, tile):
+            raise torch.OutOfMemoryError
+
+    sweep = _sweep(Large({}))
+    assert sweep.swept == 0 and "too little memory" in sweep.notes[0]
+
+
+def test_medians_alternate():
+    asked = []
+    times = {SLOW: iter((1.0, 5.0, 3.0)), FAST: iter((2.0, 2.0, 9.0))}
+    found = tune.medians([SLOW, FAST], lambda tile: (asked.append(tile), next(times[tile]))[1], 3)
+    assert found == {SLOW: 3.0, FAST: 2.0}
+    assert asked == [SLOW, FAST, FAST, SLOW, SLOW, FAST]
+
+
+@pytest.mark.parametrize(("op", "mode"), WORK)
+@pytest.mark.parametrize("head_dim", trials.HEADS)
+def test_neighbours(op, mode, head_dim):
+    key = KEY._replace(op=op, mode=mode, head_dim=head_dim)
+    tile = _configs.look_up(key, 2)
+    steps = tune.neighbours(key, tile)
+    assert len(steps) >= 3 and tile not in steps and len(set(steps)) == len(steps)
+    assert all(min(step) >= 1 and step.num_warps in (4, 8) and _configs.accumulators(step, key) <= _configs.MOST_ACCUMULATORS for step in steps)
+
+
+def test_rows_are_replaced_and_others_stay(tmp_path):
+    shipped = json.loads(_configs.FILE.read_text())
+    first = [Change(KEY, SLOW, FAST, 0.5), Change(OTHER, SLOW, FAST, 0.5), Change(KEY._replace(triton="3.9", architecture="sm_80"), SLOW, FAST, 0.5)]
+    rows = tune.replace(tune.replace(shipped, first), [Change(KEY, FAST, FASTER, 0.5)])
+    table = _configs.expand(rows)
+    assert [row for row in rows if row["triton"] is None] == [row for row in shipped if row["triton"] is None]
+    assert (table[KEY], table[OTHER], table[first[2].key]) == (FASTER, FAST, FAST)
+    tune.write(rows, tmp_path / "tiles.json")
+    assert json.loads((tmp_path / "tiles.json").read_text()) == rows and len(list(tmp_path.iterdir())) == 1
+    tune.write(shipped, tmp_path / "tiles.json")
+    assert (tmp_path / "tiles.json").read_text() == _configs.FILE.read_text()
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    file = tmp_path / "tiles.json"
+    file.write_text("old")
+    with pytest.raises(TypeError):
+        tune.write([{"tile": object()}], file)
+    assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_was_found_is_kept_at_once(interrupted, tmp_path, monkeypatch, capsys):
+    table = dict(_configs.tiles())
+    monkeypatch.setattr(_configs, "tiles", lambda: table)
+    shipped = {key: _configs.look_up(key, 2) for key in (KEY, OTHER)}
+    file = tmp_path / "tiles.json"
+
+    def subject(key, trial):
+        if key == OTHER:
+            assert _configs.expand(json.loads(file.read_text()))[KEY] == FAST == _configs.look_up(KEY, 2)
+            if interrupted:
+                raise KeyboardInterrupt
+        return Fake({shipped[key]: 1.0, FAST: 0.5 if key == KEY else 2.0})
+
+    monkeypatch.setattr(tune, "GpuSubject", subject)
+    monkeypatch.setattr(tune, "neighbours", lambda key, tile: [FAST])
+    assert tune.sweep([(TRIALS[1], KEY), (TRIALS[1], OTHER)], file, 60.0) == (130 if interrupted else 0)
+    assert set(_configs.expand(json.loads(file.read_text()))) - set(_configs.expand(json.loads(_configs.FILE.read_text()))) == {KEY}
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert "attention softmax sm_90 bfloat16 d=64 tokens<=4096: 64x64 warps 4 stages 1 instead of" in first and "0.500 of its time" in first
+    assert last.startswith("interrupted: 1 of 2 keys swept, 1 changed" if interrupted else "2 of 2 keys swept, 1 changed")
+
+
+def test_what_matters_most_is_first_and_everything_is_there():
+    chosen = tune.choose_keys(None, "sm_90", "3.6")
+    keys = [key for _, key in chosen]
+    assert len(set(keys)) == len(keys) == len(WORK) * len(tune.DTYPES) * len(_configs.TOKEN_BUCKETS) * len(trials.HEADS)
+    assert {(key.op, key.mode) for key in keys} == set(WORK)
+    assert set(trials.USUAL_TOKENS) == set(_configs.TOKEN_BUCKETS)
+    named = [f"{trial.name} {key.head_dim}" for trial, key in chosen[:8]]
+    assert named[:4] == ["similarity joint 64", "attention softmax 64", "attention softmax 40", "attention softmax 128"]
+    assert named[4:] == [*(f"attention contrast {head_dim}" for head_dim in (64, 40, 128)), "attention guided 64"]
+    assert all(key.tokens == 4096 and key.dtype == "bfloat16" for key in keys[:8])
+
+
+CALLS = [(trial, call) for trial in TRIALS for call in (trial.timed, *trial.others) if isinstance(call, Call)]
+
+
+@pytest.mark.parametrize(("trial", "call"), CALLS, ids=lambda value: getattr(value, "name", ""))
+def test_checks_take_what_is_right_and_see_one_wrong_row(trial, call):
+    inputs = shapes.make_inputs(Shape("", 2, 4, 300, 40), True, torch.float32, "cpu")
+    ragged = trials.make_ragged(inputs, KEY)
+    for x in (inputs, ragged):
+        assert call.check(x, call.run(x, "tiled"), "tiled")
+    result = call.run(inputs, "tiled")
+    part = result[0] if isinstance(result, tuple) else result
+    part.select(-2 if part.is_floating_point() else 2, -1).add_(1)
+    assert not call.check(inputs, result, "tiled")
+
+
+@pytest.mark.parametrize("head_dim", [64, 40])
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
+def test_every_call_launches_with_the_tile_that_is_tried(trial, head_dim, device):
+    if problem := _backends.triton_problem():
+        pytest.skip(problem)
+    from qalign_kernels._triton._launch import recording
+
+    key, odd = Key(trial.op, trial.mode, "sm_90", _configs.triton_minor(), "float16", 256, head_dim), Tile(16, 16, 4, 5)
+    inputs = trials.make_inputs(key, device)
+    for call in (trial.timed, *(trial.others if head_dim == 64 else ())):
+        for x in (inputs, trials.make_ragged(inputs, key)):
+            with _configs.trying(key, odd), recording("sm_90") as launches:
+                call.run(x, "triton")
+            assert any(launch.num_stages == odd.num_stages and launch.arguments["BLOCK_M"] == odd.block_m for launch in launches)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_short_sweep_on_a_gpu(tmp_path, monkeypatch, capsys):
+    table = dict(_configs.tiles())
+    monkeypatch.setattr(_configs, "tiles", lambda: table)
+    monkeypatch.setattr(timing, "_flush", None)
+    file = tmp_path / "tiles.json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "tune", "--op", "packed", "--minutes", "0.5", "--out", str(file)])
+    assert __main__.main() == 0
+    assert _configs.expand(json.loads(file.read_text()))
+    assert not capsys.readouterr().out.splitlines()[-1].startswith("0 of")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--op", "nonsense"], "tune: --op: expected part of similarity joint, "),
+        (["--minutes", "0"], "tune: --minutes: expected more than 0, got 0"),
+        (["--out", "no/such/folder/tiles.json"], "tune: --out: expected a file in a folder that exists, got no/such/folder/tiles.json"),
+        ([], "tune: expected a GPU, because tiles are chosen by their time, got none"),
+    ],
+)
+def test_bad_arguments_and_no_gpu_are_one_line(arguments, complaint, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "tune", *arguments])
+    assert __main__.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(complaint)
