@@ -17,6 +17,7 @@ from .eager import CONTRAST, STRENGTH, TOPK
 from .ops import OPS, Op, check_attention, check_match, sampled_rows
 from .shapes import NUM_LABELS, Inputs, Shape
 
+FEATURES = ("query", "ref_query", "key", "value")
 HEADS = {40: 8, 64: 10, 80: 8, 128: 24, 160: 8}  # as the models that have these head dims
 FOLDED_HEAD_DIM = 64  # joint scores of heads in a row are taken in parts of this many channels, whatever the head dim
 USUAL_TOKENS = (4096, 1024, 16384, 256)  # most usual first
@@ -56,15 +57,16 @@ def make_ragged(inputs: Inputs, key: Key) -> Inputs:
     tokens = inputs.query.shape[2] - 7
     index = inputs.match_map[:, :, :tokens].clamp(max=tokens - 1)
     counts = torch.zeros_like(index).scatter_add_(2, index.long(), torch.ones_like(index))
-    features = (x[:, :, :tokens] for x in inputs[:4])
-    return _laid_out(Inputs(*features, index.contiguous(), counts, *(x[:, :tokens].contiguous() for x in inputs[6:])), key)
+    features = {name: getattr(inputs, name)[:, :, :tokens] for name in FEATURES}
+    labels = {name: getattr(inputs, name)[:, :tokens].contiguous() for name in ("bit_sets", "half_sets", "classes")}
+    return _laid_out(inputs._replace(match_map=index.contiguous(), counts=counts, **features, **labels), key)
 
 
 def _laid_out(inputs: Inputs, key: Key) -> Inputs:
     """[B, N, H, D] storage as attention processors have it, except where that would fold the heads into another head dim."""
     unfolded = key.op == "similarity" and key.mode in ("joint", "topk") and key.head_dim != FOLDED_HEAD_DIM
-    features = (x.contiguous() if unfolded else x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:4])
-    return Inputs(*features, *inputs[4:])
+    features = {name: getattr(inputs, name) for name in FEATURES}
+    return inputs._replace(**{name: x.contiguous() if unfolded else x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in features.items()})
 
 
 def _attention(*, counts: bool = False, labels: bool = False, segments: int = 1, contrast: float = 1.0, guided: bool = False) -> Call:

@@ -22,7 +22,8 @@ def times(call: Callable[[], Any], seconds: float) -> list[float]:
     """Seconds of single calls, for about `seconds` in all, with an empty L2 cache before each."""
     call()
     torch.cuda.synchronize()
-    start, result = time.monotonic(), []
+    start = time.monotonic()
+    result: list[float] = []
     while len(result) < 5 or time.monotonic() - start < seconds:
         timing.before_round()
         before = timing.stamp()

@@ -49,7 +49,7 @@ def main() -> int:
         return 0
     jobs = [(tool, part) for tool in TOOLS for part in range(PARTS)]
     with ThreadPoolExecutor(min(len(jobs), max(2, os.cpu_count() or 2))) as pool:
-        rows = list(pool.map(lambda job: check(sanitizer, *job, options.out, clock.left() - 1), jobs))
+        rows = list(pool.map(lambda job: check(sanitizer, job[0], job[1], options.out, clock.left() - 1), jobs))
     arguments.write(options.out, "sanitizer", note=sanitizer, rows=rows)
     for row in rows:
         print(f"{row['tool']} {row['part']}: {row['verdict']}")

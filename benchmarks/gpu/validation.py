@@ -23,7 +23,7 @@ def _memory_gib() -> int:
 def main() -> int:
     options = arguments.parser(__doc__).parse_args()
     clock = arguments.Clock(options.seconds)
-    jobs = [(dtype, part) for part in PARTS for dtype in DTYPES]
+    jobs: list[tuple[str, tuple[str, ...]]] = [(dtype, part) for part in PARTS for dtype in DTYPES]
 
     def run(job: tuple[str, tuple[str, ...]]) -> tuple[int | None, dict[str, Any] | None]:
         dtype, part = job
