@@ -83,13 +83,14 @@ def test_without_a_generator_any_cached_noise_serves(small, tmp_path) -> None:
 
 
 def test_a_spoilt_cache_file_is_made_again_with_one_warning(small, tmp_path, caplog) -> None:
-    first = transfer(small, cache=tmp_path)
+    smooth = {"cache": tmp_path, "method": "cross_image"}  # rounding changes no choice of tokens
+    first = transfer(small, **smooth)
     spoilt = min(tmp_path.iterdir())
     spoilt.write_bytes(spoilt.read_bytes()[:100])
-    torch.testing.assert_close(transfer(small, cache=tmp_path).images, first.images, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(transfer(small, **smooth).images, first.images, rtol=1e-4, atol=1e-4)
     messages = [message for message in caplog.messages if message.startswith("cache:")]
     assert len(messages) == 1 and spoilt.name in messages[0] and "\n" not in messages[0]
-    transfer(small, cache=tmp_path)
+    transfer(small, **smooth)
     assert len(list(tmp_path.iterdir())) == 2
     assert len([message for message in caplog.messages if message.startswith("cache:")]) == 1
 

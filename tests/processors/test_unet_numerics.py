@@ -97,7 +97,7 @@ def test_only_matched_reference_tokens_reach_the_output() -> None:
     site = Site(BatchLayout("output", "appearance"))
     changed = v.clone()
     changed[1, :, 8:] = 100.0
-    assert torch.equal(QAlign().attend(q, k, v, site)[0], QAlign().attend(q, k, changed, site)[0])
+    assert torch.equal(PAPER[0].attend(q, k, v, site)[0], PAPER[0].attend(q, k, changed, site)[0])
     assert not torch.equal(CrossImage().attend(q, k, v, site)[0], CrossImage().attend(q, k, changed, site)[0])
 
 
