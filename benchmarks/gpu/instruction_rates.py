@@ -32,6 +32,11 @@ def cycles(_semantic=None):
 
 
 @triton.jit
+def _majority(x, y, z):
+    return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0xE8;", "=r,r,r,r", [x, y, z], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def rate_kernel(values_ptr, result_ptr, clock_ptr, iterations, MODE: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr):
     """Four tensors of BLOCK elements feed each other, so that no step can be folded into another. clock_ptr: int64 [programs, 2]."""
     offsets = tl.arange(0, BLOCK)
@@ -52,10 +57,7 @@ def rate_kernel(values_ptr, result_ptr, clock_ptr, iterations, MODE: tl.constexp
                 c = tl.maximum(c, d)
                 d = tl.minimum(d, a)
             elif MODE == 2:
-                a = (a & b) ^ c
-                b = (b | c) ^ d
-                c = (c & d) ^ a
-                d = (d | a) ^ b
+                a, b, c, d = _majority(a, b, c), _majority(b, c, d), _majority(c, d, a), _majority(d, a, b)
             elif MODE == 3:
                 a, b, c, d = tl.exp2(a), tl.exp2(b), tl.exp2(c), tl.exp2(d)
             else:
