@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks static | speed | gpu | report`."""
+"""Measurements: `python -m benchmarks static | speed | gpu | report | tune`."""

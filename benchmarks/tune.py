@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from qalign.files import replacing
 from qalign_kernels import testing
 from qalign_kernels._triton import _configs
 from qalign_kernels._triton._configs import FILE, Key, Tile
@@ -212,12 +212,8 @@ def _row_key(row: dict[str, Any]) -> str:
 
 def write(rows: list[dict[str, Any]], file: Path) -> None:
     """The whole table at once or not at all: written beside `file`, then renamed."""
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
+    with replacing(file) as beside:
         beside.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import replacing
 from . import FOLDER
 from .fitness import best_decoder_layer, self_attention_fitness
 from .scenes import BACKGROUNDS, COLOURS, COUNTS, OBJECT_PARTS, PARTS, PLANS, TEXTURES, held_out_seed, render, token_labels, training_seed
@@ -179,9 +180,8 @@ class Training:
         }
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        part = self.folder / f"{name}.part"
-        torch.save(state, part)
-        part.replace(self.folder / f"{name}.pt")
+        with replacing(self.folder / f"{name}.pt") as part:
+            torch.save(state, part)
 
     def load(self, name: str) -> dict[str, Any] | None:
         path = self.folder / f"{name}.pt"
