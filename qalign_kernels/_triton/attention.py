@@ -11,11 +11,10 @@ from torch import Tensor
 from ._configs import attention_tile, split_head_dim
 from ._launch import launch, target_of
 from ._tile import advance, load_rows, split_scores
-from .rearrange import compact
+from .rearrange import Multiplicity, compact
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-WEIGH_BLOCK = 2048
 FIXED_LIMIT = tl.constexpr(2.0**96)  # of a row sum whose weights were stabilised by the first tile alone; beyond it they may have overflowed
 _QUERY_PITCHES = ("query_pitch_b", "query_pitch_h", "query_pitch_n", "query_stride_d")
 _GUIDE_QUERY_PITCHES = ("guide_query_pitch_b", "guide_query_pitch_h", "guide_query_pitch_n", "guide_query_stride_d")
@@ -64,7 +63,8 @@ class SegmentArguments(NamedTuple):
 def attention(query, segments, *, scale, contrast, query_labels, guide, need_lse) -> tuple[Tensor, Tensor | None]:
     arguments = [
         segment_arguments(
-            s.key, s.value, s.logit_scale * scale, s.logit_shift, s.counts, s.labels, s.batch_index, None if guide is None else guide.key
+            s.key, s.value, s.logit_scale * scale, s.logit_shift, None if s.counts is None else compact(s.counts), s.labels, s.batch_index,
+            None if guide is None else guide.key,
         )
         for s in segments
     ]  # fmt: skip
@@ -87,20 +87,17 @@ def segment_arguments(
     value: Tensor | None,
     scale: float,
     shift: float = 0.0,
-    counts: Tensor | None = None,
+    multiplicity: Multiplicity | None = None,
     labels: Tensor | None = None,
     batch_index: Tensor | None = None,
     guide_key: Tensor | None = None,
 ) -> SegmentArguments:
-    """One segment as the kernel takes it, its counts compacted."""
-    order = weights = unique = headroom = total = None
-    if counts is not None:
-        order, unique = compact(counts)
-        weights, headroom, total = _weigh(counts, order, unique)
+    """One segment as the kernel takes it."""
+    order, weights, unique, headroom, total = (None,) * 5 if multiplicity is None else multiplicity
     return SegmentArguments(
         key, *pitches(key), value, *pitches(value), guide_key, *pitches(guide_key), key.shape[2], scale * LOG2_E, shift * LOG2_E,
         batch_index, 0 if batch_index is None else batch_index.stride(0), labels, *_label_strides(labels), order, weights, unique, headroom, total,
-        0 if counts is None else counts.shape[1],
+        0 if unique is None else unique.shape[1],
     )  # fmt: skip
 
 
@@ -118,19 +115,6 @@ def _label_strides(labels: Tensor | None) -> tuple[int, int]:
     return labels.stride(0) if labels.shape[0] > 1 else 0, labels.stride(1)
 
 
-def _weigh(counts: Tensor, order: Tensor, unique: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32: the counts in compacted order [B, G, N_K]; log2 of what the largest exceeds 2^15 by [B, G], for fp16; their sum [B, G]."""
-    batch, maps, tokens = counts.shape
-    weights = torch.empty((batch, maps, tokens), device=counts.device, dtype=torch.float32)
-    headroom, total = (torch.empty((batch, maps), device=counts.device, dtype=torch.float32) for _ in range(2))
-    launch(
-        weigh_kernel, (batch * maps,), num_warps=8, num_stages=1, counts_ptr=counts, order_ptr=order, unique_ptr=unique, weights_ptr=weights,
-        headroom_ptr=headroom, total_ptr=total, counts_stride_b=counts.stride(0), counts_stride_g=counts.stride(1),
-        counts_stride_n=counts.stride(2), G=maps, N_K=tokens, BLOCK=WEIGH_BLOCK,
-    )  # fmt: skip
-    return weights, headroom, total
-
-
 def launch_attention(
     query: Tensor,
     segments: Sequence[SegmentArguments],
@@ -143,10 +127,11 @@ def launch_attention(
     contrast: float = 1.0,
     known: Tensor | None = None,
     exact_weights: bool = False,
+    match_score: Tensor | None = None,
 ) -> None:
     """One launch: softmax attention, or contrasted where the log2-sum-exp is `known`, or without `output` the log-sum-exp only.
 
-    `lse` is written in `lse_unit`: ln 2 for natural logarithms, 1 for base 2.
+    `lse` is written in `lse_unit`: ln 2 for natural logarithms, 1 for base 2. Queries whose `match_score` [B, 1 or H, N_Q] is NaN give NaN.
     """
     (batch, heads, tokens, dim), value_dim = query.shape, 16 if output is None else output.shape[3]
     mode = _tile_mode(segments, output, guide, known, exact_weights)
@@ -159,7 +144,8 @@ def launch_attention(
     launch(
         attention_kernel, (triton.cdiv(tokens, tile.block_m) * batch * heads,), num_warps=tile.num_warps, num_stages=tile.num_stages,
         query_ptr=query, guide_query_ptr=None if guide is None else guide.query, query_labels_ptr=query_labels, output_ptr=output, lse_ptr=lse,
-        known_ptr=known, segments=tuple(segments), **dict(zip(_QUERY_PITCHES, pitches(query))),
+        known_ptr=known, match_score_ptr=match_score, MATCH_MAPS=0 if match_score is None else match_score.shape[1],
+        segments=tuple(segments), **dict(zip(_QUERY_PITCHES, pitches(query))),
         **dict(zip(_GUIDE_QUERY_PITCHES, pitches(None if guide is None else guide.query))),
         **dict(zip(_QUERY_LABEL_STRIDES, _label_strides(query_labels))), H=heads, N_Q=tokens, lse_unit=lse_unit, contrast=contrast,
         strength=0.0 if guide is None else guide.strength * LOG2_E, SEGMENTS=len(segments),
@@ -186,27 +172,6 @@ def _fixed(query: Tensor, segments: Sequence[SegmentArguments], known: Tensor | 
     """Whether the maximum of the first tile may stabilise all of them: where weights have float32's range, and every query sees a key there."""
     labelled = any(s.labels_ptr is not None for s in segments)
     return query.dtype != torch.float16 and known is None and not exact_weights and not labelled
-
-
-@triton.jit
-def weigh_kernel(
-    counts_ptr, order_ptr, unique_ptr, weights_ptr, headroom_ptr, total_ptr, counts_stride_b, counts_stride_g, counts_stride_n, G, N_K,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    counts_ptr += (row // G) * counts_stride_b + (row % G) * counts_stride_g
-    unique = tl.load(unique_ptr + row)
-    largest = tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, unique, BLOCK):
-        slots = start + tl.arange(0, BLOCK)
-        tokens = tl.load(order_ptr + row * N_K + slots, mask=slots < unique, other=0).to(tl.int64)
-        weights = tl.load(counts_ptr + tokens * counts_stride_n, mask=slots < unique, other=0).to(tl.float32)
-        tl.store(weights_ptr + row * N_K + slots, weights, mask=slots < unique)
-        largest = tl.maximum(largest, weights)
-        total += weights
-    tl.store(headroom_ptr + row, tl.math.log2(tl.maximum(tl.max(largest, 0) / 32768.0, 1.0)))
-    tl.store(total_ptr + row, tl.sum(total, 0))
 
 
 @triton.jit
@@ -400,12 +365,12 @@ def _store_channels(output_ptrs, acc, inside, D_V: tl.constexpr, FIRST: tl.const
 
 @triton.jit
 def attention_kernel(
-    query_ptr, guide_query_ptr, query_labels_ptr, output_ptr, lse_ptr, known_ptr, segments, query_pitch_b, query_pitch_h, query_pitch_n,
-    query_stride_d, guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d, query_labels_stride_b,
-    query_labels_stride_n, H, N_Q, lse_unit, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr, RAGGED: tl.constexpr,
-    PITCHES: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr,
-    D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    query_ptr, guide_query_ptr, query_labels_ptr, output_ptr, lse_ptr, known_ptr, match_score_ptr, MATCH_MAPS, segments, query_pitch_b,
+    query_pitch_h, query_pitch_n, query_stride_d, guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d,
+    query_labels_stride_b, query_labels_stride_n, H, N_Q, lse_unit, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr,
+    RAGGED: tl.constexpr, PITCHES: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
+    EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
+    V_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N_Q, BLOCK_M)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -470,6 +435,10 @@ def attention_kernel(
         row_sum = tl.where(empty, 1.0, row_sum)
         factor = tl.where(empty, 0.0, 1.0 / row_sum)
         lse = tl.where(empty, float("-inf"), running_max + tl.math.log2(row_sum))
+    if match_score_ptr is not None:
+        match_row = batch * MATCH_MAPS + head % MATCH_MAPS
+        match_score = tl.load(match_score_ptr + match_row * N_Q + queries, mask=inside, other=0.0)
+        factor = tl.where(match_score == match_score, factor, float("nan"))
     if lse_ptr is not None:
         tl.store(lse_ptr + row * N_Q + queries, lse * lse_unit, mask=inside)
     if HAS_VALUES:
