@@ -94,6 +94,11 @@ def qalign_attention(
     if refinement == "soft":
         return _soft(query, ref_query, reference, similarity, strength, query_labels, refine)
 
+    if refinement == "rearranged":
+        scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+        arguments = (query, ref_query.detach(), ref_key, ref_value, similarity, heads, scale, float(contrast), query_labels, ref_labels, batch_index)
+        differentiable = _library.wants_gradient(query, ref_key, ref_value)
+        return (_rearranged if differentiable else _rearranged_attention_op)(*arguments, _backends.requested(backend))
     matching: dict[str, Any] = {
         "similarity": similarity,
         "heads": heads,
@@ -105,16 +110,24 @@ def qalign_attention(
         index, score = similarity_topk(query.detach(), ref_query.detach(), topk, **matching, backend=backend)
         return _unmatchable_to_nan(topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine), score.select(-1, 0))
     index, score = similarity_argmax(query.detach(), ref_query.detach(), **matching, backend=backend)
-    if refinement == "rearranged":
-        counts = match_counts(index, ref_key.shape[2], backend=backend)
-        output = attention(query, dataclasses.replace(reference, counts=counts), query_labels=query_labels, **refine)
-        return _unmatchable_to_nan(output, score)
     if batch_index is not None:
         ref_value = ref_value.index_select(0, batch_index)
     value = _unmatchable_to_nan(take_rows(ref_value, index, backend=backend), score)
     if own_key is None:
         return value
     return attention(query, Segment(own_key, value, counts=(index >= 0).int()), **refine)
+
+
+def _rearranged(query, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend) -> Tensor:
+    """Match, count, attend: differentiable, one op each."""
+    index, score = similarity_argmax(
+        query.detach(), ref_query, similarity=similarity, heads=heads, query_labels=query_labels, reference_labels=ref_labels,
+        batch_index=batch_index, backend=backend,
+    )  # fmt: skip
+    counts = match_counts(index, ref_key.shape[2], backend=backend)
+    segment = Segment(ref_key, ref_value, counts=counts, labels=ref_labels, batch_index=batch_index)
+    output = attention(query, segment, scale=scale, contrast=contrast, query_labels=query_labels, backend=backend)
+    return _unmatchable_to_nan(output, score)
 
 
 def topk_attention(
@@ -226,6 +239,32 @@ def _check_refinement(query: Tensor, ref_key: Tensor, refinement: str, own_key: 
         _contracts.check_features("own_key", own_key)
         _contracts.check_like("own_key", own_key, "query", query)
         _contracts.check_sizes("own_key", own_key, batch=batch, heads=heads, tokens=tokens, head_dim=head_dim)
+
+
+def _rearranged_attention_implementation(
+    query, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend
+):
+    chosen = _backends.select("qalign_attention", backend, query, (query.shape[3], ref_value.shape[3]))
+    settings = {"scale": scale, "contrast": contrast, "query_labels": query_labels, "ref_labels": ref_labels, "batch_index": batch_index}
+    if chosen == "triton":
+        module = _backends.implementation("triton", "qalign_attention")
+        return module.rearranged_attention(query, ref_query, ref_key, ref_value, similarity, heads == "joint", **settings)
+    return _rearranged(query, ref_query, ref_key, ref_value, similarity, heads, **settings, backend=chosen)
+
+
+def _rearranged_attention_fake(
+    query, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend
+):
+    return query.new_empty((*query.shape[:3], ref_value.shape[3]))
+
+
+_rearranged_attention_op = _library.register(
+    "rearranged_attention",
+    "(Tensor query, Tensor ref_query, Tensor ref_key, Tensor ref_value, str similarity, str heads, float scale, float contrast, "
+    "Tensor? query_labels, Tensor? ref_labels, Tensor? batch_index, str backend) -> Tensor",
+    _rearranged_attention_implementation,
+    _rearranged_attention_fake,
+)
 
 
 def _topk_attention_implementation(query, key, value, index, scale, contrast, batch_index, backend):

@@ -41,3 +41,18 @@ def split_scores(
         tail = load_rows(key_ptr, rows, present, pitch, stride_d, D, MAIN, TAIL, MASKED)
         scores = tl.dot(query_tail, tail.T, scores, input_precision="ieee")
     return scores
+
+
+@triton.jit
+def merge_splits(partial_score_ptr, partial_index_ptr, rows, inside, ROWS, SPLITS):
+    """The best of each row over the splits, which lie ROWS apart, with its index: the earlier one, whose indices are lower, wins among equals."""
+    best = tl.full(rows.shape, float("-inf"), tl.float32)
+    best_index = tl.full(rows.shape, -1, tl.int32)
+    for _ in range(SPLITS):
+        score = tl.load(partial_score_ptr + rows, mask=inside, other=float("-inf"))
+        index = tl.load(partial_index_ptr + rows, mask=inside, other=-1)
+        best_index = tl.where((score > best) | (score != score), index, best_index)
+        best = tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
+        partial_score_ptr += ROWS
+        partial_index_ptr += ROWS
+    return best, best_index

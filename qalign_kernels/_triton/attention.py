@@ -11,11 +11,11 @@ from torch import Tensor
 from ._configs import choose_tile, split_head_dim
 from ._launch import launch, target_of
 from ._tile import advance, load_rows, split_scores
-from .rearrange import compact
+from .rearrange import Multiplicity, compact
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-WEIGH_BLOCK = 2048
+FIXED_LIMIT = tl.constexpr(2.0**96)  # of a row sum whose weights were stabilised by the first tile alone; beyond it they may have overflowed
 _QUERY_PITCHES = ("query_pitch_b", "query_pitch_h", "query_pitch_n", "query_stride_d")
 _GUIDE_QUERY_PITCHES = ("guide_query_pitch_b", "guide_query_pitch_h", "guide_query_pitch_n", "guide_query_stride_d")
 _QUERY_LABEL_STRIDES = ("query_labels_stride_b", "query_labels_stride_n")
@@ -63,7 +63,8 @@ class SegmentArguments(NamedTuple):
 def attention(query, segments, *, scale, contrast, query_labels, guide, need_lse) -> tuple[Tensor, Tensor | None]:
     arguments = [
         segment_arguments(
-            s.key, s.value, s.logit_scale * scale, s.logit_shift, s.counts, s.labels, s.batch_index, None if guide is None else guide.key
+            s.key, s.value, s.logit_scale * scale, s.logit_shift, None if s.counts is None else compact(s.counts), s.labels, s.batch_index,
+            None if guide is None else guide.key,
         )
         for s in segments
     ]  # fmt: skip
@@ -86,20 +87,17 @@ def segment_arguments(
     value: Tensor | None,
     scale: float,
     shift: float = 0.0,
-    counts: Tensor | None = None,
+    multiplicity: Multiplicity | None = None,
     labels: Tensor | None = None,
     batch_index: Tensor | None = None,
     guide_key: Tensor | None = None,
 ) -> SegmentArguments:
-    """One segment as the kernel takes it, its counts compacted."""
-    order = weights = unique = headroom = total = None
-    if counts is not None:
-        order, unique = compact(counts)
-        weights, headroom, total = _weigh(counts, order, unique)
+    """One segment as the kernel takes it."""
+    order, weights, unique, headroom, total = (None,) * 5 if multiplicity is None else multiplicity
     return SegmentArguments(
         key, *pitches(key), value, *pitches(value), guide_key, *pitches(guide_key), key.shape[2], scale * LOG2_E, shift * LOG2_E,
         batch_index, 0 if batch_index is None else batch_index.stride(0), labels, *_label_strides(labels), order, weights, unique, headroom, total,
-        0 if counts is None else counts.shape[1],
+        0 if unique is None else unique.shape[1],
     )  # fmt: skip
 
 
@@ -117,19 +115,6 @@ def _label_strides(labels: Tensor | None) -> tuple[int, int]:
     return labels.stride(0) if labels.shape[0] > 1 else 0, labels.stride(1)
 
 
-def _weigh(counts: Tensor, order: Tensor, unique: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32: the counts in compacted order [B, G, N_K]; log2 of what the largest exceeds 2^15 by [B, G], for fp16; their sum [B, G]."""
-    batch, maps, tokens = counts.shape
-    weights = torch.empty((batch, maps, tokens), device=counts.device, dtype=torch.float32)
-    headroom, total = (torch.empty((batch, maps), device=counts.device, dtype=torch.float32) for _ in range(2))
-    launch(
-        weigh_kernel, (batch * maps,), num_warps=8, num_stages=1, counts_ptr=counts, order_ptr=order, unique_ptr=unique, weights_ptr=weights,
-        headroom_ptr=headroom, total_ptr=total, counts_stride_b=counts.stride(0), counts_stride_g=counts.stride(1),
-        counts_stride_n=counts.stride(2), G=maps, N_K=tokens, BLOCK=WEIGH_BLOCK,
-    )  # fmt: skip
-    return weights, headroom, total
-
-
 def launch_attention(
     query: Tensor,
     segments: Sequence[SegmentArguments],
@@ -142,10 +127,11 @@ def launch_attention(
     contrast: float = 1.0,
     known: Tensor | None = None,
     exact_weights: bool = False,
+    match_score: Tensor | None = None,
 ) -> None:
     """One launch: softmax attention, or contrasted where the log2-sum-exp is `known`, or without `output` the log-sum-exp only.
 
-    `lse` is written in `lse_unit`: ln 2 for natural logarithms, 1 for base 2.
+    `lse` is written in `lse_unit`: ln 2 for natural logarithms, 1 for base 2. Queries whose `match_score` [B, 1 or H, N_Q] is NaN give NaN.
     """
     (batch, heads, tokens, dim), value_dim = query.shape, 16 if output is None else output.shape[3]
     mode = _tile_mode(segments, output, guide, known, exact_weights)
@@ -158,14 +144,16 @@ def launch_attention(
     launch(
         attention_kernel, (triton.cdiv(tokens, tile.block_m) * batch * heads,), num_warps=tile.num_warps, num_stages=tile.num_stages,
         query_ptr=query, guide_query_ptr=None if guide is None else guide.query, query_labels_ptr=query_labels, output_ptr=output, lse_ptr=lse,
-        known_ptr=known, segments=tuple(segments), **dict(zip(_QUERY_PITCHES, pitches(query))),
+        known_ptr=known, match_score_ptr=match_score, MATCH_MAPS=0 if match_score is None else match_score.shape[1],
+        segments=tuple(segments), **dict(zip(_QUERY_PITCHES, pitches(query))),
         **dict(zip(_GUIDE_QUERY_PITCHES, pitches(None if guide is None else guide.query))),
         **dict(zip(_QUERY_LABEL_STRIDES, _label_strides(query_labels))), H=heads, N_Q=tokens, lse_unit=lse_unit, contrast=contrast,
         strength=0.0 if guide is None else guide.strength * LOG2_E, SEGMENTS=len(segments),
         NEGATIVE=tuple(guide is None and s.scale < 0 for s in signed),
         RAGGED=tuple(s.order_ptr is not None or s.N_K % tile.block_n != 0 for s in segments),
         PITCHES=sum(((0, 0, 0) if s.order_ptr is None else (s.key_pitch_n, s.value_pitch_n, s.guide_pitch_n) for s in segments), ()),
-        HAS_VALUES=output is not None, KNOWN_LSE=known is not None, EXACT_WEIGHTS=exact_weights, D=dim, D_MAIN=main, D_TAIL=tail, D_V=value_dim,
+        FIXED=_fixed(query, segments, known, exact_weights), HAS_VALUES=output is not None, KNOWN_LSE=known is not None,
+        EXACT_WEIGHTS=exact_weights, D=dim, D_MAIN=main, D_TAIL=tail, D_V=value_dim,
         V_MAIN=value_main, V_TAIL=value_tail, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
     )  # fmt: skip
 
@@ -180,25 +168,10 @@ def _tile_mode(segments: Sequence[SegmentArguments], output: Tensor | None, guid
     return ("busy " if busy else "") + ("softmax" if known is None else "contrast")
 
 
-@triton.jit
-def weigh_kernel(
-    counts_ptr, order_ptr, unique_ptr, weights_ptr, headroom_ptr, total_ptr, counts_stride_b, counts_stride_g, counts_stride_n, G, N_K,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    counts_ptr += (row // G) * counts_stride_b + (row % G) * counts_stride_g
-    unique = tl.load(unique_ptr + row)
-    largest = tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, unique, BLOCK):
-        slots = start + tl.arange(0, BLOCK)
-        tokens = tl.load(order_ptr + row * N_K + slots, mask=slots < unique, other=0).to(tl.int64)
-        weights = tl.load(counts_ptr + tokens * counts_stride_n, mask=slots < unique, other=0).to(tl.float32)
-        tl.store(weights_ptr + row * N_K + slots, weights, mask=slots < unique)
-        largest = tl.maximum(largest, weights)
-        total += weights
-    tl.store(headroom_ptr + row, tl.math.log2(tl.maximum(tl.max(largest, 0) / 32768.0, 1.0)))
-    tl.store(total_ptr + row, tl.sum(total, 0))
+def _fixed(query: Tensor, segments: Sequence[SegmentArguments], known: Tensor | None, exact_weights: bool) -> bool:
+    """Whether the maximum of the first tile may stabilise all of them: where weights have float32's range, and every query sees a key there."""
+    labelled = any(s.labels_ptr is not None for s in segments)
+    return query.dtype != torch.float16 and known is None and not exact_weights and not labelled
 
 
 @triton.jit
@@ -210,14 +183,11 @@ def _load(pointers, present, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _attend_tile(
-    state, start, limit, query, segment, pointers, headroom, known, floor, contrast, strength, KEY_PITCH: tl.constexpr, VALUE_PITCH: tl.constexpr,
-    GUIDE_PITCH: tl.constexpr, MASKED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr,
-    D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+def _score_tile(
+    start, limit, query, segment, pointers, strength, KEY_PITCH: tl.constexpr, VALUE_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr,
+    MASKED: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One query tile meets the keys start .. start + BLOCK_N of a segment; MASKED where some of them are beyond `limit`."""
-    running_max, row_sum, acc_main, acc_tail = state
+    """Scores [BLOCK_M, BLOCK_N] of the keys start .. start + BLOCK_N, -inf where unseen; what makes logits of them; where keys and values are."""
     query_main, query_tail, guide_main, guide_tail, query_labels = query
     key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr = pointers
     columns = start + tl.arange(0, BLOCK_N)
@@ -242,19 +212,35 @@ def _attend_tile(
         guided = split_scores(guide_main, guide_tail, guide_ptr, rows, present, guide_pitch_n, segment.guide_stride_d, D, D_MAIN, D_TAIL, MASKED)
         scores = tl.fma(scores, segment.scale, guided * strength)
         factor = 1.0
+    seen = present[None, :]
     if segment.labels_ptr is not None:
         key_labels = _load(labels_ptr + rows * segment.labels_stride_n, present, MASKED)
         seen = (query_labels[:, None] & key_labels[None, :]) != 0
         scores = tl.where(seen, scores, float("-inf"))
     elif MASKED:
-        seen = present[None, :]
         scores = tl.where(seen, scores, float("-inf"))
+    return scores, factor, seen, rows, present, value_ptr, value_pitch_n
 
+
+@triton.jit
+def _attend_tile(
+    state, start, limit, query, segment, pointers, headroom, known, floor, contrast, strength, KEY_PITCH: tl.constexpr, VALUE_PITCH: tl.constexpr,
+    GUIDE_PITCH: tl.constexpr, MASKED: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
+    EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
+    V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One query tile meets the keys start .. start + BLOCK_N of a segment; MASKED where some are beyond `limit`, FIXED where the maximum stays."""
+    running_max, row_sum, acc_main, acc_tail = state
+    scores, factor, seen, rows, present, value_ptr, value_pitch_n = _score_tile(
+        start, limit, query, segment, pointers, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, MASKED, D, D_MAIN, D_TAIL, BLOCK_N
+    )
     if KNOWN_LSE:
         weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - known)[:, None]))
         weights = tl.clamp(tl.fma(weights, contrast, floor), 0.0, 1.0)
         if MASKED or segment.labels_ptr is not None:
             weights = tl.where(seen, weights, 0.0)
+    elif FIXED:
+        weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - running_max)[:, None]))
     else:
         new_max = tl.maximum(running_max, tl.max(scores, 1) * factor + (segment.shift + headroom))
         stabiliser = new_max
@@ -264,9 +250,11 @@ def _attend_tile(
         rescale = tl.math.exp2(running_max - stabiliser)
         running_max = new_max
     if segment.order_ptr is not None:
-        weights *= _load(weights_ptr + columns, present, MASKED)[None, :]
+        weights *= _load(pointers[5] + start + tl.arange(0, BLOCK_N), present, MASKED)[None, :]
 
-    if not KNOWN_LSE:
+    if FIXED:
+        row_sum += tl.sum(weights, 1)
+    elif not KNOWN_LSE:
         row_sum = tl.fma(row_sum, rescale, tl.sum(weights, 1))
         if HAS_VALUES:
             acc_main *= rescale[:, None]
@@ -286,6 +274,73 @@ def _attend_tile(
                 tail = load_rows(value_ptr, rows, present, value_pitch_n, segment.value_stride_d, D_V, V_MAIN, V_TAIL, MASKED)
                 acc_tail = tl.dot(rounded, tail, acc_tail, input_precision="ieee")
     return running_max, row_sum, acc_main, acc_tail
+
+
+@triton.jit
+def _open_segment(segment, batch, head, HAS_VALUES: tl.constexpr):
+    """Pointers to a segment's (keys, values, guide, labels, order, weights) for one row, how many keys there are, and the headroom."""
+    key_row = batch
+    if segment.rows_ptr is not None:
+        key_row = tl.load(segment.rows_ptr + batch * segment.rows_stride).to(tl.int64)
+    key_ptr = advance(segment.key_ptr, key_row * segment.key_pitch_b + head * segment.key_pitch_h)
+    value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr = key_ptr, key_ptr, key_ptr, key_ptr, key_ptr
+    limit, headroom = segment.N_K, 0.0
+    if HAS_VALUES:
+        value_ptr = advance(segment.value_ptr, key_row * segment.value_pitch_b + head * segment.value_pitch_h)
+    if segment.guide_ptr is not None:
+        guide_ptr = advance(segment.guide_ptr, key_row * segment.guide_pitch_b + head * segment.guide_pitch_h)
+    if segment.labels_ptr is not None:
+        labels_ptr = segment.labels_ptr + batch * segment.labels_stride_b
+    if segment.order_ptr is not None:
+        counts_row = batch * segment.maps + head % segment.maps
+        order_ptr = segment.order_ptr + counts_row * segment.N_K
+        weights_ptr = segment.weights_ptr + counts_row * segment.N_K
+        headroom = tl.load(segment.headroom_ptr + counts_row)
+        limit = tl.load(segment.unique_ptr + counts_row)
+    return (key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr), limit, headroom
+
+
+@triton.jit
+def _attend(
+    state, segments, query, opposite, batch, head, known, floor, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr,
+    RAGGED: tl.constexpr, PITCHES: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
+    EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
+    V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One query tile meets every key of every segment."""
+    running_max, row_sum, acc_main, acc_tail = state
+    for s in tl.static_range(SEGMENTS):
+        segment = segments[s]
+        pointers, limit, headroom = _open_segment(segment, batch, head, HAS_VALUES)
+        asked = opposite if NEGATIVE[s] else query
+        whole = limit // BLOCK_N * BLOCK_N
+        for start in tl.range(0, whole, BLOCK_N):
+            running_max, row_sum, acc_main, acc_tail = _attend_tile(
+                (running_max, row_sum, acc_main, acc_tail), start, limit, asked, segment, pointers, headroom, known, floor, contrast, strength,
+                PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], False, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V,
+                V_MAIN, V_TAIL, BLOCK_N,
+            )  # fmt: skip
+        if RAGGED[s]:
+            if whole < limit:
+                running_max, row_sum, acc_main, acc_tail = _attend_tile(
+                    (running_max, row_sum, acc_main, acc_tail), whole, limit, asked, segment, pointers, headroom, known, floor, contrast, strength,
+                    PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], True, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL,
+                    D_V, V_MAIN, V_TAIL, BLOCK_N,
+                )  # fmt: skip
+    return running_max, row_sum, acc_main, acc_tail
+
+
+@triton.jit
+def _first_max(
+    segment, query, batch, head, strength, RAGGED: tl.constexpr, KEY_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr, D: tl.constexpr,
+    D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of each query among the first tile of keys: [BLOCK_M]."""
+    pointers, limit, headroom = _open_segment(segment, batch, head, False)
+    scores, factor, seen, rows, present, value_ptr, value_pitch_n = _score_tile(
+        0, limit, query, segment, pointers, strength, KEY_PITCH, 0, GUIDE_PITCH, RAGGED, D, D_MAIN, D_TAIL, BLOCK_N
+    )
+    return tl.max(scores, 1) * factor + segment.shift
 
 
 @triton.jit
@@ -310,11 +365,12 @@ def _store_channels(output_ptrs, acc, inside, D_V: tl.constexpr, FIRST: tl.const
 
 @triton.jit
 def attention_kernel(
-    query_ptr, guide_query_ptr, query_labels_ptr, output_ptr, lse_ptr, known_ptr, segments, query_pitch_b, query_pitch_h, query_pitch_n,
-    query_stride_d, guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d, query_labels_stride_b,
-    query_labels_stride_n, H, N_Q, lse_unit, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr, RAGGED: tl.constexpr,
-    PITCHES: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr,
-    D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query_ptr, guide_query_ptr, query_labels_ptr, output_ptr, lse_ptr, known_ptr, match_score_ptr, MATCH_MAPS, segments, query_pitch_b,
+    query_pitch_h, query_pitch_n, query_stride_d, guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d,
+    query_labels_stride_b, query_labels_stride_n, H, N_Q, lse_unit, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr,
+    RAGGED: tl.constexpr, PITCHES: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
+    EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
+    V_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N_Q, BLOCK_M)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -351,44 +407,26 @@ def attention_kernel(
                 total += tl.load(segments[s].total_ptr + batch * segments[s].maps + head % segments[s].maps)
         floor = (1.0 - contrast) / tl.maximum(total, 1.0)
 
-    for s in tl.static_range(SEGMENTS):
-        segment = segments[s]
-        key_row = batch
-        if segment.rows_ptr is not None:
-            key_row = tl.load(segment.rows_ptr + batch * segment.rows_stride).to(tl.int64)
-        key_ptr = advance(segment.key_ptr, key_row * segment.key_pitch_b + head * segment.key_pitch_h)
-        value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr = key_ptr, key_ptr, key_ptr, key_ptr, key_ptr
-        limit, headroom = segment.N_K, 0.0
-        if HAS_VALUES:
-            value_ptr = advance(segment.value_ptr, key_row * segment.value_pitch_b + head * segment.value_pitch_h)
-        if segment.guide_ptr is not None:
-            guide_ptr = advance(segment.guide_ptr, key_row * segment.guide_pitch_b + head * segment.guide_pitch_h)
-        if segment.labels_ptr is not None:
-            labels_ptr = segment.labels_ptr + batch * segment.labels_stride_b
-        if segment.order_ptr is not None:
-            counts_row = batch * segment.maps + head % segment.maps
-            order_ptr = segment.order_ptr + counts_row * segment.N_K
-            weights_ptr = segment.weights_ptr + counts_row * segment.N_K
-            headroom = tl.load(segment.headroom_ptr + counts_row)
-            limit = tl.load(segment.unique_ptr + counts_row)
-        pointers = (key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr)
-        query = (query_main, query_tail, guide_main, guide_tail, query_labels)
-        if NEGATIVE[s]:
-            query = (-query_main, -query_tail, guide_main, guide_tail, query_labels)
-        whole = limit // BLOCK_N * BLOCK_N
-        for start in tl.range(0, whole, BLOCK_N):
-            running_max, row_sum, acc_main, acc_tail = _attend_tile(
-                (running_max, row_sum, acc_main, acc_tail), start, limit, query, segment, pointers, headroom, known, floor, contrast, strength,
-                PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN,
-                V_TAIL, BLOCK_N,
+    query = (query_main, query_tail, guide_main, guide_tail, query_labels)
+    opposite = (-query_main, -query_tail, guide_main, guide_tail, query_labels)
+    if FIXED:
+        running_max = _first_max(
+            segments[0], opposite if NEGATIVE[0] else query, batch, head, strength, RAGGED[0], PITCHES[0], PITCHES[2], D, D_MAIN, D_TAIL, BLOCK_N
+        )  # fmt: skip
+    running_max, row_sum, acc_main, acc_tail = _attend(
+        (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, batch, head, known, floor, contrast, strength, SEGMENTS, NEGATIVE,
+        RAGGED, PITCHES, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
+    )  # fmt: skip
+    if FIXED:
+        if not tl.max(row_sum, 0) < FIXED_LIMIT:
+            running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            row_sum = tl.zeros((BLOCK_M,), tl.float32)
+            acc_main = tl.zeros((BLOCK_M, V_MAIN), tl.float32)
+            acc_tail = tl.zeros((BLOCK_M, V_TAIL if V_TAIL > 0 else 1), tl.float32)
+            running_max, row_sum, acc_main, acc_tail = _attend(
+                (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, batch, head, known, floor, contrast, strength, SEGMENTS,
+                NEGATIVE, RAGGED, PITCHES, False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
             )  # fmt: skip
-        if RAGGED[s]:
-            if whole < limit:
-                running_max, row_sum, acc_main, acc_tail = _attend_tile(
-                    (running_max, row_sum, acc_main, acc_tail), whole, limit, query, segment, pointers, headroom, known, floor, contrast, strength,
-                    PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], True, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V,
-                    V_MAIN, V_TAIL, BLOCK_N,
-                )  # fmt: skip
 
     if KNOWN_LSE:
         factor = tl.where(known == known, 1.0, float("nan"))  # the clamp made a number of NaN
@@ -397,6 +435,10 @@ def attention_kernel(
         row_sum = tl.where(empty, 1.0, row_sum)
         factor = tl.where(empty, 0.0, 1.0 / row_sum)
         lse = tl.where(empty, float("-inf"), running_max + tl.math.log2(row_sum))
+    if match_score_ptr is not None:
+        match_row = batch * MATCH_MAPS + head % MATCH_MAPS
+        match_score = tl.load(match_score_ptr + match_row * N_Q + queries, mask=inside, other=0.0)
+        factor = tl.where(match_score == match_score, factor, float("nan"))
     if lse_ptr is not None:
         tl.store(lse_ptr + row * N_Q + queries, lse * lse_unit, mask=inside)
     if HAS_VALUES:

@@ -9,6 +9,7 @@ from ._configs import choose_tile, split_head_dim
 from ._launch import launch, target_of
 from ._tile import advance, load_rows, split_scores
 from .attention import LOG2_E, launch_attention, log2_sum_exp, pitches, segment_arguments
+from .rearrange import compact
 
 
 def label_mass(query, key, key_labels, num_labels, *, scale, counts) -> Tensor:
@@ -18,7 +19,8 @@ def label_mass(query, key, key_labels, num_labels, *, scale, counts) -> Tensor:
     exact = torch.float32 if target_of(query.device) == "interpreter" else torch.bfloat16  # the interpreter has no correct bfloat16
     members = members.to(exact).unsqueeze(1).expand(*key.shape[:3], width)
     mass = torch.empty((*query.shape[:3], width), device=query.device, dtype=torch.float32)
-    launch_attention(query, [segment_arguments(key, members, scale, counts=counts)], output=mass, lse=None, exact_weights=True)
+    multiplicity = None if counts is None else compact(counts)
+    launch_attention(query, [segment_arguments(key, members, scale, multiplicity=multiplicity)], output=mass, lse=None, exact_weights=True)
     return mass[..., :num_labels].contiguous()
 
 

@@ -1,4 +1,7 @@
-"""topk_attention on Triton. B batch rows, G maps (1 or H), H heads, N_Q and N_K tokens, D and D_V channels, K candidates of a query."""
+"""rearranged_attention and topk_attention on Triton.
+
+B batch rows, G maps (1 or H), H heads, N_Q and N_K tokens, D and D_V channels, K candidates of a query.
+"""
 
 import torch
 import triton
@@ -8,8 +11,24 @@ from torch import Tensor
 from ._configs import choose_tile, split_head_dim
 from ._launch import launch, target_of
 from ._tile import advance, load_rows
+from .attention import launch_attention, log2_sum_exp, segment_arguments
+from .rearrange import tally
+from .similarity import partial_argmax
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def rearranged_attention(
+    query, ref_query, ref_key, ref_value, similarity, joint, *, scale, contrast, query_labels=None, ref_labels=None, batch_index=None
+) -> Tensor:
+    """Norms, argmax, tally, attention: four launches, one more with a contrast, none for the norms of dot products."""
+    matches = partial_argmax(query, ref_query, similarity, joint, query_labels, ref_labels, batch_index)
+    multiplicity, score = tally(*matches, ref_key.shape[2])
+    segments = [segment_arguments(ref_key, ref_value, scale, multiplicity=multiplicity, labels=ref_labels, batch_index=batch_index)]
+    output = torch.empty((*query.shape[:3], ref_value.shape[3]), device=query.device, dtype=query.dtype)
+    known = None if contrast == 1.0 else log2_sum_exp(query, segments, query_labels)
+    launch_attention(query, segments, output=output, lse=None, query_labels=query_labels, contrast=contrast, known=known, match_score=score)
+    return output
 
 
 def topk_attention(query, key, value, index, *, scale, contrast, batch_index=None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._configs import Tile, choose_tile, split_head_dim, split_keys
 from ._launch import launch, target_of
-from ._tile import advance, load_rows, split_scores
+from ._tile import advance, load_rows, merge_splits, split_scores
 
 NORM_BLOCK = 64
 MERGE_BLOCK = 256
@@ -54,6 +54,21 @@ class Pair(NamedTuple):
 def similarity_argmax(
     query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None, *, exact=True
 ) -> tuple[Tensor, Tensor]:
+    partial_index, partial_score = partial_argmax(query, reference, similarity, joint, query_labels, reference_labels, batch_index, exact=exact)
+    if partial_index.shape[0] == 1:
+        return partial_index[0], partial_score[0]
+    index, score = torch.empty_like(partial_index[0]), torch.empty_like(partial_score[0])
+    launch(
+        _merge_splits_kernel, (triton.cdiv(index.numel(), MERGE_BLOCK),), num_warps=4, num_stages=1, partial_index_ptr=partial_index,
+        partial_score_ptr=partial_score, index_ptr=index, score_ptr=score, ROWS=index.numel(), SPLITS=partial_index.shape[0], BLOCK=MERGE_BLOCK,
+    )  # fmt: skip
+    return index, score
+
+
+def partial_argmax(
+    query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None, *, exact=True
+) -> tuple[Tensor, Tensor]:
+    """The best of each split of the reference tokens: index int32 and score fp32 [splits, B, G, N_Q]; -1 and -inf where a split has none."""
     shape = (query.shape[0], 1 if joint else query.shape[1], query.shape[2])
     pair, constants = _pair(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
     packed = not exact and not joint and query_labels is None  # it pays only where little else is done for a score
@@ -66,14 +81,6 @@ def similarity_argmax(
     launch(
         _similarity_argmax_kernel, (programs * splits,), num_warps=tile.num_warps, num_stages=tile.num_stages, pair=pair, index_ptr=index,
         score_ptr=score, SPLITS=splits, TILES_PER_SPLIT=tiles_per_split, PACKED=packed, LOP3=target == "sm_90", **constants, **_tiled(pair, tile),
-    )  # fmt: skip
-    if splits == 1:
-        return index.view(shape), score.view(shape)
-    partial_index, partial_score = index, score
-    index, score = index.new_empty(shape), score.new_empty(shape)
-    launch(
-        _merge_splits_kernel, (triton.cdiv(index.numel(), MERGE_BLOCK),), num_warps=4, num_stages=1, partial_index_ptr=partial_index,
-        partial_score_ptr=partial_score, index_ptr=index, score_ptr=score, ROWS=index.numel(), SPLITS=splits, BLOCK=MERGE_BLOCK,
     )  # fmt: skip
     return index, score
 
@@ -314,19 +321,10 @@ def _similarity_argmax_kernel(
 
 @triton.jit
 def _merge_splits_kernel(partial_index_ptr, partial_score_ptr, index_ptr, score_ptr, ROWS, SPLITS, BLOCK: tl.constexpr):
-    """The best over the splits; the earlier one, whose indices are lower, wins among equals."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_index = tl.full([BLOCK], -1, tl.int32)
-    for _ in range(SPLITS):
-        score = tl.load(partial_score_ptr + rows, mask=rows < ROWS, other=float("-inf"))
-        index = tl.load(partial_index_ptr + rows, mask=rows < ROWS, other=-1)
-        best_index = tl.where((score > best) | (score != score), index, best_index)
-        best = tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
-        partial_score_ptr += ROWS
-        partial_index_ptr += ROWS
-    tl.store(index_ptr + rows, best_index, mask=rows < ROWS)
-    tl.store(score_ptr + rows, best, mask=rows < ROWS)
+    score, index = merge_splits(partial_score_ptr, partial_index_ptr, rows, rows < ROWS, ROWS, SPLITS)
+    tl.store(index_ptr + rows, index, mask=rows < ROWS)
+    tl.store(score_ptr + rows, score, mask=rows < ROWS)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """attention on Triton, in the interpreter, against the reference in float64: every flag alone and together."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -168,3 +169,14 @@ def test_lse_is_left_out_unless_needed():
 def test_large_logits_stay_finite():
     query = 40 * _query(torch.float32)
     _check(query, [_segment(torch.float32, 45, counts=_counts(45)), _segment(torch.float32, 33, seed=11)], scale=1.0)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_keys_far_above_those_of_the_first_tile(counted):
+    """Weights stabilised by the first tile would overflow: the running maximum takes over. One query tile overflows, the other does not."""
+    query, segment = _query(torch.float32), _segment(torch.float32, 71, counts=_counts(71) if counted else None)
+    query[:, :, 32:] *= 0.01
+    segment.key[:, :, 40:] *= 40
+    logits = torch.einsum("bhqd,bhkd->bhqk", query, segment.key) / math.log(2)
+    assert (logits.amax(-1) - logits[..., :32].amax(-1)).amax((0, 1))[:32].max() > 128
+    _check(query, [segment], scale=1.0)

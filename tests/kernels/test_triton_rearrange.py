@@ -1,4 +1,4 @@
-"""match_counts, compact and take_rows on Triton, in the interpreter, against the reference: all of them are exact."""
+"""match_counts, compact, tally and take_rows on Triton, in the interpreter, against the reference: all of them are exact."""
 
 import pytest
 import torch
@@ -48,17 +48,44 @@ def test_match_counts_of_no_match():
 def test_compact(shape, share):
     generator = torch.Generator().manual_seed(1)
     counts = torch.randint(1, 9, shape, generator=generator, dtype=torch.int32) * (torch.rand(shape, generator=generator) < share)
-    order, unique = rearrange.compact(counts)
-    assert torch.equal(unique, (counts > 0).sum(-1).int())
-    for row, number, row_counts in zip(order.flatten(0, 1), unique.flatten(), counts.flatten(0, 1)):
-        assert torch.equal(row[:number], row_counts.nonzero().squeeze(-1).int())
-        assert not row[number:].any()
+    _check_multiplicity(rearrange.compact(counts), counts)
+
+
+def _check_multiplicity(found, counts):
+    assert torch.equal(found.unique, (counts > 0).sum(-1).int())
+    assert torch.equal(found.total, counts.sum(-1).float())
+    assert torch.equal(found.headroom, (counts.amax(-1) / 32768).clamp(min=1).log2())
+    for order, weights, number, row_counts in zip(*(x.flatten(0, 1) for x in (found.order, found.weights, found.unique, counts))):
+        assert torch.equal(order[:number], row_counts.nonzero().squeeze(-1).int())
+        assert torch.equal(weights[:number], row_counts[row_counts > 0].float())
+        assert not order[number:].any() and not weights[number:].any()
+
+
+def test_compact_of_large_counts():
+    counts = torch.tensor([[[0, 1 << 20, 3]]], dtype=torch.int32)
+    assert rearrange.compact(counts).headroom.item() == 5
 
 
 def test_compact_of_strided_counts():
     counts = (_index((60, 2, 3), 4) + 1).permute(2, 1, 0)
     expected = rearrange.compact(counts.contiguous())
     assert all(torch.equal(actual, wanted) for actual, wanted in zip(rearrange.compact(counts), expected))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape,num_tokens", [((2, 3, 70), 41), ((1, 1, 2100), 2500), ((1, 2, 33), 1)])
+def test_tally_merges_counts_and_compacts(splits, shape, num_tokens):
+    """The split with the best score wins, the earlier one among equals; a token without a match counts nowhere, one with NaN as its index says."""
+    generator = torch.Generator().manual_seed(4)
+    index = _index((splits, *shape), num_tokens, seed=5)
+    score = torch.randint(0, 3, index.shape, generator=generator).float().masked_fill(index < 0, float("-inf"))
+    score[-1, 0, 0, 7] = float("nan")
+    best = score.masked_fill(score.isnan(), float("inf")).max(0)
+    merged = index.gather(0, best.indices.unsqueeze(0))[0].masked_fill(best.values == float("-inf"), -1)
+    found, found_score = rearrange.tally(index, score, num_tokens)
+    assert found_score[0, 0, 7].isnan()
+    assert torch.equal(found_score.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf")), best.values)
+    _check_multiplicity(found, truth.match_counts(merged, num_tokens))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
