@@ -107,6 +107,16 @@ def _take_rows(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
     return _module("rearrange").take_rows(*_features(head_dim, dtype, tokens, 1), _integers(BATCH, 1, tokens))
 
 
+def _rearranged(name: str, *, similarity: str = "cosine", joint: bool = True, contrast: float = 1.0, labelled: bool = False) -> Case:
+    def run(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
+        labels = {f"{side}_labels": _integers(BATCH, tokens) for side in ("query", "ref")} if labelled else {}
+        return _module("qalign_attention").rearranged_attention(
+            *_features(head_dim, dtype, tokens, 4), similarity, joint, scale=head_dim**-0.5, contrast=contrast, **labels
+        )
+
+    return Case(f"rearranged_attention {name}".strip(), run)
+
+
 def _label_mass(counts: bool) -> Case:
     def run(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
         query, key = _features(head_dim, dtype, tokens, 2)
@@ -144,6 +154,7 @@ _CORE = {
     "label_mass",
     "mean_attention_map",
     "topk_attention",
+    "rearranged_attention",
 }
 _ALL = [
     *(_argmax(similarity, joint, exact, False) for similarity in ("dot", "cosine") for joint in (False, True) for exact in (True, False)),
@@ -175,5 +186,10 @@ _ALL = [
     Case("mean_attention_map", _mean_attention_map),
     _topk_attention(1.0),
     _topk_attention(1.67),
+    _rearranged(""),
+    _rearranged("per_head", joint=False),
+    _rearranged("dot", similarity="dot"),
+    _rearranged("contrast", contrast=1.67),
+    _rearranged("labels", labelled=True),
 ]
 CASES = [case._replace(core=case.name in _CORE) for case in _ALL]

@@ -15,7 +15,7 @@ from .rearrange import Multiplicity, compact
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-FIXED_LIMIT = tl.constexpr(2.0**96)  # of a row sum whose weights were stabilised by the first tile alone; beyond it they may have overflowed
+FIXED_LIMIT = tl.constexpr(2.0**64)  # of a row sum whose weights the first tile alone stabilised: beyond it, they or what they weigh may overflow
 _QUERY_PITCHES = ("query_pitch_b", "query_pitch_h", "query_pitch_n", "query_stride_d")
 _GUIDE_QUERY_PITCHES = ("guide_query_pitch_b", "guide_query_pitch_h", "guide_query_pitch_n", "guide_query_stride_d")
 _QUERY_LABEL_STRIDES = ("query_labels_stride_b", "query_labels_stride_n")

@@ -39,7 +39,7 @@ class Multiplicity(NamedTuple):
 
 def compact(counts: Tensor) -> Multiplicity:
     """Deterministic, no host synchronisation; counts int32 [B, G, N], any strides."""
-    multiplicity = _empty_multiplicity(*counts.shape, counts.device)
+    multiplicity = _empty_multiplicity(counts.shape, counts.device)
     _launch_compact(counts, multiplicity, num_warps=8)
     return multiplicity
 
@@ -52,13 +52,13 @@ def tally(partial_index: Tensor, partial_score: Tensor, num_tokens: int) -> tupl
     """
     _, batch, maps, _ = partial_index.shape
     counts = torch.empty((batch, maps, num_tokens), device=partial_index.device, dtype=torch.int32)
-    multiplicity, score = _empty_multiplicity(batch, maps, num_tokens, counts.device), torch.empty_like(partial_score[0])
+    multiplicity, score = _empty_multiplicity(counts.shape, counts.device), torch.empty_like(partial_score[0])
     _launch_compact(counts, multiplicity, partial_index, partial_score, score, num_warps=16)
     return multiplicity, score
 
 
-def _empty_multiplicity(batch: int, maps: int, tokens: int, device: torch.device) -> Multiplicity:
-    shapes = [(batch, maps, tokens)] * 2 + [(batch, maps)] * 3
+def _empty_multiplicity(shape: torch.Size, device: torch.device) -> Multiplicity:
+    shapes = [shape] * 2 + [shape[:2]] * 3
     dtypes = (torch.int32, torch.float32, torch.int32, torch.float32, torch.float32)
     return Multiplicity(*(torch.empty(shape, device=device, dtype=dtype) for shape, dtype in zip(shapes, dtypes)))
 
