@@ -37,7 +37,9 @@ LOG_VARIANCE = -8.0
 SHARE_OF_PART = 0.5  # weight of the part labels' loss
 # the features [B, tokens, channels] from which the part is read in training: what each of the decoder's self-attention layers is given
 LABELLED = {f"up_blocks.{block}.attentions.{layer}.transformer_blocks.0.norm1": (128, 96, 32)[block] for block in range(3) for layer in range(2)}
-PART_SCALE = 16.0  # of the cosines from which the part is read
+PART_SCALE = 16.0  # of the cosines from which the part is read, and by which neighbours are weighed
+SHARE_OF_NEIGHBOURS = 0.25  # weight of the neighbours' loss
+NEIGHBOURS = 48  # tokens drawn from each picture of a batch, parts alike
 NO_CAPTION = 0.15  # how often the caption is dropped, for classifier-free guidance
 
 
@@ -50,10 +52,11 @@ class Settings:
     autoencoder_batch: int = 8
     autoencoder_rate: float = 2e-3
     crop: int = 64
-    steps: int = 6000
+    steps: int = 7000
+    refine_steps: int = 4200  # after them, with the neighbours' loss; the rate rises once more and falls to 0
     batch: int = 16
     rate: float = 8e-4
-    decay: float = 0.3  # the last part of the steps, over which the rate falls to 0
+    decay: float = 0.3  # the last part of `steps`, over which the rate falls to 0
     warmup: int = 200
     average: float = 0.998  # of the exponential moving average of the weights
     noisy: float = 0.75  # timestep = 1000 · u^noisy: below 1 the noisy ones come more often
@@ -175,7 +178,7 @@ class Training:
         self.scheduler = build_scheduler()
         self.record: dict[str, Any] = {
             "settings": dataclasses.asdict(settings),
-            "part_labels": {"read_from": list(LABELLED), "weight": SHARE_OF_PART, "scale": PART_SCALE},
+            "part_labels": {"read_from": list(LABELLED), "weight": SHARE_OF_PART, "scale": PART_SCALE, "neighbours": SHARE_OF_NEIGHBOURS},
             "machine": machine(device),
         }
 
@@ -269,8 +272,12 @@ class Training:
         weight = torch.tensor([1.0] * len(BACKGROUNDS) + [2.0] * len(OBJECT_PARTS), device=self.device)
 
         def step(number: int) -> list[float]:
+            refining = number - settings.steps
             for group in optimizer.param_groups:
-                group["lr"] = settings.rate * _rate(number, settings.steps, settings.warmup, settings.decay)
+                if refining < 0:
+                    group["lr"] = settings.rate * _rate(number, settings.steps, settings.warmup, settings.decay)
+                else:
+                    group["lr"] = settings.rate * _rate(refining, settings.refine_steps, settings.warmup, 1.0)
             latents, labels, tokens = pool.batch(number)
             generator = self.generator(number)
             timestep = (1000 * torch.rand(settings.batch, generator=generator, device=self.device) ** settings.noisy).long().clamp(max=999)
@@ -283,16 +290,20 @@ class Training:
                 told = [reader(taps[name]) for reader, name in zip(self.readers, LABELLED)]
             loss = F.mse_loss(predicted, self.scheduler.get_velocity(latents, noise, timestep))
             parts = torch.stack([F.cross_entropy(each.float().flatten(0, 1), _at(labels, each.shape[1]).flatten(), weight) for each in told]).sum()
-            _descend(loss + SHARE_OF_PART * parts, optimizer, trained)
+            neighbours = torch.zeros(())
+            if refining >= 0:
+                costs = [_neighbours_loss(taps[name], _at(labels, taps[name].shape[1]), weight, generator) for name in LABELLED]
+                neighbours = torch.stack(costs).sum()
+            _descend(loss + SHARE_OF_PART * parts + SHARE_OF_NEIGHBOURS * neighbours, optimizer, trained)
             keep = min(settings.average, (number + 1) / (number + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(followed.parameters()), 1 - keep)
-            return [loss.item(), parts.item() / len(told)]
+            return [loss.item(), parts.item() / len(told), neighbours.item() / len(told)]
 
         parts = {"model": trained, "average": average, "optimizer": optimizer}
         try:
             with self.tapped() as taps:
-                self.loop("denoiser", parts, settings.steps, settings.batch, step)
+                self.loop("denoiser", parts, settings.steps + settings.refine_steps, settings.batch, step)
         finally:
             self.denoiser.load_state_dict(average[0].state_dict())
             self.text_encoder.load_state_dict(average[1].state_dict())
@@ -390,6 +401,25 @@ class Pool:
 def _rate(step: int, steps: int, warmup: int, decay: float) -> float:
     """Linear warm-up, constant, linear decay over the last part."""
     return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
+
+
+def _neighbours_loss(features: Tensor, labels: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """-log of the share that a token's own part has among its soft nearest neighbours in the other pictures; features [B, N, C], labels [B, N].
+
+    Neighbourhood components analysis by cosine: a match between pictures is a nearest neighbour, which a part told by its direction alone
+    need not be.
+    """
+    size = torch.zeros(len(labels), len(weight), device=labels.device).scatter_add(1, labels, torch.ones_like(labels, dtype=torch.float32))
+    drawn = torch.multinomial(weight[labels] / size.gather(1, labels), NEIGHBOURS, generator=generator)
+    directions = F.normalize(features.float().gather(1, drawn.unsqueeze(-1).expand(-1, -1, features.shape[2])), dim=-1).flatten(0, 1)
+    part = labels.gather(1, drawn).flatten()
+    picture = torch.arange(len(labels), device=labels.device).repeat_interleave(NEIGHBOURS)
+    elsewhere = picture[:, None] != picture
+    same = elsewhere & (part[:, None] == part)
+    logits = (PART_SCALE * directions @ directions.T).masked_fill(~elsewhere, -math.inf)
+    found = same.any(1)
+    surprise = logits[found].logsumexp(1) - logits[found].masked_fill(~same[found], -math.inf).logsumexp(1)
+    return surprise.sum() / found.sum().clamp(min=1)
 
 
 def _at(labels: Tensor, tokens: int) -> Tensor:

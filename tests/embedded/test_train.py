@@ -6,12 +6,24 @@ import pytest
 import torch
 
 from qalign.embedded.scenes import COLOURS, PLANS, TEXTURES, held_out_seed, render
-from qalign.embedded.train import LOG_VARIANCE, MAX_TOKENS, Settings, Training, build_autoencoder, build_tokenizer, main
+from qalign.embedded.train import (
+    LOG_VARIANCE,
+    MAX_TOKENS,
+    NEIGHBOURS,
+    PART_SCALE,
+    Settings,
+    Training,
+    _neighbours_loss,
+    build_autoencoder,
+    build_tokenizer,
+    main,
+)
 
 TINY = {
     "autoencoder_steps": 3,
     "autoencoder_batch": 4,
-    "steps": 3,
+    "steps": 2,
+    "refine_steps": 2,
     "batch": 2,
     "warmup": 1,
     "first_scenes": 6,
@@ -81,5 +93,35 @@ def test_command_stops_in_time_and_says_how_to_go_on(tmp_path, capsys):
 
 def test_record_says_what_was_run(trained):
     record = json.loads(json.dumps(trained.record))
-    assert record["settings"]["seed"] == 0 and record["denoiser"]["samples"] == 6 and record["denoiser"]["wall_s"] > 0
+    assert record["settings"]["seed"] == 0 and record["denoiser"]["samples"] == 8 and record["denoiser"]["wall_s"] > 0
     assert {"device", "threads", "torch"} <= set(record["machine"])
+
+
+def _features_and_labels(parts, seed=0):
+    """Three pictures of 64 tokens, each with two of the parts; a part's features share one direction, whatever their lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(parts).repeat_interleave(32, dim=1)
+    lengths = 0.5 + torch.rand(*labels.shape, 1, generator=generator)
+    return lengths * torch.eye(12)[labels], labels, generator
+
+
+def test_neighbours_of_one_part_cost_nothing_and_of_another_much():
+    features, labels, generator = _features_and_labels([[0, 4], [0, 5], [4, 5]])
+    weight = torch.ones(12)
+    alike = _neighbours_loss(features, labels, weight, generator)
+    mixed = _neighbours_loss(features.flip(1), labels, weight, generator)
+    assert alike < 1e-4 < 10 < mixed
+
+
+def test_neighbours_are_sought_in_other_pictures_only():
+    features, labels, generator = _features_and_labels([[0, 4], [1, 5], [2, 6]])
+    assert _neighbours_loss(features, labels, torch.ones(12), generator) == 0
+
+
+def test_neighbours_are_drawn_part_by_part():
+    """Of 1,024 tokens two are of the rare part; drawn token by token they would hardly ever be among the NEIGHBOURS."""
+    labels = torch.where(torch.arange(1024) < 1022, 0, 4).repeat(3, 1)
+    features = torch.eye(12)[labels]
+    features[1, 1022:] = features[0, 0]  # in one picture the rare part looks like the other
+    loss = _neighbours_loss(features, labels, torch.ones(12), torch.Generator().manual_seed(0))
+    assert loss > 2 * PART_SCALE / (3 * NEIGHBOURS)
