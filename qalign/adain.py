@@ -1,4 +1,4 @@
-"""Adaptive instance normalisation of latents, over whole pictures or inside masks."""
+"""Adaptive instance normalisation: of latents, over whole pictures or inside masks, and of an attention layer's tokens."""
 
 import torch
 from torch import Tensor
@@ -31,6 +31,25 @@ def adain(content: Tensor, style: Tensor, *, content_mask: Tensor | None = None,
     style_mean, style_deviation, style_defined = _statistics(style.to(dtype), model, eps)
     normalised = (content.to(dtype) - mean) / deviation * style_deviation + style_mean
     return torch.where(inside & defined & style_defined, normalised.to(content.dtype), content)
+
+
+def token_adain(x: Tensor, reference: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Give each head's channels the mean and deviation that they have over the reference's tokens.
+
+    (x - mean(x)) / √(var(x) + eps) · √(var(y) + eps) + mean(y), per row, head and channel over tokens, var unbiased.
+
+    Args:
+        x: [B, H, N, D].
+        reference: y [B, H, N', D].
+        eps: added to both variances.
+
+    Returns:
+        [B, H, N, D] in the dtype of x, computed in float32 or better, with x's order in memory.
+    Source: StyleAligned, arXiv 2312.02133.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    (variance, mean), (style_variance, style_mean) = (torch.var_mean(each.to(dtype), dim=-2, keepdim=True) for each in (x, reference))
+    return ((x.to(dtype) - mean) * ((style_variance + eps) / (variance + eps)).sqrt() + style_mean).to(x.dtype)
 
 
 def _mask(mask: Tensor | None, name: str, picture: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .layout import BatchLayout
 from .methods import Method
 from .processors.unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
+from .regions import Regions
 from .schedule import Clock
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
@@ -34,6 +35,7 @@ def attach(
     layout: BatchLayout = DEFAULT_LAYOUT,
     layers: str | Sequence[str] | None = None,
     steps: tuple[float, float] | None = None,
+    regions: Regions | None = None,
 ) -> "Control":
     """Run `method` on a pipeline's UNet, or on a UNet, inside a `with` block.
 
@@ -46,21 +48,28 @@ def attach(
         layout: the roles of the batch's rows.
         layers: a name, "down", "mid" or "up", the first part of a name, a pattern with * and ?, or a list of these; None is the method's
             own choice.
-        steps: (start, stop) as fractions of the denoising loop; None is all of it.
+        steps: (start, stop) as fractions of the denoising loop; None is the method's own choice, which mostly is all of it: (0, 1).
+        regions: labels of the pictures' tokens: what is matched and read then stays in its region.
 
     A pipeline's steps are told from its scheduler, which has to be chosen before. The loop of a bare model goes through `control.track`.
 
     Raises:
         TypeError, ValueError: a bad argument, named. RuntimeError: the model carries processors of this library already.
     """
-    return Control(pipe_or_model, method, layout, layers, steps)
+    return Control(pipe_or_model, method, layout, layers, steps, regions)
 
 
 class Control:
     """The processors that `attach` installs, their layers and their clock. Enter it to install, leave it to restore."""
 
     def __init__(
-        self, pipe_or_model: Any, method: Method, layout: BatchLayout, layers: str | Sequence[str] | None, steps: tuple[float, float] | None
+        self,
+        pipe_or_model: Any,
+        method: Method,
+        layout: BatchLayout,
+        layers: str | Sequence[str] | None,
+        steps: tuple[float, float] | None,
+        regions: Regions | None,
     ) -> None:
         self.model = find_unet(pipe_or_model)
         self.pipe = None if isinstance(pipe_or_model, nn.Module) else pipe_or_model
@@ -70,7 +79,10 @@ class Control:
             raise TypeError(f"layout: expected a BatchLayout, got {layout!r}")
         self.method = method
         self.layout = layout
-        self.clock = Clock(steps, method.takes_structure)
+        if regions is not None and not isinstance(regions, Regions):
+            raise TypeError(f"regions: expected Regions(appearance=..., structure=...) or None, got {regions!r}")
+        self.regions = regions
+        self.clock = Clock(getattr(method, "default_steps", None) if steps is None else steps, method.takes_structure)
         self.layers = select_layers(self.model, layers, method)
         self._processors: dict[str, UNetAttnProcessor] = {}
         self._originals: dict[str, Any] = {}
@@ -81,7 +93,8 @@ class Control:
         carried = Counter(type(m.processor).__name__ for m in self.model.modules() if isinstance(getattr(m, "processor", None), UNetAttnProcessor))
         if carried:
             raise RuntimeError(f"pipe_or_model: expected a model without qalign processors, got {_count(carried)} (attached twice?)")
-        self._processors = {name: UNetAttnProcessor(self.method, self.layout, clock=self.clock, layer=name) for name in self.layers}
+        settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions}
+        self._processors = {name: UNetAttnProcessor(self.method, self.layout, layer=name, **settings) for name in self.layers}
         self._originals = {name: attn.processor for name, attn in self.layers.items()}
         self._follow(getattr(self.pipe, "scheduler", None))
         for name, attn in self.layers.items():

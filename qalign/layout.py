@@ -66,6 +66,12 @@ class BatchLayout:
         make = _index if torch.compiler.is_compiling() else _cached_index
         return make(slots, len(self.roles), parts, self.images_per_prompt, device, dtype)
 
+    def companions(self, batch: int, device: torch.device) -> list[Tensor]:
+        """For each output of the roles: its row in the guidance part and image of each output row. int32, as `index`."""
+        make = _index if torch.compiler.is_compiling() else _cached_index
+        slots, settings = self._slots("output"), (len(self.roles), self.parts(batch), self.images_per_prompt, device, torch.int32)
+        return [make((slot,) * len(slots), *settings) for slot in slots]
+
     def _slots(self, role: str) -> tuple[int, ...]:
         if role == "other":
             return tuple(slot for slot, name in enumerate(self.roles) if name != "output")

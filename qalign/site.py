@@ -1,12 +1,16 @@
 """The place where a method acts: one attention layer in one forward pass."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qalign_kernels import Segment
+
 from .layout import BatchLayout
+from .regions import EVERYTHING, Regions
 from .schedule import Clock
 
 HIDDEN_BIAS = -1e3  # an additive mask hides a key below this; diffusers writes -1e4
@@ -22,6 +26,7 @@ class Site:
         mask: additive or boolean [B, 1 or H, 1 or N_q, N_k], or None.
         clock: the step, or None where nobody counts steps.
         owner: whatever installed the processor; `owner.layer` is the name of the layer. A method that reads it is compiled once per layer.
+        regions: the labels of the pictures' tokens, or None.
     """
 
     layout: BatchLayout
@@ -29,6 +34,7 @@ class Site:
     mask: Tensor | None = None
     clock: Clock | None = None
     owner: object = None
+    regions: Regions | None = None
 
     @property
     def idle(self) -> bool:
@@ -39,6 +45,11 @@ class Site:
             running = "a pipeline call with the scheduler it had when attached, or control.track(timesteps)"
             raise RuntimeError(f"steps: expected a running clock ({running}), got a call outside of one")
         return self.clock.idle
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer; empty where nobody gave it one."""
+        return getattr(self.owner, "layer", "")
 
     def output_rows(self, q: Tensor) -> Tensor:
         """int32, the rows that the method edits."""
@@ -51,15 +62,54 @@ class Site:
             return appearance
         return torch.where(self.clock.from_structure.to(q.device), self.layout.index("structure", q.shape[0], q.device), appearance)
 
-    def token_labels(self, q: Tensor, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The mask's keys of `rows` as bit sets for queries [1, N_q] and keys [len(rows), N_k]: all bits, or none where hidden."""
+    def structure_rows(self, q: Tensor) -> Tensor:
+        """int32, the structure of each output row."""
+        return self.layout.index("structure", q.shape[0], q.device)
+
+    def companion_rows(self, q: Tensor) -> list[Tensor]:
+        """int32, for each output of the layout: the row of it that each output row has in its own guidance part and image."""
+        return self.layout.companions(q.shape[0], q.device)
+
+    def reference(self, k: Tensor, v: Tensor, rows: Tensor, *, logit_scale: float = 1.0, logit_shift: float = 0.0) -> Segment:
+        """The reference's keys and values, one of `rows` for each output row, with the labels that their tokens have."""
+        return Segment(k, v, labels=self.key_labels(k, rows), logit_scale=logit_scale, logit_shift=logit_shift, batch_index=rows)
+
+    def own(self, k: Tensor, v: Tensor, rows: Tensor, regions: Tensor | None = None) -> Segment:
+        """The keys and values of `rows` themselves, seen by all queries or by those that meet `regions`, int32 [1, N]."""
+        return Segment(k, v, labels=self._seen(rows, regions), batch_index=rows)
+
+    def query_labels(self, q: Tensor) -> Tensor | None:
+        """Bit sets int32 [1, N] of the output rows' tokens; None where everything is seen."""
+        regions, tokens = self.regions, q.shape[2]
+        if regions is not None:
+            return self._by_step(lambda picture: regions.queries(picture, tokens, tokens, q.device))
+        return None if self.mask is None else q.new_full((1, tokens), EVERYTHING, dtype=torch.int32)
+
+    def key_labels(self, k: Tensor, rows: Tensor) -> Tensor | None:
+        """Bit sets int32 [len(rows) or 1, N] of the reference's tokens: no bits where the attention mask hides them."""
+        regions = self.regions
+        return self._seen(rows, None if regions is None else self._by_step(lambda picture: regions.keys(picture, k.shape[2], k.device)))
+
+    def own_labels(self, rows: Tensor) -> Tensor | None:
+        """Bit sets int32 [len(rows), N] of the tokens of `rows` where their own row reads them; None where no mask hides any."""
+        return self._seen(rows, None)
+
+    def _seen(self, rows: Tensor, labels: Tensor | None) -> Tensor | None:
+        """`labels` without those tokens of `rows` that the attention mask hides."""
         if self.mask is None:
-            return None, None
+            return labels
         if self.mask.shape[1] != 1 or self.mask.shape[2] != 1:
             raise ValueError(f"attention_mask: expected a key mask [B, 1, N] on an edited layer, got {list(self.mask.shape)} after preparation")
         mask = self.mask.index_select(0, rows)[:, 0, 0]
         seen = mask if mask.dtype == torch.bool else mask > HIDDEN_BIAS
-        return q.new_full((1, q.shape[2]), -1, dtype=torch.int32), -seen.int()
+        return torch.where(seen, EVERYTHING if labels is None else labels, 0).int()
+
+    def _by_step(self, labels: Callable[[str], Tensor]) -> Tensor:
+        """Those of the appearance, or of the structure where this step reads it."""
+        if self.clock is None or "structure" not in self.layout.roles:
+            return labels("appearance")
+        structure = labels("structure")
+        return torch.where(self.clock.from_structure.to(structure.device), structure, labels("appearance"))
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stock attention of every row."""
@@ -74,10 +124,19 @@ class Site:
             return plain.index_copy(0, output, edited)
         merged = torch.empty_like(q).index_copy_(0, output, edited)
         others = self._index("other", q)
-        if others.numel() == 0:
-            return merged
-        mask = None if self.mask is None else self.mask.index_select(0, others)
-        return merged.index_copy_(0, others, self._stock(take(q, others), take(k, others), take(v, others), mask))
+        return merged if others.numel() == 0 else merged.index_copy_(0, others, self.stock(q, k, v, others))
+
+    def stock(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+        """Stock attention of `rows` alone."""
+        mask = None if self.mask is None else self.mask.index_select(0, rows)
+        return self._stock(take(q, rows), take(k, rows), take(v, rows), mask)
+
+    def replace(self, hidden: Tensor, edited: Tensor) -> Tensor:
+        """Hidden states [B, N, C] with `edited` [rows, N, C] in the output rows, where the step edits at all."""
+        output = self._index("output", hidden)
+        if self.clock is not None and self.clock.gated and torch.compiler.is_compiling():
+            edited = torch.where(self.clock.active.to(hidden.device), edited, hidden.index_select(0, output))
+        return hidden.index_copy(0, output, edited)
 
     def _index(self, role: str, q: Tensor) -> Tensor:
         return self.layout.index(role, q.shape[0], q.device, torch.int64)

@@ -12,7 +12,18 @@ from ..files import replacing
 MULTIPLE = 8  # pixels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = ("float32", "float16", "bfloat16")
-METHODS = {"cross_image": "Cross-Image", "qalign": "Q-Align"}
+COMPARED = {"cross_image": "Cross-Image", "qalign": "Q-Align"}  # by demo and leakage
+METHODS = {
+    **COMPARED,
+    "eye_for_an_eye": "Eye-for-an-eye",
+    "masactrl": "MasaCtrl",
+    "style_aligned": "StyleAligned",
+    "visual_style": "Visual style prompting",
+    "style_id": "StyleID",
+    "z_star": "Z-STAR",
+    "ctrl_x": "Ctrl-X",
+    "seal": "SeAl",
+}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

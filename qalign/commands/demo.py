@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ._shared import METHODS, count, folder_path, load_embedded, say, whole, write
+from ._shared import COMPARED, count, folder_path, load_embedded, say, whole, write
 
 NEEDS = ("diffusers", "transformers", "psutil", "skimage", "matplotlib")
 PARTS = ("step", "transfer")
@@ -78,7 +78,7 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for number in range(ROWS):
-        progress(f"transfer {number + 1} of {ROWS}: inversion, then {', '.join(METHODS.values())}; {STEPS} steps")
+        progress(f"transfer {number + 1} of {ROWS}: inversion, then {', '.join(COMPARED.values())}; {STEPS} steps")
         rows.append(transfer(pipe, seed + number))
     structure, appearance, labels, caption = correspond.held_out_scenes(seed, picture_size(pipe))
     progress("what matches what")
@@ -97,7 +97,7 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
     write("grid", grid, out / "transfer.png")
     write("matches", lines, out / "transfer_matches.png")
     write("heat maps", heat_maps, out / "heat_maps.png")
-    curves = {METHODS[name]: by_layer(entry["by_layer_and_step"]) for name, entry in report["methods"].items()}
+    curves = {COMPARED[name]: by_layer(entry["by_layer_and_step"]) for name, entry in report["methods"].items()}
     plot = leakage_by_layer_and_step(
         curves,
         title=f"Object attention outside its own part, {pairs} pairs",
@@ -121,7 +121,7 @@ def transfer(pipe: Any, seed: int) -> dict[str, Any]:
     noun = caption.split()[-1]
     inversion = pipe.invert(appearance, structure, caption, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(seed))
     row: dict[str, Any] = {"structure": structure, "appearance": appearance}
-    for name, title in METHODS.items():
+    for name, title in COMPARED.items():
         row[title] = pipe(appearance, structure, caption, method=name, inversion=inversion, adain=ADAIN, noun=noun).images[0]
     return row
 
@@ -146,7 +146,7 @@ def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Reports of leakage side by side."""
     from ..leakage import TITLES
 
-    columns = [(title, METHODS[name], report["methods"][name]) for title, report in reports.items() for name in METHODS]
+    columns = [(title, COMPARED[name], report["methods"][name]) for title, report in reports.items() for name in COMPARED]
     heads = "".join(f"{title:>30}" for title in reports)
     lines = [f"{'attention leakage':<38}{heads}", f"{'':<38}" + "".join(f"{name:>15}" for _, name, _ in columns)]
     for figure in FIGURES:

@@ -69,7 +69,7 @@ def make_method(options: argparse.Namespace) -> Any:
     given = {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
     foreign = set(given) - {field.name for field in fields(method)}  # type: ignore[arg-type]
     if foreign:
-        raise ValueError(f"--{min(foreign)}: expected with --method qalign, got --method {options.method}")
+        raise ValueError(f"--{min(foreign)}: expected with --method qalign or another that has it, got --method {options.method}")
     return type(method)(**given)
 
 

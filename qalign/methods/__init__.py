@@ -6,12 +6,25 @@ from typing import Protocol
 from torch import Tensor
 
 from ..site import Site
+from .bounded import BoundedAttention
 from .cross_image import CrossImage
+from .ctrl_x import CtrlX
+from .eye_for_an_eye import EyeForAnEye
+from .masactrl import MasaCtrl
 from .qalign import QAlign
+from .seal import SeAl
+from .style_aligned import StyleAligned
+from .style_id import StyleID
+from .visual_style import VisualStylePrompting
+from .z_star import ZStar
 
 
 class Method(Protocol):
-    """Frozen settings with one function on [B, H, N, D] tensors, and what `attach` asks of them."""
+    """Frozen settings with one function on [B, H, N, D] tensors, and what `attach` asks of them.
+
+    Two things a method may have besides: `default_steps`, a (start, stop) for `attach` where the user gives none; and
+    `prepare(hidden, project, site)`, what it makes of the hidden states [B, N, C] before `project` gives queries, keys and values of them.
+    """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The attention output of every row of the batch, [B, H, N, D]."""
@@ -23,4 +36,32 @@ class Method(Protocol):
         """Whether keys and values come from the structure at this step."""
 
 
-__all__ = ["CrossImage", "Method", "QAlign"]
+METHODS: dict[str, type[Method]] = {
+    "qalign": QAlign,
+    "cross_image": CrossImage,
+    "eye_for_an_eye": EyeForAnEye,
+    "masactrl": MasaCtrl,
+    "style_aligned": StyleAligned,
+    "visual_style": VisualStylePrompting,
+    "style_id": StyleID,
+    "z_star": ZStar,
+    "ctrl_x": CtrlX,
+    "seal": SeAl,
+    "bounded": BoundedAttention,
+}
+
+__all__ = [
+    "METHODS",
+    "BoundedAttention",
+    "CrossImage",
+    "CtrlX",
+    "EyeForAnEye",
+    "MasaCtrl",
+    "Method",
+    "QAlign",
+    "SeAl",
+    "StyleAligned",
+    "StyleID",
+    "VisualStylePrompting",
+    "ZStar",
+]

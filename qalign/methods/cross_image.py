@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from qalign_kernels import Segment, attention
+from qalign_kernels import attention
 
 from ..site import Site, take
+from ._editing import Card, Editing
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossImage:
+class CrossImage(Editing):
     """Appearance transfer by swapped keys and values.
 
     output rows: contrasted softmax(s Q_out K_refᵀ) V_ref, the reference being the appearance, or the structure at some early steps.
@@ -27,15 +29,13 @@ class CrossImage:
     Not here: its swap guidance, latent AdaIN, FreeU and step range (`attach(steps=...)`).
     """
 
+    card: ClassVar[Card] = Card(
+        "Cross-Image", "2311.03335", "K, V <- appearance, contrast", "last two decoder blocks", "12 to 68 of 68", "attention (contrast)", 1.5
+    )
+
     contrast: float = 1.67
     structure_every: int = 5
     structure_until: float = 40 / 68
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        if site.idle:
-            return site.plain(q, k, v)
-        output, reference = site.output_rows(q), site.reference_rows(q)
-        return site.merge(q, k, v, self.edit(q, k, v, output, reference, site))
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         """Self-attention in the last two decoder blocks that have any: 32² and 64² tokens in SD 1.5 at 512 and SDXL at 1024 pixels."""
@@ -48,7 +48,5 @@ class CrossImage:
         return self.structure_every > 0 and late % self.structure_every == 0 and late / total < self.structure_until
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
-        """The attention output of the rows `output`, [rows, H, N, D]."""
-        query_labels, labels = site.token_labels(q, reference)
-        segment = Segment(k, v, labels=labels, batch_index=reference)
-        return attention(take(q, output), segment, scale=site.scale, contrast=self.contrast, query_labels=query_labels)
+        segment = site.reference(k, v, reference)
+        return attention(take(q, output), segment, scale=site.scale, contrast=self.contrast, query_labels=site.query_labels(q))

@@ -1,12 +1,14 @@
 """Q-Align: keys and values of the reference, re-aligned by query-query similarity before they are attended."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from qalign_kernels import qalign_attention
 
 from ..site import Site, take
+from ._editing import Card
 from .cross_image import CrossImage
 
 
@@ -26,6 +28,16 @@ class QAlign(CrossImage):
     Source: Q-Align, arXiv 2508.21090.
     """
 
+    card: ClassVar[Card] = Card(
+        "Q-Align",
+        "2508.21090",
+        "K, V <- appearance, aligned by queries",
+        "last two decoder blocks",
+        "12 to 68 of 68",
+        "similarity_topk, topk attention",
+        0.5,
+    )
+
     similarity: str = "cosine"
     heads: str = "joint"
     refinement: str = "topk"
@@ -33,7 +45,6 @@ class QAlign(CrossImage):
     strength: float = 20.0
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
-        query_labels, ref_labels = site.token_labels(q, reference)
         return qalign_attention(
             take(q, output),
             q,
@@ -47,7 +58,7 @@ class QAlign(CrossImage):
             strength=self.strength,
             scale=site.scale,
             contrast=self.contrast,
-            query_labels=query_labels,
-            ref_labels=ref_labels,
+            query_labels=site.query_labels(q),
+            ref_labels=site.key_labels(k, reference),
             batch_index=reference,
         )

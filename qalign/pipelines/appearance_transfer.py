@@ -20,11 +20,16 @@ from ..guidance import swap_guided, swap_scales
 from ..inversion import KINDS, Inversion, Predict, denoise_step, invert_ddim, invert_ddpm, require_finite
 from ..layout import BatchLayout
 from ..masks import MOST_TOKENS, MapCollector, default_noun, noun_tokens, object_masks
-from ..methods import CrossImage, Method, QAlign
+from ..methods import METHODS as ALL_METHODS
+from ..methods import BoundedAttention, Method, QAlign
+from ..regions import Regions
 from .inversion_cache import InversionCache, digest
 from .pictures import choose_size, cover, to_tensors
 
-METHODS: dict[str, Callable[[], Method]] = {"cross_image": CrossImage, "qalign": QAlign}
+METHODS: dict[str, Callable[[], Method]] = {
+    name: kind for name, kind in ALL_METHODS.items() if kind is not BoundedAttention
+}  # it reads no appearance
+PUBLISHED_STEPS = (11 / 68, 1.0)
 ADAIN = ("masked", "whole", None)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _QALIGN = QAlign()
@@ -137,13 +142,14 @@ class AppearanceTransfer:
         inversion: str | Inversion = "ddpm",
         inversion_guidance_scale: float = 3.5,
         swap_guidance_scale: float = 3.5,
-        edit_steps: tuple[float, float] | None = (11 / 68, 1.0),
+        edit_steps: tuple[float, float] | None = None,
         guidance_start: float = 10 / 68,
         adain: str | None = "masked",
         adain_start: float = 20 / 68,
         noun: str | None = None,
         freeu: bool = False,
         layers: str | Sequence[str] | None = None,
+        regions: Regions | None = None,
         cache: str | Path | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -165,21 +171,22 @@ class AppearanceTransfer:
             appearance: one picture: PIL, tensor [3, H, W] or array [H, W, 3], floats in [0, 1] or bytes.
             structure: one or several.
             prompt: what all of them show.
-            method: such as `QAlign()`, or "qalign" or "cross_image"; None edits nothing.
+            method: such as `QAlign()`, or its name in `qalign.methods.METHODS`; None edits nothing.
             num_inference_steps: of the inversion.
             skip: the fraction of these that is left out at the noisy end; more keeps more of the structure.
             inversion: "ddpm", edit-friendly; "ddim", deterministic; or what `invert` returned for these pictures, which then need not be
                 given and whose number of steps counts.
             inversion_guidance_scale: of the prompt against the empty one, at the inversion only.
             swap_guidance_scale: γ of plain + γ (edited - plain), falling to its half; 1 or less is none and saves the rows without edit.
-            edit_steps: (start, stop), when the method edits; None is always. A method's own structure steps are counted from the first executed step.
+            edit_steps: (start, stop), when the method edits; None is the method's own, or else Cross-Image's (11 / 68, 1). A method's own
+                structure steps are counted from the first executed step.
             guidance_start: where swap guidance begins.
             adain: "masked": the output's latents take the statistics of the appearance's object inside the structure's; "whole": without
                 masks; None: not at all.
             adain_start: where that begins, and the step whose attention maps make the masks.
             noun: the word of the prompt that is the object; None is a guess by its grammar. See `qalign.masks.noun_tokens`.
             freeu: `qalign.freeu` throughout. The official FreeU is `enable_freeu`.
-            layers: as `attach`.
+            layers, regions: as `attach`.
             cache: a folder for inversions, one file each for a picture with its settings and noise.
             height, width: in pixels, multiples of 8; None is the first structure's. Pictures of another size are scaled to cover this one,
                 and their middle is taken.
@@ -205,7 +212,9 @@ class AppearanceTransfer:
         control = None
         if method is not None:
             roles = ["output"] * outputs + ["plain"] * outputs * guided + ["appearance"] + ["structure"] * outputs
-            control = attach(self, method, layout=BatchLayout(*roles, guidance=False), layers=layers, steps=edit_steps)
+            active = edit_steps or getattr(method, "default_steps", None) or PUBLISHED_STEPS
+            layout = BatchLayout(*roles, guidance=False)
+            control = attach(self, method, layout=layout, layers=layers, steps=active, regions=regions)
         blend = None if adain is None else _Blend(adain, adain_start, self._noun_tokens(prompt, noun) if adain == "masked" else ())
         if known is None:
             settings = {"num_inference_steps": steps, "inversion": inversion, "inversion_guidance_scale": inversion_guidance_scale}

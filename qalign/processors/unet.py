@@ -1,6 +1,7 @@
 """The projection path of UNet attention, once for all methods, and the processors that put a method on it."""
 
 import contextlib
+import functools
 import sys
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layout import BatchLayout
 from ..methods import CrossImage, Method, QAlign
+from ..regions import Regions
 from ..schedule import Clock
 from ..site import Site
 
@@ -31,11 +33,20 @@ class UNetAttnProcessor:
         layout: the roles of the batch's rows. Without an output row nothing is edited.
         clock: the step of the denoising loop; None: every step is active and reads the appearance.
         layer: the layer's name, for methods that ask.
+        regions: labels of the pictures' tokens, which restrict what the output reads; None: everything is read.
 
     `load_ip_adapter` and `unload_ip_adapter` create processors anew, without arguments: settings belong to `qalign.attach`, after loading.
     """
 
-    def __init__(self, method: Method | None = None, layout: BatchLayout = DEFAULT_LAYOUT, *, clock: Clock | None = None, layer: str = "") -> None:
+    def __init__(
+        self,
+        method: Method | None = None,
+        layout: BatchLayout = DEFAULT_LAYOUT,
+        *,
+        clock: Clock | None = None,
+        layer: str = "",
+        regions: Regions | None = None,
+    ) -> None:
         if method is not None and not callable(getattr(method, "attend", None)):
             raise TypeError(f"method: expected None or a method such as QAlign(), got {method!r}")
         if not isinstance(layout, BatchLayout):
@@ -44,6 +55,7 @@ class UNetAttnProcessor:
         self.layout = layout
         self.clock = clock
         self.layer = layer
+        self.regions = regions
         register_with_guiders(type(self))
 
     def __call__(
@@ -65,13 +77,13 @@ class UNetAttnProcessor:
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
+        method = self.method if encoder_hidden_states is None and "output" in self.layout.roles else None
+        scale = None if attn.scale == (attn.inner_dim // attn.heads) ** -0.5 else attn.scale
+        site = Site(self.layout, scale, mask, self.clock, self, self.regions)
+        if method is not None and hasattr(method, "prepare"):
+            hidden_states = method.prepare(hidden_states, functools.partial(project, attn, context=None), site)
         q, k, v = project(attn, hidden_states, encoder_hidden_states)
-        scale = None if attn.scale == q.shape[-1] ** -0.5 else attn.scale
-        site = Site(self.layout, scale, mask, self.clock, self)
-        if self.method is None or encoder_hidden_states is not None or "output" not in self.layout.roles:
-            attended = site.plain(q, k, v)
-        else:
-            attended = self.method.attend(q, k, v, site)
+        attended = site.plain(q, k, v) if method is None else method.attend(q, k, v, site)
 
         hidden_states = attended.transpose(1, 2).flatten(2).to(q.dtype)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))

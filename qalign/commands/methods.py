@@ -1,0 +1,37 @@
+"""The methods of this library: paper, what each edits and where, what it is made of, and what it costs.
+
+Costs are of one edited layer and output row, in 10^9 multiply-adds: the first self-attention of SD 1.5 at 512 pixels (4096 tokens, 8 heads
+of 40 channels) and of SDXL at 1024 (4096 tokens, 10 heads of 64), beside the stock self-attention that is replaced. They are counted, not
+timed; masks, norms and gathers are left out.
+
+examples:
+  python -m qalign methods
+"""
+
+import argparse
+
+from ._shared import say
+
+NEEDS: tuple[str, ...] = ()
+SHAPES = {"SD 1.5": (4096, 8 * 40), "SDXL": (4096, 10 * 64)}
+HEAD = ("name", "method", "arXiv", "edits in the output rows", "layers", "steps", "made of")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..methods import METHODS
+
+    stock = {family: 2 * tokens**2 * channels / 1e9 for family, (tokens, channels) in SHAPES.items()}
+    lines = [(*HEAD, *stock)]
+    lines += [
+        (name, *kind.card[:6], *(f"{kind.card.cost * work:.1f}" for work in stock.values()))  # type: ignore[attr-defined]
+        for name, kind in METHODS.items()
+    ]
+    lines.append(("-", "stock self-attention", "-", "-", "-", "-", "-", *(f"{work:.1f}" for work in stock.values())))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    return 0

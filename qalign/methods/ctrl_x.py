@@ -1,0 +1,96 @@
+"""Ctrl-X: structure by injected queries and keys, appearance by the statistics that attention finds for each token."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qalign_kernels import Segment, attention
+
+from ..site import Site, take
+from ._editing import Card, Editing
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtrlX(Editing):
+    """Structure and appearance control without training, for the first 0.6 of the steps.
+
+    Appearance layers, before projection, F being the hidden states and F^h their channels cut by head:
+
+        norm(x) = (x - mean_tokens(x)) / std_tokens(x);  q, k = heads(W norm(F));  P = softmax(s q_out k_appᵀ), q_out that of the structure in
+        structure layers;  M = P F_app^h;  S = √max(P (F_app^h)² - M², 0);  F_out^h <- S norm(F_out^h) + M
+
+    Structure layers, after it: queries and keys of the output are the structure's, values its own.
+
+    The std is unbiased and nothing is added to it, as published. The moments are taken about the mean of F_app over tokens, which changes
+    nothing but the rounding.
+
+    Args:
+        structure_layers, appearance_layers: first parts of names. As published, for SDXL; on SD 1.5, whose decoder begins its attention one block
+            later, they are the user's to choose.
+
+    Source: Ctrl-X, arXiv 2406.07540. Published on SDXL with rows [uncond, structure, appearance, cond], of which cond alone is edited:
+    `BatchLayout("plain", "structure", "appearance", "output", guidance=False)`.
+    Not here: the injection of a convolution's features in up_blocks.0, noise drawn anew for both references, self-recurrence.
+    """
+
+    card: ClassVar[Card] = Card(
+        "Ctrl-X",
+        "2406.07540",
+        "Q, K <- structure; hidden states take moments from appearance",
+        "encoder and first decoder blocks",
+        "first 0.6",
+        "attention (moments)",
+        2.5,
+    )
+    default_steps: ClassVar[tuple[float, float] | None] = (0.0, 0.6)
+
+    structure_layers: tuple[str, ...] = ("up_blocks.0",)
+    appearance_layers: tuple[str, ...] = (
+        "down_blocks.1",
+        "down_blocks.2",
+        "up_blocks.0.attentions.1",
+        "up_blocks.0.attentions.2",
+        "up_blocks.1.attentions.0",
+        "up_blocks.1.attentions.1",
+    )
+
+    def default_layers(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if _among(name, self.structure_layers + self.appearance_layers)]
+
+    def prepare(self, hidden: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], site: Site) -> Tensor:
+        """The hidden states [B, N, C] with the appearance's statistics in the output rows."""
+        if site.idle or not _among(site.layer, self.appearance_layers):
+            return hidden
+        q, k, _ = project(_normalised(hidden))
+        output, reference = site.output_rows(q), site.reference_rows(q)
+        query = take(q, site.structure_rows(q) if _among(site.layer, self.structure_layers) else output)
+        cut = hidden.float().unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
+        style = take(cut, reference)
+        centre = style.mean(-2, keepdim=True)
+        powers = torch.cat([style - centre, (style - centre).square()], dim=-1)
+        segment = Segment(take(k, reference).float(), powers, labels=site.key_labels(k, reference))
+        moments = attention(query.float(), segment, scale=site.scale, query_labels=site.query_labels(q))
+        mean, square = moments.chunk(2, dim=-1)
+        deviation = (square - mean.square()).clamp(min=0).sqrt()
+        edited = deviation * _normalised(take(cut, output)) + mean + centre
+        return site.replace(hidden, edited.transpose(1, 2).flatten(2).to(hidden.dtype))
+
+    def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+        query, key = (take(x, output) for x in (q, k))
+        if _among(site.layer, self.structure_layers):
+            query, key = (take(x, site.structure_rows(x)) for x in (q, k))
+        return attention(query, Segment(key, take(v, output), labels=site.own_labels(output)), scale=site.scale)
+
+
+def _among(name: str, beginnings: Sequence[str]) -> bool:
+    return any(name == beginning or name.startswith(f"{beginning}.") for beginning in beginnings)
+
+
+def _normalised(x: Tensor) -> Tensor:
+    """Each channel with mean 0 and unbiased deviation 1 over tokens [..., N, C], in float32 or better."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, dim=-2, keepdim=True)
+    return ((wide - mean) / variance.sqrt()).to(x.dtype)

@@ -1,0 +1,70 @@
+"""Eye-for-an-eye: the output's features are replaced by those of the appearance that resemble them most."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qalign_kernels import similarity_argmax
+
+from ..site import Site
+from ._editing import Card
+from .cross_image import CrossImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class EyeForAnEye(CrossImage):
+    """Appearance transfer by semantic matching of hidden states, before they are projected.
+
+    π(i) = argmax_j cos(h_out,i, h_app,j) over all channels; h_out,i <- h_app,π(i); queries, keys and values are all projections of the result.
+    At Cross-Image's structure steps h_out <- h_structure. Layers are Cross-Image's, and its contrast is off.
+
+    Args:
+        contrast: 1.0, as published; others are refused, for there is no edited attention map.
+        structure_every, structure_until: as `CrossImage`.
+
+    Source: Eye-for-an-eye, arXiv 2406.07008. Its code matches in the conditional row and edits the unconditional one; this edits what it matches.
+    Its form that swaps values only is `QAlign(refinement="warped_values")`, which matches queries.
+    Not here: masks from a segmentation model (`regions` does that) and AdaIN.
+    """
+
+    card: ClassVar[Card] = Card(
+        "Eye-for-an-eye",
+        "2406.07008",
+        "hidden states <- best match in appearance",
+        "last two decoder blocks",
+        "12 to 68 of 68",
+        "similarity_argmax",
+        1.5,
+    )
+
+    contrast: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.contrast != 1.0:
+            raise ValueError(f"contrast: expected 1.0 for EyeForAnEye, got {self.contrast!r}")
+
+    def prepare(self, hidden: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], site: Site) -> Tensor:
+        """The hidden states [B, N, C] with those of the output rows replaced."""
+        if site.idle:
+            return hidden
+        output, appearance = site.output_rows(hidden), site.layout.index("appearance", len(hidden), hidden.device)
+        features = hidden.unsqueeze(1)
+        index, _ = similarity_argmax(
+            features.index_select(0, output),
+            features,
+            query_labels=site.query_labels(features),
+            reference_labels=site.key_labels(features, appearance),
+            batch_index=appearance,
+        )
+        rows = index[:, 0, :, None].clamp(min=0).long().expand(-1, -1, hidden.shape[2])
+        matched = hidden.index_select(0, appearance).gather(1, rows)
+        if site.clock is not None and "structure" in site.layout.roles:
+            structure = hidden.index_select(0, site.structure_rows(hidden))
+            matched = torch.where(site.clock.from_structure.to(hidden.device), structure, matched)
+        return site.replace(hidden, matched)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        return site.plain(q, k, v)

@@ -1,0 +1,80 @@
+"""StyleAligned: all pictures of a batch share the style of its reference."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from qalign_kernels import Segment, attention
+
+from ..adain import token_adain
+from ..site import Site, take
+from ._editing import Card, Editing
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleAligned(Editing):
+    """Style alignment by shared self-attention, the reference being the appearance row.
+
+    output rows: softmax([s Q̂ K̂_outᵀ, a s Q̂ K_refᵀ + b]) [V_out; V_ref], Q̂ and K̂_out with the mean and deviation that each channel has over
+    the reference's tokens, in every self-attention layer. The reference's own row is stock: its shared keys are twice the same.
+
+    Args:
+        adain_queries, adain_keys, adain_values: what takes the reference's statistics.
+        shared_score_scale: a. shared_score_shift: b, as if the reference's keys were there e^b times. For a real picture, inverted, the authors
+            take b = ln 2, and for a famous one a = 0.5.
+        full_attention_share: every output attends all outputs, and the appearance if the layout has one, without statistics, a or b. As
+            published, where the reference attends the others too, every row is an output.
+        level: 0 shares in all layers, 1 in none; between them ⌊level · L⌋ evenly spaced layers of L are not shared (above a half: are all that
+            is not, the other way round).
+
+    Source: StyleAligned, arXiv 2312.02133.
+    Not here: the group norms that it shares by default.
+    """
+
+    card: ClassVar[Card] = Card(
+        "StyleAligned", "2312.02133", "AdaIN of Q, K; K, V + appearance", "all", "all", "token_adain, attention (segments)", 2.0
+    )
+
+    adain_queries: bool = True
+    adain_keys: bool = True
+    adain_values: bool = False
+    shared_score_scale: float = 1.0
+    shared_score_shift: float = 0.0
+    full_attention_share: bool = False
+    level: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.level <= 1:
+            raise ValueError(f"level: expected a fraction of 0 to 1, got {self.level!r}")
+
+    @classmethod
+    def real(cls) -> "StyleAligned":
+        """With b = ln 2, as for an inverted photograph."""
+        return cls(shared_score_shift=math.log(2))
+
+    def default_layers(self, names: Sequence[str]) -> list[str]:
+        """All, but those that `level` leaves out."""
+        few = math.floor((1 - self.level if self.level > 0.5 else self.level) * len(names))
+        marked = {name for place, name in enumerate(names) if few and place % (len(names) // few) == 0}
+        return [name for name in names if (name in marked) == (self.level > 0.5)]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        if not self.full_attention_share or site.idle:
+            return super().attend(q, k, v, site)
+        segments = [site.own(k, v, rows) for rows in site.companion_rows(q)]
+        if "appearance" in site.layout.roles:
+            segments.append(site.reference(k, v, site.reference_rows(q)))
+        query = take(q, site.output_rows(q))
+        return site.merge(q, k, v, attention(query, segments, scale=site.scale, query_labels=site.query_labels(q)))
+
+    def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+        query, key, value = (
+            token_adain(take(x, output), take(x, reference)) if wanted else take(x, output)
+            for x, wanted in ((q, self.adain_queries), (k, self.adain_keys), (v, self.adain_values))
+        )
+        own = Segment(key, value, labels=site.own_labels(output))
+        shared = site.reference(k, v, reference, logit_scale=self.shared_score_scale, logit_shift=self.shared_score_shift)
+        return attention(query, [own, shared], scale=site.scale, query_labels=site.query_labels(q))

@@ -1,0 +1,40 @@
+"""StyleID: queries that keep the content's, keys and values of the style, sharper softmax."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from qalign_kernels import attention
+
+from ..site import Site, take
+from ._editing import Card, Editing
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleID(Editing):
+    """Style transfer from inverted pictures.
+
+    output rows: softmax(T s (γ Q_content + (1 - γ) Q_out) K_styleᵀ) V_style, content being the structure row and style the appearance row,
+    in the last six self-attention layers.
+
+    Args:
+        query_preservation: γ, how much of the content's queries is kept.
+        temperature: T on the logits; above 1 it sharpens.
+
+    Source: StyleID, arXiv 2312.09008. Its features come from the inversions of both pictures, cached by timestep; here both rows run along,
+    and in `AppearanceTransferPipeline` they are the inversions (`inversion="ddim"` is the published one).
+    Not here: the AdaIN of the initial noise.
+    """
+
+    card: ClassVar[Card] = Card(
+        "StyleID", "2312.09008", "Q blended with structure; K, V <- appearance, T = 1.5", "last six of the decoder", "all", "attention (scale)", 1.0
+    )
+
+    query_preservation: float = 0.75
+    temperature: float = 1.5
+
+    def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+        query = take(q, output).lerp(take(q, site.structure_rows(q)), self.query_preservation)
+        segment = site.reference(k, v, reference, logit_scale=self.temperature)
+        return attention(query, segment, scale=site.scale, query_labels=site.query_labels(q))

@@ -1,0 +1,37 @@
+"""Z-STAR: the output attends the style's keys beside its own, and decides itself how much."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from qalign_kernels import attention
+
+from ..site import Site, take
+from ._editing import Card, Editing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZStar(Editing):
+    """Zero-shot style transfer by one softmax over both pictures.
+
+    output rows: softmax([λ s Q_out K_styleᵀ, s Q_out K_outᵀ]) [V_style; V_out], from the sixth of 30 steps on in the last six self-attention
+    layers.
+
+    Args:
+        style_scale: λ of the logits of the style. In the authors' code 1.2 for the content's row, which is the output's.
+
+    Source: Z-STAR, arXiv 2311.16491.
+    Not here: the style's own row attending the content (1.5), which no output reads, and the optional spatial bias.
+    """
+
+    card: ClassVar[Card] = Card(
+        "Z-STAR", "2311.16491", "K, V + appearance, its logits x 1.2", "last six of the decoder", "6 to 30 of 30", "attention (segments)", 2.0
+    )
+    default_steps: ClassVar[tuple[float, float] | None] = (5 / 30, 1.0)
+
+    style_scale: float = 1.2
+
+    def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+        segments = [site.reference(k, v, reference, logit_scale=self.style_scale), site.own(k, v, output)]
+        return attention(take(q, output), segments, scale=site.scale, query_labels=site.query_labels(q))

@@ -1,0 +1,106 @@
+"""Which part of a picture each token shows: label maps of appearance and structure, as bit sets on any layer's grid."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .denoiser import token_grid
+
+LARGEST = 30  # of a label: the sign bit of an int32 is not used
+EVERYTHING = -1  # the set of all labels
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Regions:
+    """Label maps of the two pictures that meet: an output's token sees the reference's tokens of its own label, and no others.
+
+    The output has the structure's layout, so its tokens have the structure's labels. A token whose label the reference does not show sees all
+    of the reference.
+
+    >>> with attach(pipe, QAlign(), regions=Regions(appearance=one, structure=other)):
+    ...     images = pipe([prompt] * 3, latents=latents).images
+
+    Args:
+        appearance, structure: whole numbers of 0 to 30, [h, w] of the picture or of its latents: a tensor, an array, or nested lists. None
+            where a method reads no such row.
+        background: a label whose tokens see everything and are seen by all; None: there is none such.
+    """
+
+    appearance: Any = None
+    structure: Any = None
+    background: int | None = None
+    _kept: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.appearance is None and self.structure is None:
+            raise ValueError("regions: expected labels of the appearance, of the structure or of both, got none")
+        for name in ("appearance", "structure"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _label_map(getattr(self, name), name))
+
+    @classmethod
+    def open(cls, appearance: str | Path, structure: str | Path, *, background: int | None = None) -> "Regions":
+        """From two pictures of one channel or with a palette, whose values are the labels."""
+        return cls(appearance=read_labels(appearance), structure=read_labels(structure), background=background)
+
+    def keys(self, picture: str, tokens: int, device: torch.device) -> Tensor:
+        """Bit sets int32 [1, N] of a picture's tokens: "appearance" or "structure"."""
+        return self._cached(("keys", picture, tokens, device), lambda: self._bits(self._tokens(picture, tokens)).to(device))
+
+    def queries(self, picture: str, tokens: int, reference_tokens: int, device: torch.device) -> Tensor:
+        """Bit sets int32 [1, N] of the output's tokens where it reads `picture`."""
+
+        def make() -> Tensor:
+            own, reference = self._tokens("structure", tokens), self._tokens(picture, reference_tokens)
+            return torch.where(torch.isin(own, reference), self._bits(own), EVERYTHING).to(device)
+
+        return self._cached(("queries", picture, tokens, reference_tokens, device), make)
+
+    def _cached(self, name: tuple, make: Any) -> Tensor:
+        if name not in self._kept:
+            with torch.inference_mode(False):
+                self._kept[name] = make()
+        return self._kept[name]
+
+    def _tokens(self, picture: str, tokens: int) -> Tensor:
+        """The label in the middle of each token, [1, N]."""
+        labels = getattr(self, picture)
+        if labels is None:
+            raise ValueError(f"regions: expected labels of the {picture}, which this method reads, got None")
+        grid = token_grid(labels.shape, tokens)
+        return F.interpolate(labels[None, None].float(), grid, mode="nearest-exact").flatten(1).long()
+
+    def _bits(self, labels: Tensor) -> Tensor:
+        bits = torch.ones_like(labels, dtype=torch.int32) << labels.int()
+        return bits if self.background is None else torch.where(labels == self.background, EVERYTHING, bits).int()
+
+
+def read_labels(path: str | Path) -> Tensor:
+    """The label map [h, w] in a picture of one channel or with a palette.
+
+    Raises:
+        ValueError: the picture has colours.
+    """
+    import numpy
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        if picture.mode not in ("1", "L", "P", "I", "I;16"):
+            raise ValueError(f"{path}: expected a label map, one channel or a palette whose values are labels, got a picture of mode {picture.mode}")
+        return torch.from_numpy(numpy.array(picture).astype("int64"))
+
+
+def _label_map(labels: Any | Sequence, name: str) -> Tensor:
+    labels = torch.as_tensor(labels)
+    if labels.ndim != 2 or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"{name}: expected whole numbers [h, w], got {labels.dtype} {list(labels.shape)}")
+    labels = labels.long().cpu()
+    if labels.numel() == 0 or labels.min() < 0 or labels.max() > LARGEST:
+        got = f"{labels.min().item()} to {labels.max().item()}" if labels.numel() else "none"
+        raise ValueError(f"{name}: expected labels of 0 to {LARGEST}, got {got}")
+    return labels

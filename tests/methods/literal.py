@@ -1,0 +1,124 @@
+"""The published formulas written out for one guidance part, map by map and row by row: the truth that the methods are held against."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """[N, C] to [H, N, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(0, 1)
+
+
+def project(attn, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [H, N, d] of hidden states [N, C]."""
+    return tuple(heads_of(layer(hidden), attn.heads) for layer in (attn.to_q, attn.to_k, attn.to_v))
+
+
+def logits(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT / math.sqrt(q.shape[-1])
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return logits(q, k).softmax(-1) @ v
+
+
+def adain(x: Tensor, y: Tensor) -> Tensor:
+    """Over tokens, per head and channel; unbiased variance + 1e-5."""
+    normalised = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-5).sqrt()
+    return normalised * (y.var(1, keepdim=True) + 1e-5).sqrt() + y.mean(1, keepdim=True)
+
+
+def visual_style(attn, out, app, struct, **_) -> Tensor:
+    (q, _, _), (_, k, v) = project(attn, out), project(attn, app)
+    return plain(q, k, v)
+
+
+def masactrl(attn, out, app, struct, *, union=False, masks=None, **_) -> Tensor:
+    (q, own_k, own_v), (_, k, v) = project(attn, out), project(attn, app)
+    if union:
+        return plain(q, torch.cat([k, own_k], 1), torch.cat([v, own_v], 1))
+    if masks is None:
+        return plain(q, k, v)
+    source, target = masks  # bool [N] each
+    scores = logits(q, k)
+    lowest = torch.finfo(scores.dtype).min
+    ones = torch.ones_like(scores[0, 0])
+    foreground = (scores + ones.masked_fill(~source, lowest)).softmax(-1) @ v
+    background = (scores + ones.masked_fill(source, lowest)).softmax(-1) @ v
+    inside = target[:, None].to(scores.dtype)
+    return foreground * inside + background * (1 - inside)
+
+
+def style_id(attn, out, app, struct, *, gamma=0.75, temperature=1.5, **_) -> Tensor:
+    q, content, (_, k, v) = project(attn, out)[0], project(attn, struct)[0], project(attn, app)
+    return (temperature * logits(gamma * content + (1 - gamma) * q, k)).softmax(-1) @ v
+
+
+def z_star(attn, out, app, struct, *, scale=1.2, **_) -> Tensor:
+    (q, own_k, own_v), (_, k, v) = project(attn, out), project(attn, app)
+    return torch.cat([scale * logits(q, k), logits(q, own_k)], -1).softmax(-1) @ torch.cat([v, own_v], 1)
+
+
+def style_aligned(attn, out, app, struct, *, scale=1.0, shift=0.0, values=False, **_) -> Tensor:
+    (q, own_k, own_v), (ref_q, k, v) = project(attn, out), project(attn, app)
+    q, own_k = adain(q, ref_q), adain(own_k, k)
+    if values:
+        own_v, v = adain(own_v, v), adain(v, v)
+    k = adain(k, k)  # as published, the reference's too
+    scores = logits(q, torch.cat([own_k, scale * k], 1))
+    scores[..., own_k.shape[1] :] += shift
+    return scores.softmax(-1) @ torch.cat([own_v, v], 1)
+
+
+def bounded(attn, out, app, struct, *, labels, **_) -> Tensor:
+    q, k, v = project(attn, out)
+    scores = logits(q, k)
+    for i, mine in enumerate(labels.tolist()):
+        for j, other in enumerate(labels.tolist()):
+            if mine and other and mine != other:
+                scores[:, i, j] = torch.finfo(scores.dtype).min
+    return scores.softmax(-1) @ v
+
+
+def seal(attn, out, app, struct, *, tau=0.15, delta=3.0, top=1, joint=True, blend="average", **_) -> Tensor:
+    (q, own_k, own_v), (_, k, v) = project(attn, out), project(attn, app)
+    one, two = (x.transpose(0, 1).flatten(1)[None].expand(len(q), -1, -1) if joint else x for x in (q, k))
+    similarity = (one / one.norm(dim=-1, keepdim=True)) @ (two / two.norm(dim=-1, keepdim=True)).mT
+    found, best = similarity.topk(top, -1)
+    w = delta * (found[..., :1] > tau).to(q.dtype)
+    if blend == "keys_values":
+        one_k, one_v = (x.gather(1, best[..., :1].expand(-1, -1, x.shape[2])) for x in (k, v))
+        return plain(q, (own_k + w * one_k) / (1 + w), (own_v + w * one_v) / (1 + w))
+    infused = (logits(q, k).gather(2, best).softmax(-1).unsqueeze(2) @ v.unsqueeze(1).expand(-1, q.shape[1], -1, -1).gather(
+        2, best.unsqueeze(-1).expand(*best.shape, v.shape[2])
+    )).squeeze(2)  # fmt: skip
+    base = plain(q, own_k, own_v)
+    return {"average": (base + w * infused) / (1 + w), "add": base + w * infused, "extrapolate": base + w * (infused - base)}[blend]
+
+
+def eye_for_an_eye(attn, out, app, struct, *, structure_step=False, **_) -> Tensor:
+    if structure_step:
+        return plain(*project(attn, struct))
+    swapped = out.clone()
+    for i, h in enumerate(out):
+        swapped[i] = app[torch.stack([h @ other / (h.norm() * other.norm()) for other in app]).argmax()]
+    return plain(*project(attn, swapped))
+
+
+def ctrl_x(attn, out, app, struct, *, structure=True, appearance=True, **_) -> Tensor:
+    def norm(x):
+        return (x - x.mean(-2, keepdim=True)) / x.std(-2, keepdim=True)
+
+    if appearance:
+        q, k = project(attn, norm(struct if structure else out))[0], project(attn, norm(app))[1]
+        features = heads_of(app, attn.heads)
+        p = logits(q, k).softmax(-1)
+        mean = p @ features
+        deviation = (p @ features.square() - mean.square()).clamp(min=0).sqrt()
+        out = (deviation * norm(heads_of(out, attn.heads)) + mean).transpose(0, 1).flatten(1)
+    q, k, v = project(attn, out)
+    if structure:
+        q, k, _ = project(attn, struct)
+    return plain(q, k, v)

@@ -1,0 +1,147 @@
+"""Every method against its published formulas written out, layer by layer and through a small real UNet; the truth is float64."""
+
+import math
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from qalign import BatchLayout, UNetAttnProcessor, attach
+from qalign.methods import BoundedAttention, CtrlX, EyeForAnEye, MasaCtrl, SeAl, StyleAligned, StyleID, VisualStylePrompting, ZStar
+from qalign.regions import Regions
+from qalign.schedule import Clock
+from tests.methods import literal
+from tests.processors.models import make_unet, unet_inputs
+
+GRID = (8, 12)
+LAYOUT = BatchLayout("output", "appearance", "structure")
+ANYWHERE = ("", "down_blocks", "mid_block", "up_blocks")
+LABELS = torch.arange(GRID[0] * GRID[1]).view(GRID) * 7 % 5
+MASKS = [(torch.arange(GRID[0] * GRID[1]).view(GRID) * step % 7 > 2).long() for step in (3, 5)]
+CASES = {
+    "visual_style": (VisualStylePrompting(), literal.visual_style, {}),
+    "masactrl": (MasaCtrl(), literal.masactrl, {}),
+    "masactrl union": (MasaCtrl(union=True), literal.masactrl, {"union": True}),
+    "masactrl masks": (MasaCtrl(), literal.masactrl, {"masks": [mask.flatten().bool() for mask in MASKS]}),
+    "style_id": (StyleID(), literal.style_id, {}),
+    "style_id settings": (StyleID(query_preservation=0.3, temperature=1.0), literal.style_id, {"gamma": 0.3, "temperature": 1.0}),
+    "z_star": (ZStar(), literal.z_star, {}),
+    "style_aligned": (StyleAligned(), literal.style_aligned, {}),
+    "style_aligned real": (StyleAligned.real(), literal.style_aligned, {"shift": math.log(2)}),
+    "style_aligned scale": (StyleAligned(shared_score_scale=0.5, adain_values=True), literal.style_aligned, {"scale": 0.5, "values": True}),
+    "bounded": (BoundedAttention(), literal.bounded, {"labels": LABELS.flatten()}),
+    "seal": (SeAl(), literal.seal, {}),
+    "seal add": (SeAl(blend="add", topk=3), literal.seal, {"blend": "add", "top": 3}),
+    "seal extrapolate": (SeAl(blend="extrapolate", heads="per_head", topk=2), literal.seal, {"blend": "extrapolate", "top": 2, "joint": False}),
+    "seal keys_values": (SeAl(blend="keys_values"), literal.seal, {"blend": "keys_values"}),
+    "eye_for_an_eye": (EyeForAnEye(), literal.eye_for_an_eye, {}),
+    "ctrl_x": (CtrlX(structure_layers=ANYWHERE, appearance_layers=ANYWHERE), literal.ctrl_x, {}),
+    "ctrl_x structure": (CtrlX(structure_layers=ANYWHERE, appearance_layers=()), literal.ctrl_x, {"appearance": False}),
+    "ctrl_x appearance": (CtrlX(structure_layers=(), appearance_layers=ANYWHERE), literal.ctrl_x, {"structure": False}),
+}
+REGIONS = {
+    "masactrl masks": Regions(appearance=MASKS[0], structure=MASKS[1]),
+    "bounded": Regions(structure=LABELS, background=0),
+}
+
+
+def make_attention(heads: int, head_dim: int) -> tuple[Attention, Tensor]:
+    """Random features whose logits have a standard deviation of about 2."""
+    torch.manual_seed(5)
+    width = heads * head_dim
+    attn = Attention(width, heads=heads, dim_head=head_dim).eval()
+    for layer in (attn.to_q, attn.to_k):
+        torch.nn.init.normal_(layer.weight, std=math.sqrt(2 / width))
+    return attn, torch.randn(6, GRID[0] * GRID[1], width)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest of any batch row."""
+    return ((actual.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max().item()
+
+
+class Literal:
+    """An attention processor of a layer's literal formula, for rows [output, appearance, structure] of each guidance part."""
+
+    def __init__(self, formula, **settings):
+        self.formula, self.settings = formula, settings
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        rows = []
+        for number, hidden in enumerate(hidden_states):
+            if number % 3 == 0:
+                edited = self.formula(attn, *hidden_states[number : number + 3], **self.settings)
+            else:
+                edited = literal.plain(*literal.project(attn, hidden))
+            rows.append(attn.to_out[0](edited.transpose(0, 1).flatten(1)))
+        return torch.stack(rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 40), (4, 64)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_is_the_published_formula(case, shape):
+    method, formula, settings = CASES[case]
+    attn, hidden = make_attention(*shape)
+    attn.set_processor(UNetAttnProcessor(method, LAYOUT, regions=REGIONS.get(case)))
+    actual = attn(hidden)
+    attn.double().set_processor(Literal(formula, **settings))
+    expected = attn(hidden.double())
+    assert relative_error(actual, expected) < 2e-6
+    stock = torch.stack([attn.to_out[0](literal.plain(*literal.project(attn, row)).transpose(0, 1).flatten(1)) for row in hidden.double()])
+    assert relative_error(stock[[0, 3]], expected[[0, 3]]) > 1e-2  # it does edit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [name for name in CASES if name not in REGIONS])
+def test_a_unet_over_several_steps(case):
+    """Three calls of one UNet with every self-attention layer edited, one after another on their results."""
+    method, formula, settings = CASES[case]
+    if isinstance(method, SeAl):
+        settings = {"tau": 0.15, **settings}
+    unet = make_unet("small")
+    inputs = unet_inputs(unet, batch=6)
+    shipped, wide = inputs["sample"], inputs["sample"].double()
+    layers = [name for name, module in unet.named_modules() if name.endswith("attn1")]
+    with attach(unet, method, layout=LAYOUT, layers=layers, steps=(0, 1)) as control:
+        for timestep in control.track(torch.tensor([900, 500, 100])):
+            shipped = shipped - 0.3 * unet(**inputs | {"sample": shipped, "timestep": timestep}).sample
+    unet.double()
+    for name in layers:
+        unet.get_submodule(name).set_processor(Literal(formula, **settings))
+    wide_inputs = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
+    for number, timestep in enumerate(torch.tensor([900, 500, 100])):
+        if formula is literal.eye_for_an_eye:
+            for name in layers:
+                unet.get_submodule(name).processor.settings = {"structure_step": method.takes_structure(number, 3)}
+        wide = wide - 0.3 * unet(**wide_inputs | {"sample": wide, "timestep": timestep}).sample
+    assert relative_error(shipped, wide) < 2e-5
+
+
+@torch.no_grad()
+def test_full_share_attends_every_output_of_its_part():
+    attn, hidden = make_attention(2, 40)
+    attn.set_processor(UNetAttnProcessor(StyleAligned(full_attention_share=True), BatchLayout("output", "output", "output")))
+    actual = attn(hidden)
+    attn.double()
+    projected = [literal.project(attn, row) for row in hidden.double()]
+    for part in (0, 3):
+        k, v = (torch.cat([row[place] for row in projected[part : part + 3]], 1) for place in (1, 2))
+        expected = torch.stack([attn.to_out[0](literal.plain(q, k, v).transpose(0, 1).flatten(1)) for q, _, _ in projected[part : part + 3]])
+        assert relative_error(actual[part : part + 3], expected) < 2e-6
+
+
+@torch.no_grad()
+def test_seal_moves_between_the_ends_of_its_schedules():
+    attn, hidden = make_attention(2, 40)
+    method, clock = SeAl(threshold=(0.9, 0.05), strength=(1.0, 5.0)), Clock()
+    attn.set_processor(UNetAttnProcessor(method, LAYOUT, clock=clock))
+    outputs = []
+    for step in (0, 2, 4):
+        clock.set(step, 5)
+        outputs.append(attn(hidden))
+    attn.double()
+    for actual, tau, delta in zip(outputs, (0.9, 0.475, 0.05), (1.0, 3.0, 5.0)):
+        attn.set_processor(Literal(literal.seal, tau=tau, delta=delta))
+        assert relative_error(actual, attn(hidden.double())) < 2e-6

@@ -1,0 +1,99 @@
+"""Regions: what is matched and read stays in its region, at every grid."""
+
+import pytest
+import torch
+from PIL import Image
+
+from qalign import BatchLayout, UNetAttnProcessor, attach
+from qalign.methods import BoundedAttention, CrossImage, MasaCtrl, QAlign
+from qalign.regions import EVERYTHING, Regions
+from tests.methods.test_formulas import GRID, LAYOUT, make_attention
+from tests.processors.models import make_unet, unet_inputs
+
+HALVES = torch.arange(GRID[0] * GRID[1]).view(GRID) % GRID[1] // (GRID[1] // 2)  # left 0, right 1
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [CrossImage(), QAlign(refinement="rearranged"), QAlign(), QAlign(refinement="guided"), MasaCtrl()], ids=repr)
+def test_a_token_reads_its_own_region_alone(method):
+    """What changes in the reference's right half does not reach the output's left half, and does reach its right one."""
+    attn, hidden = make_attention(2, 40)
+    attn.set_processor(UNetAttnProcessor(method, LAYOUT, regions=Regions(appearance=HALVES, structure=HALVES)))
+    right = HALVES.flatten().bool()
+    changed = hidden.clone()
+    changed[1, right] = changed[1, right].flip(0) * 1.5
+    before, after = attn(hidden)[0], attn(changed)[0]
+    torch.testing.assert_close(after[~right], before[~right], rtol=0, atol=2e-6)  # unique keys are summed in another order
+    assert not torch.allclose(before[right], after[right], atol=1e-3)
+
+
+def test_a_label_that_the_reference_lacks_sees_everything():
+    regions = Regions(appearance=torch.zeros(4, 4, dtype=torch.long), structure=torch.tensor([[0, 0, 3, 3]] * 4))
+    assert regions.queries("appearance", 16, 16, CPU).view(4, 4)[0].tolist() == [1, 1, EVERYTHING, EVERYTHING]
+    assert regions.queries("structure", 16, 16, CPU).view(4, 4)[0].tolist() == [1, 1, 8, 8]
+
+
+def test_the_background_sees_and_is_seen():
+    regions = Regions(structure=torch.tensor([[0, 1], [2, 30]]), background=0)
+    assert regions.keys("structure", 4, CPU).tolist() == [[EVERYTHING, 2, 4, 1 << 30]]
+
+
+def test_labels_are_those_in_the_middle_of_each_token():
+    labels = torch.arange(8).repeat_interleave(2).repeat(16, 1)
+    regions = Regions(structure=labels)
+    assert regions.keys("structure", 64, CPU).view(8, 8)[0].tolist() == [1 << n for n in range(8)]
+    assert regions.keys("structure", 16, CPU).view(4, 4)[3].tolist() == [1 << n for n in (1, 3, 5, 7)]
+
+
+@torch.no_grad()
+def test_regions_reach_every_layer_of_a_unet():
+    unet = make_unet("small")
+    inputs = unet_inputs(unet)
+    one = torch.zeros(16, 16, dtype=torch.long)
+    two = one.clone()
+    two[:, 8:] = 1
+    outputs = {}
+    for name, regions in {"none": None, "one": Regions(appearance=one, structure=one), "two": Regions(appearance=two, structure=two)}.items():
+        with attach(unet, QAlign(), regions=regions):
+            outputs[name] = unet(**inputs).sample
+    torch.testing.assert_close(outputs["one"], outputs["none"], rtol=0, atol=1e-5)
+    assert not torch.allclose(outputs["two"][0], outputs["none"][0], atol=1e-3)
+    assert torch.equal(outputs["two"][1:], outputs["none"][1:])
+
+
+def test_from_pictures(tmp_path):
+    Image.fromarray(HALVES.byte().numpy(), mode="L").save(tmp_path / "labels.png")
+    regions = Regions.open(tmp_path / "labels.png", tmp_path / "labels.png")
+    assert torch.equal(regions.appearance, HALVES) and torch.equal(regions.structure, HALVES)
+    Image.new("RGB", (4, 4)).save(tmp_path / "colours.png")
+    with pytest.raises(ValueError, match=r"colours.png: expected a label map, one channel or a palette .*, got a picture of mode RGB"):
+        Regions.open(tmp_path / "colours.png", tmp_path / "labels.png")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Regions(), "regions: expected labels of the appearance, of the structure or of both, got none"),
+        (lambda: Regions(appearance=torch.zeros(4, 4)), r"appearance: expected whole numbers \[h, w\], got torch.float32 \[4, 4\]"),
+        (lambda: Regions(structure=torch.tensor([[31]])), "structure: expected labels of 0 to 30, got 31 to 31"),
+        (lambda: Regions(structure=torch.tensor([[-1]])), "structure: expected labels of 0 to 30, got -1 to -1"),
+        (lambda: Regions(structure=HALVES).queries("appearance", 96, 96, CPU), "regions: expected labels of the appearance, which .* got None"),
+        (lambda: Regions(structure=HALVES).keys("structure", 95, CPU), "tokens: expected a grid of 8 x 12 halved some times, got 95"),
+    ],
+)
+def test_refusals_name_what_was_expected(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_bounded_attention_needs_regions():
+    attn, hidden = make_attention(2, 40)
+    attn.set_processor(UNetAttnProcessor(BoundedAttention(), BatchLayout("output")))
+    with pytest.raises(ValueError, match=r"regions: expected Regions\(structure=...\) for BoundedAttention, got None"):
+        attn(hidden)
+
+
+def test_regions_of_the_wrong_kind_are_refused():
+    with pytest.raises(TypeError, match="regions: expected Regions"):
+        attach(make_unet("small"), QAlign(), regions=HALVES)
