@@ -1,4 +1,4 @@
-"""`python -m qalign demo | transfer | methods | leakage | correspond | scenes`: the command line of the diffusers layer."""
+"""`python -m qalign demo | transfer | compare | methods | leakage | correspond | scenes`: the command line of the diffusers layer."""
 
 import argparse
 import importlib
@@ -12,6 +12,7 @@ from typing import NoReturn
 COMMANDS = {
     "demo": "one denoising step over two photographs, then appearance transfer between two scenes, measured",
     "transfer": "give one or more pictures the appearance of another",
+    "compare": "all methods of transfer on one pair: pictures, time, memory and leakage side by side",
     "methods": "all methods: papers, what they edit, what they cost",
     "leakage": "where attention goes on held-out scenes: Cross-Image and Q-Align, with intervals",
     "correspond": "which tokens of two pictures match, as lines and heat maps",

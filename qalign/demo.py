@@ -5,11 +5,7 @@ the pictures come with scikit-image, and the networks have the geometry of Stabl
 """
 
 import contextlib
-import ctypes
-import gc
 import json
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +22,7 @@ from .control import Control, attach
 from .correspondence import SIGNALS, Capture, Recording
 from .denoiser import short_name
 from .layout import BatchLayout
+from .memory import PeakMemory
 from .methods import Method, QAlign
 
 CHANNELS = (320, 640, 1280)
@@ -37,7 +34,6 @@ SOME_QUERIES = 512
 PAPER = QAlign(refinement="rearranged")
 LAYERS = "up"
 VARIANTS = ("stock", "materialised", "shipped")
-MIB = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,43 +153,6 @@ def build_unet(seed: int, channels: tuple[int, ...] = CHANNELS) -> nn.Module:
         attention_head_dim=HEADS,  # of this model's configuration: the number of heads
         cross_attention_dim=768,
     ).eval()
-
-
-class PeakMemory:
-    """Peak memory above the level at entry: torch's own count on CUDA, elsewhere the resident set sampled by a thread every 2 ms."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.peak_mib = device, 0.0
-        self._stop = threading.Event()
-
-    def __enter__(self) -> "PeakMemory":
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-            return self
-        import psutil
-
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim
-                ctypes.CDLL(None).malloc_trim(0)
-        self._process = psutil.Process()
-        self._before = self._highest = self._process.memory_info().rss
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.002):
-            self._highest = max(self._highest, self._process.memory_info().rss)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.device.type == "cuda":
-            self._highest = torch.cuda.max_memory_allocated(self.device)
-        else:
-            self._stop.set()
-            self._thread.join()
-        self.peak_mib = (self._highest - self._before) / MIB
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,7 @@ from .embedded.scenes import BACKGROUNDS, PARTS, ScenePair, Scenes, held_out_pai
 from .features import noised_features
 from .layout import BatchLayout
 from .methods import CrossImage, QAlign
+from .methods._editing import Editing
 from .site import Site, take
 
 LEAK_THRESHOLD = 0.82  # of the cross-region mass: on 30 pairs of seed 1 Cross-Image leaks in the paper's share of pairs, 94 of 180
@@ -106,7 +107,7 @@ class Measured:
         every: measure the steps that are multiples of this, save those that read the structure.
     """
 
-    def __init__(self, method: CrossImage, labels: Mapping[str, Tensor], *, every: int = 1) -> None:
+    def __init__(self, method: Editing, labels: Mapping[str, Tensor], *, every: int = 1) -> None:
         self.method, self.labels, self.every = method, labels, every
         self.tallies: Tallies = {}
         self._tokens: dict[int, dict[str, Tensor]] = {}
@@ -120,11 +121,8 @@ class Measured:
             self.tallies[getattr(site.owner, "layer", ""), step] = counts.sum(0).cpu()
         return self.method.attend(q, k, v, site)
 
-    def default_layers(self, names: Sequence[str]) -> list[str]:
-        return self.method.default_layers(names)
-
-    def takes_structure(self, step: int, total: int) -> bool:
-        return self.method.takes_structure(step, total)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)  # layers, steps and whatever else the method is asked
 
     def _row_labels(self, q: Tensor, layout: BatchLayout) -> Tensor:
         """int64 [B, N]."""
@@ -136,7 +134,7 @@ class Measured:
         return torch.stack([self._tokens[tokens][role] for role in layout.roles]).repeat(q.shape[0] // len(layout.roles), 1)
 
 
-def measure(method: CrossImage, q: Tensor, k: Tensor, labels: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+def measure(method: Editing, q: Tensor, k: Tensor, labels: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
     """Where the matches and the attention of the rows `output` go in the rows `reference`: float64 [rows, PARTS, TALLIED].
 
     Args:
@@ -149,17 +147,19 @@ def measure(method: CrossImage, q: Tensor, k: Tensor, labels: Tensor, output: Te
     return tally(index, mass, labels[output.long()], labels[reference.long()])
 
 
-def match(method: CrossImage, q: Tensor, k: Tensor, output: Tensor, reference: Tensor) -> Tensor:
+def match(method: Editing, q: Tensor, k: Tensor, output: Tensor, reference: Tensor) -> Tensor:
     """The reference token that each query goes to by the method's own signal: int32 [rows, 1 or H, N]."""
     if isinstance(method, QAlign):
         return similarity_argmax(take(q, output), q, similarity=method.similarity, heads=method.heads, batch_index=reference).index
     return similarity_argmax(take(q, output), k, similarity="dot", heads="joint", batch_index=reference).index
 
 
-def attention_mass(method: CrossImage, q: Tensor, k: Tensor, labels: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+def attention_mass(method: Editing, q: Tensor, k: Tensor, labels: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
     """The attention of the rows `output`, before contrast, on each label of the rows `reference`: float32 [rows, H, N, PARTS]."""
     indicator = F.one_hot(labels, len(PARTS)).float().unsqueeze(1).expand(-1, q.shape[1], -1, -1)
-    return dataclasses.replace(method, contrast=1.0).edit(q.float(), k.float(), indicator, output, reference, site)
+    if isinstance(method, CrossImage):
+        method = dataclasses.replace(method, contrast=1.0)
+    return method.edit(q.float(), k.float(), indicator, output, reference, site)
 
 
 def tally(index: Tensor, mass: Tensor, query_labels: Tensor, key_labels: Tensor) -> Tensor:

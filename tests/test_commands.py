@@ -16,9 +16,9 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # noqa: E402
 
-from qalign import QAlign, attach, correspondence, denoiser, embedded, pipelines  # noqa: E402
+from qalign import QAlign, attach, correspondence, denoiser, embedded, methods, pipelines  # noqa: E402
 from qalign import __main__ as command_line  # noqa: E402
-from qalign.commands import _shared, correspond, demo, transfer  # noqa: E402
+from qalign.commands import _shared, compare, correspond, demo, transfer  # noqa: E402
 from qalign.correspondence import Capture  # noqa: E402
 from qalign.embedded import scenes  # noqa: E402
 from qalign.files import replacing  # noqa: E402
@@ -99,6 +99,8 @@ def test_help_has_examples_that_parse(command, capsys):
         ("correspond --structure {}/a.png --appearance {}/b.png --noise 1.5", "--noise: expected a fraction"),
         ("scenes --count 0 --out {}/s", "expected a number above zero"),
         ("scenes --seed -1 --out {}/s", "expected a whole number, got '-1'"),
+        ("compare --structure {}/a.png", "expected either --structure and --appearance, or --scenes"),
+        ("compare --scenes 0 --method bounded", "invalid choice: 'bounded'"),
         ("nonsense", "invalid choice: 'nonsense'"),
         ("", "required: COMMAND"),
     ],
@@ -314,3 +316,33 @@ def test_demo_reads_a_method_s_leakage_by_layer():
     curves = demo.by_layer(_report(6, 0.5)["methods"]["qalign"]["by_layer_and_step"])
     assert curves["up.0"] == [(3, 0.1), (6, 0.2)]
     assert curves["up.1"][0] == (3, 0.3) and numpy.isnan(curves["up.1"][1][1])
+
+
+def test_methods_are_all_in_the_table(capsys):
+    assert command_line.main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["name", *methods.METHODS, "-"]
+    assert all(_shared.METHODS.get(name, kind.card.title) == kind.card.title for name, kind in methods.METHODS.items())
+    assert lines[1].split()[-2:] == ["5.4", "10.7"] and lines[-1].split()[-2:] == ["10.7", "21.5"]
+
+
+def test_compare_draws_and_prints_every_method_that_was_named(folder, tmp_path, capsys):
+    options = f"--model {{}}/model --steps 6 --method qalign ctrl_x eye_for_an_eye --out {tmp_path}/grid.png"
+    assert run(folder, f"compare --appearance {{}}/a.png --structure {{}}/b.png {options}") == 0
+    head, *lines, where = capsys.readouterr().out.splitlines()
+    assert head.split() == "method time s peak MiB own part on background colour error".split()
+    assert [line[:24].strip() for line in lines] == ["Q-Align", "Ctrl-X", "Eye-for-an-eye"]
+    assert all(line.split()[-3:] == ["-", "-", "-"] for line in lines)  # nobody knows the parts of these pictures
+    assert where == f"grid: {tmp_path}/grid.png"
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 800
+
+
+def test_labels_beside_pictures_are_read_where_they_fit(tmp_path):
+    for name, side in (("a", 16), ("b", 16), ("large", 32)):
+        Image.new("L", (side, side), 3).save(tmp_path / f"{name}-labels.png")
+    picture = torch.zeros(3, 16, 16)
+    first, second = compare.labels_beside(tmp_path / "a.png", tmp_path / "b.png", picture)
+    assert first.shape == second.shape == (16, 16) and first.unique().tolist() == [3]
+    assert compare.labels_beside(tmp_path / "a.png", tmp_path / "large.png", picture) is None
+    assert compare.labels_beside(tmp_path / "a.png", tmp_path / "none.png", picture) is None

@@ -14,6 +14,7 @@ from qalign import __main__ as command_line  # noqa: E402
 from qalign import demo  # noqa: E402
 from qalign.commands import demo as command  # noqa: E402
 from qalign.embedded.scenes import held_out_pairs, render  # noqa: E402
+from qalign.memory import MIB, PeakMemory  # noqa: E402
 from qalign.pipelines import AppearanceTransferPipeline  # noqa: E402
 from qalign_kernels.testing import judge  # noqa: E402
 from tests.processors import models  # noqa: E402
@@ -112,9 +113,9 @@ def test_spread_of_uniform_and_of_one_hot_attention():
 
 
 def test_peak_memory_sees_what_was_held_inside_only():
-    with demo.PeakMemory(torch.device("cpu")) as large:
-        torch.ones(64 * demo.MIB // 4).sum()
-    with demo.PeakMemory(torch.device("cpu")) as small:
+    with PeakMemory(torch.device("cpu")) as large:
+        torch.ones(64 * MIB // 4).sum()
+    with PeakMemory(torch.device("cpu")) as small:
         torch.ones(1).sum()
     assert 60 < large.peak_mib < 96
     assert small.peak_mib < 16

@@ -1,0 +1,107 @@
+"""Transfer one picture's appearance to another by every method, side by side.
+
+Writes one grid, with time, peak memory and leakage under each picture, and prints the table. Leakage needs labels: it is measured with --scenes,
+and for pictures that `scenes` wrote, whose labels lie beside them (SEED-labels.png). Times are of one run each.
+
+examples:
+  python -m qalign compare --scenes 0 --out compare.png
+  python -m qalign compare --appearance scenes/0001.png --structure scenes/0003.png --out compare.png
+  python -m qalign compare --model ./stable-diffusion-v1-5 --size 512 --steps 50 --prompt "a photo of a zebra" \\
+      --appearance zebra.jpg --structure horse.jpg --out compare.png
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ._shared import METHODS, add_model_arguments, count, load_pipeline, picture_path, read_pictures, say, size, whole, write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..comparison import Compared
+
+HEAD = ("method", "time s", "peak MiB", "own part", "on background", "colour error")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pictures = parser.add_argument_group("pictures")
+    pictures.add_argument("--appearance", type=Path, metavar="A.png", help="whose colours and textures to take")
+    pictures.add_argument("--structure", type=Path, metavar="B.png", help="what to give them to")
+    pictures.add_argument("--scenes", type=whole, metavar="SEED", help="two held-out scenes in place of --appearance and --structure")
+    pictures.add_argument("--size", type=size, metavar="S|WxH", help="scale and crop both pictures to this, multiples of 8 (default: their own)")
+    pictures.add_argument("--out", type=picture_path, default=Path("compare.png"), metavar="GRID.png", help="where to (default: %(default)s)")
+    run = parser.add_argument_group("transfer")
+    run.add_argument("--method", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)} (default: all)")
+    run.add_argument("--prompt", default="", help="what the pictures show")
+    run.add_argument("--steps", type=count, default=20, metavar="N", help="of the schedule (default: %(default)s)")
+    run.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add_model_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    given = options.structure is not None and options.appearance is not None
+    if given == (options.scenes is not None):
+        raise ValueError("pictures: expected either --structure and --appearance, or --scenes")
+    from ..comparison import compare_methods
+    from ..denoiser import picture_size
+    from ..pipelines import METHODS as KINDS
+    from ..pipelines.pictures import to_tensors
+    from ..plots import comparison_grid
+    from .correspond import held_out_scenes
+
+    prompt, labels = options.prompt, None
+    if given:
+        structure, appearance = to_tensors(read_pictures([options.structure, options.appearance], options.size), "pictures")
+        labels = labels_beside(options.appearance, options.structure, structure)
+        pipe = load_pipeline(options)
+    else:
+        pipe = load_pipeline(options)
+        structure, appearance, (of_structure, of_appearance), caption = held_out_scenes(options.scenes, picture_size(pipe))
+        labels, prompt = (of_appearance, of_structure), prompt or caption
+    pipe.set_progress_bar_config(disable=True)
+    methods = {name: KINDS[name]() for name in options.method or METHODS}
+    compared = compare_methods(
+        pipe, appearance, structure, prompt, labels=labels, methods=methods, num_inference_steps=options.steps, seed=options.seed, told=_tell
+    )
+    for line in table(compared):
+        say(line)
+    titles = {"structure": structure, "appearance": appearance} | {caption_of(name, each): each.picture for name, each in compared.items()}
+    write("grid", comparison_grid(titles, title="Appearance transfer, one pair"), options.out)
+    return 0
+
+
+def labels_beside(appearance: Path, structure: Path, picture: "Tensor") -> "tuple[Tensor, Tensor] | None":
+    """The label maps of both pictures, where `scenes` wrote them and they fit; otherwise None."""
+    from ..regions import read_labels
+
+    beside = [path.with_name(f"{path.stem}-labels.png") for path in (appearance, structure)]
+    if not all(path.is_file() for path in beside):
+        return None
+    first, second = (read_labels(path) for path in beside)
+    return (first, second) if first.shape == second.shape == picture.shape[1:] else None
+
+
+def table(compared: "dict[str, Compared]") -> list[str]:
+    lines = ["".join([f"{HEAD[0]:<24}", *(f"{title:>15}" for title in HEAD[1:])])]
+    for name, each in compared.items():
+        cells = (f"{each.time_s:.2f}", f"{each.peak_mib:.0f}", *map(_figure, (each.own_part_mass, each.object_background_leakage, each.colour_ratio)))
+        lines.append("".join([f"{METHODS[name]:<24}", *(f"{cell:>15}" for cell in cells)]))
+    return lines
+
+
+def caption_of(name: str, each: "Compared") -> str:
+    lines = [METHODS[name], f"{each.time_s:.1f} s, {each.peak_mib:.0f} MiB"]
+    if not math.isnan(each.colour_ratio):
+        lines.append(f"own part {_figure(each.own_part_mass)}, colour error {_figure(each.colour_ratio)}")
+    return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _tell(name: str) -> None:
+    sys.stderr.write(f"compare: {METHODS[name]}\n")
