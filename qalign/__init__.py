@@ -14,16 +14,42 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .control import Control, attach
     from .layout import BatchLayout
-    from .methods import CrossImage, QAlign
+    from .methods import (
+        BoundedAttention,
+        CrossImage,
+        CtrlX,
+        EyeForAnEye,
+        MasaCtrl,
+        QAlign,
+        SeAl,
+        StyleAligned,
+        StyleID,
+        VisualStylePrompting,
+        ZStar,
+    )
     from .pipelines import AppearanceTransferOutput, AppearanceTransferPipeline, AppearanceTransferXLPipeline
     from .processors import CrossImageAttnProcessor, QAlignAttnProcessor, UNetAttnProcessor
+    from .regions import Regions
 
 # imported when asked for: the pipelines bring diffusers, and the command line answers --help without torch
 _HOMES = {
     "control": ("Control", "attach"),
     "layout": ("BatchLayout",),
-    "methods": ("CrossImage", "QAlign"),
+    "methods": (
+        "BoundedAttention",
+        "CrossImage",
+        "CtrlX",
+        "EyeForAnEye",
+        "MasaCtrl",
+        "QAlign",
+        "SeAl",
+        "StyleAligned",
+        "StyleID",
+        "VisualStylePrompting",
+        "ZStar",
+    ),
     "pipelines": ("AppearanceTransferOutput", "AppearanceTransferPipeline", "AppearanceTransferXLPipeline"),
+    "regions": ("Regions",),
     "processors": ("CrossImageAttnProcessor", "QAlignAttnProcessor", "UNetAttnProcessor"),
 }
 
@@ -32,12 +58,22 @@ __all__ = [
     "AppearanceTransferPipeline",
     "AppearanceTransferXLPipeline",
     "BatchLayout",
+    "BoundedAttention",
     "Control",
     "CrossImage",
     "CrossImageAttnProcessor",
+    "CtrlX",
+    "EyeForAnEye",
+    "MasaCtrl",
     "QAlign",
     "QAlignAttnProcessor",
+    "Regions",
+    "SeAl",
+    "StyleAligned",
+    "StyleID",
     "UNetAttnProcessor",
+    "VisualStylePrompting",
+    "ZStar",
     "attach",
 ]
 

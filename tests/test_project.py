@@ -74,6 +74,13 @@ def test_readme_names_every_op():
     assert not missing
 
 
+def test_readme_has_a_line_for_every_method():
+    methods = importlib.import_module("qalign.methods").METHODS.values()
+    for kind in methods:
+        line = next((line for line in _read("README.md").splitlines() if line.startswith(f"| `{kind.__name__}` |")), "")
+        assert kind.card.paper in line and line.endswith(f"| {kind.card.cost} |"), kind
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_named_in_documents_exist(document):
     text = re.sub(r"```.*?```", "", _read(document), flags=re.DOTALL)

@@ -78,11 +78,13 @@ class CtrlX(Editing):
         edited = deviation * _normalised(take(cut, output)) + mean + centre
         return site.replace(hidden, edited.transpose(1, 2).flatten(2).to(hidden.dtype))
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        return super().attend(q, k, v, site) if _among(site.layer, self.structure_layers) else site.plain(q, k, v)
+
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
-        query, key = (take(x, output) for x in (q, k))
-        if _among(site.layer, self.structure_layers):
-            query, key = (take(x, site.structure_rows(x)) for x in (q, k))
-        return attention(query, Segment(key, take(v, output), labels=site.own_labels(output)), scale=site.scale)
+        structure = site.structure_rows(q)
+        segment = Segment(take(k, structure), take(v, output), labels=site.own_labels(output))
+        return attention(take(q, structure), segment, scale=site.scale)
 
 
 def _among(name: str, beginnings: Sequence[str]) -> bool:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from qalign import BatchLayout, UNetAttnProcessor, attach
 from qalign.methods import BoundedAttention, CtrlX, EyeForAnEye, MasaCtrl, SeAl, StyleAligned, StyleID, VisualStylePrompting, ZStar
+from qalign.processors.unet import project
 from qalign.regions import Regions
 from qalign.schedule import Clock
+from qalign.site import Site
 from tests.methods import literal
 from tests.processors.models import make_unet, unet_inputs
 
@@ -40,6 +42,7 @@ CASES = {
     "ctrl_x structure": (CtrlX(structure_layers=ANYWHERE, appearance_layers=()), literal.ctrl_x, {"appearance": False}),
     "ctrl_x appearance": (CtrlX(structure_layers=(), appearance_layers=ANYWHERE), literal.ctrl_x, {"structure": False}),
 }
+NEUTRAL = [SeAl(strength=(0.0, 0.0)), SeAl(threshold=(2.0, 2.0)), CtrlX(structure_layers=(), appearance_layers=())]
 REGIONS = {
     "masactrl masks": Regions(appearance=MASKS[0], structure=MASKS[1]),
     "bounded": Regions(structure=LABELS, background=0),
@@ -145,3 +148,88 @@ def test_seal_moves_between_the_ends_of_its_schedules():
     for actual, tau, delta in zip(outputs, (0.9, 0.475, 0.05), (1.0, 3.0, 5.0)):
         attn.set_processor(Literal(literal.seal, tau=tau, delta=delta))
         assert relative_error(actual, attn(hidden.double())) < 2e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "method", [SeAl(strength=(0.0, 0.0)), SeAl(threshold=(2.0, 2.0)), CtrlX(structure_layers=(), appearance_layers=())], ids=repr
+)
+def test_neutral_settings_are_the_untouched_layer_bit_for_bit(method):
+    attn, hidden = make_attention(2, 40)
+    stock = attn(hidden)
+    attn.set_processor(UNetAttnProcessor(method, LAYOUT))
+    assert torch.equal(attn(hidden), stock)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_are_not_output_and_steps_outside_the_window_are_stock_bit_for_bit(case):
+    method = CASES[case][0]
+    attn, hidden = make_attention(2, 40)
+    stock = attn(hidden)
+    clock = Clock((0.5, 1.0))
+    attn.set_processor(UNetAttnProcessor(method, LAYOUT, clock=clock, regions=REGIONS.get(case)))
+    clock.set(7, 10)
+    edited = attn(hidden)
+    assert [torch.equal(a, b) for a, b in zip(edited, stock)] == [False, True, True] * 2
+    clock.set(2, 10)
+    assert torch.equal(attn(hidden), stock)
+
+
+# -- the traps of these methods
+
+
+@torch.no_grad()
+def test_trap_style_aligned_scales_the_reference_but_not_the_own_copy():
+    """With a = 0 the reference's logits are all b: a shift so low that it vanishes leaves attention to the own keys, after AdaIN."""
+    attn, hidden = make_attention(2, 40)
+    attn.set_processor(UNetAttnProcessor(StyleAligned(shared_score_scale=0.0, shared_score_shift=-1e4), LAYOUT))
+    actual = attn(hidden)
+    attn.double()
+    (q, k, v), (ref_q, ref_k, _) = (literal.project(attn, row) for row in hidden[:2].double())
+    expected = literal.plain(literal.adain(q, ref_q), literal.adain(k, ref_k), v)
+    assert relative_error(actual[:1], attn.to_out[0](expected.transpose(0, 1).flatten(1))[None]) < 2e-6
+
+
+@torch.no_grad()
+def test_trap_a_shift_of_ln_2_is_the_reference_twice():
+    attn, hidden = make_attention(2, 40)
+    settings = {"adain_queries": False, "adain_keys": False}
+    attn.set_processor(UNetAttnProcessor(StyleAligned(shared_score_shift=math.log(2), **settings), LAYOUT))
+    actual = attn(hidden)[:1]
+    attn.double()
+    (q, k, v), (_, ref_k, ref_v) = (literal.project(attn, row) for row in hidden[:2].double())
+    twice = literal.plain(q, torch.cat([k, ref_k, ref_k], 1), torch.cat([v, ref_v, ref_v], 1))
+    assert relative_error(actual, attn.to_out[0](twice.transpose(0, 1).flatten(1))[None]) < 2e-6
+
+
+@torch.no_grad()
+def test_trap_masactrl_without_foreground_in_the_source_attends_all_of_it():
+    """The published fill with the lowest number gives uniform attention there; not NaN, and here not uniform either."""
+    attn, hidden = make_attention(2, 40)
+    nothing, everything = torch.zeros(GRID, dtype=torch.long), torch.ones(GRID, dtype=torch.long)
+    attn.set_processor(UNetAttnProcessor(MasaCtrl(), LAYOUT, regions=Regions(appearance=nothing, structure=everything)))
+    masked = attn(hidden)
+    attn.set_processor(UNetAttnProcessor(MasaCtrl(), LAYOUT))
+    torch.testing.assert_close(masked, attn(hidden), rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_trap_ctrl_x_adds_nothing_to_the_deviation():
+    """Features a thousandth as large have statistics a thousandth as large: an eps of 1e-5 in the variance would show."""
+    attn, hidden = make_attention(2, 40)
+    method, site = CtrlX(structure_layers=(), appearance_layers=ANYWHERE), Site(LAYOUT)
+    small, large = (method.prepare(x, lambda each: project(attn, each, None), site) for x in (hidden * 1e-3, hidden))
+    torch.testing.assert_close(small * 1e3, large, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_trap_seal_with_one_key_gathers_its_value_without_a_softmax():
+    attn, hidden = make_attention(2, 40)
+    attn.set_processor(UNetAttnProcessor(SeAl(threshold=(-1.0, -1.0), strength=(1e9, 1e9), heads="per_head"), LAYOUT))
+    actual = attn(hidden)[:1]
+    attn.double()
+    (q, _, _), (_, k, v) = (literal.project(attn, row) for row in hidden[:2].double())
+    best = ((q / q.norm(dim=-1, keepdim=True)) @ (k / k.norm(dim=-1, keepdim=True)).mT).argmax(-1)
+    gathered = v.gather(1, best.unsqueeze(-1).expand_as(v))
+    assert relative_error(actual, attn.to_out[0](gathered.transpose(0, 1).flatten(1))[None]) < 2e-6

@@ -1,0 +1,41 @@
+"""No method holds an N x N map: peak memory of one SDXL layer beyond its inputs."""
+
+import pytest
+import torch
+
+from qalign import BatchLayout
+from qalign.memory import MIB, PeakMemory
+from qalign.methods import METHODS
+from qalign.regions import Regions
+from qalign.schedule import Clock
+from qalign.site import Site
+
+SHAPE = (3, 10, 4096, 64)  # [output, appearance, structure] of up_blocks.1 at 1024 pixels
+LABELS = torch.arange(4096).view(64, 64) % 64 // 32
+
+
+class Owner:
+    layer = "up_blocks.0.attentions.1.transformer_blocks.0.attn1"
+
+
+def project(hidden):
+    split = hidden.unflatten(-1, (SHAPE[1], -1)).transpose(1, 2)
+    return split.clone(), split.clone(), split.clone()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", METHODS)
+def test_a_layer_takes_a_few_times_its_queries_keys_and_values(name):
+    method = METHODS[name]()
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(SHAPE[0], SHAPE[2], SHAPE[1], SHAPE[3], generator=generator).transpose(1, 2) for _ in range(3))
+    hidden = torch.randn(SHAPE[0], SHAPE[2], SHAPE[1] * SHAPE[3], generator=generator)
+    regions = Regions(structure=LABELS, background=0) if name == "bounded" else None
+    site = Site(BatchLayout("output", "appearance", "structure", guidance=False), None, None, Clock(), Owner(), regions)
+    inputs = 3 * q.numel() * q.element_size() / MIB
+    with PeakMemory(torch.device("cpu")) as memory:
+        if hasattr(method, "prepare"):
+            method.prepare(hidden, project, site)
+        method.attend(q, k, v, site)
+    one_map = SHAPE[1] * SHAPE[2] ** 2 * q.element_size() / MIB
+    assert memory.peak_mib < 3 * inputs < one_map, f"{memory.peak_mib:.0f} MiB beside inputs of {inputs:.0f}"
