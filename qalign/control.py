@@ -52,9 +52,10 @@ def attach(
         regions: labels of the pictures' tokens: what is matched and read then stays in its region.
 
     A pipeline's steps are told from its scheduler, which has to be chosen before. The loop of a bare model goes through `control.track`.
+    Two methods on layers of their own are two `with` blocks, one inside the other.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError: the model carries processors of this library already.
+        TypeError, ValueError: a bad argument, named. RuntimeError, on entry: one of the layers carries a processor of this library already.
     """
     return Control(pipe_or_model, method, layout, layers, steps, regions)
 
@@ -90,9 +91,10 @@ class Control:
         self._scheduler_attributes: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        carried = Counter(type(m.processor).__name__ for m in self.model.modules() if isinstance(getattr(m, "processor", None), UNetAttnProcessor))
+        carried = [name for name, attn in self.layers.items() if isinstance(attn.processor, UNetAttnProcessor)]
         if carried:
-            raise RuntimeError(f"pipe_or_model: expected a model without qalign processors, got {_count(carried)} (attached twice?)")
+            got = f"{len(carried)} with one, {carried[0]} the first (attached twice? two methods need layers of their own)"
+            raise RuntimeError(f"layers: expected {len(self.layers)} without a processor of this library, got {got}")
         settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions}
         self._processors = {name: UNetAttnProcessor(self.method, self.layout, layer=name, **settings) for name in self.layers}
         self._originals = {name: attn.processor for name, attn in self.layers.items()}

@@ -243,15 +243,28 @@ def test_refusals_name_the_argument() -> None:
 
 def test_attaching_twice_is_refused() -> None:
     pipe = make_pipe("sd15")
-    with attach(pipe, QAlign(), layers="mid"):
-        assert refuse(attach(pipe, QAlign(), layers="up").__enter__) == (
-            "pipe_or_model: expected a model without qalign processors, got UNetAttnProcessor on 1 (attached twice?)"
-        )
+    with attach(pipe, QAlign(), layers=["mid", "up"]):
+        message = refuse(attach(pipe, CrossImage(), layers=["down", "mid"]).__enter__)
+        assert message.startswith("layers: expected 4 without a processor of this library, got 1 with one, mid_block.")
     pipe.unet.set_attn_processor(QAlignAttnProcessor())
-    assert "got QAlignAttnProcessor on 20" in refuse(attach(pipe, QAlign()).__enter__)
+    assert "(attached twice? two methods need layers of their own)" in refuse(attach(pipe, QAlign()).__enter__)
     pipe.unet.set_attn_processor(AttnProcessor())
     with attach(pipe, QAlign()):
         pass
+
+
+def test_two_methods_on_layers_of_their_own_follow_the_same_steps() -> None:
+    pipe = make_pipe("sd15")
+    stock, processors, attributes = generate(pipe), dict(pipe.unet.attn_processors), set(vars(pipe.scheduler))
+    with attach(pipe, CrossImage(), layers="mid", steps=(0.5, 1.0)):
+        one = generate(pipe)
+        with attach(pipe, QAlign(), layers="up", steps=(0.0, 0.5)):
+            both = generate(pipe)
+        assert torch.equal(generate(pipe), one)
+    assert pipe.unet.attn_processors == processors and set(vars(pipe.scheduler)) == attributes
+    assert torch.equal(generate(pipe), stock)
+    assert not torch.equal(one[0], stock[0]) and not torch.equal(both[0], one[0])
+    assert torch.equal(both[1:], stock[1:])
 
 
 def test_a_unet_without_attention_is_refused() -> None:
