@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bank import FeatureBank
     from .control import Control, attach
     from .layout import BatchLayout
     from .methods import (
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
         EyeForAnEye,
         MasaCtrl,
         QAlign,
+        ReferenceOnly,
         SeAl,
+        StoryDiffusion,
         StyleAligned,
         StyleID,
         VisualStylePrompting,
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 # imported when asked for: the pipelines bring diffusers, and the command line answers --help without torch
 _HOMES = {
+    "bank": ("FeatureBank",),
     "control": ("Control", "attach"),
     "layout": ("BatchLayout",),
     "methods": (
@@ -42,7 +46,9 @@ _HOMES = {
         "EyeForAnEye",
         "MasaCtrl",
         "QAlign",
+        "ReferenceOnly",
         "SeAl",
+        "StoryDiffusion",
         "StyleAligned",
         "StyleID",
         "VisualStylePrompting",
@@ -64,11 +70,14 @@ __all__ = [
     "CrossImageAttnProcessor",
     "CtrlX",
     "EyeForAnEye",
+    "FeatureBank",
     "MasaCtrl",
     "QAlign",
     "QAlignAttnProcessor",
+    "ReferenceOnly",
     "Regions",
     "SeAl",
+    "StoryDiffusion",
     "StyleAligned",
     "StyleID",
     "UNetAttnProcessor",

@@ -29,6 +29,7 @@ class BatchLayout:
     roles: tuple[str, ...]
     guidance: bool | None
     images_per_prompt: int
+    unread: int  # of the last roles, how many nobody wants the attention of
 
     def __init__(self, *roles: str, guidance: bool | None = None, images_per_prompt: int = 1) -> None:
         unknown = [role for role in roles if role not in ROLES]
@@ -44,6 +45,13 @@ class BatchLayout:
         object.__setattr__(self, "roles", roles)
         object.__setattr__(self, "guidance", guidance)
         object.__setattr__(self, "images_per_prompt", images_per_prompt)
+        object.__setattr__(self, "unread", 0)
+
+    def extended(self, *roles: str) -> "BatchLayout":
+        """With `roles` behind its own, which are read by the output rows and themselves not wanted: they are no "other" rows."""
+        layout = BatchLayout(*self.roles, *roles, guidance=self.guidance, images_per_prompt=self.images_per_prompt)
+        object.__setattr__(layout, "unread", len(roles))
+        return layout
 
     def parts(self, batch: int) -> int:
         """How many guidance parts a batch of this many rows has."""
@@ -74,7 +82,7 @@ class BatchLayout:
 
     def _slots(self, role: str) -> tuple[int, ...]:
         if role == "other":
-            return tuple(slot for slot, name in enumerate(self.roles) if name != "output")
+            return tuple(slot for slot, name in enumerate(self.roles[: len(self.roles) - self.unread]) if name != "output")
         slots = tuple(slot for slot, name in enumerate(self.roles) if name == role)
         if not slots:
             raise ValueError(f"layout: expected a row of role {role!r}, got roles {', '.join(self.roles)}")

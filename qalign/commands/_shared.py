@@ -23,6 +23,7 @@ METHODS = {
     "z_star": "Z-STAR",
     "ctrl_x": "Ctrl-X",
     "seal": "SeAl",
+    "reference_only": "Reference-only",
 }
 
 

@@ -12,7 +12,9 @@ from .ctrl_x import CtrlX
 from .eye_for_an_eye import EyeForAnEye
 from .masactrl import MasaCtrl
 from .qalign import QAlign
+from .reference_only import ReferenceOnly
 from .seal import SeAl
+from .story_diffusion import StoryDiffusion
 from .style_aligned import StyleAligned
 from .style_id import StyleID
 from .visual_style import VisualStylePrompting
@@ -47,7 +49,9 @@ METHODS: dict[str, type[Method]] = {
     "z_star": ZStar,
     "ctrl_x": CtrlX,
     "seal": SeAl,
+    "reference_only": ReferenceOnly,
     "bounded": BoundedAttention,
+    "story_diffusion": StoryDiffusion,
 }
 
 __all__ = [
@@ -59,7 +63,9 @@ __all__ = [
     "MasaCtrl",
     "Method",
     "QAlign",
+    "ReferenceOnly",
     "SeAl",
+    "StoryDiffusion",
     "StyleAligned",
     "StyleID",
     "VisualStylePrompting",

@@ -21,14 +21,13 @@ from ..inversion import KINDS, Inversion, Predict, denoise_step, invert_ddim, in
 from ..layout import BatchLayout
 from ..masks import MOST_TOKENS, MapCollector, default_noun, noun_tokens, object_masks
 from ..methods import METHODS as ALL_METHODS
-from ..methods import BoundedAttention, Method, QAlign
+from ..methods import Method, QAlign
 from ..regions import Regions
 from .inversion_cache import InversionCache, digest
 from .pictures import choose_size, cover, to_tensors
 
-METHODS: dict[str, Callable[[], Method]] = {
-    name: kind for name, kind in ALL_METHODS.items() if kind is not BoundedAttention
-}  # it reads no appearance
+WITHOUT_APPEARANCE = ("bounded", "story_diffusion")
+METHODS: dict[str, Callable[[], Method]] = {name: kind for name, kind in ALL_METHODS.items() if name not in WITHOUT_APPEARANCE}
 PUBLISHED_STEPS = (11 / 68, 1.0)
 ADAIN = ("masked", "whole", None)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -122,3 +122,9 @@ def ctrl_x(attn, out, app, struct, *, structure=True, appearance=True, **_) -> T
     if structure:
         q, k, _ = project(attn, struct)
     return plain(q, k, v)
+
+
+def reference_only(attn, out, app, struct, *, fidelity=0.0, **_) -> Tensor:
+    (q, own_k, own_v), (_, k, v) = project(attn, out), project(attn, app)
+    both = plain(q, torch.cat([own_k, k], 1), torch.cat([own_v, v], 1))
+    return fidelity * plain(q, own_k, own_v) + (1 - fidelity) * both

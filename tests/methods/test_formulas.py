@@ -8,7 +8,19 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from qalign import BatchLayout, UNetAttnProcessor, attach
-from qalign.methods import BoundedAttention, CtrlX, EyeForAnEye, MasaCtrl, SeAl, StyleAligned, StyleID, VisualStylePrompting, ZStar
+from qalign.methods import (
+    BoundedAttention,
+    CtrlX,
+    EyeForAnEye,
+    MasaCtrl,
+    ReferenceOnly,
+    SeAl,
+    StoryDiffusion,
+    StyleAligned,
+    StyleID,
+    VisualStylePrompting,
+    ZStar,
+)
 from qalign.processors.unet import project
 from qalign.regions import Regions
 from qalign.schedule import Clock
@@ -37,6 +49,7 @@ CASES = {
     "seal add": (SeAl(blend="add", topk=3), literal.seal, {"blend": "add", "top": 3}),
     "seal extrapolate": (SeAl(blend="extrapolate", heads="per_head", topk=2), literal.seal, {"blend": "extrapolate", "top": 2, "joint": False}),
     "seal keys_values": (SeAl(blend="keys_values"), literal.seal, {"blend": "keys_values"}),
+    "reference_only": (ReferenceOnly(style_fidelity=0.0), literal.reference_only, {}),
     "eye_for_an_eye": (EyeForAnEye(), literal.eye_for_an_eye, {}),
     "ctrl_x": (CtrlX(structure_layers=ANYWHERE, appearance_layers=ANYWHERE), literal.ctrl_x, {}),
     "ctrl_x structure": (CtrlX(structure_layers=ANYWHERE, appearance_layers=()), literal.ctrl_x, {"appearance": False}),
@@ -233,3 +246,40 @@ def test_trap_seal_with_one_key_gathers_its_value_without_a_softmax():
     best = ((q / q.norm(dim=-1, keepdim=True)) @ (k / k.norm(dim=-1, keepdim=True)).mT).argmax(-1)
     gathered = v.gather(1, best.unsqueeze(-1).expand_as(v))
     assert relative_error(actual, attn.to_out[0](gathered.transpose(0, 1).flatten(1))[None]) < 2e-6
+
+
+@torch.no_grad()
+def test_reference_only_blends_the_unconditional_half_alone():
+    attn, hidden = make_attention(2, 40)
+    attn.set_processor(UNetAttnProcessor(ReferenceOnly(style_fidelity=0.7), LAYOUT))
+    actual = attn(hidden)[[0, 3]]
+    attn.double()
+    rows = [literal.reference_only(attn, *hidden[first : first + 3].double(), fidelity=fidelity) for first, fidelity in ((0, 0.7), (3, 0.0))]
+    expected = torch.stack([attn.to_out[0](row.transpose(0, 1).flatten(1)) for row in rows])
+    assert relative_error(actual, expected) < 2e-6
+
+
+@torch.no_grad()
+def test_story_diffusion_sees_all_of_its_own_and_the_drawn_tokens_of_the_others():
+    attn, hidden = make_attention(2, 40)
+    method = StoryDiffusion(skip=(0.0, 0.0), rate=0.4, seed=3)
+    attn.set_processor(UNetAttnProcessor(method, BatchLayout("output", "output", "output")))
+    actual = attn(hidden)
+    seen = method._draw(hidden.shape[1], 0, "") < 0.4
+    assert 0.3 < seen.float().mean() < 0.5
+    attn.double()
+    projected = [literal.project(attn, row) for row in hidden.double()]
+    for part in (0, 3):
+        for row in range(3):
+            kept = [projected[part + other] if other == row else [x[:, seen] for x in projected[part + other]] for other in range(3)]
+            k, v = (torch.cat([each[place] for each in kept], 1) for place in (1, 2))
+            expected = literal.plain(projected[part + row][0], k, v)
+            assert relative_error(actual[part + row][None], attn.to_out[0](expected.transpose(0, 1).flatten(1))[None]) < 2e-6
+
+
+@torch.no_grad()
+def test_story_diffusion_leaves_layers_out_as_often_as_asked_and_draws_anew_at_each_step():
+    method = StoryDiffusion()
+    skipped = [method._draw(1, step, f"up_blocks.{layer}").item() < 0.3 for step in range(40) for layer in range(25)]
+    assert 0.26 < sum(skipped) / len(skipped) < 0.34
+    assert torch.equal(method._draw(64, 3, ""), method._draw(64, 3, "")) and not torch.equal(method._draw(64, 3, ""), method._draw(64, 4, ""))

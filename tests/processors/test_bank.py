@@ -1,0 +1,93 @@
+"""A feature bank gives what the batched pass gives, at the price of one reference pass."""
+
+import pytest
+import torch
+
+from qalign import BatchLayout, CrossImage, CtrlX, EyeForAnEye, FeatureBank, QAlign, StyleAligned, attach
+from tests.processors.models import make_unet, unet_inputs
+
+TIMESTEPS = torch.tensor([900, 500, 100])
+PREFIXES = ("down_blocks", "mid_block", "up_blocks")
+METHODS = [
+    CrossImage(structure_every=0),
+    QAlign(),
+    StyleAligned(),
+    CtrlX(structure_layers=(), appearance_layers=PREFIXES),
+    EyeForAnEye(structure_every=0),
+]
+
+
+def rows_of(inputs, rows):
+    return {name: x[rows] if name != "timestep" else x for name, x in inputs.items()}
+
+
+@torch.no_grad()
+def run(unet, method, layout, inputs, steps=(0, 1)):
+    """The last sample of a loop."""
+    sample = inputs["sample"]
+    with attach(unet, method, layout=layout, steps=steps) as control:
+        for timestep in control.track(TIMESTEPS):
+            sample = sample - 0.3 * unet(**inputs | {"sample": sample, "timestep": timestep}).sample
+    return sample
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_a_bank_is_the_batched_pass(method):
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
+    batched = run(unet, method, BatchLayout("output", "output", "appearance"), inputs)
+    bank = FeatureBank("appearance")
+    reference = run(unet, bank.record(method), BatchLayout("output"), rows_of(inputs, [2, 5]))
+    torch.testing.assert_close(reference, batched[[2, 5]], rtol=0, atol=2e-5)
+    served = run(unet, bank.serve(method), BatchLayout("output", "output"), rows_of(inputs, [0, 1, 3, 4]))
+    torch.testing.assert_close(served, batched[[0, 1, 3, 4]], rtol=0, atol=2e-5)
+    one = run(unet, bank.serve(method), BatchLayout("output"), rows_of(inputs, [1, 4]))
+    torch.testing.assert_close(one, batched[[1, 4]], rtol=0, atol=2e-5)
+
+
+def test_structure_rows_come_from_a_bank_too():
+    method = CrossImage(structure_every=1, structure_until=0.5)
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=3)
+    batched = run(unet, method, BatchLayout("output", "appearance", "structure"), inputs)
+    bank = FeatureBank("appearance", "structure")
+    run(unet, bank.record(method), BatchLayout("output", "output"), rows_of(inputs, [1, 2]))
+    served = run(unet, bank.serve(method), BatchLayout("output"), rows_of(inputs, [0]))
+    torch.testing.assert_close(served, batched[:1], rtol=0, atol=2e-5)
+
+
+def test_one_reference_serves_both_guidance_parts_and_several_images():
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=4)
+    bank = FeatureBank("appearance")
+    run(unet, bank.record(QAlign()), BatchLayout("output"), rows_of(inputs, [3]))
+    served = run(unet, bank.serve(QAlign()), BatchLayout("output", images_per_prompt=2), inputs)
+    alone = torch.cat([run(unet, bank.serve(QAlign()), BatchLayout("output"), rows_of(inputs, [row])) for row in range(4)])
+    torch.testing.assert_close(served, alone, rtol=0, atol=2e-5)
+
+
+def test_bytes_are_counted_and_spill_to_the_cpu():
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=1)
+    banks = [FeatureBank("appearance", dtype=torch.bfloat16), FeatureBank("appearance"), FeatureBank("appearance", limit=40_000)]
+    for bank in banks:
+        run(unet, bank.record(QAlign()), BatchLayout("output"), inputs)
+    layers = len(attach(unet, QAlign()).layers)
+    assert banks[1].nbytes == len(TIMESTEPS) * layers * 256 * 32 * 4 == 2 * banks[0].nbytes
+    assert banks[1].spilled == 0 and banks[2].spilled == banks[2].nbytes - 32_768
+    banks[1].clear()
+    assert banks[1].nbytes == 0
+
+
+def test_steps_outside_the_window_need_no_features():
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=1)
+    bank = FeatureBank("appearance")
+    run(unet, bank.record(QAlign()), BatchLayout("output"), inputs, steps=(0.5, 1.0))
+    assert bank.nbytes == len(attach(unet, QAlign()).layers) * 256 * 32 * 4
+    run(unet, bank.serve(QAlign()), BatchLayout("output"), inputs, steps=(0.5, 1.0))
+    with pytest.raises(RuntimeError, match=r"bank: expected features of up_blocks\..* at step 0, got \d+ other layers and 1 steps"):
+        run(unet, bank.serve(QAlign()), BatchLayout("output"), inputs)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="roles: expected 'appearance', 'structure' or both, got \\('output',\\)"):
+        FeatureBank("output")
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=2)
+    with pytest.raises(ValueError, match="layout: expected 1 roles, as the bank has, got output, output"):
+        run(unet, FeatureBank("appearance").record(QAlign()), BatchLayout("output", "output"), inputs)
