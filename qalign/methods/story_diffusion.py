@@ -30,9 +30,7 @@ class StoryDiffusion(Editing):
     Not here: later pictures that read the first four from memory (`FeatureBank` keeps hidden states for methods that read one reference).
     """
 
-    card: ClassVar[Card] = Card("StoryDiffusion", "2405.01434", "K, V + random tokens of other outputs", "up blocks", "all", "attention (counts)", 2.5)
-        "StoryDiffusion", "2405.01434", "K, V + random tokens of the other outputs", "up blocks", "all", "attention (counts)", 2.5
-    )
+    card: ClassVar[Card] = Card("StoryDiffusion", "2405.01434", "K, V + random tokens of others", "up blocks", "all", "attention (counts)", 2.5)
 
     rate: float = 0.5
     skip: tuple[float, float] = (0.3, 0.1)
