@@ -15,6 +15,7 @@ from .rearrange import Multiplicity, compact
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+FIXED_TARGETS = ("sm_90", "interpreter")  # where the kernel with two loops is known not to spill
 FIXED_LIMIT = tl.constexpr(2.0**64)  # of a row sum whose weights the first tile alone stabilised: beyond it, they or what they weigh may overflow
 _QUERY_PITCHES = ("query_pitch_b", "query_pitch_h", "query_pitch_n", "query_stride_d")
 _GUIDE_QUERY_PITCHES = ("guide_query_pitch_b", "guide_query_pitch_h", "guide_query_pitch_n", "guide_query_stride_d")
@@ -171,7 +172,8 @@ def _tile_mode(segments: Sequence[SegmentArguments], output: Tensor | None, guid
 def _fixed(query: Tensor, segments: Sequence[SegmentArguments], known: Tensor | None, exact_weights: bool) -> bool:
     """Whether the maximum of the first tile may stabilise all of them: where weights have float32's range, and every query sees a key there."""
     labelled = any(s.labels_ptr is not None for s in segments)
-    return query.dtype != torch.float16 and known is None and not exact_weights and not labelled
+    plain = known is None and not exact_weights and not labelled
+    return plain and query.dtype != torch.float16 and target_of(query.device) in FIXED_TARGETS
 
 
 @triton.jit
