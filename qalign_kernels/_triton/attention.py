@@ -15,7 +15,8 @@ from .rearrange import Multiplicity, compact
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-FIXED_TARGETS = ("sm_90", "interpreter")  # where the kernel with two loops is known not to spill
+FIXED_TARGETS = ("sm_90", "interpreter")
+FIXED_WIDTHS = {"plain": 128, "counts": 64}  # head dims up to which the kernel with both loops is known not to spill there
 FIXED_LIMIT = tl.constexpr(2.0**64)  # of a row sum whose weights the first tile alone stabilised: beyond it, they or what they weigh may overflow
 _QUERY_PITCHES = ("query_pitch_b", "query_pitch_h", "query_pitch_n", "query_stride_d")
 _GUIDE_QUERY_PITCHES = ("guide_query_pitch_b", "guide_query_pitch_h", "guide_query_pitch_n", "guide_query_stride_d")
@@ -153,7 +154,7 @@ def launch_attention(
         NEGATIVE=tuple(guide is None and s.scale < 0 for s in signed),
         RAGGED=tuple(s.order_ptr is not None or s.N_K % tile.block_n != 0 for s in segments),
         PITCHES=sum(((0, 0, 0) if s.order_ptr is None else (s.key_pitch_n, s.value_pitch_n, s.guide_pitch_n) for s in segments), ()),
-        FIXED=_fixed(query, segments, known, exact_weights), HAS_VALUES=output is not None, KNOWN_LSE=known is not None,
+        FIXED=_fixed(query, segments, output, known, exact_weights), HAS_VALUES=output is not None, KNOWN_LSE=known is not None,
         EXACT_WEIGHTS=exact_weights, D=dim, D_MAIN=main, D_TAIL=tail, D_V=value_dim,
         V_MAIN=value_main, V_TAIL=value_tail, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
     )  # fmt: skip
@@ -169,11 +170,13 @@ def _tile_mode(segments: Sequence[SegmentArguments], output: Tensor | None, guid
     return ("busy " if busy else "") + ("softmax" if known is None else "contrast")
 
 
-def _fixed(query: Tensor, segments: Sequence[SegmentArguments], known: Tensor | None, exact_weights: bool) -> bool:
+def _fixed(query: Tensor, segments: Sequence[SegmentArguments], output: Tensor | None, known: Tensor | None, exact_weights: bool) -> bool:
     """Whether the maximum of the first tile may stabilise all of them: where weights have float32's range, and every query sees a key there."""
-    labelled = any(s.labels_ptr is not None for s in segments)
-    plain = known is None and not exact_weights and not labelled
-    return plain and query.dtype != torch.float16 and target_of(query.device) in FIXED_TARGETS
+    if known is not None or exact_weights or query.dtype == torch.float16 or any(s.labels_ptr is not None for s in segments):
+        return False
+    width = FIXED_WIDTHS["plain" if segments[0].order_ptr is None else "counts"]
+    fits = output is None or (len(segments) == 1 and max(query.shape[3], output.shape[3]) <= width)
+    return fits and target_of(query.device) in FIXED_TARGETS
 
 
 @triton.jit
