@@ -133,7 +133,8 @@ def launch_attention(
 ) -> None:
     """One launch: softmax attention, or contrasted where the log2-sum-exp is `known`, or without `output` the log-sum-exp only.
 
-    `lse` is written in `lse_unit`: ln 2 for natural logarithms, 1 for base 2. Queries whose `match_score` [B, 1 or H, N_Q] is NaN give NaN.
+    `lse` is written in `lse_unit`: ln 2 for natural logarithms, 1 for base 2. Queries whose `match_score` [B, G, N_Q], of the maps of
+    the first segment's counts, is NaN give NaN.
     """
     (batch, heads, tokens, dim), value_dim = query.shape, 16 if output is None else output.shape[3]
     mode = _tile_mode(segments, output, guide, known, exact_weights)
@@ -146,8 +147,7 @@ def launch_attention(
     launch(
         attention_kernel, (triton.cdiv(tokens, tile.block_m) * batch * heads,), num_warps=tile.num_warps, num_stages=tile.num_stages,
         query_ptr=query, guide_query_ptr=None if guide is None else guide.query, query_labels_ptr=query_labels, output_ptr=output, lse_ptr=lse,
-        known_ptr=known, match_score_ptr=match_score, MATCH_MAPS=0 if match_score is None else match_score.shape[1],
-        segments=tuple(segments), **dict(zip(_QUERY_PITCHES, pitches(query))),
+        known_ptr=known, match_score_ptr=match_score, segments=tuple(segments), **dict(zip(_QUERY_PITCHES, pitches(query))),
         **dict(zip(_GUIDE_QUERY_PITCHES, pitches(None if guide is None else guide.query))),
         **dict(zip(_QUERY_LABEL_STRIDES, _label_strides(query_labels))), H=heads, N_Q=tokens, lse_unit=lse_unit, contrast=contrast,
         strength=0.0 if guide is None else guide.strength * LOG2_E, SEGMENTS=len(segments),
@@ -370,7 +370,7 @@ def _store_channels(output_ptrs, acc, inside, D_V: tl.constexpr, FIRST: tl.const
 
 @triton.jit
 def attention_kernel(
-    query_ptr, guide_query_ptr, query_labels_ptr, output_ptr, lse_ptr, known_ptr, match_score_ptr, MATCH_MAPS, segments, query_pitch_b,
+    query_ptr, guide_query_ptr, query_labels_ptr, output_ptr, lse_ptr, known_ptr, match_score_ptr, segments, query_pitch_b,
     query_pitch_h, query_pitch_n, query_stride_d, guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d,
     query_labels_stride_b, query_labels_stride_n, H, N_Q, lse_unit, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr,
     RAGGED: tl.constexpr, PITCHES: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
@@ -441,7 +441,7 @@ def attention_kernel(
         factor = tl.where(empty, 0.0, 1.0 / row_sum)
         lse = tl.where(empty, float("-inf"), running_max + tl.math.log2(row_sum))
     if match_score_ptr is not None:
-        match_row = batch * MATCH_MAPS + head % MATCH_MAPS
+        match_row = batch * segments[0].maps + head % segments[0].maps
         match_score = tl.load(match_score_ptr + match_row * N_Q + queries, mask=inside, other=0.0)
         factor = tl.where(match_score == match_score, factor, float("nan"))
     if lse_ptr is not None:
