@@ -95,12 +95,12 @@ def transfer_grid(rows: Sequence[Mapping[str, Picture]], *, title: str = "", not
 def comparison_grid(pictures: Mapping[str, Picture], *, columns: int = 4, title: str = "", note: str = "") -> Figure:
     """Pictures under titles of their own, so many to a row; a title's lines after the first are small."""
     lines = -(-len(pictures) // columns)
-    figure, axes = _panels(lines, columns, title=title, note=note, aspect=_shape(next(iter(pictures.values()))), gap=0.5)
+    figure, axes = _panels(lines, columns, title=title, note=note, aspect=_shape(next(iter(pictures.values()))), gap=0.68)
     places = [place for line in axes for place in line]
     for place, (name, picture) in zip(places, pictures.items()):
         place.imshow(_array(picture), interpolation="lanczos")
         head, *more = name.split("\n")
-        place.set_title(head, fontsize=10, pad=5 + 9 * len(more))
+        place.set_title(head, fontsize=10, pad=6 + 12 * len(more))
         place.text(0.5, 1.03, "\n".join(more), transform=place.transAxes, ha="center", va="bottom", fontsize=7, color=GREY)
     return figure
 

@@ -168,7 +168,7 @@ def test_report_tells_accuracy_and_machine_code(results, tmp_path):
     validation = {"device": ["Toy"], "rows": [{**checked, "dtype": "float32", "error": 1.5e-7, "ratio": 0.3}]}
     validation["rows"].append({**checked, "dtype": "float16", "error": 1.0, "ratio": 9.0, "passed": False, "failures": ["it"]})
     compiled = {"triton": "3.9.0", "cases": ["attention plain"], "target": "sm_90", "dtype": "bf16", "head_dim": 64, "registers": 200}
-    compiled |= {"spill_bytes": 0, "shared_kib": 96.0, "lane_instructions": 7.5, "problems": [], "tile": "128x128", "flags": []}
+    compiled |= {"spill_bytes": 0, "shared_kib": 96.0, "lane_instructions": 5.5, "problems": [], "tile": "128x128", "flags": []}
     files = [tmp_path / "validate.json", tmp_path / "static.json"]
     for file, content in zip(files, (validation, [compiled, {**compiled, "spill_bytes": 8, "problems": ["spills"], "cases": ["other"]}])):
         file.write_text(json.dumps(content))
@@ -176,7 +176,7 @@ def test_report_tells_accuracy_and_machine_code(results, tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| attention | tiled | 1.5e-07 (0.30) | FAILED | - |" in text and "4 cases, 1 failed" in text
     assert "| sm_90 | bf16 | 3.9.0 | 2 | 200 | 1 | 96 of 227 | 1 |" in text
-    assert "| attention plain | sm_90 | 128x128 | 200 | 7.5 | 7.6 |" in text
+    assert "| attention plain | sm_90 | 128x128 | 200 | 5.5 | 5.6 |" in text
 
 
 def test_report_takes_the_files_of_a_gpu_run(tmp_path):

@@ -64,14 +64,15 @@ class CtrlX(Editing):
         """The hidden states [B, N, C] with the appearance's statistics in the output rows."""
         if site.idle or not _among(site.layer, self.appearance_layers):
             return hidden
-        q, k, _ = project(_normalised(hidden))
-        output, reference = site.output_rows(q), site.reference_rows(q)
-        query = take(q, site.structure_rows(q) if _among(site.layer, self.structure_layers) else output)
+        output, reference = site.output_rows(hidden), site.reference_rows(hidden)
+        asking = site.structure_rows(hidden) if _among(site.layer, self.structure_layers) else output
+        q, k, _ = project(_normalised(hidden.index_select(0, torch.cat([asking, reference]))))
+        query, key = q[: len(asking)], k[len(asking) :]
         cut = hidden.float().unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
         style = take(cut, reference)
         centre = style.mean(-2, keepdim=True)
         powers = torch.cat([style - centre, (style - centre).square()], dim=-1)
-        segment = Segment(take(k, reference).float(), powers, labels=site.key_labels(k, reference))
+        segment = Segment(key.float(), powers, labels=site.key_labels(key, reference))
         moments = attention(query.float(), segment, scale=site.scale, query_labels=site.query_labels(q))
         mean, square = moments.chunk(2, dim=-1)
         deviation = (square - mean.square()).clamp(min=0).sqrt()
@@ -95,4 +96,4 @@ def _normalised(x: Tensor) -> Tensor:
     """Each channel with mean 0 and unbiased deviation 1 over tokens [..., N, C], in float32 or better."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     variance, mean = torch.var_mean(wide, dim=-2, keepdim=True)
-    return ((wide - mean) / variance.sqrt()).to(x.dtype)
+    return (wide - mean).div_(variance.sqrt()).to(x.dtype)

@@ -188,6 +188,7 @@ def calls(dtype):
         "attention": (query, *segments, True, False, "tiled"),
         "attention_backward": (features(2, 4, 5, 64, dtype=dtype), torch.zeros(2, 4, 5, dtype=score), query, *segments),
         "topk_attention": (query, key, value, topk, 0.2, 1.0, rows, "tiled"),
+        "rearranged_attention": (query, key, key, value, "cosine", "joint", 0.2, 1.0, query_labels, key_labels, rows, "tiled"),
         "label_mass": (query, key[:2], key_labels, 6, 0.2, counts, "tiled"),
         "mean_attention_map": (query, key[:2], 0.2, "tiled"),
     }
@@ -232,7 +233,7 @@ def test_the_environment_report_says_what_auto_takes_on_a_gpu(monkeypatch):
     monkeypatch.setattr(_backends, "triton_problem", lambda: None)
     with FakeTensorMode():
         table = env.choices(torch.device("cuda"))
-    assert {op for op, _ in table} == set(calls(torch.float32)) - {"attention_backward", "take_rows"} | {"rearrange_kv"}
+    assert {op for op, _ in table} == set(calls(torch.float32)) - {"attention_backward", "take_rows", "rearranged_attention"} | {"rearrange_kv"}
     for (op, dtype), (chosen, reason) in table.items():
         served = dtype != "float64" or op == "match_counts"
         assert chosen == ("triton" if served else "tiled")

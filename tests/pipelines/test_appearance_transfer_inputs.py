@@ -13,6 +13,7 @@ from PIL import Image
 import qalign
 from qalign import AppearanceTransferPipeline, AppearanceTransferXLPipeline, QAlign
 from qalign.embedded.scenes import held_out_seed, render
+from qalign.pipelines import METHODS
 from qalign.pipelines.pictures import cover, to_tensors
 from tests.pipelines.transfers import PIXELS, make, own, pictures, seeded, transfer, watch
 from tests.processors.models import make_pipe
@@ -139,7 +140,7 @@ def test_embedded_reconstructs_and_transfers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "qaling"}, "method: expected a method or one of cross_image, qalign, got 'qaling'"),
+        ({"method": "qaling"}, f"method: expected a method or one of {', '.join(METHODS)}, got 'qaling'"),
         ({"method": QAlign}, "method: expected a method such as QAlign(), got <class 'qalign.methods.qalign.QAlign'>"),
         ({"adain": "mask"}, "adain: expected 'masked', 'whole' or None, got 'mask'"),
         ({"skip": 1.0}, "skip: expected a fraction that leaves at least one of 6 steps, got 1.0"),
