@@ -112,7 +112,7 @@ class _Recorder(_Around):
             if len(layout.roles) != len(self.bank.roles):
                 raise ValueError(f"layout: expected {len(self.bank.roles)} roles, as the bank has, got {', '.join(layout.roles)}")
             shape = (layout.parts(len(hidden)), len(layout.roles), layout.images_per_prompt)
-            self.bank.write(site.layer, _step(site), hidden.unflatten(0, shape))
+            self.bank.write(site.layer, site.step, hidden.unflatten(0, shape))
         return hidden
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -125,7 +125,7 @@ class _Server(_Around):
             return hidden
         if site.mask is not None:
             raise ValueError(f"attention_mask: expected none with a bank, got {list(site.mask.shape)} after preparation")
-        layout, rows = site.layout, self.bank.read(site.layer, _step(site), hidden)
+        layout, rows = site.layout, self.bank.read(site.layer, site.step, hidden)
         shape = (layout.parts(len(hidden)), len(layout.roles), layout.images_per_prompt)
         rows = rows.expand(shape[0], -1, shape[2], -1, -1)
         joined = torch.cat([hidden.unflatten(0, shape), rows], dim=1).flatten(0, 2)
@@ -142,7 +142,3 @@ class _Server(_Around):
 
     def _joined(self, site: Site) -> Site:
         return replace(site, layout=site.layout.extended(*self.bank.roles))
-
-
-def _step(site: Site) -> int:
-    return 0 if site.clock is None or site.clock.step is None else site.clock.step

@@ -58,7 +58,7 @@ class Recording:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         output, reference = site.output_rows(q), site.reference_rows(q)
-        self.captures.append(Capture(getattr(site.owner, "layer", ""), q[output], q[reference], k[reference]))
+        self.captures.append(Capture(site.layer, q[output], q[reference], k[reference]))
         return self.method.attend(q, k, v, site)
 
     def default_layers(self, names: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ class _Kept:
         self.layers: dict[str, Features] = {}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        self.layers[getattr(site.owner, "layer", "")] = Features(q, k, site)
+        self.layers[site.layer] = Features(q, k, site)
         return site.plain(q, k, v)
 
     def default_layers(self, names: Sequence[str]) -> list[str]:

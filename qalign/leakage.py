@@ -113,12 +113,11 @@ class Measured:
         self._tokens: dict[int, dict[str, Tensor]] = {}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        step = 0 if site.clock is None or site.clock.step is None else site.clock.step
         from_structure = site.clock is not None and bool(site.clock.from_structure)
-        if not site.idle and not from_structure and step % self.every == 0:
+        if not site.idle and not from_structure and site.step % self.every == 0:
             labels = self._row_labels(q, site.layout)
             counts = measure(self.method, q, k, labels, site.output_rows(q), site.reference_rows(q), site)
-            self.tallies[getattr(site.owner, "layer", ""), step] = counts.sum(0).cpu()
+            self.tallies[site.layer, site.step] = counts.sum(0).cpu()
         return self.method.attend(q, k, v, site)
 
     def __getattr__(self, name: str) -> Any:

@@ -51,6 +51,11 @@ class Site:
         """The name of the layer; empty where nobody gave it one."""
         return getattr(self.owner, "layer", "")
 
+    @property
+    def step(self) -> int:
+        """The step of the denoising loop; 0 where nobody counts."""
+        return 0 if self.clock is None or self.clock.step is None else self.clock.step
+
     def output_rows(self, q: Tensor) -> Tensor:
         """int32, the rows that the method edits."""
         return self.layout.index("output", q.shape[0], q.device)
