@@ -1,7 +1,8 @@
 """`python -m qalign.embedded.train`: train the embedded model from a seed, and write it as a Stable Diffusion folder.
 
 Three stages, each resumed where it stopped: an autoencoder on crops of training scenes; a denoiser, with its text encoder, on their latents;
-and the fitness of the denoiser's own self-attention on held-out scenes. What step k sees depends on the seed and k alone.
+and the fitness of the denoiser's own self-attention on held-out scenes. What step k sees depends on the seed and k alone. With `--start`, a model
+that was written is trained on, on other scenes, by a new optimizer; the autoencoder stays as it is.
 """
 
 import argparse
@@ -38,8 +39,9 @@ SHARE_OF_PART = 0.5  # weight of the part labels' loss
 # the features [B, tokens, channels] from which the part is read in training: what each of the decoder's self-attention layers is given
 LABELLED = {f"up_blocks.{block}.attentions.{layer}.transformer_blocks.0.norm1": (128, 96, 32)[block] for block in range(3) for layer in range(2)}
 PART_SCALE = 16.0  # of the cosines from which the part is read, and by which neighbours are weighed
-SHARE_OF_NEIGHBOURS = 0.25  # weight of the neighbours' loss
+SHARE_OF_NEIGHBOURS = 0.5  # weight of the neighbours' loss
 NEIGHBOURS = 48  # tokens drawn from each picture of a batch, parts alike
+ALIKE = 4  # pictures of a batch that have one noise level, where the neighbours' loss is taken: a match is between features of one step
 NO_CAPTION = 0.15  # how often the caption is dropped, for classifier-free guidance
 
 
@@ -63,6 +65,7 @@ class Settings:
     first_scenes: int = 4096
     scenes_per_step: int = 2  # until there are `scenes`
     scenes: int = 32768
+    first_scene: int = 0  # the number of the first training scene
 
 
 def build_tokenizer() -> Any:
@@ -161,8 +164,16 @@ class CosineReader(nn.Module):
 class Training:
     """One run in one folder: checkpoints, losses, wall time."""
 
-    def __init__(self, folder: Path, settings: Settings, device: torch.device, report: Callable[[str], None], limit_s: float = math.inf) -> None:
-        self.folder, self.settings, self.device, self.report = folder, settings, device, report
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        device: torch.device,
+        report: Callable[[str], None],
+        limit_s: float = math.inf,
+        start: Path | None = None,
+    ) -> None:
+        self.folder, self.settings, self.device, self.report, self.start = folder, settings, device, report, start
         self.deadline = time.monotonic() + limit_s
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(settings.seed)
@@ -178,9 +189,25 @@ class Training:
         self.scheduler = build_scheduler()
         self.record: dict[str, Any] = {
             "settings": dataclasses.asdict(settings),
-            "part_labels": {"read_from": list(LABELLED), "weight": SHARE_OF_PART, "scale": PART_SCALE, "neighbours": SHARE_OF_NEIGHBOURS},
+            "part_labels": {"read_from": list(LABELLED), "weight": SHARE_OF_PART, "scale": PART_SCALE, "neighbours": SHARE_OF_NEIGHBOURS, "alike": ALIKE},
             "machine": machine(device),
         }
+        if start is not None:
+            self.take_weights(start)
+
+    def take_weights(self, start: Path) -> None:
+        """The models of a folder that `write` wrote, and what its record says of how they came to be."""
+        from diffusers import StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline.from_pretrained(start, local_files_only=True, safety_checker=None).to(torch.float32)
+        for name, written in (("autoencoder", pipe.vae), ("text_encoder", pipe.text_encoder), ("denoiser", pipe.unet)):
+            getattr(self, name).load_state_dict(written.state_dict())
+        self.tokenizer = pipe.tokenizer
+        self.autoencoder.register_to_config(scaling_factor=pipe.vae.config.scaling_factor)
+        self.autoencoder.requires_grad_(False).eval()
+        before = json.loads((start / "record.json").read_text())
+        self.record["autoencoder"] = before["autoencoder"]
+        self.record["started_from"] = {name: value for name, value in before.items() if name not in ("autoencoder", "fitness")}
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         with replacing(self.folder / f"{name}.pt") as part:
@@ -269,6 +296,8 @@ class Training:
         average = copy.deepcopy(followed).requires_grad_(False)
         optimizer = torch.optim.AdamW(trained.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         pool = Pool(self)
+        if self.start is not None and self.load("denoiser") is None:
+            self.find_directions(pool)
         weight = torch.tensor([1.0] * len(BACKGROUNDS) + [2.0] * len(OBJECT_PARTS), device=self.device)
 
         def step(number: int) -> list[float]:
@@ -280,7 +309,9 @@ class Training:
                     group["lr"] = settings.rate * _rate(refining, settings.refine_steps, settings.warmup, 1.0)
             latents, labels, tokens = pool.batch(number)
             generator = self.generator(number)
-            timestep = (1000 * torch.rand(settings.batch, generator=generator, device=self.device) ** settings.noisy).long().clamp(max=999)
+            alike = 1 if refining < 0 else math.gcd(ALIKE, settings.batch)
+            level = torch.rand(settings.batch // alike, generator=generator, device=self.device).repeat_interleave(alike)
+            timestep = (1000 * level**settings.noisy).long().clamp(max=999)
             noise = torch.randn(latents.shape, generator=generator, device=self.device)
             tokens[torch.rand(settings.batch, generator=generator, device=self.device) < NO_CAPTION] = pool.nothing
             noisy = self.scheduler.add_noise(latents, noise, timestep)
@@ -292,7 +323,8 @@ class Training:
             parts = torch.stack([F.cross_entropy(each.float().flatten(0, 1), _at(labels, each.shape[1]).flatten(), weight) for each in told]).sum()
             neighbours = torch.zeros(())
             if refining >= 0:
-                costs = [_neighbours_loss(taps[name], _at(labels, taps[name].shape[1]), weight, generator) for name in LABELLED]
+                groups = torch.arange(settings.batch, device=self.device) // alike
+                costs = [_neighbours_loss(taps[name], _at(labels, taps[name].shape[1]), groups, weight, generator) for name in LABELLED]
                 neighbours = torch.stack(costs).sum()
             _descend(loss + SHARE_OF_PART * parts + SHARE_OF_NEIGHBOURS * neighbours, optimizer, trained)
             keep = min(settings.average, (number + 1) / (number + 10))
@@ -308,6 +340,23 @@ class Training:
             self.denoiser.load_state_dict(average[0].state_dict())
             self.text_encoder.load_state_dict(average[1].state_dict())
         self.record["denoiser"]["parameters"] = sum(p.numel() for p in average.parameters())
+
+    @torch.no_grad()
+    def find_directions(self, pool: "Pool", batches: int = 16) -> None:
+        """Let each reader begin with the mean direction that the features of every part have."""
+        sums = [torch.zeros_like(reader.directions) for reader in self.readers]
+        with self.tapped() as taps:
+            for number in range(batches):
+                latents, labels, tokens = pool.batch(number)
+                timestep = torch.randint(1000, (len(latents),), generator=self.generator(number), device=self.device)
+                noise = torch.randn(latents.shape, generator=self.generator(number), device=self.device)
+                with self.autocast():
+                    self.denoiser(self.scheduler.add_noise(latents, noise, timestep), timestep, self.text_encoder(tokens)[0])
+                for total, name in zip(sums, LABELLED):
+                    directions = F.normalize(taps[name].float(), dim=-1).flatten(0, 1)
+                    total.index_add_(0, _at(labels, taps[name].shape[1]).flatten(), directions)
+        for reader, total in zip(self.readers, sums):
+            reader.directions.copy_(total)
 
     @contextlib.contextmanager
     def tapped(self) -> Iterator[dict[str, Tensor]]:
@@ -342,7 +391,7 @@ class Training:
         )
 
     def autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu" or _has_bfloat16())
 
     def generator(self, step: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.settings.seed * 1_000_003 + step)
@@ -382,7 +431,8 @@ class Pool:
 
     @torch.no_grad()
     def _add(self, count: int) -> None:
-        scenes = render([training_seed(self.count + place) for place in range(count)], PICTURE)
+        first = self.training.settings.first_scene + self.count
+        scenes = render([training_seed(first + place) for place in range(count)], PICTURE)
         model = self.training.autoencoder
         with self.training.autocast():
             image = (scenes.image * 2 - 1).to(self.training.device)
@@ -398,13 +448,20 @@ class Pool:
         return padded.input_ids.short()
 
 
+def _has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16; one that does not takes twice the time of float32."""
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def _rate(step: int, steps: int, warmup: int, decay: float) -> float:
     """Linear warm-up, constant, linear decay over the last part."""
     return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
-def _neighbours_loss(features: Tensor, labels: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """-log of the share that a token's own part has among its soft nearest neighbours in the other pictures; features [B, N, C], labels [B, N].
+def _neighbours_loss(features: Tensor, labels: Tensor, groups: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """-log of the share that a token's own part has among its soft nearest neighbours in the other pictures of its group.
+
+    features [B, N, C], labels [B, N], groups [B].
 
     Neighbourhood components analysis by cosine: a match between pictures is a nearest neighbour, which a part told by its direction alone
     need not be.
@@ -414,7 +471,8 @@ def _neighbours_loss(features: Tensor, labels: Tensor, weight: Tensor, generator
     directions = F.normalize(features.float().gather(1, drawn.unsqueeze(-1).expand(-1, -1, features.shape[2])), dim=-1).flatten(0, 1)
     part = labels.gather(1, drawn).flatten()
     picture = torch.arange(len(labels), device=labels.device).repeat_interleave(NEIGHBOURS)
-    elsewhere = picture[:, None] != picture
+    group = groups.repeat_interleave(NEIGHBOURS)
+    elsewhere = (picture[:, None] != picture) & (group[:, None] == group)
     same = elsewhere & (part[:, None] == part)
     logits = (PART_SCALE * directions @ directions.T).masked_fill(~elsewhere, -math.inf)
     found = same.any(1)
@@ -487,6 +545,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qalign.embedded.train", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("embedded_training"), help="checkpoints; a second call goes on from there (%(default)s)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the model is written (%(default)s)")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="train this written model on in place of a new one")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long, to go on with a second call")
     for field in dataclasses.fields(Settings):
@@ -494,10 +553,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     settings = Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
     prepare_process()
-    training = Training(given["work"], settings, given["device"], functools.partial(print, flush=True), 60 * given["minutes"])
+    report = functools.partial(print, flush=True)
+    training = Training(given["work"], settings, given["device"], report, 60 * given["minutes"], given["start"])
     stopped = False
     try:
-        training.train_autoencoder()
+        if training.start is None:
+            training.train_autoencoder()
         training.train_denoiser()
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {given['work']}", flush=True)
