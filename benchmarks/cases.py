@@ -111,7 +111,7 @@ def _rearranged(name: str, *, similarity: str = "cosine", joint: bool = True, co
     def run(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
         labels = {f"{side}_labels": _integers(BATCH, tokens) for side in ("query", "ref")} if labelled else {}
         return _module("qalign_attention").rearranged_attention(
-            *_features(head_dim, dtype, tokens, 4), similarity, joint, scale=head_dim**-0.5, contrast=contrast, **labels
+            *_features(head_dim, dtype, tokens, 5), similarity, joint, scale=head_dim**-0.5, contrast=contrast, **labels
         )
 
     return Case(f"rearranged_attention {name}".strip(), run)

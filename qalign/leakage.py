@@ -77,7 +77,7 @@ class Settings:
 
     steps: int = 20
     layers: str | Sequence[str] | None = None
-    adain: str | None = "masked"
+    adain: str | None = None
     every: int = 3
     seed: int = 0
     threshold: float = LEAK_THRESHOLD
@@ -141,15 +141,15 @@ def measure(method: Editing, q: Tensor, k: Tensor, labels: Tensor, output: Tenso
         labels: int64 [B, N], the label of every token of every row.
         output, reference: int32 [rows].
     """
-    index = match(method, q, k, output, reference)
+    index = match(method, q, k, output, reference, site)
     mass = attention_mass(method, q, k, labels, output, reference, site)
     return tally(index, mass, labels[output.long()], labels[reference.long()])
 
 
-def match(method: Editing, q: Tensor, k: Tensor, output: Tensor, reference: Tensor) -> Tensor:
+def match(method: Editing, q: Tensor, k: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
     """The reference token that each query goes to by the method's own signal: int32 [rows, 1 or H, N]."""
     if isinstance(method, QAlign):
-        return similarity_argmax(take(q, output), q, similarity=method.similarity, heads=method.heads, batch_index=reference).index
+        return method.match(q, output, reference, site).index
     return similarity_argmax(take(q, output), k, similarity="dot", heads="joint", batch_index=reference).index
 
 

@@ -120,16 +120,18 @@ class Site:
         """Stock attention of every row."""
         return self._stock(q, k, v, self.mask)
 
-    def merge(self, q: Tensor, k: Tensor, v: Tensor, edited: Tensor) -> Tensor:
-        """`edited` [rows, H, N, D] in the output rows and stock attention in the others."""
+    def merge(self, q: Tensor, k: Tensor, v: Tensor, edited: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
+        """`edited` [rows, H, N, D] in the output rows and stock attention in the others, of which `edited` may also be a function."""
         output = self._index("output", q)
         if self.clock is not None and self.clock.gated and torch.compiler.is_compiling():
             plain = self.plain(q, k, v)
+            edited = edited(plain) if callable(edited) else edited
             edited = torch.where(self.clock.active.to(q.device), edited, plain.index_select(0, output))
             return plain.index_copy(0, output, edited)
-        merged = torch.empty_like(q).index_copy_(0, output, edited)
-        others = self._index("other", q)
-        return merged if others.numel() == 0 else merged.index_copy_(0, others, self.stock(q, k, v, others))
+        merged, others = torch.empty_like(q), self._index("other", q)
+        if others.numel():
+            merged.index_copy_(0, others, self.stock(q, k, v, others))
+        return merged.index_copy_(0, output, edited(merged) if callable(edited) else edited)
 
     def stock(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
         """Stock attention of `rows` alone."""

@@ -12,7 +12,7 @@ from .rearrange import match_counts, take_rows
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
 from .tiled import qalign_attention as tiled
 
-REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "soft", "none")
+REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
 
 
 def qalign_attention(
@@ -24,6 +24,7 @@ def qalign_attention(
     similarity: str = "cosine",
     heads: str = "joint",
     refinement: str = "rearranged",
+    match_query: Tensor | None = None,
     own_key: Tensor | None = None,
     topk: int = 8,
     strength: float = 20.0,
@@ -36,13 +37,15 @@ def qalign_attention(
 ) -> Tensor:
     """Attention to a reference image whose keys and values are aligned by query-query similarity.
 
-    S = similarity(Q, Q_ref);  π(i) = argmax_j S_ij;  s = scale. By `refinement`:
+    S = similarity(Q_match, Q_ref), Q_match = Q by default;  π(i) = argmax_j S_ij;  s = scale. By `refinement`:
 
     - "rearranged": softmax(s Q K_ref[π]ᵀ) V_ref[π], the paper's reading. Computed as attention over the original keys, each counted
       as often as it was chosen; nothing is gathered.
     - "guided": softmax(s Q K_refᵀ + strength · S) V_ref.
     - "topk": softmax of s q_i·k_j over the `topk` best-aligned reference tokens of each query only.
     - "warped_values": softmax(s Q K_ownᵀ) V_ref[π], the output's own map over warped values. Needs `own_key`.
+    - "warped_output": softmax(s Q_ref[π] K_refᵀ) V_ref: what the reference itself made of the matched token. Computed as the reference's own
+      attention, then gathered.
     - "soft": A = softmax(strength · S); softmax(s Q (A K_ref)ᵀ) (A V_ref).
     - "none": V_ref[π].
 
@@ -53,14 +56,16 @@ def qalign_attention(
         query: [B, H, N_q, D], float16, bfloat16 or float32 (float64: reference and tiled), any strides.
         ref_query, ref_key: [B_r, H, N_k, D], ref_value: [B_r, H, N_k, D_v]; B_r = B unless `batch_index` names rows.
         similarity, heads: as `similarity_argmax`. (S is the raw dot product for "dot": choose `strength` accordingly.)
+        match_query: [B, H, N_q, D], what is aligned with `ref_query` in place of `query`, such as the sum of two pictures' queries. Nothing
+            flows back through it, except in "guided" and "soft".
         own_key: [B, H, N_q, D], the output's own keys; only for "warped_values".
         topk: reference tokens per query for "topk".
         strength: of the alignment for "guided" and "soft".
         scale: of the dot product; None is 1/sqrt(D).
-        contrast: as `attention`, applied to the refinement's softmax (1.67 is Cross-Image attention's); nothing for "none".
+        contrast: as `attention`, applied to the refinement's softmax (1.67 is Cross-Image attention's); nothing for "none" and "warped_output".
         query_labels, ref_labels: int32 bit sets [B or 1, N_q] and [B or 1, N_k], both or neither. They restrict the match and
-            the attention to reference tokens: a query sees a token iff their sets meet. The softmax over warped tokens of "warped_values"
-            and "soft" is not restricted.
+            the attention to reference tokens: a query, and in "warped_output" a reference token, sees a token iff their sets meet. The
+            softmax over warped tokens of "warped_values" and "soft" is not restricted.
         batch_index: int32 [B], the row of the reference tensors that each query row reads.
         backend: "auto", "triton", "tiled" or "reference"; None takes the default of `use_backend`.
 
@@ -74,29 +79,33 @@ def qalign_attention(
 
     Memory: O(N), never N_q×N_k. Deterministic. Differentiable; not through the choice π.
     Source: Q-Align, arXiv 2508.21090 ("rearranged"; its similarity, heads and layers are inferred); "warped_values": Eye-for-an-eye,
-    arXiv 2406.07008; the others are this library's.
+    arXiv 2406.07008, whose features that are replaced before projection "warped_output" resembles; the others are this library's.
     """
     _check_tensors(query, ref_query, ref_key, ref_value, batch_index)
     _check_settings(similarity, heads, refinement, strength, scale, contrast)
-    _check_refinement(query, ref_key, refinement, own_key, topk)
+    _check_refinement(query, ref_key, refinement, match_query, own_key, topk)
     _contracts.check_label_sets(query, ref_query, query_labels, "query_labels", ref_labels, "ref_labels")
     if _backends.requested(backend) == "reference":
         return _backends.implementation("reference", "qalign_attention").qalign_attention(
-            query, ref_query, ref_key, ref_value, similarity=similarity, heads=heads, refinement=refinement, own_key=own_key, topk=topk,
-            strength=strength, scale=query.shape[3] ** -0.5 if scale is None else scale, contrast=contrast, query_labels=query_labels,
-            ref_labels=ref_labels, batch_index=batch_index,
+            query, ref_query, ref_key, ref_value, similarity=similarity, heads=heads, refinement=refinement, match_query=match_query,
+            own_key=own_key, topk=topk, strength=strength, scale=query.shape[3] ** -0.5 if scale is None else scale, contrast=contrast,
+            query_labels=query_labels, ref_labels=ref_labels, batch_index=batch_index,
         )  # fmt: skip
+    asking = query if match_query is None else match_query
     refine: dict[str, Any] = {"scale": scale, "contrast": contrast, "backend": backend}
     reference = Segment(ref_key, ref_value, labels=ref_labels, batch_index=batch_index)
     if refinement == "guided":
-        guide = Guide(*_features(query, ref_query, similarity), strength)
+        guide = Guide(*_features(asking, ref_query, similarity), strength)
         return guided_attention(query, reference, guide, query_labels=query_labels, **refine)
     if refinement == "soft":
-        return _soft(query, ref_query, reference, similarity, strength, query_labels, refine)
+        return _soft(query, asking, ref_query, reference, similarity, strength, query_labels, refine)
 
     if refinement == "rearranged":
         scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-        arguments = (query, ref_query.detach(), ref_key, ref_value, similarity, heads, scale, float(contrast), query_labels, ref_labels, batch_index)
+        arguments = (
+            query, asking.detach(), ref_query.detach(), ref_key, ref_value, similarity, heads, scale, float(contrast), query_labels, ref_labels,
+            batch_index,
+        )  # fmt: skip
         differentiable = _library.wants_gradient(query, ref_key, ref_value)
         return (_rearranged if differentiable else _rearranged_attention_op)(*arguments, _backends.requested(backend))
     matching: dict[str, Any] = {
@@ -107,9 +116,13 @@ def qalign_attention(
         "batch_index": batch_index,
     }
     if refinement == "topk":
-        index, score = similarity_topk(query.detach(), ref_query.detach(), topk, **matching, backend=backend)
+        index, score = similarity_topk(asking.detach(), ref_query.detach(), topk, **matching, backend=backend)
         return _unmatchable_to_nan(topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine), score.select(-1, 0))
-    index, score = similarity_argmax(query.detach(), ref_query.detach(), **matching, backend=backend)
+    index, score = similarity_argmax(asking.detach(), ref_query.detach(), **matching, backend=backend)
+    if refinement == "warped_output":
+        own = ref_query if batch_index is None else ref_query.index_select(0, batch_index)
+        output = attention(own, reference, scale=scale, query_labels=ref_labels, backend=backend)
+        return _unmatchable_to_nan(take_rows(output, index, backend=backend), score)
     if batch_index is not None:
         ref_value = ref_value.index_select(0, batch_index)
     value = _unmatchable_to_nan(take_rows(ref_value, index, backend=backend), score)
@@ -118,10 +131,12 @@ def qalign_attention(
     return attention(query, Segment(own_key, value, counts=(index >= 0).int()), **refine)
 
 
-def _rearranged(query, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend) -> Tensor:
+def _rearranged(
+    query, asking, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend
+) -> Tensor:
     """Match, count, attend: differentiable, one op each."""
     index, score = similarity_argmax(
-        query.detach(), ref_query, similarity=similarity, heads=heads, query_labels=query_labels, reference_labels=ref_labels,
+        asking, ref_query, similarity=similarity, heads=heads, query_labels=query_labels, reference_labels=ref_labels,
         batch_index=batch_index, backend=backend,
     )  # fmt: skip
     counts = match_counts(index, ref_key.shape[2], backend=backend)
@@ -177,6 +192,7 @@ def unit(x: Tensor) -> Tensor:
 
 def _soft(
     query: Tensor,
+    asking: Tensor,
     ref_query: Tensor,
     reference: Segment,
     similarity: str,
@@ -184,7 +200,7 @@ def _soft(
     query_labels: Tensor | None,
     refine: dict[str, Any],
 ) -> Tensor:
-    features, ref_features = _features(query, ref_query, similarity)
+    features, ref_features = _features(asking, ref_query, similarity)
     key, value = (
         attention(
             features, dataclasses.replace(reference, key=ref_features, value=x), scale=strength, query_labels=query_labels, backend=refine["backend"]
@@ -227,40 +243,41 @@ def _check_settings(similarity: str, heads: str, refinement: str, strength: floa
         _contracts.check_number("scale", scale)
 
 
-def _check_refinement(query: Tensor, ref_key: Tensor, refinement: str, own_key: Tensor | None, topk: int) -> None:
-    """What only one refinement takes: `topk` and `own_key`."""
+def _check_refinement(query: Tensor, ref_key: Tensor, refinement: str, match_query: Tensor | None, own_key: Tensor | None, topk: int) -> None:
+    """What stands beside the reference: `match_query`, and what only one refinement takes, `topk` and `own_key`."""
     if refinement == "topk":
         _contracts.check_count("topk", topk, "N_k", ref_key.shape[2])
     if (own_key is not None) != (refinement == "warped_values"):
         need = "[B, H, N_q, D] for refinement='warped_values'" if own_key is None else f"None for refinement={refinement!r}"
         _contracts.fail("own_key", need, own_key)
-    if own_key is not None:
-        batch, heads, tokens, head_dim = query.shape
-        _contracts.check_features("own_key", own_key)
-        _contracts.check_like("own_key", own_key, "query", query)
-        _contracts.check_sizes("own_key", own_key, batch=batch, heads=heads, tokens=tokens, head_dim=head_dim)
+    batch, heads, tokens, head_dim = query.shape
+    for name, tensor in (("match_query", match_query), ("own_key", own_key)):
+        if tensor is not None:
+            _contracts.check_features(name, tensor)
+            _contracts.check_like(name, tensor, "query", query)
+            _contracts.check_sizes(name, tensor, batch=batch, heads=heads, tokens=tokens, head_dim=head_dim)
 
 
 def _rearranged_attention_implementation(
-    query, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend
+    query, asking, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend
 ):
     chosen = _backends.select("qalign_attention", backend, query, (query.shape[3], ref_value.shape[3]))
     settings = {"scale": scale, "contrast": contrast, "query_labels": query_labels, "ref_labels": ref_labels, "batch_index": batch_index}
     if chosen == "triton":
         module = _backends.implementation("triton", "qalign_attention")
-        return module.rearranged_attention(query, ref_query, ref_key, ref_value, similarity, heads == "joint", **settings)
-    return _rearranged(query, ref_query, ref_key, ref_value, similarity, heads, **settings, backend=chosen)
+        return module.rearranged_attention(query, asking, ref_query, ref_key, ref_value, similarity, heads == "joint", **settings)
+    return _rearranged(query, asking, ref_query, ref_key, ref_value, similarity, heads, **settings, backend=chosen)
 
 
 def _rearranged_attention_fake(
-    query, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend
+    query, asking, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend
 ):
     return query.new_empty((*query.shape[:3], ref_value.shape[3]))
 
 
 _rearranged_attention_op = _library.register(
     "rearranged_attention",
-    "(Tensor query, Tensor ref_query, Tensor ref_key, Tensor ref_value, str similarity, str heads, float scale, float contrast, "
+    "(Tensor query, Tensor asking, Tensor ref_query, Tensor ref_key, Tensor ref_value, str similarity, str heads, float scale, float contrast, "
     "Tensor? query_labels, Tensor? ref_labels, Tensor? batch_index, str backend) -> Tensor",
     _rearranged_attention_implementation,
     _rearranged_attention_fake,

@@ -23,7 +23,6 @@ PARTS = ("step", "transfer")
 ROWS = 2  # of the grid
 STEPS = 30  # of the transfers in the grid
 MEASURED_STEPS = 20  # of those that are measured
-ADAIN: str | None = "masked"
 COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "leakage.json"
 FIGURES = ("part_agreement", "own_part_mass", "object_background_leakage", "leaking_pairs", "leaking_pairs_improved", "layout_iou", "colour_error")
 
@@ -85,7 +84,7 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
     shown = correspond.choose(compare(pipe, structure, appearance, caption, seed=seed))
     lines, shares = correspond.draw_lines(shown, structure, appearance, labels)
     heat_maps = correspond.draw_heat_maps(shown, structure, appearance, correspond.default_points(shown, structure, labels), labels)
-    settings = leakage.Settings(steps=MEASURED_STEPS, adain=ADAIN, every=1, seed=seed)
+    settings = leakage.Settings(steps=MEASURED_STEPS, every=1, seed=seed)
     progress(f"leakage on {pairs} pairs, {settings.steps} steps")
     report = leakage.run(pipe, pairs=pairs, settings=settings)
     progress("done")
@@ -118,11 +117,10 @@ def transfer(pipe: Any, seed: int) -> dict[str, Any]:
     from .correspond import held_out_scenes
 
     structure, appearance, _, caption = held_out_scenes(seed, picture_size(pipe))
-    noun = caption.split()[-1]
     inversion = pipe.invert(appearance, structure, caption, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(seed))
     row: dict[str, Any] = {"structure": structure, "appearance": appearance}
     for name, title in COMPARED.items():
-        row[title] = pipe(appearance, structure, caption, method=name, inversion=inversion, adain=ADAIN, noun=noun).images[0]
+        row[title] = pipe(appearance, structure, caption, method=name, inversion=inversion).images[0]
     return row
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ._shared import add_model_arguments, count, load_pipeline, say, write
 
-REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "soft", "none")
+REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
 CHOSEN = ("refinement", "topk", "strength", "contrast")
 NEEDS = ("diffusers", "transformers", "accelerate")
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--contrast", type=float, metavar="C", help="of both; 1 is none (default: their own)")
     method.add_argument("--layers", nargs="+", metavar="NAME", help="self-attention layers: up, names, patterns (default: the method's own)")
     method.add_argument("--steps", type=count, default=20, metavar="N", help="of the schedule (default: %(default)s)")
-    method.add_argument("--adain", choices=("masked", "whole", "none"), default="masked", help="of the latents (default: %(default)s)")
+    method.add_argument("--adain", choices=("masked", "whole", "none"), default="none", help="of the latents (default: %(default)s)")
     add_model_arguments(parser)
 
 

@@ -20,7 +20,7 @@ from ._shared import METHODS, add_model_arguments, count, folder_path, load_pipe
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "refinement": {
-        "choices": ("rearranged", "guided", "topk", "warped_values", "soft", "none"),
+        "choices": ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"),
         "help": "of qalign: how attention follows the alignment (default: the method's own, as below)",
     },
     "similarity": {"choices": ("cosine", "dot"), "help": "of qalign: by which queries are aligned"},
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--steps", type=count, default=50, metavar="N", help="of the schedule (default: %(default)s)")
     run.add_argument("--skip", type=float, default=0.32, metavar="F", help="the noisiest fraction of them is left out (default: %(default)s)")
     run.add_argument("--inversion", choices=("ddpm", "ddim"), default="ddpm", help="default: %(default)s")
-    run.add_argument("--adain", choices=("masked", "whole", "none"), help="of the latents (default: masked with a prompt, else none)")
+    run.add_argument("--adain", choices=("masked", "whole", "none"), default="none", help="of the latents (default: %(default)s)")
     run.add_argument("--swap-guidance", type=float, default=3.5, metavar="S", help="1 is none, and faster (default: %(default)s)")
     run.add_argument("--freeu", action="store_true", help="with FreeU as Cross-Image attention has it")
     run.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         num_inference_steps=options.steps,
         skip=options.skip,
         inversion=options.inversion,
-        adain={"none": None, None: "masked" if options.prompt else None}.get(options.adain, options.adain),
+        adain=None if options.adain == "none" else options.adain,
         swap_guidance_scale=options.swap_guidance,
         noun=options.noun,
         freeu=options.freeu,

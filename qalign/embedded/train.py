@@ -39,9 +39,8 @@ SHARE_OF_PART = 0.5  # weight of the part labels' loss
 # the features [B, tokens, channels] from which the part is read in training: what each of the decoder's self-attention layers is given
 LABELLED = {f"up_blocks.{block}.attentions.{layer}.transformer_blocks.0.norm1": (128, 96, 32)[block] for block in range(3) for layer in range(2)}
 PART_SCALE = 16.0  # of the cosines from which the part is read, and by which neighbours are weighed
-SHARE_OF_NEIGHBOURS = 0.5  # weight of the neighbours' loss
+SHARE_OF_NEIGHBOURS = 0.25  # weight of the neighbours' loss
 NEIGHBOURS = 48  # tokens drawn from each picture of a batch, parts alike
-ALIKE = 4  # pictures of a batch that have one noise level, where the neighbours' loss is taken: a match is between features of one step
 NO_CAPTION = 0.15  # how often the caption is dropped, for classifier-free guidance
 
 
@@ -189,7 +188,7 @@ class Training:
         self.scheduler = build_scheduler()
         self.record: dict[str, Any] = {
             "settings": dataclasses.asdict(settings),
-            "part_labels": {"read_from": list(LABELLED), "weight": SHARE_OF_PART, "scale": PART_SCALE, "neighbours": SHARE_OF_NEIGHBOURS, "alike": ALIKE},
+            "part_labels": {"read_from": list(LABELLED), "weight": SHARE_OF_PART, "scale": PART_SCALE, "neighbours": SHARE_OF_NEIGHBOURS},
             "machine": machine(device),
         }
         if start is not None:
@@ -309,9 +308,7 @@ class Training:
                     group["lr"] = settings.rate * _rate(refining, settings.refine_steps, settings.warmup, 1.0)
             latents, labels, tokens = pool.batch(number)
             generator = self.generator(number)
-            alike = 1 if refining < 0 else math.gcd(ALIKE, settings.batch)
-            level = torch.rand(settings.batch // alike, generator=generator, device=self.device).repeat_interleave(alike)
-            timestep = (1000 * level**settings.noisy).long().clamp(max=999)
+            timestep = (1000 * torch.rand(settings.batch, generator=generator, device=self.device) ** settings.noisy).long().clamp(max=999)
             noise = torch.randn(latents.shape, generator=generator, device=self.device)
             tokens[torch.rand(settings.batch, generator=generator, device=self.device) < NO_CAPTION] = pool.nothing
             noisy = self.scheduler.add_noise(latents, noise, timestep)
@@ -323,8 +320,7 @@ class Training:
             parts = torch.stack([F.cross_entropy(each.float().flatten(0, 1), _at(labels, each.shape[1]).flatten(), weight) for each in told]).sum()
             neighbours = torch.zeros(())
             if refining >= 0:
-                groups = torch.arange(settings.batch, device=self.device) // alike
-                costs = [_neighbours_loss(taps[name], _at(labels, taps[name].shape[1]), groups, weight, generator) for name in LABELLED]
+                costs = [_neighbours_loss(taps[name], _at(labels, taps[name].shape[1]), weight, generator) for name in LABELLED]
                 neighbours = torch.stack(costs).sum()
             _descend(loss + SHARE_OF_PART * parts + SHARE_OF_NEIGHBOURS * neighbours, optimizer, trained)
             keep = min(settings.average, (number + 1) / (number + 10))
@@ -458,10 +454,8 @@ def _rate(step: int, steps: int, warmup: int, decay: float) -> float:
     return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
-def _neighbours_loss(features: Tensor, labels: Tensor, groups: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """-log of the share that a token's own part has among its soft nearest neighbours in the other pictures of its group.
-
-    features [B, N, C], labels [B, N], groups [B].
+def _neighbours_loss(features: Tensor, labels: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """-log of the share that a token's own part has among its soft nearest neighbours in the other pictures; features [B, N, C], labels [B, N].
 
     Neighbourhood components analysis by cosine: a match between pictures is a nearest neighbour, which a part told by its direction alone
     need not be.
@@ -471,8 +465,7 @@ def _neighbours_loss(features: Tensor, labels: Tensor, groups: Tensor, weight: T
     directions = F.normalize(features.float().gather(1, drawn.unsqueeze(-1).expand(-1, -1, features.shape[2])), dim=-1).flatten(0, 1)
     part = labels.gather(1, drawn).flatten()
     picture = torch.arange(len(labels), device=labels.device).repeat_interleave(NEIGHBOURS)
-    group = groups.repeat_interleave(NEIGHBOURS)
-    elsewhere = (picture[:, None] != picture) & (group[:, None] == group)
+    elsewhere = picture[:, None] != picture
     same = elsewhere & (part[:, None] == part)
     logits = (PART_SCALE * directions @ directions.T).masked_fill(~elsewhere, -math.inf)
     found = same.any(1)

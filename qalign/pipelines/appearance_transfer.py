@@ -143,7 +143,7 @@ class AppearanceTransfer:
         swap_guidance_scale: float = 3.5,
         edit_steps: tuple[float, float] | None = None,
         guidance_start: float = 10 / 68,
-        adain: str | None = "masked",
+        adain: str | None = None,
         adain_start: float = 20 / 68,
         noun: str | None = None,
         freeu: bool = False,
@@ -180,8 +180,8 @@ class AppearanceTransfer:
             edit_steps: (start, stop), when the method edits; None is the method's own, or else Cross-Image's (11 / 68, 1). A method's own
                 structure steps are counted from the first executed step.
             guidance_start: where swap guidance begins.
-            adain: "masked": the output's latents take the statistics of the appearance's object inside the structure's; "whole": without
-                masks; None: not at all.
+            adain: "masked", as published for Cross-Image: the output's latents take the statistics of the appearance's object inside the
+                structure's; "whole": without masks; None: not at all.
             adain_start: where that begins, and the step whose attention maps make the masks.
             noun: the word of the prompt that is the object; None is a guess by its grammar. See `qalign.masks.noun_tokens`.
             freeu: `qalign.freeu` throughout. The official FreeU is `enable_freeu`.

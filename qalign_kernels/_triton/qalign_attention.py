@@ -19,10 +19,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def rearranged_attention(
-    query, ref_query, ref_key, ref_value, similarity, joint, *, scale, contrast, query_labels=None, ref_labels=None, batch_index=None
+    query, asking, ref_query, ref_key, ref_value, similarity, joint, *, scale, contrast, query_labels=None, ref_labels=None, batch_index=None
 ) -> Tensor:
     """Norms, argmax, tally, attention: four launches, one more with a contrast, none for the norms of dot products."""
-    matches = partial_argmax(query, ref_query, similarity, joint, query_labels, ref_labels, batch_index)
+    matches = partial_argmax(asking, ref_query, similarity, joint, query_labels, ref_labels, batch_index)
     multiplicity, score = tally(*matches, ref_key.shape[2])
     segments = [segment_arguments(ref_key, ref_value, scale, multiplicity=multiplicity, labels=ref_labels, batch_index=batch_index)]
     output = torch.empty((*query.shape[:3], ref_value.shape[3]), device=query.device, dtype=query.dtype)

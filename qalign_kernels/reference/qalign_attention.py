@@ -1,4 +1,4 @@
-"""The six readings of Q-Align as their formulas read: maps materialised, keys and values gathered."""
+"""The seven readings of Q-Align as their formulas read: maps materialised, keys and values gathered."""
 
 from types import SimpleNamespace
 
@@ -15,18 +15,19 @@ def _segment(key: Tensor, value: Tensor, counts: Tensor | None = None, labels: T
 
 
 def qalign_attention(
-    query, ref_query, ref_key, ref_value, *, similarity, heads, refinement, own_key, topk, strength, scale, contrast, query_labels,
-    ref_labels, batch_index,
+    query, ref_query, ref_key, ref_value, *, similarity, heads, refinement, match_query, own_key, topk, strength, scale, contrast,
+    query_labels, ref_labels, batch_index,
 ) -> Tensor:  # fmt: skip
     if batch_index is not None:
         ref_query, ref_key, ref_value = (x[batch_index.long()] for x in (ref_query, ref_key, ref_value))
     joint = heads == "joint" and refinement not in ("guided", "soft")
-    alignment = (query, ref_query, similarity, joint, query_labels, ref_labels)
+    asking = query if match_query is None else match_query
+    alignment = (asking, ref_query, similarity, joint, query_labels, ref_labels)
     if refinement in ("guided", "soft") and similarity == "cosine":  # features of the input dtype, as keys and queries are
-        alignment = (_unit(query), _unit(ref_query), "dot", joint, query_labels, ref_labels)
+        alignment = (_unit(asking), _unit(ref_query), "dot", joint, query_labels, ref_labels)
 
     if refinement == "topk":
-        index, score = similarity_topk(query, ref_query, topk, similarity, joint, query_labels, ref_labels)
+        index, score = similarity_topk(asking, ref_query, topk, similarity, joint, query_labels, ref_labels)
         return _unmatchable_to_nan(topk_attention(query, ref_key, ref_value, index, scale=scale, contrast=contrast), score[..., 0])
     if refinement == "guided":
         return _weigh(_logits(query, ref_key, scale) + _strengthened(scores(*alignment), strength), ref_value, contrast)
@@ -39,6 +40,9 @@ def qalign_attention(
         return _weigh(logits, value, contrast, present.sum(-1))
 
     index, score = similarity_argmax(*alignment)
+    if refinement == "warped_output":
+        output = attention(ref_query, [_segment(ref_key, ref_value, labels=ref_labels)], scale=scale, query_labels=ref_labels)[0]
+        return _unmatchable_to_nan(rearrange_kv(output, output, index)[0], score)
     key, value = rearrange_kv(ref_key, ref_value, index)
     if refinement == "none":
         return _unmatchable_to_nan(value, score)

@@ -32,7 +32,7 @@ from tests.processors.models import make_pipe  # noqa: E402
 
 TRIPLE = BatchLayout("output", "appearance", "structure")
 QUICK = Settings(steps=4, adain=None, every=1)
-REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "soft", "none")
+REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
 REFINED = [QAlign(refinement=name) for name in REFINEMENTS]
 BODY, HEAD, LIMB, TAIL = (PARTS.index(name) for name in ("body", "head", "limb", "tail"))
 METHODS = {"cross_image": CrossImage(), "qalign": QAlign()}
@@ -132,9 +132,10 @@ def test_match_follows_the_signal_of_the_method():
     whole = [x.transpose(1, 2).flatten(2) for x in (q, k)]
     dot = (whole[0][0] @ whole[1][1].T).argmax(-1)
     cosine = torch.cosine_similarity(whole[0][0].unsqueeze(1), whole[0][1].unsqueeze(0), dim=-1).argmax(-1)
-    assert leakage.match(CrossImage(), q, k, rows(0), rows(1)).flatten().tolist() == dot.tolist()
-    assert leakage.match(QAlign(), q, k, rows(0), rows(1)).flatten().tolist() == cosine.tolist()
-    assert leakage.match(QAlign(heads="per_head"), q, k, rows(0), rows(1)).shape == (1, 3, 50)
+    site = Site(BatchLayout("output", "appearance"))
+    assert leakage.match(CrossImage(), q, k, rows(0), rows(1), site).flatten().tolist() == dot.tolist()
+    assert leakage.match(QAlign(), q, k, rows(0), rows(1), site).flatten().tolist() == cosine.tolist()
+    assert leakage.match(QAlign(heads="per_head"), q, k, rows(0), rows(1), site).shape == (1, 3, 50)
 
 
 def test_tally_is_the_sum_written_out():

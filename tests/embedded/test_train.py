@@ -11,6 +11,7 @@ from qalign.embedded.train import (
     MAX_TOKENS,
     NEIGHBOURS,
     PART_SCALE,
+    Pool,
     Settings,
     Training,
     _neighbours_loss,
@@ -55,6 +56,22 @@ def test_an_interrupted_run_goes_on_where_it_stopped(trained, tmp_path):
         whole, parts = getattr(trained, name).state_dict(), getattr(resumed, name).state_dict()
         for key in whole:
             torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=1e-6, msg=f"{name} {key}")
+
+
+def test_a_written_model_is_trained_on(trained, tmp_path):
+    trained.pipeline().to(torch.float16).save_pretrained(tmp_path / "written")
+    (tmp_path / "written" / "record.json").write_text(json.dumps(trained.record))
+    settings = Settings(**TINY | {"steps": 0, "first_scene": 10})
+    further = Training(tmp_path / "work", settings, torch.device("cpu"), lambda line: None, start=tmp_path / "written")
+    for name in ("autoencoder", "denoiser", "text_encoder"):
+        begun, before = (getattr(one, name).state_dict() for one in (further, trained))
+        for key in before:
+            torch.testing.assert_close(begun[key], before[key].half().float(), rtol=0, atol=0, msg=f"{name} {key}")
+    further.train_denoiser()
+    assert not torch.equal(further.denoiser.conv_in.weight, trained.denoiser.conv_in.weight)
+    assert further.record["denoiser"]["samples"] == 4 and further.record["started_from"]["denoiser"]["samples"] == 8
+    first = Pool(further).batch(0)[0], Pool(trained).batch(0)[0]
+    assert not torch.equal(*first)  # other scenes
 
 
 def test_training_moves_every_parameter(trained):

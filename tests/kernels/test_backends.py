@@ -188,7 +188,7 @@ def calls(dtype):
         "attention": (query, *segments, True, False, "tiled"),
         "attention_backward": (features(2, 4, 5, 64, dtype=dtype), torch.zeros(2, 4, 5, dtype=score), query, *segments),
         "topk_attention": (query, key, value, topk, 0.2, 1.0, rows, "tiled"),
-        "rearranged_attention": (query, key, key, value, "cosine", "joint", 0.2, 1.0, query_labels, key_labels, rows, "tiled"),
+        "rearranged_attention": (query, query, key, key, value, "cosine", "joint", 0.2, 1.0, query_labels, key_labels, rows, "tiled"),
         "label_mass": (query, key[:2], key_labels, 6, 0.2, counts, "tiled"),
         "mean_attention_map": (query, key[:2], 0.2, "tiled"),
     }
@@ -218,7 +218,7 @@ def test_fakes_promise_what_the_op_returns(name, dtype):
         assert (promised.shape, promised.dtype, promised.stride()) == (returned.shape, returned.dtype, returned.stride())
 
 
-@pytest.mark.parametrize("refinement", ["rearranged", "guided", "topk", "warped_values", "soft", "none"])
+@pytest.mark.parametrize("refinement", ["rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"])
 def test_the_public_path_runs_on_fake_cuda_tensors(refinement):
     with FakeTensorMode():
         query, reference, value = (torch.empty(rows, 8, 64, 40, dtype=torch.bfloat16, device="cuda") for rows in (3, 1, 1))

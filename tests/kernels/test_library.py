@@ -98,7 +98,7 @@ CALLS = {
         f"qalign_attention-{refinement}": lambda q, r, k, v, refinement=refinement: qk.qalign_attention(
             q, r, k, v, refinement=refinement, topk=3, own_key=q if refinement == "warped_values" else None
         )
-        for refinement in ("rearranged", "guided", "topk", "warped_values", "soft", "none")
+        for refinement in ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
     },
 }
 

@@ -98,7 +98,7 @@ def test_permuted_queries_permute_the_output(backend, refinement, device):
     assert judge_formula(output, permuted, *features, reduction=80).passed
 
 
-@pytest.mark.parametrize("refinement", ["warped_values", "soft", "none"])
+@pytest.mark.parametrize("refinement", ["warped_values", "warped_output", "soft", "none"])
 def test_permuted_references_change_nothing(backend, refinement, device):
     features, _ = draw(device)
     settings = options(refinement, features)
@@ -176,6 +176,40 @@ def test_warped_values_keep_the_own_map(backend, device):
         return sdpa(query, own_key, ref_value.take_along_dim(index.long().unsqueeze(-1), dim=2))
 
     assert judge_formula(output, formula, *features, own_key, reduction=80).passed
+
+
+def test_warped_output_is_the_references_own_attention_where_it_matched(backend, device):
+    features, index = draw(device, value_dim=48)
+    output = qalign_attention(*features, refinement="warped_output", contrast=1.67, backend=backend)
+
+    def formula(query, ref_query, ref_key, ref_value):
+        return sdpa(ref_query, ref_key, ref_value).take_along_dim(index.long().unsqueeze(-1), dim=2)
+
+    assert judge_formula(output, formula, *features, reduction=80).passed
+
+
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+def test_another_query_may_ask(backend, refinement, device):
+    """The match follows `match_query`, the logits follow `query`."""
+    features, _ = draw(device)
+    settings = options(refinement, features) | {"strength": 5.0}
+    attending = random_features(*features[0].shape, seed=11, device=device)
+    output = qalign_attention(attending, *features[1:], match_query=features[0], backend=backend, **settings)
+
+    def formula(query, asking, *references):
+        return by_reference(settings, match_query=asking)(query, *references)
+
+    assert judge_formula(output, formula, attending, *features, reduction=80).passed
+    own = by_reference(settings)(attending, *features[1:])
+    assert not torch.allclose(output, own, atol=1e-3)  # asking by itself, it would have found others
+
+
+def test_the_query_that_asks_is_its_own_by_default(backend, device):
+    features, _ = draw(device)
+    for refinement in REFINEMENTS:
+        settings = options(refinement, features)
+        both = (qalign_attention(*features, match_query=asking, backend=backend, **settings) for asking in (None, features[0]))
+        assert torch.equal(*both)
 
 
 def test_joint_is_per_head_for_one_head(backend, device):

@@ -173,7 +173,7 @@ def test_similarity_score_gradcheck(settings):
     assert gradcheck(lambda q, r: qk.similarity_topk(q, r, 3, **settings, backend="tiled").score, tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("refinement", ["rearranged", "guided", "topk", "warped_values", "soft", "none"])
+@pytest.mark.parametrize("refinement", ["rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"])
 @pytest.mark.parametrize("contrast", [1.0, 1.67])
 @pytest.mark.parametrize("batch_index", [None, torch.tensor([1, 1], dtype=torch.int32)])
 @pytest.mark.parametrize("labelled", [False, True])

@@ -114,7 +114,8 @@ class Case:
 
         pipe = AppearanceTransferPipeline.from_pipe(self.pipe)
         pipe.set_progress_bar_config(disable=True)
-        result = pipe(None, None, self.text, inversion=self.inversion, output_type="latent", callback_on_step_end=keep, **settings)
+        options = {"adain": "masked", "inversion": self.inversion, "output_type": "latent", **settings}
+        result = pipe(None, None, self.text, callback_on_step_end=keep, **options)
         return torch.stack(trajectory), result
 
 
@@ -187,7 +188,7 @@ def test_cross_image_as_published(prediction: str) -> None:
 def test_qalign_with_keys_rearranged_in_memory(short: Case) -> None:
     truth, run = short.literal(shortened(17, rearranged=True, masked=False))
     assert run.margin > 2e-5  # no best match that rounding could change
-    assert_same(short.pipeline(method=QAlign(refinement="rearranged"), adain="whole")[0], truth)
+    assert_same(short.pipeline(method=QAlign(refinement="rearranged", aligned="output"), adain="whole")[0], truth)
 
 
 def test_freeu_as_published() -> None:
@@ -281,7 +282,7 @@ def test_cross_image_on_the_embedded_model(held_out: Case) -> None:
 
 def test_qalign_on_the_embedded_model(held_out: Case) -> None:
     """By the mean: among this many tokens rounding may change a best match, though hardly what it brings."""
-    actual, _ = held_out.pipeline(method=QAlign(refinement="rearranged"), adain="whole")
+    actual, _ = held_out.pipeline(method=QAlign(refinement="rearranged", aligned="output"), adain="whole")
     truth, _ = held_out.literal(shortened(9, EMBEDDED, rearranged=True, masked=False), double=False)
     effect = (truth[:, literal.OUT] - truth[:, literal.STRUCT]).abs().mean()
     assert (actual - truth).abs().mean() < 1e-3 * effect
@@ -368,7 +369,7 @@ class Shuffled(QAlign):
 
 
 def test_trap_10_the_order_of_rearranged_keys_means_nothing(short: Case) -> None:
-    counted, gathered = (short.pipeline(method=method, adain="whole")[0] for method in (QAlign(refinement="rearranged"), Shuffled()))
+    counted, gathered = (short.pipeline(method=method, adain="whole")[0] for method in (QAlign(refinement="rearranged", aligned="output"), Shuffled()))
     assert_same(counted, gathered.double())
 
 

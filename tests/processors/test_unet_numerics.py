@@ -13,7 +13,8 @@ from tests.processors.models import make_pipe, make_unet, self_attention, unet_i
 
 TOKENS = 96
 SHAPES = {"sd15": (8, 40), "sd21": (2, 64), "sdxl": (4, 64), "coarse": (2, 160)}
-PAPER = [QAlign(refinement="rearranged", **settings) for settings in ({}, {"contrast": 1.0}, {"similarity": "dot"})]
+PAPER = [QAlign(refinement="rearranged", aligned="output", **settings) for settings in ({}, {"contrast": 1.0}, {"similarity": "dot"})]
+ALIGNED = [QAlign(), QAlign(aligned="output"), QAlign(aligned="structure"), QAlign(similarity="dot"), QAlign(heads="per_head", refinement="none")]
 
 
 def make_attention(heads: int, head_dim: int) -> tuple[Attention, Tensor]:
@@ -27,20 +28,37 @@ def formula(attn: Attention, hidden: Tensor, method: CrossImage, row: int, refer
     split = {part: getattr(attn, f"to_{part}")(hidden).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in "qkv"}
     q, k, v = split["q"][row], split["k"][reference], split["v"][reference]
     if isinstance(method, QAlign):
-        one, two = (x[index].transpose(0, 1).flatten(1) for x, index in ((split["q"], row), (split["q"], reference)))
-        if method.similarity == "cosine":
-            one, two = one / one.norm(dim=-1, keepdim=True), two / two.norm(dim=-1, keepdim=True)
-        match = (one @ two.T).argmax(-1)
-        k, v = k[:, match], v[:, match]
+        asking = {"output": [row], "structure": [row + 2], "both": [row, row + 2]}[method.aligned]
+        match = sum(similarity(split["q"][one], split["q"][reference], method) for one in asking).argmax(-1).expand(attn.heads, -1)
+        if method.refinement == "warped_output":
+            own = (split["q"][reference] @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+            return attn.to_out[0](pick(own, match).transpose(0, 1).flatten(1))
+        k, v = pick(k, match), pick(v, match)
+        if method.refinement == "none":
+            return attn.to_out[0](v.transpose(0, 1).flatten(1))
     p = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
     mean = p.mean(-1, keepdim=True)
     p = ((p - mean) * method.contrast + mean).clamp(0, 1)
     return attn.to_out[0]((p @ v).transpose(0, 1).flatten(1))
 
 
+def similarity(one: Tensor, two: Tensor, method: QAlign) -> Tensor:
+    """Of queries [H, N, d]: one map [1, N, N] for all heads, or [H, N, N]."""
+    if method.heads == "joint":
+        one, two = (x.transpose(0, 1).flatten(1).unsqueeze(0) for x in (one, two))
+    if method.similarity == "cosine":
+        one, two = one / one.norm(dim=-1, keepdim=True), two / two.norm(dim=-1, keepdim=True)
+    return one @ two.mT
+
+
+def pick(x: Tensor, match: Tensor) -> Tensor:
+    """The tokens of [H, N, d] that `match` [H, N] names."""
+    return x.take_along_dim(match.unsqueeze(-1), dim=1)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", [*PAPER, CrossImage(), CrossImage(contrast=1.0)], ids=repr)
+@pytest.mark.parametrize("method", [*PAPER, *ALIGNED, CrossImage(), CrossImage(contrast=1.0)], ids=repr)
 def test_output_rows_are_the_formula(method, shape) -> None:
     attn, hidden = make_attention(*SHAPES[shape])
     same = {row: formula(attn, hidden, method, row, row + 1) for row in (0, 3)}
@@ -54,7 +72,7 @@ def test_output_rows_are_the_formula(method, shape) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("refinement", ["rearranged", "guided", "topk", "warped_values", "soft", "none"])
+@pytest.mark.parametrize("refinement", ["rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"])
 def test_every_refinement_passes_through(refinement) -> None:
     attn, hidden = make_attention(2, 40)
     attn.set_processor(QAlignAttnProcessor(method=QAlign(refinement=refinement)))
