@@ -340,7 +340,8 @@ class Training:
     @torch.no_grad()
     def find_directions(self, pool: "Pool", batches: int = 16) -> None:
         """Let each reader begin with the mean direction that the features of every part have."""
-        sums = [torch.zeros_like(reader.directions) for reader in self.readers]
+        directions = list(self.readers.parameters())
+        sums = [torch.zeros_like(each) for each in directions]
         with self.tapped() as taps:
             for number in range(batches):
                 latents, labels, tokens = pool.batch(number)
@@ -349,10 +350,10 @@ class Training:
                 with self.autocast():
                     self.denoiser(self.scheduler.add_noise(latents, noise, timestep), timestep, self.text_encoder(tokens)[0])
                 for total, name in zip(sums, LABELLED):
-                    directions = F.normalize(taps[name].float(), dim=-1).flatten(0, 1)
-                    total.index_add_(0, _at(labels, taps[name].shape[1]).flatten(), directions)
-        for reader, total in zip(self.readers, sums):
-            reader.directions.copy_(total)
+                    features = F.normalize(taps[name].float(), dim=-1).flatten(0, 1)
+                    total.index_add_(0, _at(labels, taps[name].shape[1]).flatten(), features)
+        for each, total in zip(directions, sums):
+            each.copy_(total)
 
     @contextlib.contextmanager
     def tapped(self) -> Iterator[dict[str, Tensor]]:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qalign_kernels import Match, qalign_attention, similarity_argmax
@@ -101,7 +100,7 @@ class QAlign(CrossImage):
         if self.similarity == "dot":
             return wide
         dims = (1, 3) if self.heads == "joint" and self.refinement not in ("guided", "soft") else (3,)
-        return F.normalize(wide, dim=dims)
+        return wide / torch.linalg.vector_norm(wide, dim=dims, keepdim=True).clamp(min=1e-12)
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         return qalign_attention(
