@@ -1,4 +1,4 @@
-"""attach(): choose layers and steps of a denoiser, install processors, keep the step clock, restore everything."""
+"""attach(): choose layers and steps of a denoiser, install processors and hooks, keep the step clock, restore everything."""
 
 import fnmatch
 import functools
@@ -11,10 +11,11 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from .layout import BatchLayout
-from .methods import Method
+from .methods import Hook, Method
 from .processors.unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
 from .regions import Regions
 from .schedule import Clock
+from .site import Site
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 NOT_SPATIAL = ("fuser", "motion_modules", "temporal_transformer_blocks", "temp_attentions")  # tokens of these are not one image's
@@ -43,7 +44,8 @@ def attach(
     ...     images = pipe([prompt] * 3, latents=latents).images
 
     Args:
-        pipe_or_model: a diffusers pipeline with a UNet, or the UNet. Only the UNet's self-attention is ever touched.
+        pipe_or_model: a diffusers pipeline with a UNet, or the UNet. Only the UNet's self-attention is touched, unless the method asks for more:
+            a method's docstring says so, and `layers` does not choose among that.
         method: such as `QAlign()`.
         layout: the roles of the batch's rows.
         layers: a name, "down", "mid" or "up", the first part of a name, a pattern with * and ?, or a list of these; None is the method's
@@ -85,6 +87,8 @@ class Control:
         self.regions = regions
         self.clock = Clock(getattr(method, "default_steps", None) if steps is None else steps, method.takes_structure)
         self.layers = select_layers(self.model, layers, method)
+        self.hooks = {name: ModuleHook(function, layout, name, self.clock, regions) for name, function in _hooks_of(method, self.model).items()}
+        self._handles: list[Any] = []
         self._processors: dict[str, UNetAttnProcessor] = {}
         self._originals: dict[str, Any] = {}
         self._scheduler: Any = None
@@ -101,12 +105,15 @@ class Control:
         self._follow(getattr(self.pipe, "scheduler", None))
         for name, attn in self.layers.items():
             attn.set_processor(self._processors[name])
+        self._handles = [self.model.get_submodule(name).register_forward_hook(hook) for name, hook in self.hooks.items()]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for name, attn in self.layers.items():
             attn.set_processor(self._originals[name])
             self._processors[name].method = None  # whoever kept it, as unfuse_qkv_projections does, now has stock attention
+        while self._handles:
+            self._handles.pop().remove()
         self._unfollow()
         self.clock.reset()
         self._processors, self._originals = {}, {}
@@ -145,6 +152,8 @@ class Control:
             layout = BatchLayout(*layout.roles, guidance=False, images_per_prompt=layout.images_per_prompt)
         for processor in self._processors.values():
             processor.layout = layout
+        for hook in self.hooks.values():
+            hook.layout = layout
 
     def _follow(self, scheduler: Any) -> None:
         """Have the scheduler tell the step: a loop sets its timesteps, scales the input before the UNet and steps after it."""
@@ -178,6 +187,17 @@ class Control:
     def _total(self) -> int:
         """The length of the running loop: shorter than the schedule in image-to-image."""
         return getattr(self.pipe, "num_timesteps", None) or len(self._scheduler.timesteps)
+
+
+class ModuleHook:
+    """A method's function on the output of one module, `layer` by name; nothing in steps at which the method rests."""
+
+    def __init__(self, function: Hook, layout: BatchLayout, layer: str, clock: Clock, regions: Regions | None) -> None:
+        self.function, self.layout, self.layer, self.clock, self.regions = function, layout, layer, clock, regions
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        site = Site(self.layout, None, None, self.clock, self, self.regions)
+        return output if site.idle or "output" not in self.layout.roles else self.function(module, inputs[0], output, site)
 
 
 def find_unet(pipe_or_model: Any) -> nn.Module:
@@ -215,6 +235,15 @@ def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: 
                 raise ValueError(f"layers: expected names or patterns of self-attention layers of {type(model).__name__}, got {got}")
             chosen |= found
     return {name: module for name, module in present.items() if name in chosen}
+
+
+def _hooks_of(method: Method, model: nn.Module) -> dict[str, Hook]:
+    hooks = method.hooks(model) if hasattr(method, "hooks") else {}
+    present = dict(model.named_modules())
+    for name in hooks:
+        if name not in present:
+            raise ValueError(f"hooks: expected names of modules of {type(model).__name__}, got {name!r} from {type(method).__name__}")
+    return hooks
 
 
 def _matches(name: str, wanted: str) -> bool:

@@ -67,6 +67,10 @@ class Site:
             return appearance
         return torch.where(self.clock.from_structure.to(q.device), self.layout.index("structure", q.shape[0], q.device), appearance)
 
+    def conditional(self, rows: Tensor, q: Tensor) -> Tensor:
+        """Those of `rows`, one for each output row, that lie in the conditional guidance part: the positive one, or the only one."""
+        return rows.chunk(self.layout.parts(q.shape[0]))[-1]
+
     def structure_rows(self, q: Tensor) -> Tensor:
         """int32, the structure of each output row."""
         return self.layout.index("structure", q.shape[0], q.device)
@@ -137,7 +141,7 @@ class Site:
         return self._stock(take(q, rows), take(k, rows), take(v, rows), mask)
 
     def replace(self, hidden: Tensor, edited: Tensor) -> Tensor:
-        """Hidden states [B, N, C] with `edited` [rows, N, C] in the output rows, where the step edits at all."""
+        """Features [B, ...] with `edited` [rows, ...] in the output rows, where the step edits at all."""
         output = self._index("output", hidden)
         if self.clock is not None and self.clock.gated and torch.compiler.is_compiling():
             edited = torch.where(self.clock.active.to(hidden.device), edited, hidden.index_select(0, output))

@@ -128,3 +128,14 @@ def reference_only(attn, out, app, struct, *, fidelity=0.0, **_) -> Tensor:
     (q, own_k, own_v), (_, k, v) = project(attn, out), project(attn, app)
     both = plain(q, torch.cat([own_k, k], 1), torch.cat([own_v, v], 1))
     return fidelity * plain(q, own_k, own_v) + (1 - fidelity) * both
+
+
+# -- modules that are no attention, of all rows [output, appearance, structure] of each guidance part
+
+
+def injected(y: Tensor) -> Tensor:
+    """A residual block's output [B, C, h, w], the structure's in the output rows."""
+    rows = list(y)
+    for output in range(0, len(rows), 3):
+        rows[output] = rows[output + 2]
+    return torch.stack(rows)

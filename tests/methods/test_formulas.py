@@ -53,7 +53,7 @@ CASES = {
     "eye_for_an_eye": (EyeForAnEye(), literal.eye_for_an_eye, {}),
     "ctrl_x": (CtrlX(structure_layers=ANYWHERE, appearance_layers=ANYWHERE), literal.ctrl_x, {}),
     "ctrl_x structure": (CtrlX(structure_layers=ANYWHERE, appearance_layers=()), literal.ctrl_x, {"appearance": False}),
-    "ctrl_x appearance": (CtrlX(structure_layers=(), appearance_layers=ANYWHERE), literal.ctrl_x, {"structure": False}),
+    "ctrl_x appearance": (CtrlX(structure_layers=(), appearance_layers=ANYWHERE, structure_convolutions=()), literal.ctrl_x, {"structure": False}),
 }
 NEUTRAL = [SeAl(strength=(0.0, 0.0)), SeAl(threshold=(2.0, 2.0)), CtrlX(structure_layers=(), appearance_layers=())]
 REGIONS = {
@@ -94,6 +94,12 @@ class Literal:
         return torch.stack(rows)
 
 
+def make_literal_outside_attention(unet, method) -> None:
+    """Replace the modules that the method acts on besides by the literal formula."""
+    for name in getattr(method, "structure_convolutions", ()):
+        unet.get_submodule(name).register_forward_hook(lambda module, inputs, output: literal.injected(output))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(2, 40), (4, 64)], ids=str)
 @pytest.mark.parametrize("case", CASES)
@@ -126,6 +132,7 @@ def test_a_unet_over_several_steps(case):
     unet.double()
     for name in layers:
         unet.get_submodule(name).set_processor(Literal(formula, **settings))
+    make_literal_outside_attention(unet, method)
     wide_inputs = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
     for number, timestep in enumerate(torch.tensor([900, 500, 100])):
         if formula is literal.eye_for_an_eye:

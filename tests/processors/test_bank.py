@@ -12,7 +12,7 @@ METHODS = [
     CrossImage(structure_every=0),
     QAlign(),
     StyleAligned(),
-    CtrlX(structure_layers=(), appearance_layers=PREFIXES),
+    CtrlX(structure_layers=(), appearance_layers=PREFIXES, structure_convolutions=()),
     EyeForAnEye(structure_every=0),
 ]
 
