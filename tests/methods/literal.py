@@ -139,3 +139,15 @@ def injected(y: Tensor) -> Tensor:
     for output in range(0, len(rows), 3):
         rows[output] = rows[output + 2]
     return torch.stack(rows)
+
+
+def shared_group_norm(norm, x: Tensor) -> Tensor:
+    """Of [B, C, h, w], each output row with the appearance below it, which is dropped afterwards."""
+    rows = []
+    for number, row in enumerate(x):
+        both = torch.cat([row, x[number + 1] if number % 3 == 0 else row], dim=-2)
+        groups = both.reshape(norm.num_groups, -1)
+        normalised = (groups - groups.mean(1, keepdim=True)) / (groups.var(1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+        normalised = normalised.reshape(both.shape) * norm.weight[:, None, None] + norm.bias[:, None, None]
+        rows.append(normalised[..., : x.shape[-2], :])
+    return torch.stack(rows)

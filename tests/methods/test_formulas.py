@@ -1,5 +1,6 @@
 """Every method against its published formulas written out, layer by layer and through a small real UNet; the truth is float64."""
 
+import functools
 import math
 
 import pytest
@@ -43,6 +44,7 @@ CASES = {
     "z_star": (ZStar(), literal.z_star, {}),
     "style_aligned": (StyleAligned(), literal.style_aligned, {}),
     "style_aligned real": (StyleAligned.real(), literal.style_aligned, {"shift": math.log(2)}),
+    "style_aligned attention alone": (StyleAligned(share_group_norm=False), literal.style_aligned, {}),
     "style_aligned scale": (StyleAligned(shared_score_scale=0.5, adain_values=True), literal.style_aligned, {"scale": 0.5, "values": True}),
     "bounded": (BoundedAttention(), literal.bounded, {"labels": LABELS.flatten()}),
     "seal": (SeAl(), literal.seal, {}),
@@ -98,6 +100,10 @@ def make_literal_outside_attention(unet, method) -> None:
     """Replace the modules that the method acts on besides by the literal formula."""
     for name in getattr(method, "structure_convolutions", ()):
         unet.get_submodule(name).register_forward_hook(lambda module, inputs, output: literal.injected(output))
+    if getattr(method, "share_group_norm", False) is not False:
+        for module in unet.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.forward = functools.partial(literal.shared_group_norm, module)
 
 
 @torch.no_grad()

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from qalign import BatchLayout, FeatureBank, QAlign, attach
-from qalign.methods import CtrlX
+from qalign.methods import CtrlX, StyleAligned
 from tests.methods import literal
-from tests.methods.test_formulas import LAYOUT
+from tests.methods.test_formulas import LAYOUT, relative_error
 from tests.processors.models import make_unet, unet_inputs
 
 INJECTION = CtrlX(structure_layers=(), appearance_layers=())  # nothing but the convolution
-OUTSIDE = [INJECTION]
+OUTSIDE = [INJECTION, StyleAligned()]
+COMPILED = [StyleAligned()]
 
 
 def state_of(unet) -> tuple:
@@ -55,7 +56,7 @@ def test_steps_outside_the_window_are_stock_bit_for_bit(method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", OUTSIDE, ids=repr)
+@pytest.mark.parametrize("method", COMPILED, ids=repr)
 def test_a_compiled_unet_is_one_graph_for_all_steps(method):
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     timesteps, graphs = torch.tensor([900, 500, 100]), []
@@ -120,3 +121,51 @@ def test_trap_ctrl_x_never_edits_the_unconditional_row():
 def test_hooks_name_modules_that_are_there():
     with pytest.raises(ValueError, match="hooks: expected names of modules of UNet2DConditionModel, got 'up_blocks.7.resnets.0' from CtrlX"):
         attach(make_unet("small"), CtrlX(structure_convolutions=("up_blocks.7.resnets.0",)), layers="up")
+
+
+# -- StyleAligned
+
+
+@torch.no_grad()
+def test_every_group_norm_is_shared_over_output_and_reference():
+    """Those of residual blocks and conv_norm_out included, each held against the formula on what it is given."""
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
+    norms = {name: module for name, module in unet.named_modules() if isinstance(module, torch.nn.GroupNorm)}
+    given, seen, stock = {}, {}, {}
+    with attach(unet, StyleAligned(), layout=LAYOUT):
+        for name, norm in norms.items():
+
+            def keep(module, args, output, name=name):
+                given[name], seen[name], stock[name] = args[0], output, module.forward(args[0])
+
+            norm.register_forward_hook(keep)
+        unet(**inputs)
+    assert set(seen) == set(norms) >= {"conv_norm_out", "mid_block.resnets.0.norm1", "up_blocks.0.attentions.0.norm"}
+    for name, norm in norms.items():
+        expected = literal.shared_group_norm(norm.double(), given[name].double())
+        assert relative_error(seen[name], expected) < 2e-6, name
+        assert [torch.equal(a, b) for a, b in zip(seen[name], stock[name])] == [False, True, True] * 2, name
+
+
+@torch.no_grad()
+def test_the_reference_of_a_full_share_without_one_is_the_first_output():
+    unet, x = make_unet("small"), unet_inputs(make_unet("small"), batch=6)["sample"].repeat(1, 8, 1, 1)
+    norm = unet.conv_norm_out
+    with attach(unet, StyleAligned(full_attention_share=True), layout=BatchLayout("output", "output", "output")):
+        shared = norm(x)
+    norm.double()
+    rows = [literal.shared_group_norm(norm, torch.stack([row, x[number // 3 * 3]]).double())[0] for number, row in enumerate(x)]
+    assert relative_error(shared, torch.stack(rows)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "shared"),
+    [
+        ("small", StyleAligned(), True),
+        ("sdxl", StyleAligned(), False),
+        ("sdxl", StyleAligned.real(), True),
+        ("small", StyleAligned(share_group_norm=False), False),
+    ],
+)
+def test_group_norms_are_shared_where_they_are_as_published(family, method, shared):
+    assert bool(attach(make_unet(family), method).hooks) == shared
