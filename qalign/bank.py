@@ -108,8 +108,17 @@ class _Around:
             ValueError: it acts on modules whose reference rows no bank keeps.
         """
         if hasattr(self.method, "hooks") and self.method.hooks(model):
-            raise ValueError(f"method: expected one that acts in self-attention alone, which a bank serves, got {self.method!r}")
+            self._refuse()
         return {}
+
+    def cross_layers(self, names: Sequence[str]) -> list[str]:
+        """None, as `hooks`."""
+        if hasattr(self.method, "cross_layers") and self.method.cross_layers(names):
+            self._refuse()
+        return []
+
+    def _refuse(self) -> None:
+        raise ValueError(f"method: expected one that acts in self-attention alone, which a bank serves, got {self.method!r}")
 
     @property
     def default_steps(self) -> tuple[float, float] | None:

@@ -88,6 +88,8 @@ class Control:
         self.clock = Clock(getattr(method, "default_steps", None) if steps is None else steps, method.takes_structure)
         self.layers = select_layers(self.model, layers, method)
         self.hooks = {name: ModuleHook(function, layout, name, self.clock, regions) for name, function in _hooks_of(method, self.model).items()}
+        self.cross_layers = _cross_layers_of(method, self.model)
+        self._attention = {**self.layers, **self.cross_layers}
         self._handles: list[Any] = []
         self._processors: dict[str, UNetAttnProcessor] = {}
         self._originals: dict[str, Any] = {}
@@ -95,21 +97,25 @@ class Control:
         self._scheduler_attributes: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        carried = [name for name, attn in self.layers.items() if isinstance(attn.processor, UNetAttnProcessor)]
+        carried = [name for name, attn in self._attention.items() if isinstance(attn.processor, UNetAttnProcessor)]
         if carried:
             got = f"{len(carried)} with one, {carried[0]} the first (attached twice? two methods need layers of their own)"
-            raise RuntimeError(f"layers: expected {len(self.layers)} without a processor of this library, got {got}")
+            raise RuntimeError(f"layers: expected {len(self._attention)} without a processor of this library, got {got}")
+        for name, attn in self.cross_layers.items():
+            if isinstance(attn.processor, nn.Module):  # its weights would be lost, and what it does with them
+                got = f"{type(attn.processor).__name__} on {name} ({type(self.method).__name__} needs cross-attention without an IP-Adapter)"
+                raise RuntimeError(f"cross-attention: expected processors without weights, got {got}")
         settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions}
-        self._processors = {name: UNetAttnProcessor(self.method, self.layout, layer=name, **settings) for name in self.layers}
-        self._originals = {name: attn.processor for name, attn in self.layers.items()}
+        self._processors = {name: UNetAttnProcessor(self.method, self.layout, layer=name, **settings) for name in self._attention}
+        self._originals = {name: attn.processor for name, attn in self._attention.items()}
         self._follow(getattr(self.pipe, "scheduler", None))
-        for name, attn in self.layers.items():
+        for name, attn in self._attention.items():
             attn.set_processor(self._processors[name])
         self._handles = [self.model.get_submodule(name).register_forward_hook(hook) for name, hook in self.hooks.items()]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for name, attn in self.layers.items():
+        for name, attn in self._attention.items():
             attn.set_processor(self._originals[name])
             self._processors[name].method = None  # whoever kept it, as unfuse_qkv_projections does, now has stock attention
         while self._handles:
@@ -133,11 +139,12 @@ class Control:
 
     def verify(self) -> None:
         """Raise if the processors are no longer those that were installed, and say what replaced them."""
-        replaced = Counter(type(attn.processor).__name__ for name, attn in self.layers.items() if attn.processor is not self._processors.get(name))
+        attended = self._attention.items()
+        replaced = Counter(type(attn.processor).__name__ for name, attn in attended if attn.processor is not self._processors.get(name))
         if replaced:
             causes = [REPLACED_BY[name] for name in replaced if name in REPLACED_BY]
             advice = f"attach after {', '.join(causes)}" if causes else "attach after whatever set them"
-            raise RuntimeError(f"processors: expected UNetAttnProcessor on {len(self.layers)} attached layers, got {_count(replaced)}: {advice}")
+            raise RuntimeError(f"processors: expected UNetAttnProcessor on {len(attended)} attached layers, got {_count(replaced)}: {advice}")
 
     def _set(self, step: int, total: int) -> None:
         if step == 0:
@@ -210,14 +217,7 @@ def find_unet(pipe_or_model: Any) -> nn.Module:
 
 def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: Method) -> dict[str, Any]:
     """The self-attention layers of a UNet that `layers` names, in the order of the model."""
-    present = {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith(BLOCKS)
-        and is_unet_attention(module)
-        and not module.is_cross_attention
-        and not any(part in NOT_SPATIAL for part in name.split("."))
-    }
+    present = _attention_layers(model, cross=False)
     if not present:
         raise ValueError(f"pipe_or_model: expected self-attention in {', '.join(BLOCKS)}, got {type(model).__name__} without any")
     if layers is None:
@@ -234,6 +234,23 @@ def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: 
                 got = f"{wanted!r}, which none of {len(present)} matches (first: {next(iter(present))})"
                 raise ValueError(f"layers: expected names or patterns of self-attention layers of {type(model).__name__}, got {got}")
             chosen |= found
+    return {name: module for name, module in present.items() if name in chosen}
+
+
+def _attention_layers(model: nn.Module, *, cross: bool) -> dict[str, Any]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(BLOCKS)
+        and is_unet_attention(module)
+        and module.is_cross_attention == cross
+        and not any(part in NOT_SPATIAL for part in name.split("."))
+    }
+
+
+def _cross_layers_of(method: Method, model: nn.Module) -> dict[str, Any]:
+    present = _attention_layers(model, cross=True)
+    chosen = set(method.cross_layers(list(present))) if hasattr(method, "cross_layers") else set()
     return {name: module for name, module in present.items() if name in chosen}
 
 

@@ -71,6 +71,10 @@ class Site:
         """Those of `rows`, one for each output row, that lie in the conditional guidance part: the positive one, or the only one."""
         return rows.chunk(self.layout.parts(q.shape[0]))[-1]
 
+    def unconditional(self, rows: Tensor, q: Tensor) -> Tensor:
+        """The rest of `rows`: none where there is one guidance part."""
+        return rows[: len(rows) - len(self.conditional(rows, q))]
+
     def structure_rows(self, q: Tensor) -> Tensor:
         """int32, the structure of each output row."""
         return self.layout.index("structure", q.shape[0], q.device)

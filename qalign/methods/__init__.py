@@ -30,6 +30,8 @@ class Method(Protocol):
         prepare(hidden, project, site): what it makes of the hidden states [B, N, C] before `project` gives queries, keys and values of them.
         hooks(model): by module name, what it makes of the output [B, ...] of modules that are no attention; `site.replace` puts the edited
             rows in place.
+        cross_layers(names), attend_cross(q, k, v, site): which cross-attention layers it acts on, and their attention output; keys and values are
+            the prompt's.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

@@ -130,6 +130,32 @@ def reference_only(attn, out, app, struct, *, fidelity=0.0, **_) -> Tensor:
     return fidelity * plain(q, own_k, own_v) + (1 - fidelity) * both
 
 
+# -- cross-attention of one row, [N, C] with the prompt [T, C']
+
+
+def project_cross(attn, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(heads_of(layer(x), attn.heads) for layer, x in ((attn.to_q, hidden), (attn.to_k, context), (attn.to_v, context)))
+
+
+def bounded_cross(attn, hidden, context, *, labels, subjects, filters, eos, optimized=False) -> Tensor:
+    """The published additive mask, column by column; label 0 is background."""
+    q, k, v = project_cross(attn, hidden, context)
+    scores = logits(q, k)
+    lowest = torch.finfo(scores.dtype).min
+    mask = torch.zeros_like(scores[0])
+    for places in (*subjects.values(), filters):
+        for place in places:
+            mask[:, place] = lowest
+    for i, mine in enumerate(labels.tolist()):
+        for label, places in subjects.items():
+            if mine == label or (optimized and mine == 0):
+                for place in places:
+                    mask[i, place] = 0
+        if mine == 0 and not optimized:
+            mask[i, eos] = lowest
+    return (scores + mask).softmax(-1) @ v
+
+
 # -- modules that are no attention, of all rows [output, appearance, structure] of each guidance part
 
 

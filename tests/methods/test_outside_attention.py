@@ -1,17 +1,26 @@
 """What methods do outside the core of self-attention: module hooks and cross-attention, against the formulas, and gone without a trace afterwards."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 
-from qalign import BatchLayout, FeatureBank, QAlign, attach
-from qalign.methods import CtrlX, StyleAligned
+from qalign import BatchLayout, FeatureBank, QAlign, Regions, UNetAttnProcessor, attach
+from qalign.methods import BoundedAttention, CtrlX, StyleAligned
 from tests.methods import literal
-from tests.methods.test_formulas import LAYOUT, relative_error
-from tests.processors.models import make_unet, unet_inputs
+from tests.methods.test_formulas import LAYOUT, Literal, relative_error
+from tests.processors.models import SIZE, make_pipe, make_unet, unet_inputs
+from tests.processors.test_unet_contract import ip_adapter_weights
 
 INJECTION = CtrlX(structure_layers=(), appearance_layers=())  # nothing but the convolution
-OUTSIDE = [INJECTION, StyleAligned()]
-COMPILED = [StyleAligned()]
+PROMPT = {"subjects": {1: (1, 2), 2: (2, 5)}, "filters": (3, 5), "eos": 6}  # of 7 tokens, one of them of both subjects, one a filter token besides
+BOUNDED = BoundedAttention(subject_tokens=PROMPT["subjects"], filter_tokens=PROMPT["filters"], eos_token=PROMPT["eos"])
+OUTSIDE = [INJECTION, StyleAligned(), BOUNDED]
+COMPILED = [StyleAligned(), BOUNDED]
+LABELS = torch.arange(SIZE * SIZE).view(SIZE, SIZE) * 5 % 7 // 2  # background, two subjects, and one without words
+REGIONS_OF = {BoundedAttention: Regions(structure=LABELS, background=0)}
 
 
 def state_of(unet) -> tuple:
@@ -35,7 +44,7 @@ def test_everything_is_restored_after_an_exception(method):
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     stock, before = unet(**inputs).sample, state_of(unet)
     with pytest.raises(ZeroDivisionError):
-        with attach(unet, method, layout=LAYOUT, layers="up", steps=(0, 1)):
+        with attach(unet, method, layout=LAYOUT, layers="up", regions=REGIONS_OF.get(type(method)), steps=(0, 1)):
             assert state_of(unet) != before
             assert not torch.equal(unet(**inputs).sample, stock)
             raise ZeroDivisionError
@@ -48,7 +57,7 @@ def test_everything_is_restored_after_an_exception(method):
 def test_steps_outside_the_window_are_stock_bit_for_bit(method):
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     stock = unet(**inputs).sample
-    with attach(unet, method, layout=LAYOUT, layers="up", steps=(0.5, 1)) as control:
+    with attach(unet, method, layout=LAYOUT, layers="up", regions=REGIONS_OF.get(type(method)), steps=(0.5, 1)) as control:
         same = [torch.equal(unet(**inputs).sample, stock) for _ in control.track([0, 1, 2, 3])]
         assert same == [True, True, False, False]
         with pytest.raises(RuntimeError, match="steps: expected a running clock"):
@@ -66,7 +75,7 @@ def test_a_compiled_unet_is_one_graph_for_all_steps(method):
         graphs.append(graph)
         return graph
 
-    with attach(unet, method, layout=LAYOUT, layers="up", steps=(0.3, 1)) as control:
+    with attach(unet, method, layout=LAYOUT, layers="up", regions=REGIONS_OF.get(type(method)), steps=(0.3, 1)) as control:
         for model in (unet, torch.compile(unet, backend=backend, fullgraph=True)):
             runs.append([model(**inputs | {"timestep": timestep}).sample for timestep in control.track(timesteps)])
     assert len(graphs) == 1
@@ -169,3 +178,130 @@ def test_the_reference_of_a_full_share_without_one_is_the_first_output():
 )
 def test_group_norms_are_shared_where_they_are_as_published(family, method, shared):
     assert bool(attach(make_unet(family), method).hooks) == shared
+
+
+# -- Bounded attention's cross-attention
+
+
+class LiteralCross:
+    """A cross-attention processor of the literal formula in the conditional output row of [output, appearance, structure] x 2."""
+
+    def __init__(self, formula, **settings):
+        self.formula, self.settings = formula, settings
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        rows = [literal.plain(*literal.project_cross(attn, *row)) for row in zip(hidden_states, encoder_hidden_states)]
+        rows[3] = self.formula(attn, hidden_states[3], encoder_hidden_states[3], **self.settings)
+        return torch.stack([attn.to_out[0](row.transpose(0, 1).flatten(1)) for row in rows])
+
+
+def cross_attention(unet) -> dict:
+    return {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
+
+
+def wide(inputs: dict) -> dict:
+    return {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
+
+
+@pytest.fixture
+def cross_layer():
+    """A cross-attention layer whose logits have a standard deviation of about 2, its hidden states and its prompts."""
+    torch.manual_seed(5)
+    attn = Attention(80, cross_attention_dim=24, heads=2, dim_head=40).eval()
+    torch.nn.init.normal_(attn.to_q.weight, std=math.sqrt(2 / 80))
+    torch.nn.init.normal_(attn.to_k.weight, std=math.sqrt(2 / 24))
+    return attn, torch.randn(6, SIZE * SIZE, 80), torch.randn(6, 7, 24)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("optimized", [False, True])
+def test_bounded_cross_attention_is_the_published_mask(cross_layer, optimized):
+    attn, hidden, prompts = cross_layer
+    method = dataclasses.replace(BOUNDED, optimized=optimized)
+    stock = attn(hidden, prompts)
+    attn.set_processor(UNetAttnProcessor(method, LAYOUT, regions=REGIONS_OF[BoundedAttention]))
+    actual = attn(hidden, prompts)
+    attn.double().set_processor(LiteralCross(literal.bounded_cross, labels=LABELS.flatten(), optimized=optimized, **PROMPT))
+    expected = attn(hidden.double(), prompts.double())
+    assert relative_error(actual, expected) < 2e-6
+    assert relative_error(stock[3:4], expected[3:4]) > 1e-2  # it does mask
+
+
+@torch.no_grad()
+def test_bounded_attention_of_a_unet_over_several_steps():
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
+    timesteps = torch.tensor([900, 500, 100])
+    shipped, expected = inputs["sample"], inputs["sample"].double()
+    with attach(unet, BOUNDED, layout=LAYOUT, regions=REGIONS_OF[BoundedAttention]) as control:
+        for timestep in control.track(timesteps):
+            shipped = shipped - 0.3 * unet(**inputs | {"sample": shipped, "timestep": timestep}).sample
+    for name, layer in unet.double().named_modules():
+        if name.endswith("attn1"):
+            layer.set_processor(Literal(literal.bounded, labels=LABELS.flatten()))
+        if name.endswith("attn2"):
+            layer.set_processor(LiteralCross(literal.bounded_cross, labels=LABELS.flatten(), **PROMPT))
+    for timestep in timesteps:
+        expected = expected - 0.3 * unet(**wide(inputs) | {"sample": expected, "timestep": timestep}).sample
+    assert relative_error(shipped, expected) < 2e-5
+
+
+@torch.no_grad()
+def test_trap_bounded_masks_both_halves_of_self_attention_and_only_the_conditional_one_of_cross_attention(cross_layer):
+    attn, hidden, prompts = cross_layer
+    itself = Attention(80, heads=2, dim_head=40).eval()
+    for layer, context, edited in ((itself, None, [True, False, False] * 2), (attn, prompts, [False, False, False, True, False, False])):
+        stock = layer(hidden, context)
+        layer.set_processor(UNetAttnProcessor(BOUNDED, LAYOUT, regions=REGIONS_OF[BoundedAttention]))
+        assert [not torch.equal(a, b) for a, b in zip(layer(hidden, context), stock)] == edited
+
+
+@torch.no_grad()
+def test_one_guidance_part_is_the_conditional_one(cross_layer):
+    attn, hidden, prompts = cross_layer
+    attn.set_processor(UNetAttnProcessor(BOUNDED, LAYOUT, regions=REGIONS_OF[BoundedAttention]))
+    torch.testing.assert_close(attn(hidden[3:], prompts[3:]), attn(hidden, prompts)[3:], rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_padding_that_an_attention_mask_hides_stays_hidden(cross_layer):
+    attn, hidden, prompts = cross_layer
+    attn.set_processor(UNetAttnProcessor(BOUNDED, LAYOUT, regions=REGIONS_OF[BoundedAttention]))
+    padded, mask = torch.cat([prompts, torch.randn(6, 2, 24)], 1), torch.tensor([[[0.0] * 7 + [-10000.0] * 2]]).expand(6, -1, -1)
+    torch.testing.assert_close(attn(hidden, padded, attention_mask=mask), attn(hidden, prompts), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BoundedAttention(subject_tokens={1: (2,)}), "eos_token: expected the place of the prompt's end because subject_tokens"),
+        (lambda: BoundedAttention(subject_tokens={31: (2,)}, eos_token=4), "subject_tokens: expected labels of 0 to 30, got 31"),
+        (lambda: BoundedAttention(subject_tokens={1: (-2,)}, eos_token=4), "subject_tokens, .*: expected places of 0 and more, got -2"),
+    ],
+)
+def test_bounded_settings_that_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_bounded_prompts_and_regions_that_do_not_fit_are_refused(cross_layer):
+    attn, hidden, prompts = cross_layer
+    for regions, tokens, message in (
+        (None, 7, r"regions: expected Regions\(structure=...\) for BoundedAttention, got None"),
+        (Regions(structure=LABELS, background=1), 7, "subject_tokens: expected labels of subjects, got 1, which is the background's"),
+        (REGIONS_OF[BoundedAttention], 6, "subject_tokens, .*: expected places below the prompt's 6, got 6"),
+    ):
+        attn.set_processor(UNetAttnProcessor(BOUNDED, LAYOUT, regions=regions))
+        with pytest.raises(ValueError, match=message):
+            attn(hidden, prompts[:, :tokens])
+
+
+def test_a_loaded_ip_adapter_keeps_its_cross_attention():
+    pipe = make_pipe("sd15")
+    pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe.unet)])
+    before = state_of(pipe.unet)
+    message = r"cross-attention: expected processors without weights, got IPAdapterAttnProcessor2_0 on \S+attn2 \(BoundedAttention needs"
+    with pytest.raises(RuntimeError, match=message):
+        attach(pipe, BOUNDED).__enter__()
+    assert state_of(pipe.unet) == before
+    with attach(pipe, BoundedAttention()):
+        assert not any(isinstance(layer.processor, UNetAttnProcessor) for layer in cross_attention(pipe.unet).values())
