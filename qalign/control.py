@@ -15,7 +15,7 @@ from .methods import Hook, Method
 from .processors.unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
 from .regions import Regions
 from .schedule import Clock
-from .site import Site
+from .site import ForwardPass, Site
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 NOT_SPATIAL = ("fuser", "motion_modules", "temporal_transformer_blocks", "temp_attentions")  # tokens of these are not one image's
@@ -105,13 +105,16 @@ class Control:
             if isinstance(attn.processor, nn.Module):  # its weights would be lost, and what it does with them
                 got = f"{type(attn.processor).__name__} on {name} ({type(self.method).__name__} needs cross-attention without an IP-Adapter)"
                 raise RuntimeError(f"cross-attention: expected processors without weights, got {got}")
-        settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions}
+        forward = ForwardPass() if self.cross_layers else None
+        settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions, "forward": forward}
         self._processors = {name: UNetAttnProcessor(self.method, self.layout, layer=name, **settings) for name in self._attention}
         self._originals = {name: attn.processor for name, attn in self._attention.items()}
         self._follow(getattr(self.pipe, "scheduler", None))
         for name, attn in self._attention.items():
             attn.set_processor(self._processors[name])
         self._handles = [self.model.get_submodule(name).register_forward_hook(hook) for name, hook in self.hooks.items()]
+        if forward is not None:
+            self._handles.append(self.model.register_forward_pre_hook(functools.partial(_begin, forward), with_kwargs=True))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -266,6 +269,10 @@ def _hooks_of(method: Method, model: nn.Module) -> dict[str, Hook]:
 def _matches(name: str, wanted: str) -> bool:
     block = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}.get(wanted, wanted)
     return name == block or name.startswith(f"{block}.") or fnmatch.fnmatchcase(name, wanted)
+
+
+def _begin(forward: ForwardPass, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    forward.begin(*(args[0] if args else kwargs["sample"]).shape[-2:])
 
 
 def _then(function: Callable, told: Callable[[], None]) -> Callable:

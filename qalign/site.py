@@ -16,6 +16,23 @@ from .schedule import Clock
 HIDDEN_BIAS = -1e3  # an additive mask hides a key below this; diffusers writes -1e4
 
 
+class ForwardPass:
+    """One call of the denoiser: what is known of it, and what a method keeps for its later layers.
+
+    Attributes:
+        size: (height, width) of the latents.
+        kept: tensors by names of the method's choice; nothing when a call begins.
+    """
+
+    def __init__(self) -> None:
+        self.size = (0, 0)
+        self.kept: dict[str, Tensor] = {}
+
+    def begin(self, height: int, width: int) -> None:
+        self.size = (height, width)
+        self.kept.clear()
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """What a method knows besides queries, keys and values [B, H, N, D].
@@ -50,6 +67,11 @@ class Site:
     def layer(self) -> str:
         """The name of the layer; empty where nobody gave it one."""
         return getattr(self.owner, "layer", "")
+
+    @property
+    def forward(self) -> ForwardPass | None:
+        """The present call of the denoiser; None where nobody follows it: `attach` does for methods that act in cross-attention."""
+        return getattr(self.owner, "forward", None)
 
     @property
     def step(self) -> int:

@@ -11,7 +11,7 @@ from ..layout import BatchLayout
 from ..methods import CrossImage, Method, QAlign
 from ..regions import Regions
 from ..schedule import Clock
-from ..site import Site
+from ..site import ForwardPass, Site
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -35,6 +35,7 @@ class UNetAttnProcessor:
         clock: the step of the denoising loop; None: every step is active and reads the appearance.
         layer: the layer's name, for methods that ask.
         regions: labels of the pictures' tokens, which restrict what the output reads; None: everything is read.
+        forward: where a method keeps what later layers of the same call of the UNet need; None: nowhere.
 
     `load_ip_adapter` and `unload_ip_adapter` create processors anew, without arguments: settings belong to `qalign.attach`, after loading.
     """
@@ -47,6 +48,7 @@ class UNetAttnProcessor:
         clock: Clock | None = None,
         layer: str = "",
         regions: Regions | None = None,
+        forward: ForwardPass | None = None,
     ) -> None:
         if method is not None and not callable(getattr(method, "attend", None)):
             raise TypeError(f"method: expected None or a method such as QAlign(), got {method!r}")
@@ -57,6 +59,7 @@ class UNetAttnProcessor:
         self.clock = clock
         self.layer = layer
         self.regions = regions
+        self.forward = forward
         register_with_guiders(type(self))
 
     def __call__(

@@ -156,6 +156,16 @@ def bounded_cross(attn, hidden, context, *, labels, subjects, filters, eos, opti
     return (scores + mask).softmax(-1) @ v
 
 
+def automatic_mask(maps: list[Tensor], places, size: int) -> Tensor:
+    """MasaCtrl's mask, bool [size²], of one row's maps [H, n, T], one from each layer, on square grids."""
+    mean = torch.stack([each.mean(0) for each in maps]).mean(0)
+    side = math.isqrt(len(mean))
+    image = mean.view(side, side, -1)[..., list(places)].sum(-1)
+    image = (image - image.min()) / (image.max() - image.min())
+    rows = [int(place * side / size) for place in range(size)]
+    return (image[rows][:, rows] >= 0.1).flatten()
+
+
 # -- modules that are no attention, of all rows [output, appearance, structure] of each guidance part
 
 

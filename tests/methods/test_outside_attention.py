@@ -8,19 +8,22 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from qalign import BatchLayout, FeatureBank, QAlign, Regions, UNetAttnProcessor, attach
-from qalign.methods import BoundedAttention, CtrlX, StyleAligned
+from qalign.methods import BoundedAttention, CtrlX, MasaCtrl, StyleAligned
+from qalign.processors.unet import project
+from qalign.site import ForwardPass, Site
 from tests.methods import literal
-from tests.methods.test_formulas import LAYOUT, Literal, relative_error
+from tests.methods.test_formulas import GRID, LAYOUT, Literal, make_attention, relative_error
 from tests.processors.models import SIZE, make_pipe, make_unet, unet_inputs
 from tests.processors.test_unet_contract import ip_adapter_weights
 
 INJECTION = CtrlX(structure_layers=(), appearance_layers=())  # nothing but the convolution
 PROMPT = {"subjects": {1: (1, 2), 2: (2, 5)}, "filters": (3, 5), "eos": 6}  # of 7 tokens, one of them of both subjects, one a filter token besides
 BOUNDED = BoundedAttention(subject_tokens=PROMPT["subjects"], filter_tokens=PROMPT["filters"], eos_token=PROMPT["eos"])
-OUTSIDE = [INJECTION, StyleAligned(), BOUNDED]
-COMPILED = [StyleAligned(), BOUNDED]
+AUTOMATIC = MasaCtrl(ref_token_idx=(2,), cur_token_idx=(1, 3))
+OUTSIDE = [INJECTION, StyleAligned(), BOUNDED, AUTOMATIC]
+COMPILED = [StyleAligned(), BOUNDED, AUTOMATIC]
 LABELS = torch.arange(SIZE * SIZE).view(SIZE, SIZE) * 5 % 7 // 2  # background, two subjects, and one without words
-REGIONS_OF = {BoundedAttention: Regions(structure=LABELS, background=0)}
+REGIONS_OF: dict = {BoundedAttention: Regions(structure=LABELS, background=0)}
 
 
 def state_of(unet) -> tuple:
@@ -230,7 +233,7 @@ def test_bounded_cross_attention_is_the_published_mask(cross_layer, optimized):
 @torch.no_grad()
 def test_bounded_attention_of_a_unet_over_several_steps():
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
-    timesteps = torch.tensor([900, 500, 100])
+    timesteps = torch.tensor([900, 100])
     shipped, expected = inputs["sample"], inputs["sample"].double()
     with attach(unet, BOUNDED, layout=LAYOUT, regions=REGIONS_OF[BoundedAttention]) as control:
         for timestep in control.track(timesteps):
@@ -305,3 +308,166 @@ def test_a_loaded_ip_adapter_keeps_its_cross_attention():
     assert state_of(pipe.unet) == before
     with attach(pipe, BoundedAttention()):
         assert not any(isinstance(layer.processor, UNetAttnProcessor) for layer in cross_attention(pipe.unet).values())
+
+
+# -- MasaCtrl's automatic masks
+
+
+class LiteralAutomatic:
+    """Self- and cross-attention of a UNet with MasaCtrl's automatic masks, for rows [output, appearance, structure] x 2."""
+
+    def __init__(self, union: bool, map_tokens: int):
+        self.union, self.map_tokens = union, map_tokens
+        self.maps: dict[int, list] = {3: [], 4: []}  # of the conditional output and appearance
+        self.shares: list[float] = []
+
+    def begin(self, *given):
+        self.maps = {3: [], 4: []}
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        if encoder_hidden_states is None:
+            rows = self.edited(attn, hidden_states)
+        else:
+            projected = [literal.project_cross(attn, *row) for row in zip(hidden_states, encoder_hidden_states)]
+            rows = [literal.plain(*row) for row in projected]
+            if hidden_states.shape[1] == self.map_tokens:
+                for row, maps in self.maps.items():
+                    maps.append(literal.logits(*projected[row][:2]).softmax(-1))
+        return torch.stack([attn.to_out[0](row.transpose(0, 1).flatten(1)) for row in rows])
+
+    def edited(self, attn, hidden_states) -> list:
+        rows, masks, size = [], None, math.isqrt(hidden_states.shape[1])
+        if self.maps[3]:
+            chosen = ((self.maps[4], AUTOMATIC.ref_token_idx), (self.maps[3], AUTOMATIC.cur_token_idx))
+            masks = [literal.automatic_mask(maps, places, size) for maps, places in chosen]
+            self.shares += [mask.double().mean().item() for mask in masks]
+        for number, hidden in enumerate(hidden_states):
+            if number % 3:
+                rows.append(literal.plain(*literal.project(attn, hidden)))
+            elif self.union and masks:
+                (q, own_k, own_v), (_, k, v) = literal.project(attn, hidden), literal.project(attn, hidden_states[number + 1])
+                scores = literal.logits(q, torch.cat([k, own_k], 1))
+                scores[:, :, : k.shape[1]].masked_fill_(masks[0] != masks[1][:, None], -math.inf)
+                rows.append(scores.softmax(-1) @ torch.cat([v, own_v], 1))
+            else:
+                rows.append(literal.masactrl(attn, *hidden_states[number : number + 3], union=self.union, masks=masks))
+        return rows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "map_tokens", "union"), [("small", 256, False), ("small", 256, True), ("sd15", 64, False)])
+def test_automatic_masks_of_a_unet_over_several_steps(family, map_tokens, union):
+    """From 8 x 8 tokens to 16 x 16 and 4 x 4 in the larger one; the layers before the first map have no masks."""
+    unet, inputs = make_unet(family), unet_inputs(make_unet(family), batch=6)
+    inputs["encoder_hidden_states"] = 5 * inputs["encoder_hidden_states"]  # maps that are not flat
+    method, timesteps = dataclasses.replace(AUTOMATIC, map_tokens=map_tokens, union=union), torch.tensor([900, 500, 100])
+    shipped, expected = inputs["sample"], inputs["sample"].double()
+    with attach(unet, method, layout=LAYOUT, layers=["down", "mid", "up"], steps=(0, 1)) as control:
+        for timestep in control.track(timesteps):
+            shipped = shipped - 0.3 * unet(**inputs | {"sample": shipped, "timestep": timestep}).sample
+    processor = LiteralAutomatic(union, map_tokens)
+    unet.double().register_forward_pre_hook(processor.begin)
+    for layer in unet.modules():
+        if isinstance(layer, Attention):
+            layer.set_processor(processor)
+    for timestep in timesteps:
+        expected = expected - 0.3 * unet(**wide(inputs) | {"sample": expected, "timestep": timestep}).sample
+    assert relative_error(shipped, expected) < 2e-5
+    assert any(0.05 < share < 0.95 for share in processor.shares)  # the masks have both sides
+
+
+@torch.no_grad()
+def test_automatic_masks_are_made_anew_in_each_call():
+    """After a call that broke off in its middle, too."""
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
+    with attach(unet, AUTOMATIC, layout=LAYOUT, layers=["down", "mid", "up"], steps=(0, 1)):
+        first = unet(**inputs).sample
+        assert torch.equal(unet(**inputs).sample, first)
+        handle = unet.up_blocks[0].register_forward_hook(lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            unet(**inputs | {"sample": inputs["sample"].flip(0)})
+        handle.remove()
+        assert torch.equal(unet(**inputs).sample, first)
+
+
+@torch.no_grad()
+def test_without_maps_of_that_size_there_are_no_masks():
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
+    samples = []
+    for method in (MasaCtrl(), dataclasses.replace(AUTOMATIC, map_tokens=64), AUTOMATIC):
+        with attach(unet, method, layout=LAYOUT, steps=(0, 1)):
+            samples.append(unet(**inputs).sample)
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+
+
+@torch.no_grad()
+def test_trap_masactrl_adds_one_to_binary_masks_alone():
+    """Added to the logits, the thresholded mask changes nothing, as published; the map that it was made of would."""
+    attn, hidden = make_attention(2, 40)
+    attn.double()
+    (q, _, _), (_, k, v) = (literal.project(attn, row) for row in hidden[:2].double())
+    scores, soft = literal.logits(q, k), torch.linspace(0, 1, k.shape[1], dtype=torch.float64)
+    hidden_keys = soft < 0.1
+    without, binary, graded = (
+        (scores + added.masked_fill(hidden_keys, torch.finfo(scores.dtype).min)).softmax(-1) @ v for added in (0 * soft, (soft >= 0.1).double(), soft)
+    )
+    site = Site(LAYOUT, owner=Owner(GRID, 1 - hidden_keys.double(), soft != 0))  # all queries but the first are foreground
+    method = dataclasses.replace(AUTOMATIC, map_tokens=k.shape[1])
+    qkv = [torch.stack(each).float() for each in zip(*(literal.project(attn, row) for row in hidden[:3].double()))]
+    actual = method.edit(*qkv, site.output_rows(qkv[0]), site.reference_rows(qkv[0]), site)
+    for formula, same in ((without, True), (binary, True), (graded, False)):
+        assert (relative_error(actual[:, :, 1:], formula[None, :, 1:]) < 2e-6) == same
+
+
+@torch.no_grad()
+def test_a_source_that_lacks_a_side_is_attended_whole():
+    """One whose only background token falls away on a coarser grid, where the published code attends uniformly."""
+    attn, hidden = make_attention(2, 40)
+    height, width = GRID
+    qkv = project(attn, hidden[:3, : height * width // 4], None)
+    source, target = torch.ones(height * width), (torch.arange(height * width) // 2 % 2).float()
+    source[1] = 0
+    site, method = Site(LAYOUT, owner=Owner(GRID, source, target)), dataclasses.replace(AUTOMATIC, map_tokens=height * width)
+    rows = site.output_rows(qkv[0]), site.reference_rows(qkv[0])
+    torch.testing.assert_close(method.edit(*qkv, *rows, site), MasaCtrl().edit(*qkv, *rows, Site(LAYOUT)), rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_a_flat_map_is_background_everywhere():
+    """The published code divides by zero there."""
+    attn, hidden = make_attention(2, 40)
+    qkv, flat = project(attn, hidden[:3], None), torch.ones(hidden.shape[1])
+    site, method = Site(LAYOUT, owner=Owner(GRID, flat, flat)), dataclasses.replace(AUTOMATIC, map_tokens=hidden.shape[1])
+    rows = site.output_rows(qkv[0]), site.reference_rows(qkv[0])
+    torch.testing.assert_close(method.edit(*qkv, *rows, site), MasaCtrl().edit(*qkv, *rows, Site(LAYOUT)), rtol=0, atol=2e-6)
+
+
+class Owner:
+    """Of a site, in a call whose one map is given."""
+
+    def __init__(self, grid, source, target):
+        self.forward = ForwardPass()
+        self.forward.begin(*grid)
+        self.forward.kept["up_blocks.1"] = torch.stack([source, target]).float()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ref_token_idx": (1,)}, r"ref_token_idx, cur_token_idx: expected both or neither, got \(1,\) and \(\)"),
+        ({"ref_token_idx": (1,), "cur_token_idx": (-1,)}, r"expected places of 0 and more, got \(1,\) and \(-1,\)"),
+    ],
+)
+def test_masactrl_settings_that_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MasaCtrl(**settings)
+
+
+def test_token_indices_and_regions_that_do_not_fit_are_refused():
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
+    far = MasaCtrl(ref_token_idx=(1,), cur_token_idx=(7,))
+    both = {"regions": Regions(appearance=LABELS, structure=LABELS)}
+    far_message, both_message = "expected places below the prompt's 7, got 7", "regions: expected None, for MasaCtrl"
+    for method, options, message in ((far, {}, far_message), (AUTOMATIC, both, both_message)):
+        with attach(unet, method, layout=LAYOUT, steps=(0, 1), **options), pytest.raises(ValueError, match=message):
+            unet(**inputs)
