@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .methods import Method
+from .methods import Hook, Method
 from .site import Site
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -24,7 +24,8 @@ class FeatureBank:
 
     In the second pass a layer's rows are those of the batch and, behind them in each guidance part, those of the bank, which run through no
     other part of the UNet. That is the batched pass [outputs, references] to rounding, for its reference rows do not depend on the others. Both
-    passes need the same timesteps and picture size.
+    passes need the same timesteps and picture size. A method that acts outside self-attention is refused: `StyleAligned(share_group_norm=False)` and
+    `CtrlX(structure_convolutions=())` are served.
 
     Args:
         roles: of the recorded rows, as a layout names them: one for each prompt of the recording pass.
@@ -99,6 +100,25 @@ class _Around:
 
     def takes_structure(self, step: int, total: int) -> bool:
         return self.method.takes_structure(step, total)
+
+    def hooks(self, model: nn.Module) -> dict[str, Hook]:
+        """None: a method that has any is refused.
+
+        Raises:
+            ValueError: it acts on modules whose reference rows no bank keeps.
+        """
+        if hasattr(self.method, "hooks") and self.method.hooks(model):
+            self._refuse()
+        return {}
+
+    def cross_layers(self, names: Sequence[str]) -> list[str]:
+        """None, as `hooks`."""
+        if hasattr(self.method, "cross_layers") and self.method.cross_layers(names):
+            self._refuse()
+        return []
+
+    def _refuse(self) -> None:
+        raise ValueError(f"method: expected one that acts in self-attention alone, which a bank serves, got {self.method!r}")
 
     @property
     def default_steps(self) -> tuple[float, float] | None:

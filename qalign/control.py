@@ -1,4 +1,4 @@
-"""attach(): choose layers and steps of a denoiser, install processors, keep the step clock, restore everything."""
+"""attach(): choose layers and steps of a denoiser, install processors and hooks, keep the step clock, restore everything."""
 
 import fnmatch
 import functools
@@ -11,10 +11,11 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from .layout import BatchLayout
-from .methods import Method
+from .methods import Hook, Method
 from .processors.unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
 from .regions import Regions
 from .schedule import Clock
+from .site import ForwardPass, Site
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 NOT_SPATIAL = ("fuser", "motion_modules", "temporal_transformer_blocks", "temp_attentions")  # tokens of these are not one image's
@@ -43,7 +44,8 @@ def attach(
     ...     images = pipe([prompt] * 3, latents=latents).images
 
     Args:
-        pipe_or_model: a diffusers pipeline with a UNet, or the UNet. Only the UNet's self-attention is ever touched.
+        pipe_or_model: a diffusers pipeline with a UNet, or the UNet. Only the UNet's self-attention is touched, unless the method asks for more:
+            a method's docstring says so, and `layers` does not choose among that.
         method: such as `QAlign()`.
         layout: the roles of the batch's rows.
         layers: a name, "down", "mid" or "up", the first part of a name, a pattern with * and ?, or a list of these; None is the method's
@@ -85,28 +87,42 @@ class Control:
         self.regions = regions
         self.clock = Clock(getattr(method, "default_steps", None) if steps is None else steps, method.takes_structure)
         self.layers = select_layers(self.model, layers, method)
+        self.hooks = {name: ModuleHook(function, layout, name, self.clock, regions) for name, function in _hooks_of(method, self.model).items()}
+        self.cross_layers = _cross_layers_of(method, self.model)
+        self._attention = {**self.layers, **self.cross_layers}
+        self._handles: list[Any] = []
         self._processors: dict[str, UNetAttnProcessor] = {}
         self._originals: dict[str, Any] = {}
         self._scheduler: Any = None
         self._scheduler_attributes: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        carried = [name for name, attn in self.layers.items() if isinstance(attn.processor, UNetAttnProcessor)]
+        carried = [name for name, attn in self._attention.items() if isinstance(attn.processor, UNetAttnProcessor)]
         if carried:
             got = f"{len(carried)} with one, {carried[0]} the first (attached twice? two methods need layers of their own)"
-            raise RuntimeError(f"layers: expected {len(self.layers)} without a processor of this library, got {got}")
-        settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions}
-        self._processors = {name: UNetAttnProcessor(self.method, self.layout, layer=name, **settings) for name in self.layers}
-        self._originals = {name: attn.processor for name, attn in self.layers.items()}
+            raise RuntimeError(f"layers: expected {len(self._attention)} without a processor of this library, got {got}")
+        for name, attn in self.cross_layers.items():
+            if isinstance(attn.processor, nn.Module):  # its weights would be lost, and what it does with them
+                got = f"{type(attn.processor).__name__} on {name} ({type(self.method).__name__} needs cross-attention without an IP-Adapter)"
+                raise RuntimeError(f"cross-attention: expected processors without weights, got {got}")
+        forward = ForwardPass() if self.cross_layers else None
+        settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions, "forward": forward}
+        self._processors = {name: UNetAttnProcessor(self.method, self.layout, layer=name, **settings) for name in self._attention}
+        self._originals = {name: attn.processor for name, attn in self._attention.items()}
         self._follow(getattr(self.pipe, "scheduler", None))
-        for name, attn in self.layers.items():
+        for name, attn in self._attention.items():
             attn.set_processor(self._processors[name])
+        self._handles = [self.model.get_submodule(name).register_forward_hook(hook) for name, hook in self.hooks.items()]
+        if forward is not None:
+            self._handles.append(self.model.register_forward_pre_hook(functools.partial(_begin, forward), with_kwargs=True))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for name, attn in self.layers.items():
+        for name, attn in self._attention.items():
             attn.set_processor(self._originals[name])
             self._processors[name].method = None  # whoever kept it, as unfuse_qkv_projections does, now has stock attention
+        while self._handles:
+            self._handles.pop().remove()
         self._unfollow()
         self.clock.reset()
         self._processors, self._originals = {}, {}
@@ -126,11 +142,12 @@ class Control:
 
     def verify(self) -> None:
         """Raise if the processors are no longer those that were installed, and say what replaced them."""
-        replaced = Counter(type(attn.processor).__name__ for name, attn in self.layers.items() if attn.processor is not self._processors.get(name))
+        attended = self._attention.items()
+        replaced = Counter(type(attn.processor).__name__ for name, attn in attended if attn.processor is not self._processors.get(name))
         if replaced:
             causes = [REPLACED_BY[name] for name in replaced if name in REPLACED_BY]
             advice = f"attach after {', '.join(causes)}" if causes else "attach after whatever set them"
-            raise RuntimeError(f"processors: expected UNetAttnProcessor on {len(self.layers)} attached layers, got {_count(replaced)}: {advice}")
+            raise RuntimeError(f"processors: expected UNetAttnProcessor on {len(attended)} attached layers, got {_count(replaced)}: {advice}")
 
     def _set(self, step: int, total: int) -> None:
         if step == 0:
@@ -145,6 +162,8 @@ class Control:
             layout = BatchLayout(*layout.roles, guidance=False, images_per_prompt=layout.images_per_prompt)
         for processor in self._processors.values():
             processor.layout = layout
+        for hook in self.hooks.values():
+            hook.layout = layout
 
     def _follow(self, scheduler: Any) -> None:
         """Have the scheduler tell the step: a loop sets its timesteps, scales the input before the UNet and steps after it."""
@@ -180,6 +199,17 @@ class Control:
         return getattr(self.pipe, "num_timesteps", None) or len(self._scheduler.timesteps)
 
 
+class ModuleHook:
+    """A method's function on the output of one module, `layer` by name; nothing in steps at which the method rests."""
+
+    def __init__(self, function: Hook, layout: BatchLayout, layer: str, clock: Clock, regions: Regions | None) -> None:
+        self.function, self.layout, self.layer, self.clock, self.regions = function, layout, layer, clock, regions
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        site = Site(self.layout, None, None, self.clock, self, self.regions)
+        return output if site.idle or "output" not in self.layout.roles else self.function(module, inputs[0], output, site)
+
+
 def find_unet(pipe_or_model: Any) -> nn.Module:
     model = getattr(pipe_or_model, "unet", pipe_or_model)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps it
@@ -190,14 +220,7 @@ def find_unet(pipe_or_model: Any) -> nn.Module:
 
 def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: Method) -> dict[str, Any]:
     """The self-attention layers of a UNet that `layers` names, in the order of the model."""
-    present = {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith(BLOCKS)
-        and is_unet_attention(module)
-        and not module.is_cross_attention
-        and not any(part in NOT_SPATIAL for part in name.split("."))
-    }
+    present = _attention_layers(model, cross=False)
     if not present:
         raise ValueError(f"pipe_or_model: expected self-attention in {', '.join(BLOCKS)}, got {type(model).__name__} without any")
     if layers is None:
@@ -217,9 +240,39 @@ def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: 
     return {name: module for name, module in present.items() if name in chosen}
 
 
+def _attention_layers(model: nn.Module, *, cross: bool) -> dict[str, Any]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(BLOCKS)
+        and is_unet_attention(module)
+        and module.is_cross_attention == cross
+        and not any(part in NOT_SPATIAL for part in name.split("."))
+    }
+
+
+def _cross_layers_of(method: Method, model: nn.Module) -> dict[str, Any]:
+    present = _attention_layers(model, cross=True)
+    chosen = set(method.cross_layers(list(present))) if hasattr(method, "cross_layers") else set()
+    return {name: module for name, module in present.items() if name in chosen}
+
+
+def _hooks_of(method: Method, model: nn.Module) -> dict[str, Hook]:
+    hooks = method.hooks(model) if hasattr(method, "hooks") else {}
+    present = dict(model.named_modules())
+    for name in hooks:
+        if name not in present:
+            raise ValueError(f"hooks: expected names of modules of {type(model).__name__}, got {name!r} from {type(method).__name__}")
+    return hooks
+
+
 def _matches(name: str, wanted: str) -> bool:
     block = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}.get(wanted, wanted)
     return name == block or name.startswith(f"{block}.") or fnmatch.fnmatchcase(name, wanted)
+
+
+def _begin(forward: ForwardPass, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    forward.begin(*(args[0] if args else kwargs["sample"]).shape[-2:])
 
 
 def _then(function: Callable, told: Callable[[], None]) -> Callable:

@@ -16,6 +16,23 @@ from .schedule import Clock
 HIDDEN_BIAS = -1e3  # an additive mask hides a key below this; diffusers writes -1e4
 
 
+class ForwardPass:
+    """One call of the denoiser: what is known of it, and what a method keeps for its later layers.
+
+    Attributes:
+        size: (height, width) of the latents.
+        kept: tensors by names of the method's choice; nothing when a call begins.
+    """
+
+    def __init__(self) -> None:
+        self.size = (0, 0)
+        self.kept: dict[str, Tensor] = {}
+
+    def begin(self, height: int, width: int) -> None:
+        self.size = (height, width)
+        self.kept.clear()
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """What a method knows besides queries, keys and values [B, H, N, D].
@@ -52,6 +69,11 @@ class Site:
         return getattr(self.owner, "layer", "")
 
     @property
+    def forward(self) -> ForwardPass | None:
+        """The present call of the denoiser; None where nobody follows it: `attach` does for methods that act in cross-attention."""
+        return getattr(self.owner, "forward", None)
+
+    @property
     def step(self) -> int:
         """The step of the denoising loop; 0 where nobody counts."""
         return 0 if self.clock is None or self.clock.step is None else self.clock.step
@@ -66,6 +88,14 @@ class Site:
         if self.clock is None or "structure" not in self.layout.roles:
             return appearance
         return torch.where(self.clock.from_structure.to(q.device), self.layout.index("structure", q.shape[0], q.device), appearance)
+
+    def conditional(self, rows: Tensor, q: Tensor) -> Tensor:
+        """Those of `rows`, one for each output row, that lie in the conditional guidance part: the positive one, or the only one."""
+        return rows.chunk(self.layout.parts(q.shape[0]))[-1]
+
+    def unconditional(self, rows: Tensor, q: Tensor) -> Tensor:
+        """The rest of `rows`: none where there is one guidance part."""
+        return rows[: len(rows) - len(self.conditional(rows, q))]
 
     def structure_rows(self, q: Tensor) -> Tensor:
         """int32, the structure of each output row."""
@@ -139,7 +169,7 @@ class Site:
         return self._stock(take(q, rows), take(k, rows), take(v, rows), mask)
 
     def replace(self, hidden: Tensor, edited: Tensor) -> Tensor:
-        """Hidden states [B, N, C] with `edited` [rows, N, C] in the output rows, where the step edits at all."""
+        """Features [B, ...] with `edited` [rows, ...] in the output rows, where the step edits at all."""
         output = self._index("output", hidden)
         if self.clock is not None and self.clock.gated and torch.compiler.is_compiling():
             edited = torch.where(self.clock.active.to(hidden.device), edited, hidden.index_select(0, output))

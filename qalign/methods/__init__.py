@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..site import Site
+from ._editing import Hook
 from .bounded import BoundedAttention
 from .cross_image import CrossImage
 from .ctrl_x import CtrlX
@@ -24,8 +25,13 @@ from .z_star import ZStar
 class Method(Protocol):
     """Frozen settings with one function on [B, H, N, D] tensors, and what `attach` asks of them.
 
-    Two things a method may have besides: `default_steps`, a (start, stop) for `attach` where the user gives none; and
-    `prepare(hidden, project, site)`, what it makes of the hidden states [B, N, C] before `project` gives queries, keys and values of them.
+    What a method may have besides:
+        default_steps: a (start, stop) for `attach` where the user gives none.
+        prepare(hidden, project, site): what it makes of the hidden states [B, N, C] before `project` gives queries, keys and values of them.
+        hooks(model): by module name, what it makes of the output [B, ...] of modules that are no attention; `site.replace` puts the edited
+            rows in place.
+        cross_layers(names), attend_cross(q, k, v, site): which cross-attention layers it acts on, and their attention output; keys and values are
+            the prompt's.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -60,6 +66,7 @@ __all__ = [
     "CrossImage",
     "CtrlX",
     "EyeForAnEye",
+    "Hook",
     "MasaCtrl",
     "Method",
     "QAlign",

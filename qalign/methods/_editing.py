@@ -1,11 +1,13 @@
 """What most methods share: they edit the output rows, and every other row is stock attention."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..site import Site
+
+Hook = Callable[[nn.Module, Tensor, Tensor, Site], Tensor]  # (module, its input, its output, site) -> output
 
 
 class Card(NamedTuple):

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qalign_kernels import Segment, attention
 
 from ..site import Site, take
-from ._editing import Card, Editing
+from ._editing import Card, Editing, Hook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,8 @@ class CtrlX(Editing):
         norm(x) = (x - mean_tokens(x)) / std_tokens(x);  q, k = heads(W norm(F));  P = softmax(s q_out k_appᵀ), q_out that of the structure in
         structure layers;  M = P F_app^h;  S = √max(P (F_app^h)² - M², 0);  F_out^h <- S norm(F_out^h) + M
 
-    Structure layers, after it: queries and keys of the output are the structure's, values its own.
+    Structure layers, after it: queries and keys of the output are the structure's, values its own. Structure convolutions: what a residual block
+    gives, skip connection included, is the structure's in the output rows, y_out <- y_structure.
 
     The std is unbiased and nothing is added to it, as published. The moments are taken about the mean of F_app over tokens, which changes
     nothing but the rounding.
@@ -30,16 +31,17 @@ class CtrlX(Editing):
     Args:
         structure_layers, appearance_layers: first parts of names. As published, for SDXL; on SD 1.5, whose decoder begins its attention one block
             later, they are the user's to choose.
+        structure_convolutions: names of residual blocks, whatever `attach(layers=...)` names; () injects none. Needs a structure row.
 
     Source: Ctrl-X, arXiv 2406.07540. Published on SDXL with rows [uncond, structure, appearance, cond], of which cond alone is edited:
     `BatchLayout("plain", "structure", "appearance", "output", guidance=False)`.
-    Not here: the injection of a convolution's features in up_blocks.0, noise drawn anew for both references, self-recurrence.
+    Not here: noise drawn anew for both references, self-recurrence.
     """
 
     card: ClassVar[Card] = Card(
         "Ctrl-X",
         "2406.07540",
-        "Q, K <- structure; hidden states take moments from appearance",
+        "Q, K and features <- structure; hidden states take moments from appearance",
         "encoder and first decoder blocks",
         "first 0.6",
         "attention (moments)",
@@ -56,9 +58,13 @@ class CtrlX(Editing):
         "up_blocks.1.attentions.0",
         "up_blocks.1.attentions.1",
     )
+    structure_convolutions: tuple[str, ...] = ("up_blocks.0.resnets.0",)
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if _among(name, self.structure_layers + self.appearance_layers)]
+
+    def hooks(self, model: nn.Module) -> dict[str, Hook]:
+        return dict.fromkeys(self.structure_convolutions, _inject)
 
     def prepare(self, hidden: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], site: Site) -> Tensor:
         """The hidden states [B, N, C] with the appearance's statistics in the output rows."""
@@ -86,6 +92,11 @@ class CtrlX(Editing):
         structure = site.structure_rows(q)
         segment = Segment(take(k, structure), take(v, output), labels=site.own_labels(output))
         return attention(take(q, structure), segment, scale=site.scale)
+
+
+def _inject(module: nn.Module, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """Features [B, C, h, w] with the structure's in the output rows."""
+    return site.replace(y, y.index_select(0, site.structure_rows(y)))
 
 
 def _among(name: str, beginnings: Sequence[str]) -> bool:

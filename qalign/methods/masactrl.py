@@ -1,12 +1,18 @@
 """MasaCtrl: mutual self-attention, which keeps what a picture shows while its layout changes."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qalign_kernels import attention
+from qalign_kernels import attention, label_mass
 
+from ..denoiser import token_grid
+from ..regions import EVERYTHING
 from ..site import Site, take
 from ._editing import Card, Editing
 
@@ -21,12 +27,21 @@ class MasaCtrl(Editing):
     The method's mask form attends the source's foreground and background apart and puts both together by the target's mask. For binary masks
     that is a label on each token: `attach(..., regions=Regions(appearance=source_mask, structure=target_mask))`.
 
+    With token indices the masks come from the cross-attention of the run, inside `attach` alone: m = mean over heads and layers of `map_tokens`
+    tokens, as far as they have run in this call of the UNet, of the attention that the conditional rows give to those tokens of their prompt;
+    mask = (m - min m) / (max m - min m) ≥ threshold, resized to the layer by nearest neighbour, for both guidance parts. Until the first such
+    layer has run, the form without masks. An m that is the same everywhere is background.
+
     Args:
         union: attend the output's own keys too. The authors' class for it cannot run; this is the formula that it states.
+        ref_token_idx, cur_token_idx: where the foreground's words stand in the prompts of source and target, the start token being 0; the authors
+            take (1,) for both. () is no automatic mask.
+        threshold: of the automatic masks.
+        map_tokens: of the layers whose attention they are made of: 16² in SD at 512 pixels; at 1024 pixels SDXL's smallest have 32².
 
     Source: MasaCtrl, arXiv 2304.08465. Its code adds 1 to the logits of unmasked keys, which changes nothing, and where the source has no
     foreground it attends uniformly; here such a query attends all of the source.
-    Not here: masks from the cross-attention of the run.
+    Not here: the inversion of a real source.
     """
 
     card: ClassVar[Card] = Card(
@@ -35,9 +50,72 @@ class MasaCtrl(Editing):
     default_steps: ClassVar[tuple[float, float] | None] = (4 / 50, 1.0)
 
     union: bool = False
+    ref_token_idx: Sequence[int] = ()
+    cur_token_idx: Sequence[int] = ()
+    threshold: float = 0.1
+    map_tokens: int = 16 * 16
+
+    def __post_init__(self) -> None:
+        for name in ("ref_token_idx", "cur_token_idx"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if bool(self.ref_token_idx) != bool(self.cur_token_idx):
+            raise ValueError(f"ref_token_idx, cur_token_idx: expected both or neither, got {self.ref_token_idx} and {self.cur_token_idx}")
+        if min((*self.ref_token_idx, *self.cur_token_idx), default=0) < 0:
+            raise ValueError(f"ref_token_idx, cur_token_idx: expected places of 0 and more, got {self.ref_token_idx} and {self.cur_token_idx}")
+
+    def cross_layers(self, names: Sequence[str]) -> list[str]:
+        return list(names) if self.ref_token_idx else []
+
+    def attend_cross(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Stock attention, of which the mass on the foreground's words is kept: [source; target], [2 rows, N]."""
+        if self.ref_token_idx and site.forward is not None and q.shape[2] == self.map_tokens and not site.idle:
+            sources, targets = (site.conditional(rows, q) for rows in (site.reference_rows(q), site.output_rows(q)))
+            rows = torch.cat([sources, targets])
+            make = _columns.__wrapped__ if torch.compiler.is_compiling() else _columns
+            columns = make(self.ref_token_idx, self.cur_token_idx, k.shape[2], q.device).repeat_interleave(len(targets), 0)
+            seen = site.own_labels(rows)
+            counts = None if seen is None else (seen != 0).int().unsqueeze(1)
+            mass = label_mass(take(q, rows), take(k, rows), columns, 1, scale=site.scale, counts=counts)
+            site.forward.kept[site.layer] = mass.squeeze(-1).mean(1)
+        return site.plain(q, k, v)
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
-        segments = [site.reference(k, v, reference)]
+        masks = self._automatic_masks(q, site)
+        if masks is None:
+            query_labels, segments = site.query_labels(q), [site.reference(k, v, reference)]
+        else:
+            query_labels, key_labels = masks
+            segments = [site.own(k, v, reference, regions=key_labels)]
         if self.union:
             segments.append(site.own(k, v, output))
-        return attention(take(q, output), segments, scale=site.scale, query_labels=site.query_labels(q))
+        return attention(take(q, output), segments, scale=site.scale, query_labels=query_labels)
+
+    def _automatic_masks(self, q: Tensor, site: Site) -> tuple[Tensor, Tensor] | None:
+        """Bit sets int32 [rows, N] of target queries and source keys: 1 foreground, 2 background; None before any map came."""
+        if not self.ref_token_idx or site.forward is None or not site.forward.kept:
+            return None
+        if site.regions is not None:
+            raise ValueError("regions: expected None, for MasaCtrl makes masks of its own from token indices, got Regions")
+        mass = torch.stack(list(site.forward.kept.values())).mean(0)
+        low, high = mass.aminmax(dim=-1, keepdim=True)
+        maps = ((mass - low) / (high - low)).unflatten(-1, token_grid(site.forward.size, self.map_tokens)).unsqueeze(1)
+        sized = F.interpolate(maps, token_grid(site.forward.size, q.shape[2]), mode="nearest").flatten(1)
+        source, target = (sized >= self.threshold).chunk(2)
+        foreground, background = (torch.where(some.any(1, keepdim=True), bit, EVERYTHING) for some, bit in ((source, 1), (~source, 2)))
+        queries, keys = torch.where(target, foreground, background), torch.where(source, 1, 2)
+        parts = site.layout.parts(q.shape[0])
+        return queries.int().repeat(parts, 1), keys.int().repeat(parts, 1)
+
+
+@functools.cache
+def _columns(source: tuple[int, ...], target: tuple[int, ...], tokens: int, device: torch.device) -> Tensor:
+    """int32 [2, T]: 0 for the chosen tokens of each prompt, 1 for the others.
+
+    Raises:
+        ValueError: there is no such token.
+    """
+    if max(*source, *target) >= tokens:
+        raise ValueError(f"ref_token_idx, cur_token_idx: expected places below the prompt's {tokens}, got {max(*source, *target)}")
+    with torch.inference_mode(False):  # autograd must be able to keep it
+        columns = [[int(place not in chosen) for place in range(tokens)] for chosen in (source, target)]
+        return torch.tensor(columns, dtype=torch.int32, device=device)

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from qalign_kernels import Segment, attention
 
 from ..adain import token_adain
 from ..site import Site, take
-from ._editing import Card, Editing
+from ._editing import Card, Editing, Hook
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,17 +22,22 @@ class StyleAligned(Editing):
     output rows: softmax([s Q̂ K̂_outᵀ, a s Q̂ K_refᵀ + b]) [V_out; V_ref], Q̂ and K̂_out with the mean and deviation that each channel has over
     the reference's tokens, in every self-attention layer. The reference's own row is stock: its shared keys are twice the same.
 
+    Shared group norms: every group norm of the UNet, those of residual blocks and the last one included, takes an output row's mean and variance
+    over the tokens of the output and of its reference together.
+
     Args:
         adain_queries, adain_keys, adain_values: what takes the reference's statistics.
         shared_score_scale: a. shared_score_shift: b, as if the reference's keys were there e^b times. For a real picture, inverted, the authors
             take b = ln 2, and for a famous one a = 0.5.
         full_attention_share: every output attends all outputs, and the appearance if the layout has one, without statistics, a or b. As
             published, where the reference attends the others too, every row is an output.
+        share_group_norm: whether group norms are shared, whatever `attach(layers=...)` and `level` name. None, as published: on Stable Diffusion they
+            are, on SDXL not; there the authors share them for a real picture alone, as `real()` does.
         level: 0 shares in all layers, 1 in none; between them ⌊level · L⌋ evenly spaced layers of L are not shared (above a half: are all that
             is not, the other way round).
 
-    Source: StyleAligned, arXiv 2312.02133.
-    Not here: the group norms that it shares by default.
+    Source: StyleAligned, arXiv 2312.02133. Its code also shares layer norms, which changes nothing: their statistics are of one token.
+    Not here: the latents of an inverted reference, which replace its row after every step.
     """
 
     card: ClassVar[Card] = Card(
@@ -44,6 +50,7 @@ class StyleAligned(Editing):
     shared_score_scale: float = 1.0
     shared_score_shift: float = 0.0
     full_attention_share: bool = False
+    share_group_norm: bool | None = None
     level: float = 0.0
 
     def __post_init__(self) -> None:
@@ -52,8 +59,12 @@ class StyleAligned(Editing):
 
     @classmethod
     def real(cls) -> "StyleAligned":
-        """With b = ln 2, as for an inverted photograph."""
-        return cls(shared_score_shift=math.log(2))
+        """With b = ln 2 and shared group norms, as for an inverted photograph."""
+        return cls(shared_score_shift=math.log(2), share_group_norm=True)
+
+    def hooks(self, model: nn.Module) -> dict[str, Hook]:
+        shared = not _is_sdxl(model) if self.share_group_norm is None else self.share_group_norm
+        return {name: _share_norm for name, module in model.named_modules() if shared and isinstance(module, nn.GroupNorm)}
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         """All, but those that `level` leaves out."""
@@ -78,3 +89,14 @@ class StyleAligned(Editing):
         own = Segment(key, value, labels=site.own_labels(output))
         shared = site.reference(k, v, reference, logit_scale=self.shared_score_scale, logit_shift=self.shared_score_shift)
         return attention(query, [own, shared], scale=site.scale, query_labels=site.query_labels(q))
+
+
+def _share_norm(norm: nn.Module, x: Tensor, y: Tensor, site: Site) -> Tensor:
+    """y, the group norm of x [B, C, h, w] or [B, C, N], with statistics of output and reference together in the output rows."""
+    reference = site.reference_rows(x) if "appearance" in site.layout.roles else site.companion_rows(x)[0]
+    both = torch.cat([x.index_select(0, rows) for rows in (site.output_rows(x), reference)], dim=2)
+    return site.replace(y, norm.forward(both)[:, :, : x.shape[2]])
+
+
+def _is_sdxl(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time"

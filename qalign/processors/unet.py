@@ -11,7 +11,7 @@ from ..layout import BatchLayout
 from ..methods import CrossImage, Method, QAlign
 from ..regions import Regions
 from ..schedule import Clock
-from ..site import Site
+from ..site import ForwardPass, Site
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -25,15 +25,17 @@ class UNetAttnProcessor:
     """A method on the attention layers of a UNet; stock attention without one.
 
     Everything around the attention is that of diffusers' AttnProcessor2_0, bit for bit: norms, masks, fused and adapted projections,
-    residual, rescaling. So is the attention itself in cross-attention, without a method, and in every row that the method leaves plain.
+    residual, rescaling. So is the attention itself without a method, in cross-attention unless the method has `attend_cross`, and in every row that
+    the method leaves plain.
     Scores and softmax are computed in float32 whatever `upcast_attention` and `upcast_softmax` say.
 
     Args:
-        method: what edits self-attention; None edits nothing.
+        method: what edits self-attention, and cross-attention if it has `attend_cross`; None edits nothing.
         layout: the roles of the batch's rows. Without an output row nothing is edited.
         clock: the step of the denoising loop; None: every step is active and reads the appearance.
         layer: the layer's name, for methods that ask.
         regions: labels of the pictures' tokens, which restrict what the output reads; None: everything is read.
+        forward: where a method keeps what later layers of the same call of the UNet need; None: nowhere.
 
     `load_ip_adapter` and `unload_ip_adapter` create processors anew, without arguments: settings belong to `qalign.attach`, after loading.
     """
@@ -46,6 +48,7 @@ class UNetAttnProcessor:
         clock: Clock | None = None,
         layer: str = "",
         regions: Regions | None = None,
+        forward: ForwardPass | None = None,
     ) -> None:
         if method is not None and not callable(getattr(method, "attend", None)):
             raise TypeError(f"method: expected None or a method such as QAlign(), got {method!r}")
@@ -56,6 +59,7 @@ class UNetAttnProcessor:
         self.clock = clock
         self.layer = layer
         self.regions = regions
+        self.forward = forward
         register_with_guiders(type(self))
 
     def __call__(
@@ -77,13 +81,15 @@ class UNetAttnProcessor:
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        method = self.method if encoder_hidden_states is None and "output" in self.layout.roles else None
+        crossing = encoder_hidden_states is not None
+        method = self.method if "output" in self.layout.roles else None
         scale = None if attn.scale == (attn.inner_dim // attn.heads) ** -0.5 else attn.scale
         site = Site(self.layout, scale, mask, self.clock, self, self.regions)
-        if method is not None and hasattr(method, "prepare"):
+        if method is not None and not crossing and hasattr(method, "prepare"):
             hidden_states = method.prepare(hidden_states, functools.partial(project, attn, context=None), site)
         q, k, v = project(attn, hidden_states, encoder_hidden_states)
-        attended = site.plain(q, k, v) if method is None else method.attend(q, k, v, site)
+        attend = getattr(method, "attend_cross" if crossing else "attend", None)
+        attended = site.plain(q, k, v) if attend is None else attend(q, k, v, site)
 
         hidden_states = attended.transpose(1, 2).flatten(2).to(q.dtype)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))

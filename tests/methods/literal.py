@@ -128,3 +128,62 @@ def reference_only(attn, out, app, struct, *, fidelity=0.0, **_) -> Tensor:
     (q, own_k, own_v), (_, k, v) = project(attn, out), project(attn, app)
     both = plain(q, torch.cat([own_k, k], 1), torch.cat([own_v, v], 1))
     return fidelity * plain(q, own_k, own_v) + (1 - fidelity) * both
+
+
+# -- cross-attention of one row, [N, C] with the prompt [T, C']
+
+
+def project_cross(attn, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(heads_of(layer(x), attn.heads) for layer, x in ((attn.to_q, hidden), (attn.to_k, context), (attn.to_v, context)))
+
+
+def bounded_cross(attn, hidden, context, *, labels, subjects, filters, eos, optimized=False) -> Tensor:
+    """The published additive mask, column by column; label 0 is background."""
+    q, k, v = project_cross(attn, hidden, context)
+    scores = logits(q, k)
+    lowest = torch.finfo(scores.dtype).min
+    mask = torch.zeros_like(scores[0])
+    for places in (*subjects.values(), filters):
+        for place in places:
+            mask[:, place] = lowest
+    for i, mine in enumerate(labels.tolist()):
+        for label, places in subjects.items():
+            if mine == label or (optimized and mine == 0):
+                for place in places:
+                    mask[i, place] = 0
+        if mine == 0 and not optimized:
+            mask[i, eos] = lowest
+    return (scores + mask).softmax(-1) @ v
+
+
+def automatic_mask(maps: list[Tensor], places, size: int) -> Tensor:
+    """MasaCtrl's mask, bool [size²], of one row's maps [H, n, T], one from each layer, on square grids."""
+    mean = torch.stack([each.mean(0) for each in maps]).mean(0)
+    side = math.isqrt(len(mean))
+    image = mean.view(side, side, -1)[..., list(places)].sum(-1)
+    image = (image - image.min()) / (image.max() - image.min())
+    rows = [int(place * side / size) for place in range(size)]
+    return (image[rows][:, rows] >= 0.1).flatten()
+
+
+# -- modules that are no attention, of all rows [output, appearance, structure] of each guidance part
+
+
+def injected(y: Tensor) -> Tensor:
+    """A residual block's output [B, C, h, w], the structure's in the output rows."""
+    rows = list(y)
+    for output in range(0, len(rows), 3):
+        rows[output] = rows[output + 2]
+    return torch.stack(rows)
+
+
+def shared_group_norm(norm, x: Tensor) -> Tensor:
+    """Of [B, C, h, w], each output row with the appearance below it, which is dropped afterwards."""
+    rows = []
+    for number, row in enumerate(x):
+        both = torch.cat([row, x[number + 1] if number % 3 == 0 else row], dim=-2)
+        groups = both.reshape(norm.num_groups, -1)
+        normalised = (groups - groups.mean(1, keepdim=True)) / (groups.var(1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+        normalised = normalised.reshape(both.shape) * norm.weight[:, None, None] + norm.bias[:, None, None]
+        rows.append(normalised[..., : x.shape[-2], :])
+    return torch.stack(rows)

@@ -1,5 +1,6 @@
 """Every method against its published formulas written out, layer by layer and through a small real UNet; the truth is float64."""
 
+import functools
 import math
 
 import pytest
@@ -43,6 +44,7 @@ CASES = {
     "z_star": (ZStar(), literal.z_star, {}),
     "style_aligned": (StyleAligned(), literal.style_aligned, {}),
     "style_aligned real": (StyleAligned.real(), literal.style_aligned, {"shift": math.log(2)}),
+    "style_aligned attention alone": (StyleAligned(share_group_norm=False), literal.style_aligned, {}),
     "style_aligned scale": (StyleAligned(shared_score_scale=0.5, adain_values=True), literal.style_aligned, {"scale": 0.5, "values": True}),
     "bounded": (BoundedAttention(), literal.bounded, {"labels": LABELS.flatten()}),
     "seal": (SeAl(), literal.seal, {}),
@@ -53,7 +55,7 @@ CASES = {
     "eye_for_an_eye": (EyeForAnEye(), literal.eye_for_an_eye, {}),
     "ctrl_x": (CtrlX(structure_layers=ANYWHERE, appearance_layers=ANYWHERE), literal.ctrl_x, {}),
     "ctrl_x structure": (CtrlX(structure_layers=ANYWHERE, appearance_layers=()), literal.ctrl_x, {"appearance": False}),
-    "ctrl_x appearance": (CtrlX(structure_layers=(), appearance_layers=ANYWHERE), literal.ctrl_x, {"structure": False}),
+    "ctrl_x appearance": (CtrlX(structure_layers=(), appearance_layers=ANYWHERE, structure_convolutions=()), literal.ctrl_x, {"structure": False}),
 }
 NEUTRAL = [SeAl(strength=(0.0, 0.0)), SeAl(threshold=(2.0, 2.0)), CtrlX(structure_layers=(), appearance_layers=())]
 REGIONS = {
@@ -94,6 +96,16 @@ class Literal:
         return torch.stack(rows)
 
 
+def make_literal_outside_attention(unet, method) -> None:
+    """Replace the modules that the method acts on besides by the literal formula."""
+    for name in getattr(method, "structure_convolutions", ()):
+        unet.get_submodule(name).register_forward_hook(lambda module, inputs, output: literal.injected(output))
+    if getattr(method, "share_group_norm", False) is not False:
+        for module in unet.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.forward = functools.partial(literal.shared_group_norm, module)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(2, 40), (4, 64)], ids=str)
 @pytest.mark.parametrize("case", CASES)
@@ -126,6 +138,7 @@ def test_a_unet_over_several_steps(case):
     unet.double()
     for name in layers:
         unet.get_submodule(name).set_processor(Literal(formula, **settings))
+    make_literal_outside_attention(unet, method)
     wide_inputs = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
     for number, timestep in enumerate(torch.tensor([900, 500, 100])):
         if formula is literal.eye_for_an_eye:

@@ -11,8 +11,8 @@ PREFIXES = ("down_blocks", "mid_block", "up_blocks")
 METHODS = [
     CrossImage(structure_every=0),
     QAlign(),
-    StyleAligned(),
-    CtrlX(structure_layers=(), appearance_layers=PREFIXES),
+    StyleAligned(share_group_norm=False),
+    CtrlX(structure_layers=(), appearance_layers=PREFIXES, structure_convolutions=()),
     EyeForAnEye(structure_every=0),
 ]
 
