@@ -14,6 +14,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..adain import adain as adain_latents
+from ..bank import FeatureBank
 from ..control import Control, attach, find_unet
 from ..freeu import cross_image_freeu
 from ..guidance import swap_guided, swap_scales
@@ -133,6 +134,40 @@ class AppearanceTransfer:
         return inverted.to(clean.device)
 
     @torch.no_grad()
+    def noise_free(
+        self: Any,
+        method: Method,
+        inversion: Inversion,
+        prompt: str = "",
+        *,
+        skip: float = 0.32,
+        edit_steps: tuple[float, float] | None = None,
+        layers: str | Sequence[str] | None = None,
+        bank: FeatureBank | None = None,
+    ) -> Method:
+        """The method, reading the features of the appearance's clean latents at each timestep in place of those of its row.
+
+        >>> known = pipe.invert(appearance, structure, prompt)
+        >>> image = pipe(None, None, prompt, method=pipe.noise_free(SeAl(), known, prompt), inversion=known).images[0]
+
+        Args:
+            method: such as `SeAl()`, whose cache this is.
+            inversion: of the call that follows.
+            prompt, skip, edit_steps, layers: as `__call__`, and the same there.
+            bank: where the features are kept, `FeatureBank("appearance", ...)`, cleared before; None: on the device.
+
+        Source: SeAl (CVPR 2026); see `FeatureBank.record_clean`.
+        """
+        bank = FeatureBank("appearance") if bank is None else bank
+        bank.clear()
+        clean, skipped = inversion.latents[-1, :1], _skipped(skip, len(inversion.timesteps))
+        condition = self.conditions(prompt, *(side * self.vae_scale_factor for side in clean.shape[-2:]))[0]
+        clean, options = clean.to(self._execution_device, self.unet.dtype), {"layers": layers, "steps": _active(method, edit_steps)}
+        served = bank.record_clean(self, method, clean, inversion.timesteps[skipped:], **options, **condition)
+        self.maybe_free_model_hooks()
+        return served
+
+    @torch.no_grad()
     def self_regions(
         self: Any,
         appearance: Any,
@@ -249,10 +284,9 @@ class AppearanceTransfer:
         control, segmented = None, isinstance(regions, str) and regions == SELF
         if method is not None:
             roles = ["output"] * outputs + ["plain"] * outputs * guided + ["appearance"] + ["structure"] * outputs
-            active = edit_steps or getattr(method, "default_steps", None) or PUBLISHED_STEPS
             layout = BatchLayout(*roles, guidance=False)
             given: Any = None if segmented else regions
-            control = attach(self, method, layout=layout, layers=layers, steps=active, regions=given)
+            control = attach(self, method, layout=layout, layers=layers, steps=_active(method, edit_steps), regions=given)
         places = self._object(prompt, noun, outputs) if segmented else ()
         blend = None if adain is None else _Blend(adain, adain_start, self._noun_tokens(prompt, noun) if adain == "masked" else ())
         if known is None:
@@ -488,6 +522,10 @@ def _method(method: Method | str | None) -> Method | None:
             raise ValueError(f"method: expected a method or one of {', '.join(METHODS)}, got {method!r}")
         return METHODS[method]()
     return method
+
+
+def _active(method: Method, edit_steps: tuple[float, float] | None) -> tuple[float, float]:
+    return edit_steps or getattr(method, "default_steps", None) or PUBLISHED_STEPS
 
 
 def _structures(inversion: Inversion) -> int:
