@@ -1,4 +1,7 @@
-"""Guidance: swap guidance, away from the prediction without the edit and past the one with it, and Delta-Bridge between two prompts."""
+"""Guidance: swap guidance, away from the prediction without the edit and past the one with it; Delta-Bridge; scales that change with the step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +32,41 @@ def swap_scales(steps: int, scale: float = 3.5, *, start: float = 10 / 68) -> Te
 def swap_guided(plain: Tensor, swapped: Tensor, scale: float | Tensor) -> Tensor:
     """plain + scale · (swapped - plain): predictions without and with the edit, any shapes that broadcast."""
     return plain + scale * (swapped - plain)
+
+
+def early_scales(steps: int, scale: float = 7.0, *, early: float = 20.0, count: int = 3) -> Tensor:
+    """Scales of classifier-free guidance, float32 [steps] on the CPU: `early` at the first `count` steps, then `scale`.
+
+    Source: Visual Style Prompting, arXiv 2402.12974, "advanced sampling".
+    """
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps: expected an integer of at least 0, got {steps!r}")
+    return torch.where(torch.arange(steps) < count, early, scale)
+
+
+def guidance_by_step(scales: Sequence[float] | Tensor) -> Callable[[Any, int, Any, dict], dict]:
+    """A `callback_on_step_end` that gives each step of a stock pipeline its own scale of classifier-free guidance.
+
+    >>> scales = early_scales(50)
+    >>> pipe(prompts, num_inference_steps=50, guidance_scale=float(scales[0]), callback_on_step_end=guidance_by_step(scales))
+
+    Args:
+        scales: of every step, each above 1, for the batch has both guidance parts throughout. The first is the call's `guidance_scale`.
+
+    Raises:
+        ValueError: a scale of 1 or less; and in the call, whose `guidance_scale` is not the first.
+    """
+    values = [float(scale) for scale in scales]
+    if not values or min(values) <= 1:
+        raise ValueError(f"scales: expected one or more above 1, got {min(values, default=None)!r}")
+
+    def told(pipe: Any, step: int, timestep: Any, given: dict) -> dict:
+        if step == 0 and abs(pipe.guidance_scale - values[0]) > 1e-6 * values[0]:
+            raise ValueError(f"guidance_scale: expected {values[0]:g}, the first of the scales, got {pipe.guidance_scale!r}")
+        pipe._guidance_scale = values[min(step + 1, len(values) - 1)]
+        return given
+
+    return told
 
 
 def delta_bridge(

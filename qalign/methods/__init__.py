@@ -26,6 +26,8 @@ class Method(Protocol):
 
     Two things a method may have besides: `default_steps`, a (start, stop) for `attach` where the user gives none; and
     `prepare(hidden, project, site)`, what it makes of the hidden states [B, N, C] before `project` gives queries, keys and values of them.
+    And two that act on latents, which `AppearanceTransferPipeline` asks for: `start(latents, appearance)`, what the outputs' first latents
+    [outputs, C, h, w] become beside the appearance's [1, C, h, w]; and `change_clean(clean, appearance, timestep)`, likewise their x̂_0 in a step.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

@@ -1,6 +1,7 @@
 """Appearance transfer: a picture in the appearance of one and the structure of another, from noise that inversion finds for both."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -162,8 +163,8 @@ class AppearanceTransfer:
         bank.clear()
         clean, skipped = inversion.latents[-1, :1], _skipped(skip, len(inversion.timesteps))
         condition = self.conditions(prompt, *(side * self.vae_scale_factor for side in clean.shape[-2:]))[0]
-        clean, options = clean.to(self._execution_device, self.unet.dtype), {"layers": layers, "steps": _active(method, edit_steps)}
-        served = bank.record_clean(self, method, clean, inversion.timesteps[skipped:], **options, **condition)
+        clean, steps = clean.to(self._execution_device, self.unet.dtype), _active(method, edit_steps)
+        served = bank.record_clean(self, method, clean, inversion.timesteps[skipped:], layers=layers, steps=steps, **condition)
         self.maybe_free_model_hooks()
         return served
 
@@ -307,9 +308,13 @@ class AppearanceTransfer:
             condition=self.conditions(prompt, *(side * self.vae_scale_factor for side in known.latents.shape[-2:]))[0],
             scales=scales,
             blend=blend,
+            change=getattr(method, "change_clean", None),
         )
+        latents, start = known.latents[skipped, rows].to(device), getattr(method, "start", None)
+        if start is not None:
+            latents[:outputs] = start(latents[:outputs], latents[outputs : outputs + 1])
         with self._freeu(freeu):
-            latents, masks = loop.run(known.latents[skipped, rows].to(device), control, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            latents, masks = loop.run(latents, control, callback_on_step_end, callback_on_step_end_tensor_inputs)
         pictures = latents if output_type == "latent" else self._decode(latents)
         self.maybe_free_model_hooks()
         parts = [self.image_processor.postprocess(some, output_type=output_type) for some in pictures.split([outputs, outputs + 1])]
@@ -447,6 +452,7 @@ class _Loop:
         timesteps: int64 [T], those that run.
         noises: [T, B, C, h, w], or None where denoising is deterministic.
         scales: of the swap guidance at each step; None: there are no rows without the edit.
+        change: what the method makes of the outputs' x̂_0, as its `change_clean`.
     """
 
     pipe: Any
@@ -458,6 +464,7 @@ class _Loop:
     condition: Condition
     scales: Tensor | None
     blend: _Blend | None
+    change: Callable[[Tensor, Tensor, int], Tensor] | None
 
     def run(self, latents: Tensor, control: Control | None, callback: Callable | None, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """The clean latents of all rows, and the masks of appearance and structures if any were made."""
@@ -475,7 +482,8 @@ class _Loop:
                 else:
                     output = self._predict(latents, timestep, step)
                 noise = None if self.noises is None else self.noises[step]
-                latents = denoise_step(self.scheduler, output, timestep, latents, noise=noise, eta=self.eta)
+                change = None if self.change is None else functools.partial(self._change, timestep=int(timestep))
+                latents = denoise_step(self.scheduler, output, timestep, latents, noise=noise, eta=self.eta, change=change)
                 if blend is not None:
                     latents = self._adain(latents, masks)
                 if callback is not None:
@@ -491,6 +499,10 @@ class _Loop:
             return self.pipe.predict(latents, timestep, self.condition)
         edited, plain, others = self.pipe.predict(torch.cat([latents[:n], latents]), timestep, self.condition).split([n, n, n + 1])
         return torch.cat([swap_guided(plain, edited, self.scales[step]), others])
+
+    def _change(self, clean: Tensor, timestep: int) -> Tensor:
+        n = self.outputs
+        return torch.cat([self.change(clean[:n], clean[n : n + 1], timestep), clean[n:]])  # type: ignore[misc]
 
     def _collector(self, latents: Tensor) -> MapCollector:
         """Of the maps of appearance and structures, on the latents' own grid where the UNet attends there, as published."""
