@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .control import attach
+from .layout import BatchLayout
 from .methods import Hook, Method
 from .site import Site
 
@@ -24,8 +26,8 @@ class FeatureBank:
 
     In the second pass a layer's rows are those of the batch and, behind them in each guidance part, those of the bank, which run through no
     other part of the UNet. That is the batched pass [outputs, references] to rounding, for its reference rows do not depend on the others. Both
-    passes need the same timesteps and picture size. A method that acts outside self-attention is refused: `StyleAligned(share_group_norm=False)` and
-    `CtrlX(structure_convolutions=())` are served.
+    passes need the same timesteps and picture size. A batch may have rows of the bank's roles as well, which then are not read. A method that acts
+    outside self-attention is refused: `StyleAligned(share_group_norm=False)` and `CtrlX(structure_convolutions=())` are served.
 
     Args:
         roles: of the recorded rows, as a layout names them: one for each prompt of the recording pass.
@@ -59,6 +61,42 @@ class FeatureBank:
     def serve(self, method: Method) -> Method:
         """What to attach to later pictures, whose layout has none of the bank's rows: `method`, reading from the bank."""
         return _Server(self, method)
+
+    @torch.no_grad()
+    def record_clean(
+        self,
+        pipe_or_model: Any,
+        method: Method,
+        latents: Tensor,
+        timesteps: Sequence[Any] | Tensor,
+        *,
+        layers: str | Sequence[str] | None = None,
+        steps: tuple[float, float] | None = None,
+        **condition: Any,
+    ) -> Method:
+        """A noise-free reference pass: the same clean latents at each timestep, one call of the UNet each.
+
+        >>> seal = bank.record_clean(pipe, SeAl(), clean, pipe.scheduler.timesteps, encoder_hidden_states=prompts)
+        >>> with attach(pipe, seal, layout=BatchLayout("output")):
+        ...     images = pipe([prompt] * 8, latents=latents).images
+
+        Args:
+            pipe_or_model: a diffusers pipeline with a UNet, or the UNet, on the device of the latents.
+            method: that reads the features later.
+            latents: [roles, C, h, w], not noised and, whatever the scheduler, not scaled.
+            timesteps: of the later loop.
+            layers, steps: as `attach`, as later.
+            condition: keyword arguments of the UNet, such as `encoder_hidden_states` [roles, T, C].
+
+        Returns:
+            `serve(method)`.
+        Source: SeAl (CVPR 2026); its timesteps are not published.
+        """
+        layout = BatchLayout(*["output"] * len(self.roles), guidance=False)
+        with attach(pipe_or_model, self.record(method), layout=layout, layers=layers, steps=steps) as control:
+            for timestep in control.track(timesteps):
+                control.model(latents, timestep, return_dict=False, **condition)
+        return self.serve(method)
 
     def clear(self) -> None:
         self._kept.clear()
@@ -123,6 +161,9 @@ class _Around:
     @property
     def default_steps(self) -> tuple[float, float] | None:
         return getattr(self.method, "default_steps", None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)  # whatever else a pipeline asks
 
 
 class _Recorder(_Around):

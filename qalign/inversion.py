@@ -154,7 +154,14 @@ def invert_ddim(predict: Predict, scheduler: DDIMScheduler, clean: Tensor, *, st
 
 
 def denoise_step(
-    scheduler: DDIMScheduler, output: Tensor, timestep: int | Tensor, sample: Tensor, *, noise: Tensor | None = None, eta: float = 1.0
+    scheduler: DDIMScheduler,
+    output: Tensor,
+    timestep: int | Tensor,
+    sample: Tensor,
+    *,
+    noise: Tensor | None = None,
+    eta: float = 1.0,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """One step towards the clean latents, float32.
 
@@ -167,6 +174,7 @@ def denoise_step(
         timestep: an int, or a tensor of one on any device (from a GPU it has to wait for it).
         sample: [B, C, h, w], x_t.
         noise: z [B, C, h, w]; None is the deterministic step of DDIM, η = 0.
+        change: what is made of x̂_0 before the step; ε̂ stays as it was.
 
     Raises:
         TypeError, ValueError: a bad argument, named.
@@ -178,7 +186,7 @@ def denoise_step(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: expected a number in [0, 1], got {eta!r}")
     timesteps = torch.as_tensor(timestep, device="cpu").reshape(1)
-    mean, deviation = _posterior(scheduler, output.float(), timesteps, sample.float(), eta if noise is not None else 0.0)
+    mean, deviation = _posterior(scheduler, output.float(), timesteps, sample.float(), eta if noise is not None else 0.0, change)
     return mean if noise is None else mean + deviation * noise.to(mean)
 
 
@@ -240,7 +248,9 @@ def _rows(values: Tensor, like: Tensor) -> Tensor:
     return values.view(*values.shape, *[1] * (like.ndim - values.ndim)).to(like.dtype).to(like.device)
 
 
-def _posterior(scheduler: DDIMScheduler, output: Tensor, timesteps: Tensor, sample: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+def _posterior(
+    scheduler: DDIMScheduler, output: Tensor, timesteps: Tensor, sample: Tensor, eta: float, change: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """μ [B, C, h, w] and η σ_t [B or 1, 1, 1, 1] of `denoise_step` for timesteps [B or 1] on the CPU."""
     if output.shape != sample.shape:
         raise ValueError(f"output: expected {list(sample.shape)} as the sample, got {list(output.shape)}")
@@ -259,4 +269,6 @@ def _posterior(scheduler: DDIMScheduler, output: Tensor, timesteps: Tensor, samp
         clean, epsilon = output, (sample - signal * output) / noise
     else:
         raise ValueError(f"scheduler: expected prediction_type epsilon, v_prediction or sample, got {kind!r}")
+    if change is not None:
+        clean = change(clean)
     return signal_before * clean + direction * epsilon, deviation

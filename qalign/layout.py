@@ -48,8 +48,12 @@ class BatchLayout:
         object.__setattr__(self, "unread", 0)
 
     def extended(self, *roles: str) -> "BatchLayout":
-        """With `roles` behind its own, which are read by the output rows and themselves not wanted: they are no "other" rows."""
-        layout = BatchLayout(*self.roles, *roles, guidance=self.guidance, images_per_prompt=self.images_per_prompt)
+        """With `roles` behind its own, which are read by the output rows and themselves not wanted: they are no "other" rows.
+
+        Rows of its own that had one of these roles are plain in it.
+        """
+        own = ("plain" if role in roles else role for role in self.roles)
+        layout = BatchLayout(*own, *roles, guidance=self.guidance, images_per_prompt=self.images_per_prompt)
         object.__setattr__(layout, "unread", len(roles))
         return layout
 

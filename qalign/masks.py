@@ -17,6 +17,7 @@ from qalign_kernels import mean_attention_map
 from .control import NOT_SPATIAL, find_unet
 from .denoiser import halved, token_grid
 from .processors.unet import is_unet_attention, project
+from .regions import Regions
 
 FEW_TOKENS, MOST_TOKENS = 1024, 4096  # one map takes 4 MiB, 64 MiB
 THRESHOLDS = {"relative": 1.4, "absolute": 0.35}
@@ -200,6 +201,20 @@ def object_masks(
             mask = everywhere
         masks.append(mask)
     return F.interpolate(torch.stack(masks).unflatten(-1, maps.grid).unsqueeze(1).float(), size, mode="nearest").squeeze(1).bool()
+
+
+def object_regions(masks: Tensor) -> Regions:
+    """The masks of an appearance and a structure as regions: 1 the object, 0 the background, so that each reads its own kind alone.
+
+    Where a mask is one kind throughout, as `object_masks` gives it where no object is found, nothing is restricted: both pictures are 0.
+    Neither label is `Regions.background`, which would see the object and be seen by it: with two labels that restricts nothing.
+
+    Args:
+        masks: bool [2, h, w], appearance and structure.
+    """
+    told = bool((masks.any((1, 2)) & ~masks.all((1, 2))).all())
+    appearance, structure = masks.long() if told else torch.zeros_like(masks, dtype=torch.int64)
+    return Regions(appearance=appearance, structure=structure)
 
 
 def segment(self_map: Tensor, *, clusters: int = 5, seed: int = 1) -> Tensor:

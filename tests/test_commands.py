@@ -91,6 +91,20 @@ def test_help_has_examples_that_parse(command, capsys):
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model no/such", "hf download no/such --local-dir such"),
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --noun zebra --prompt horse", "noun: expected a word"),
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --layers top", "layers: expected names or patterns"),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --regions {}/l.png",
+            "--regions: expected 'self', or label maps of the appearance and the structure, got",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png {}/c.png --out {}/o.png --regions self",
+            "--regions: expected one --structure, got 2",
+        ),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --regions {}/l.png {}/m.png", "l.png: expected a label map, found no"),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --regions {}/a.png {}/b.png",
+            "a.png: expected a label map, one channel",
+        ),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --regions self", "noun: expected a word of the prompt"),
         ("transfer --appearance {}/a.png", "required: --structure, --out"),
         ("correspond --structure {}/a.png", "expected either --structure and --appearance, or --scenes"),
         ("correspond --structure {}/a.png --appearance {}/b.png --scenes 1", "expected either"),
@@ -157,6 +171,32 @@ def test_transfer_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
         assert f"picture: {path}" in said
     assert f"grid: {tmp_path / 'grid.png'}" in said
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["grid.png", "o-1.png", "o-2.png"]
+
+
+def test_label_maps_are_read_scaled_and_cut_as_their_pictures(tmp_path):
+    labels = torch.zeros(20, 40, dtype=torch.uint8)
+    labels[:, 10:20], labels[:, 20:30], labels[:, 30:] = 3, 7, 30
+    Image.fromarray(labels.numpy()).save(tmp_path / "labels.png")
+    assert torch.equal(_shared.read_label_map(tmp_path / "labels.png", (40, 20), None), labels.long())
+    fitted = _shared.read_label_map(tmp_path / "labels.png", (16, 16), (16, 16))  # the middle 20 x 20 pixels
+    assert fitted.tolist() == [[3] * 8 + [7] * 8] * 16
+    with pytest.raises(ValueError, match="labels.png: expected labels of its picture's 40x24 pixels, got 40x20"):
+        _shared.read_label_map(tmp_path / "labels.png", (40, 24), None)
+
+
+def test_transfer_reads_regions_from_files(folder, tmp_path):
+    halves = torch.zeros(SIZE, SIZE, dtype=torch.uint8)
+    halves[:, SIZE // 2 :] = 1
+    for name, labels in (("one", torch.zeros_like(halves)), ("left", halves), ("right", halves.flip(1))):
+        Image.fromarray(labels.numpy()).save(tmp_path / f"{name}.png")
+    options = "--model {}/model --steps 4 --skip 0 --swap-guidance 1 --method visual_style"
+    command = f"transfer --appearance {{}}/a.png --structure {{}}/b.png {options} --out {tmp_path}/o.png"
+    found = []
+    for given in ("", "--regions {0}/one.png {0}/one.png", "--regions {0}/left.png {0}/left.png", "--regions {0}/left.png {0}/right.png"):
+        assert run(folder, f"{command} {given.format(tmp_path)}") == 0
+        found.append(pixels(tmp_path / "o.png").int())
+    assert (found[0] - found[1]).abs().max() <= 1
+    assert (found[2] - found[1]).abs().max() > 1 and (found[3] - found[2]).abs().max() > 1
 
 
 def test_pictures_are_scaled_to_cover_and_turned_as_their_camera_says(tmp_path):

@@ -114,6 +114,26 @@ def _read_picture(path: Path, wanted: tuple[int, int] | None) -> Any:
     return picture
 
 
+def read_label_map(path: Path, size: tuple[int, int], wanted: tuple[int, int] | None) -> Any:
+    """The labels [h, w] of a picture of `size` (width, height), scaled and cut as `read_pictures` does for `wanted`, to the nearest label."""
+    from PIL import Image, ImageOps
+
+    from ..regions import read_labels
+
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a label map, found {'a folder' if path.is_dir() else 'no such file'}")
+    labels = read_labels(path)
+    if wanted is not None:
+        import torch
+        from numpy import asarray
+
+        fitted = ImageOps.fit(Image.fromarray(labels.int().numpy()), wanted, Image.Resampling.NEAREST)
+        labels = torch.from_numpy(asarray(fitted).astype("int64"))
+    if labels.shape != (size[1], size[0]):
+        raise ValueError(f"{path}: expected labels of its picture's {size[0]}x{size[1]} pixels, got {labels.shape[1]}x{labels.shape[0]}")
+    return labels
+
+
 def load_pipeline(options: argparse.Namespace) -> Any:
     """The appearance transfer pipeline that `add_model_arguments` describes, on its device."""
     import torch

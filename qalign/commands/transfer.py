@@ -7,6 +7,8 @@ examples:
   python -m qalign transfer --appearance zebra.png --structure horse.png --size 128 --out out.png --grid grid.png
   python -m qalign transfer --appearance a.png --structure b.png c.png --method cross_image --steps 50 --out out.png
   python -m qalign transfer --appearance a.png --structure b.png --method qalign --refinement topk --topk 4 --out out.png
+  python -m qalign transfer --appearance a.png --structure b.png --prompt "a bird" --regions self --out out.png
+  python -m qalign transfer --appearance a.png --structure b.png --regions a-labels.png b-labels.png --out out.png
   python -m qalign transfer --model ./stable-diffusion-v1-5 --dtype float16 --size 512 --prompt "a photo of a zebra" --noun zebra \\
       --steps 100 --cache inversions --appearance zebra.jpg --structure horse.jpg giraffe.jpg --out out.png
 """
@@ -16,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ._shared import METHODS, add_model_arguments, count, folder_path, load_pipeline, picture_path, read_pictures, size, write
+from ._shared import METHODS, add_model_arguments, count, folder_path, load_pipeline, picture_path, read_label_map, read_pictures, size, write
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "refinement": {
@@ -44,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, options in SETTINGS.items():
         method.add_argument(f"--{name}", **options)
     method.add_argument("--layers", nargs="+", metavar="NAME", help="self-attention layers: up, names, patterns (default: the method's own)")
+    method.add_argument(
+        "--regions",
+        nargs="+",
+        metavar="PNG",
+        help="A-labels.png B-labels.png: what the method reads stays within a label, 0 to 30 in one channel or a palette; or 'self': object and "
+        "background as the model's own attention tells them by --prompt and --noun (default: everything is read)",
+    )
 
     run = parser.add_argument_group("transfer")
     run.add_argument("--prompt", default="", help="what the pictures show")
@@ -73,9 +82,26 @@ def make_method(options: argparse.Namespace) -> Any:
     return type(method)(**given)
 
 
+def make_regions(options: argparse.Namespace, picture: Any) -> Any:
+    """None, "self", or the label maps of files, scaled and cut as `picture`."""
+    if options.regions is None:
+        return None
+    if len(options.structure) != 1:
+        raise ValueError(f"--regions: expected one --structure, got {len(options.structure)}")
+    if options.regions == ["self"]:
+        return "self"
+    if len(options.regions) != 2:
+        raise ValueError(f"--regions: expected 'self', or label maps of the appearance and the structure, got {' '.join(options.regions)}")
+    from ..regions import Regions
+
+    appearance, structure = (read_label_map(Path(path), picture.size, options.size) for path in options.regions)
+    return Regions(appearance=appearance, structure=structure)
+
+
 def run(options: argparse.Namespace) -> int:
     method = make_method(options)
     appearance, *structures = read_pictures([options.appearance, *options.structure], options.size)
+    regions = make_regions(options, appearance)
     import torch
 
     from ..denoiser import picture_size
@@ -97,6 +123,7 @@ def run(options: argparse.Namespace) -> int:
         noun=options.noun,
         freeu=options.freeu,
         layers=options.layers,
+        regions=regions,
         cache=options.cache,
         generator=torch.Generator().manual_seed(options.seed),
     ).images

@@ -32,6 +32,8 @@ class Method(Protocol):
             rows in place.
         cross_layers(names), attend_cross(q, k, v, site): which cross-attention layers it acts on, and their attention output; keys and values are
             the prompt's.
+        start(latents, appearance), change_clean(clean, appearance, timestep): in `AppearanceTransferPipeline`, what the outputs' first latents
+            [outputs, C, h, w] become beside the appearance's [1, C, h, w]; and likewise their x̂_0 in a step.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

@@ -34,7 +34,9 @@ class SeAl(Editing):
 
     Source: SeAl (CVPR 2026), of which only the project page and a summary were available: the blend, the schedules, the timesteps and whether heads
     are merged are not published there. τ = 0.15, k = 1 and δ = 3 are; the other defaults are inferred, and all can be chosen.
-    Not here: its cache of a noise-free pass (here the appearance row runs along), Delta-Bridge and AnchorAlign.
+    Here the appearance row runs along; its cache of a noise-free pass is `AppearanceTransferPipeline.noise_free` or `FeatureBank.record_clean`,
+    Delta-Bridge is `qalign.guidance.delta_bridge`, AnchorAlign `qalign.anchor.anchor_align`.
+    Not here: the segmentation model that finds AnchorAlign's boxes.
     """
 
     card: ClassVar[Card] = Card(

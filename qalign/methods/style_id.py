@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qalign_kernels import attention
 
+from ..adain import adain
 from ..site import Site, take
 from ._editing import Card, Editing
 
@@ -18,13 +19,17 @@ class StyleID(Editing):
     output rows: softmax(T s (γ Q_content + (1 - γ) Q_out) K_styleᵀ) V_style, content being the structure row and style the appearance row,
     in the last six self-attention layers.
 
+    `start`, in `AppearanceTransferPipeline`: the output's first latents are AdaIN(z_content → z_style), per channel over the picture, no eps.
+
     Args:
         query_preservation: γ, how much of the content's queries is kept.
         temperature: T on the logits; above 1 it sharpens.
+        initial_adain: whether `start` does that.
 
-    Source: StyleID, arXiv 2312.09008. Its features come from the inversions of both pictures, cached by timestep; here both rows run along,
-    and in `AppearanceTransferPipeline` they are the inversions (`inversion="ddim"` is the published one).
-    Not here: the AdaIN of the initial noise.
+    Source: StyleID, arXiv 2312.09008. Its features come from the inversions of both pictures, cached by timestep; here both rows run along, and
+    in `AppearanceTransferPipeline` they are the inversions. As published there: `inversion="ddim"`, 50 steps, the first left out (skip=0.02),
+    no swap guidance. The published AdaIN takes the statistics of a batch of pictures, this one those of each. In a loop of your own, with
+    `attach`, `start` is yours to call.
     """
 
     card: ClassVar[Card] = Card(
@@ -33,6 +38,11 @@ class StyleID(Editing):
 
     query_preservation: float = 0.75
     temperature: float = 1.5
+    initial_adain: bool = True
+
+    def start(self, latents: Tensor, appearance: Tensor) -> Tensor:
+        """The first latents [outputs, C, h, w] in the statistics of the appearance's [1, C, h, w]."""
+        return adain(latents, appearance, eps=0.0) if self.initial_adain else latents
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         query = take(q, output).lerp(take(q, site.structure_rows(q)), self.query_preservation)

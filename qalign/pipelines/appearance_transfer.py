@@ -1,6 +1,7 @@
 """Appearance transfer: a picture in the appearance of one and the structure of another, from noise that inversion finds for both."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..adain import adain as adain_latents
+from ..bank import FeatureBank
 from ..control import Control, attach, find_unet
 from ..freeu import cross_image_freeu
 from ..guidance import swap_guided, swap_scales
 from ..inversion import KINDS, Inversion, Predict, denoise_step, invert_ddim, invert_ddpm, require_finite
 from ..layout import BatchLayout
-from ..masks import MOST_TOKENS, MapCollector, default_noun, noun_tokens, object_masks
+from ..masks import MOST_TOKENS, MapCollector, default_noun, noun_tokens, object_masks, object_regions
 from ..methods import METHODS as ALL_METHODS
 from ..methods import Method, QAlign
 from ..regions import Regions
@@ -31,6 +33,8 @@ METHODS: dict[str, Callable[[], Method]] = {name: kind for name, kind in ALL_MET
 PUBLISHED_STEPS = (11 / 68, 1.0)
 ADAIN = ("masked", "whole", None)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+SELF = "self"  # regions that the UNet's own attention tells
+SEGMENTED_AT = (0.2, 0.4, 0.6)  # timesteps, as fractions of those of training
 _QALIGN = QAlign()
 _log = logging.getLogger("qalign")
 
@@ -46,11 +50,13 @@ class AppearanceTransferOutput(BaseOutput):
         images: one for each structure: a list of PIL images, an array [n, H, W, 3] or a tensor [n, C, h, w], as `output_type` says.
         reconstructions: of the appearance and of the structures, in the same form: what inversion and denoising alone make of them.
         masks: bool [1 + n, h, w], the object in appearance and structures, as AdaIN used it; None without masked AdaIN.
+        regions: those that the method had, given or found; None without.
     """
 
     images: Any
     reconstructions: Any
     masks: Tensor | None = None
+    regions: Regions | None = None
 
 
 class AppearanceTransfer:
@@ -129,6 +135,73 @@ class AppearanceTransfer:
         return inverted.to(clean.device)
 
     @torch.no_grad()
+    def noise_free(
+        self: Any,
+        method: Method,
+        inversion: Inversion,
+        prompt: str = "",
+        *,
+        skip: float = 0.32,
+        edit_steps: tuple[float, float] | None = None,
+        layers: str | Sequence[str] | None = None,
+        bank: FeatureBank | None = None,
+    ) -> Method:
+        """The method, reading the features of the appearance's clean latents at each timestep in place of those of its row.
+
+        >>> known = pipe.invert(appearance, structure, prompt)
+        >>> image = pipe(None, None, prompt, method=pipe.noise_free(SeAl(), known, prompt), inversion=known).images[0]
+
+        Args:
+            method: such as `SeAl()`, whose cache this is.
+            inversion: of the call that follows.
+            prompt, skip, edit_steps, layers: as `__call__`, and the same there.
+            bank: where the features are kept, `FeatureBank("appearance", ...)`, cleared before; None: on the device.
+
+        Source: SeAl (CVPR 2026); see `FeatureBank.record_clean`.
+        """
+        bank = FeatureBank("appearance") if bank is None else bank
+        bank.clear()
+        clean, skipped = inversion.latents[-1, :1], _skipped(skip, len(inversion.timesteps))
+        condition = self.conditions(prompt, *(side * self.vae_scale_factor for side in clean.shape[-2:]))[0]
+        clean, steps = clean.to(self._execution_device, self.unet.dtype), _active(method, edit_steps)
+        served = bank.record_clean(self, method, clean, inversion.timesteps[skipped:], layers=layers, steps=steps, **condition)
+        self.maybe_free_model_hooks()
+        return served
+
+    @torch.no_grad()
+    def self_regions(
+        self: Any,
+        appearance: Any,
+        structure: Any,
+        prompt: str,
+        *,
+        noun: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Regions:
+        """Object and background of two pictures, from the UNet's own attention: label maps of 1 and 0 on the latents' grid.
+
+        >>> with attach(pipe, QAlign(), regions=pipe.self_regions(appearance, structure, "a photo of a zebra")):
+        ...     images = pipe([prompt] * 3, latents=latents).images
+
+        Both latents are noised to three timesteps, with the same noise in every call. Over these, layers and heads attention maps are averaged;
+        k-means with k = 5 on the rows of the self-attention clusters each picture's tokens, and a cluster is object where the prompt's noun is
+        attended with a score above 0.35. That name is what corresponds between the pictures: clusters within the object have none that they share.
+        Where a picture has no cluster of the object, or no other one, nothing is restricted: both maps are 0.
+
+        Arguments as `__call__`, with one structure.
+
+        Raises:
+            ValueError: as `__call__`, or the prompt names no object.
+        Source: self-segmentation, arXiv 2303.11306, which averages over the steps of a generation.
+        """
+        pictures = _pictures(appearance, structure, height, width)
+        places = self._object(prompt, noun, len(pictures) - 1)
+        found = self._segment(self.encode(pictures), prompt, places)
+        self.maybe_free_model_hooks()
+        return found
+
+    @torch.no_grad()
     def __call__(
         self: Any,
         appearance: Any,
@@ -148,7 +221,7 @@ class AppearanceTransfer:
         noun: str | None = None,
         freeu: bool = False,
         layers: str | Sequence[str] | None = None,
-        regions: Regions | None = None,
+        regions: Regions | str | None = None,
         cache: str | Path | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -185,7 +258,8 @@ class AppearanceTransfer:
             adain_start: where that begins, and the step whose attention maps make the masks.
             noun: the word of the prompt that is the object; None is a guess by its grammar. See `qalign.masks.noun_tokens`.
             freeu: `qalign.freeu` throughout. The official FreeU is `enable_freeu`.
-            layers, regions: as `attach`.
+            layers: as `attach`.
+            regions: as `attach`; or "self", those of `self_regions`, for one structure.
             cache: a folder for inversions, one file each for a picture with its settings and noise.
             height, width: in pixels, multiples of 8; None is the first structure's. Pictures of another size are scaled to cover this one,
                 and their middle is taken.
@@ -208,12 +282,13 @@ class AppearanceTransfer:
         skipped = _skipped(skip, steps)
         guided = method is not None and swap_guidance_scale > 1
         scales = swap_scales(steps - skipped, swap_guidance_scale, start=guidance_start) if guided else None
-        control = None
+        control, segmented = None, isinstance(regions, str) and regions == SELF
         if method is not None:
             roles = ["output"] * outputs + ["plain"] * outputs * guided + ["appearance"] + ["structure"] * outputs
-            active = edit_steps or getattr(method, "default_steps", None) or PUBLISHED_STEPS
             layout = BatchLayout(*roles, guidance=False)
-            control = attach(self, method, layout=layout, layers=layers, steps=active, regions=regions)
+            given: Any = None if segmented else regions
+            control = attach(self, method, layout=layout, layers=layers, steps=_active(method, edit_steps), regions=given)
+        places = self._object(prompt, noun, outputs) if segmented else ()
         blend = None if adain is None else _Blend(adain, adain_start, self._noun_tokens(prompt, noun) if adain == "masked" else ())
         if known is None:
             settings = {"num_inference_steps": steps, "inversion": inversion, "inversion_guidance_scale": inversion_guidance_scale}
@@ -221,6 +296,8 @@ class AppearanceTransfer:
             known = self.invert(appearance, structure, prompt, **settings, **options)
 
         rows, device = [*range(1, outputs + 1), *range(outputs + 1)], self._execution_device
+        if control is not None and segmented:
+            control.regions = self._segment(known.latents[-1].to(device), prompt, places)
         loop = _Loop(
             pipe=self,
             scheduler=_ddim(self.scheduler, known.timesteps),
@@ -231,13 +308,17 @@ class AppearanceTransfer:
             condition=self.conditions(prompt, *(side * self.vae_scale_factor for side in known.latents.shape[-2:]))[0],
             scales=scales,
             blend=blend,
+            change=getattr(method, "change_clean", None),
         )
+        latents, start = known.latents[skipped, rows].to(device), getattr(method, "start", None)
+        if start is not None:
+            latents[:outputs] = start(latents[:outputs], latents[outputs : outputs + 1])
         with self._freeu(freeu):
-            latents, masks = loop.run(known.latents[skipped, rows].to(device), control, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            latents, masks = loop.run(latents, control, callback_on_step_end, callback_on_step_end_tensor_inputs)
         pictures = latents if output_type == "latent" else self._decode(latents)
         self.maybe_free_model_hooks()
         parts = [self.image_processor.postprocess(some, output_type=output_type) for some in pictures.split([outputs, outputs + 1])]
-        result = AppearanceTransferOutput(*parts, masks)
+        result = AppearanceTransferOutput(*parts, masks, None if control is None else control.regions)
         return result if return_dict else (result.images, result.reconstructions)
 
     def encode(self: Any, pictures: Tensor) -> Tensor:
@@ -275,6 +356,26 @@ class AppearanceTransfer:
     def _noun_tokens(self: Any, prompt: str, noun: str | None) -> tuple[int, ...]:
         word = noun or default_noun(prompt)
         return noun_tokens(self.tokenizer, prompt, word) if word else ()
+
+    def _object(self: Any, prompt: str, noun: str | None, structures: int) -> tuple[int, ...]:
+        """The places of the object's noun, for regions of one structure."""
+        if structures != 1:
+            raise ValueError(f"regions: expected one structure with {SELF!r}, got {structures}")
+        places = self._noun_tokens(prompt, noun)
+        if not places:
+            raise ValueError(f"noun: expected a word of the prompt with regions={SELF!r}, got none, and the prompt {prompt!r}")
+        return places
+
+    def _segment(self: Any, clean: Tensor, prompt: str, places: tuple[int, ...]) -> Regions:
+        """Regions of [appearance, structure], from their clean latents."""
+        condition = self.conditions(prompt, *(side * self.vae_scale_factor for side in clean.shape[-2:]))[0]
+        scheduler, generator = _ddim(self.scheduler), torch.Generator().manual_seed(0)
+        with MapCollector(self, average=True) as collector:
+            for fraction in SEGMENTED_AT:
+                timestep = torch.tensor(round(fraction * scheduler.config.num_train_timesteps))
+                noise = torch.randn(clean.shape, generator=generator).to(clean)
+                self.predict(scheduler.add_noise(clean, noise, timestep.expand(len(clean))), timestep, condition)
+        return object_regions(object_masks(collector.maps(), places, rule="absolute"))
 
     def _freeu(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
         return cross_image_freeu(self) if wanted else contextlib.nullcontext()
@@ -351,6 +452,7 @@ class _Loop:
         timesteps: int64 [T], those that run.
         noises: [T, B, C, h, w], or None where denoising is deterministic.
         scales: of the swap guidance at each step; None: there are no rows without the edit.
+        change: what the method makes of the outputs' x̂_0, as its `change_clean`.
     """
 
     pipe: Any
@@ -362,6 +464,7 @@ class _Loop:
     condition: Condition
     scales: Tensor | None
     blend: _Blend | None
+    change: Callable[[Tensor, Tensor, int], Tensor] | None
 
     def run(self, latents: Tensor, control: Control | None, callback: Callable | None, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """The clean latents of all rows, and the masks of appearance and structures if any were made."""
@@ -379,7 +482,8 @@ class _Loop:
                 else:
                     output = self._predict(latents, timestep, step)
                 noise = None if self.noises is None else self.noises[step]
-                latents = denoise_step(self.scheduler, output, timestep, latents, noise=noise, eta=self.eta)
+                change = None if self.change is None else functools.partial(self._change, timestep=int(timestep))
+                latents = denoise_step(self.scheduler, output, timestep, latents, noise=noise, eta=self.eta, change=change)
                 if blend is not None:
                     latents = self._adain(latents, masks)
                 if callback is not None:
@@ -395,6 +499,10 @@ class _Loop:
             return self.pipe.predict(latents, timestep, self.condition)
         edited, plain, others = self.pipe.predict(torch.cat([latents[:n], latents]), timestep, self.condition).split([n, n, n + 1])
         return torch.cat([swap_guided(plain, edited, self.scales[step]), others])
+
+    def _change(self, clean: Tensor, timestep: int) -> Tensor:
+        n = self.outputs
+        return torch.cat([self.change(clean[:n], clean[n : n + 1], timestep), clean[n:]])  # type: ignore[misc]
 
     def _collector(self, latents: Tensor) -> MapCollector:
         """Of the maps of appearance and structures, on the latents' own grid where the UNet attends there, as published."""
@@ -426,6 +534,10 @@ def _method(method: Method | str | None) -> Method | None:
             raise ValueError(f"method: expected a method or one of {', '.join(METHODS)}, got {method!r}")
         return METHODS[method]()
     return method
+
+
+def _active(method: Method, edit_steps: tuple[float, float] | None) -> tuple[float, float]:
+    return edit_steps or getattr(method, "default_steps", None) or PUBLISHED_STEPS
 
 
 def _structures(inversion: Inversion) -> int:

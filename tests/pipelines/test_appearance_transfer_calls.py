@@ -1,12 +1,14 @@
 """AppearanceTransferPipeline around a call: inversions given and cached, callbacks and interrupts, and that nothing is left behind."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DDIMScheduler
 
+from qalign import FeatureBank, SeAl
 from qalign.inversion import Inversion
 from qalign.pipelines.inversion_cache import digest
 from tests.pipelines.transfers import PROMPT, make, own, pictures, seeded, transfer, watch
@@ -190,3 +192,28 @@ def test_offloading_hooks_run_in_order_and_are_freed(monkeypatch) -> None:
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: order.append("free"))
     transfer(pipe, output_type="pt")
     assert order == ["vae", "text_encoder", "unet", "free", "text_encoder", "unet", "vae", "free"]
+
+
+# a noise-free pass
+
+
+def test_a_noise_free_appearance_is_its_clean_latents_at_every_step(pair) -> None:
+    """As if the appearance's row were its clean latents whenever the UNet is called."""
+    pipe = make("sd15")
+    clean = pair.latents[-1, 0]
+    latents = pair.latents.clone()
+    latents[:, 0] = clean
+    set_back = replace(pair, latents=latents)
+
+    def back(pipe, step, timestep, given):
+        given["latents"][1] = clean
+        return given
+
+    options = {"adain": None, "edit_steps": (0.2, 1)}
+    expected = transfer(pipe, inversion=set_back, method=SeAl(), callback_on_step_end=back, **options).images
+    bank = FeatureBank("appearance")
+    method = pipe.noise_free(SeAl(), pair, PROMPT, edit_steps=(0.2, 1), bank=bank)
+    served = transfer(pipe, inversion=pair, method=method, **options)
+    torch.testing.assert_close(served.images, expected, rtol=0, atol=2e-5)
+    assert bank.nbytes > 0 and served.reconstructions.isfinite().all()
+    assert not torch.allclose(transfer(pipe, inversion=pair, method=SeAl(), **options).images, expected, atol=1e-3)

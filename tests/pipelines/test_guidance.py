@@ -1,9 +1,9 @@
-"""Swap guidance against the numbers of ALGORITHMS.md 2.3."""
+"""Swap guidance and Delta-Bridge against the numbers and formulas of ALGORITHMS.md 2.3 and 10.7."""
 
 import pytest
 import torch
 
-from qalign.guidance import swap_guided, swap_scales
+from qalign.guidance import delta_bridge, delta_bridge_strengths, low_pass, swap_guided, swap_scales
 
 
 def test_68_steps_have_the_published_scales() -> None:
@@ -50,3 +50,58 @@ def test_bad_steps_are_named() -> None:
     for steps in (-1, 2.5):
         with pytest.raises(ValueError, match="^steps: expected an integer of at least 0, got"):
             swap_scales(steps)
+
+
+def predictions(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 2, 4, 7, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def literal_low_pass(x: torch.Tensor, kernel: int, count: int) -> torch.Tensor:
+    for _ in range(count):
+        mean, reach = torch.empty_like(x), kernel // 2
+        for i in range(x.shape[2]):
+            for j in range(x.shape[3]):
+                mean[..., i, j] = x[..., max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1].mean((-1, -2))
+        x = mean
+    return x
+
+
+@pytest.mark.parametrize(("kernel", "count"), [(3, 2), (5, 1), (1, 4), (3, 0)])
+def test_delta_bridge_is_its_formula(kernel, count) -> None:
+    empty, generated, appearance = predictions()
+    difference = (generated - empty) - (appearance - empty)
+    expected = empty + 7.5 * (generated - empty) + 0.6 * literal_low_pass(difference, kernel, count)
+    torch.testing.assert_close(delta_bridge(empty, generated, appearance, 7.5, 0.6, kernel=kernel, count=count), expected)
+
+
+def test_delta_bridge_is_plain_guidance_without_strength_or_difference() -> None:
+    empty, generated, appearance = predictions()
+    plain = empty + 7.5 * (generated - empty)
+    assert torch.equal(delta_bridge(empty, generated, appearance, 7.5, 0.0), plain)
+    assert torch.equal(delta_bridge(empty, generated, generated, 7.5, 0.6), plain)
+    assert torch.equal(delta_bridge(empty, generated, appearance, 7.5, torch.tensor(0.0)), plain)
+
+
+def test_low_pass_keeps_constants_and_smooths() -> None:
+    constant = torch.full((1, 2, 5, 6), 0.3)
+    torch.testing.assert_close(low_pass(constant, count=3), constant)
+    noise = predictions(1)[0]
+    assert low_pass(noise).var() < 0.3 * noise.var() and torch.equal(low_pass(noise, kernel=1), noise)
+
+
+def test_the_bridge_s_strength_holds_then_falls_to_nothing() -> None:
+    assert delta_bridge_strengths(11, 2.0, hold=0.4, end=0.8).tolist() == pytest.approx([2, 2, 2, 2, 2, 1.5, 1, 0.5, 0, 0, 0], abs=1e-6)
+    assert delta_bridge_strengths(3, 1.0, hold=0.0, end=1.0).tolist() == [1, 0.5, 0]
+    assert delta_bridge_strengths(1).tolist() == [1] and delta_bridge_strengths(0).tolist() == []
+
+
+def test_bad_arguments_of_the_bridge_are_named() -> None:
+    for kernel in (0, 2, 1.0):
+        with pytest.raises(ValueError, match="^kernel: expected an odd integer of at least 1, got"):
+            low_pass(predictions(1)[0], kernel=kernel)
+    with pytest.raises(ValueError, match="^count: expected"):
+        low_pass(predictions(1)[0], count=-1)
+    with pytest.raises(ValueError, match="^hold, end: expected 0 <= hold < end <= 1, got 0.5, 0.5"):
+        delta_bridge_strengths(4, hold=0.5, end=0.5)
+    with pytest.raises(ValueError, match="^steps: expected"):
+        delta_bridge_strengths(-1)

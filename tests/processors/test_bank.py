@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qalign import BatchLayout, CrossImage, CtrlX, EyeForAnEye, FeatureBank, QAlign, StyleAligned, attach
+from qalign import BatchLayout, CrossImage, CtrlX, EyeForAnEye, FeatureBank, QAlign, SeAl, StyleAligned, attach
 from tests.processors.models import make_unet, unet_inputs
 
 TIMESTEPS = torch.tensor([900, 500, 100])
@@ -83,6 +83,32 @@ def test_steps_outside_the_window_need_no_features():
     run(unet, bank.serve(QAlign()), BatchLayout("output"), inputs, steps=(0.5, 1.0))
     with pytest.raises(RuntimeError, match=r"bank: expected features of up_blocks\..* at step 0, got \d+ other layers and 1 steps"):
         run(unet, bank.serve(QAlign()), BatchLayout("output"), inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [SeAl(), SeAl(topk=3, blend="keys_values", strength=(1.0, 3.0))], ids=repr)
+def test_a_noise_free_pass_is_the_clean_latents_at_each_timestep(method):
+    """As if the appearance's row were set back to its clean latents before each step."""
+    unet, inputs = make_unet("sd15"), unet_inputs(make_unet("sd15"), batch=2)
+    clean, sample = 0.5 * inputs["sample"][1:], inputs["sample"][:1]
+    with attach(unet, method, layout=BatchLayout("output", "appearance")) as control:
+        for timestep in control.track(TIMESTEPS):
+            sample = sample - 0.3 * unet(**inputs | {"sample": torch.cat([sample, clean]), "timestep": timestep}).sample[:1]
+    bank = FeatureBank("appearance")
+    prompts = inputs["encoder_hidden_states"]
+    served = bank.record_clean(unet, method, clean, TIMESTEPS, encoder_hidden_states=prompts[1:])
+    assert len(bank._kept) == len(TIMESTEPS) * len(attach(unet, method).layers)
+    alone = run(unet, served, BatchLayout("output"), rows_of(inputs, [0]))
+    torch.testing.assert_close(alone, sample, rtol=0, atol=2e-5)
+    with_a_row = run(unet, served, BatchLayout("output", "appearance"), inputs)
+    torch.testing.assert_close(with_a_row[:1], sample, rtol=0, atol=2e-5)
+    assert not torch.allclose(run(unet, method, BatchLayout("output", "appearance"), inputs)[:1], sample, atol=1e-3)
+
+
+def test_rows_that_the_bank_stands_for_are_plain():
+    layout = BatchLayout("output", "appearance", "structure").extended("appearance")
+    assert layout.roles == ("output", "plain", "structure", "appearance")
+    assert layout.rows("appearance", 4) == (3,) and layout.rows("structure", 4) == (2,) and layout.rows("other", 4) == (1, 2)
 
 
 def test_refusals():
