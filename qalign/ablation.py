@@ -50,7 +50,9 @@ ATTENTION = ("own_part_mass", "object_background_leakage", "cross_region_mass")
 def refinements() -> dict[str, CrossImage]:
     """Cross-Image, then every reading of the alignment with its strengths."""
     variants: dict[str, CrossImage] = {"cross_image": CrossImage()}
-    variants |= {name: QAlign(refinement=name) for name in ("rearranged", "warped_values", "none")}
+    variants |= {name: QAlign(refinement=name) for name in ("warped_output", "rearranged", "warped_values", "none")}
+    for aligned in ("output", "structure"):
+        variants |= {f"{name}, {aligned} aligned": QAlign(refinement=name, aligned=aligned) for name in ("warped_output", "rearranged")}
     variants |= {f"topk {k}": QAlign(refinement="topk", topk=k) for k in (1, 4, 8, 16)}
     variants |= {f"guided {strength}": QAlign(refinement="guided", strength=float(strength)) for strength in (5, 10, 20, 40)}
     return variants | {"soft 20": QAlign(refinement="soft", strength=20.0)}

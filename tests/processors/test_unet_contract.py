@@ -126,9 +126,8 @@ def line_03_attention_mask(case: Case) -> None:
     stock, edited = compare(attn, AttnProcessor2_0(), case.processor(), hidden, attention_mask=mask)
     only_output_changes(stock, edited)
     assert torch.equal(stock, compare(attn, AttnProcessor2_0(), case.processor(method=None), hidden, attention_mask=mask)[1])
-    shorter = compare(
-        attn, AttnProcessor2_0(), case.processor(), torch.cat([hidden[:1], hidden[1:, :48].repeat(1, 2, 1)[:, :64]]), attention_mask=mask
-    )[1]
+    other_keys = torch.cat([hidden[:1], hidden[1:2, :48].repeat(1, 2, 1)[:, :64], hidden[2:]])  # of the appearance, where the mask hides them
+    shorter = compare(attn, AttnProcessor2_0(), case.processor(), other_keys, attention_mask=mask)[1]
     assert torch.equal(shorter[0], edited[0]), "a hidden key reaches the output row"
     per_head = mask.repeat_interleave(2, dim=0)
     assert torch.equal(stock, compare(attn, AttnProcessor2_0(), case.processor(method=None), hidden, attention_mask=per_head)[1])
