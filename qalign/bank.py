@@ -131,6 +131,8 @@ class _Around:
     """A method that asks another one where and when."""
 
     def __init__(self, bank: FeatureBank, method: Method) -> None:
+        if not callable(getattr(method, "attend", None)):
+            raise TypeError(f"method: expected a method such as QAlign(), got {method!r}")
         self.bank, self.method = bank, method
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
@@ -163,6 +165,8 @@ class _Around:
         return getattr(self.method, "default_steps", None)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "method":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self.method, name)  # whatever else a pipeline asks
 
 

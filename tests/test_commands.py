@@ -146,6 +146,7 @@ def test_choices_are_those_of_the_library():
     op = importlib.import_module("qalign_kernels.qalign_attention")
     assert transfer.SETTINGS["refinement"]["choices"] == op.REFINEMENTS
     given = Namespace(**{"method": "qalign", **dict.fromkeys(transfer.SETTINGS), "refinement": "topk", "topk": 3, "contrast": 1.0})
+    assert transfer.make_regions(Namespace(regions=["self"], structure=["b.png"]), None) == "self"
     assert transfer.make_method(given) == QAlign(refinement="topk", topk=3, contrast=1.0)
 
 

@@ -137,7 +137,7 @@ class AppearanceTransfer:
     @torch.no_grad()
     def noise_free(
         self: Any,
-        method: Method,
+        method: Method | str,
         inversion: Inversion,
         prompt: str = "",
         *,
@@ -152,19 +152,21 @@ class AppearanceTransfer:
         >>> image = pipe(None, None, prompt, method=pipe.noise_free(SeAl(), known, prompt), inversion=known).images[0]
 
         Args:
-            method: such as `SeAl()`, whose cache this is.
+            method: such as `SeAl()`, whose cache this is, or its name.
             inversion: of the call that follows.
             prompt, skip, edit_steps, layers: as `__call__`, and the same there.
             bank: where the features are kept, `FeatureBank("appearance", ...)`, cleared before; None: on the device.
 
         Source: SeAl (CVPR 2026); see `FeatureBank.record_clean`.
         """
-        bank = FeatureBank("appearance") if bank is None else bank
+        found, bank = _method(method), FeatureBank("appearance") if bank is None else bank
+        if found is None or bank.roles != ("appearance",):
+            raise ValueError(f"method, bank: expected a method and a bank of the appearance, got {method!r}, {bank.roles!r}")
         bank.clear()
         clean, skipped = inversion.latents[-1, :1], _skipped(skip, len(inversion.timesteps))
         condition = self.conditions(prompt, *(side * self.vae_scale_factor for side in clean.shape[-2:]))[0]
-        clean, steps = clean.to(self._execution_device, self.unet.dtype), _active(method, edit_steps)
-        served = bank.record_clean(self, method, clean, inversion.timesteps[skipped:], layers=layers, steps=steps, **condition)
+        clean, steps = clean.to(self._execution_device, self.unet.dtype), _active(found, edit_steps)
+        served = bank.record_clean(self, found, clean, inversion.timesteps[skipped:], layers=layers, steps=steps, **condition)
         self.maybe_free_model_hooks()
         return served
 

@@ -212,8 +212,14 @@ def test_a_noise_free_appearance_is_its_clean_latents_at_every_step(pair) -> Non
     options = {"adain": None, "edit_steps": (0.2, 1)}
     expected = transfer(pipe, inversion=set_back, method=SeAl(), callback_on_step_end=back, **options).images
     bank = FeatureBank("appearance")
-    method = pipe.noise_free(SeAl(), pair, PROMPT, edit_steps=(0.2, 1), bank=bank)
+    method = pipe.noise_free("seal", pair, PROMPT, edit_steps=(0.2, 1), bank=bank)
     served = transfer(pipe, inversion=pair, method=method, **options)
     torch.testing.assert_close(served.images, expected, rtol=0, atol=2e-5)
     assert bank.nbytes > 0 and served.reconstructions.isfinite().all()
     assert not torch.allclose(transfer(pipe, inversion=pair, method=SeAl(), **options).images, expected, atol=1e-3)
+
+
+def test_a_noise_free_pass_refuses_what_is_no_method_and_other_banks(small, pair) -> None:
+    for method, bank in ((None, None), ("seal", FeatureBank("structure"))):
+        with pytest.raises(ValueError, match="method, bank: expected a method and a bank of the appearance, got"):
+            small.noise_free(method, pair, PROMPT, bank=bank)

@@ -1,9 +1,11 @@
 """A feature bank gives what the batched pass gives, at the price of one reference pass."""
 
+import copy
+
 import pytest
 import torch
 
-from qalign import BatchLayout, CrossImage, CtrlX, EyeForAnEye, FeatureBank, QAlign, SeAl, StyleAligned, attach
+from qalign import BatchLayout, CrossImage, CtrlX, EyeForAnEye, FeatureBank, QAlign, SeAl, StyleAligned, StyleID, attach
 from tests.processors.models import make_unet, unet_inputs
 
 TIMESTEPS = torch.tensor([900, 500, 100])
@@ -105,6 +107,13 @@ def test_a_noise_free_pass_is_the_clean_latents_at_each_timestep(method):
     assert not torch.allclose(run(unet, method, BatchLayout("output", "appearance"), inputs)[:1], sample, atol=1e-3)
 
 
+def test_what_a_pipeline_asks_of_the_method_it_asks_through_the_bank():
+    served = FeatureBank("appearance").serve(StyleID())
+    x, y = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for each in (served, copy.copy(served)):
+        assert torch.equal(each.start(x, y), StyleID().start(x, y)) and not hasattr(each, "change_clean")
+
+
 def test_rows_that_the_bank_stands_for_are_plain():
     layout = BatchLayout("output", "appearance", "structure").extended("appearance")
     assert layout.roles == ("output", "plain", "structure", "appearance")
@@ -114,6 +123,8 @@ def test_rows_that_the_bank_stands_for_are_plain():
 def test_refusals():
     with pytest.raises(ValueError, match="roles: expected 'appearance', 'structure' or both, got \\('output',\\)"):
         FeatureBank("output")
+    with pytest.raises(TypeError, match="method: expected a method such as QAlign\\(\\), got 'seal'"):
+        FeatureBank("appearance").serve("seal")
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=2)
     with pytest.raises(ValueError, match="layout: expected 1 roles, as the bank has, got output, output"):
         run(unet, FeatureBank("appearance").record(QAlign()), BatchLayout("output", "output"), inputs)
