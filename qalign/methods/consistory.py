@@ -25,7 +25,8 @@ class ConsiStory(Editing):
     Args:
         dropout: the share of a subject's keys that the others do not see.
         anchors: only the first so many outputs are seen by the others; None: all.
-        seed: of the dropout, which is a function of it, the step, the picture's number and the number of tokens.
+        seed: of the dropout, which is a function of it, the step, the picture's number and the number of tokens. It is drawn on the host: a
+            compiled layer breaks its graph there.
 
     Source: ConsiStory, arXiv 2402.03286. An appearance row is an anchor of an earlier run: it is seen and sees nobody.
     Not here: blending queries with those of a run without it (0.9 to 0.818 in the first tenth of the steps), which is a second pass; injecting

@@ -63,7 +63,6 @@ CASES = {
     "free_custom two": (FreeCustom(style_fidelity=0.0, mask_weights=(1.0, 2.0)), literal.free_custom, {"weights": (1.0, 2.0)}),
     "free_custom masks": (FreeCustom(style_fidelity=0.0), literal.free_custom, {"weights": (3.0, 3.0), "masks": [mask.flatten() for mask in MASKS]}),
     "dream_matcher": (DreamMatcher(size=GRID), literal.dream_matcher, {"grid": GRID}),
-    "dream_matcher settings": (DreamMatcher(size=GRID, consistency=0.8), literal.dream_matcher, {"grid": GRID, "tau": 0.8}),
     "dream_matcher mask": (DreamMatcher(), literal.dream_matcher, {"grid": GRID, "foreground": MASKS[1].flatten()}),
     "dream_matcher labels": (
         DreamMatcher(),
