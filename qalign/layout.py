@@ -18,7 +18,8 @@ class BatchLayout:
 
     Args:
         roles: one of "output", "appearance", "structure" and "plain" for each prompt of the batch. Several outputs may share one
-            appearance or structure row; otherwise there is one for each output, in the same order.
+            appearance or structure row; otherwise there is one for each output, in the same order. A single output may have any number of
+            appearances, for methods that read several (`references`).
         guidance: True: always two parts, [negative, positive]; False: always one; None: one or two, as the batch comes.
         images_per_prompt: the pipeline's `num_images_per_prompt`.
 
@@ -40,7 +41,8 @@ class BatchLayout:
         if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
             raise ValueError(f"images_per_prompt: expected an integer of at least 1, got {images_per_prompt!r}")
         for role in ("appearance", "structure"):
-            if roles.count(role) not in (0, 1, roles.count("output")):
+            several = role == "appearance" and roles.count("output") == 1
+            if not several and roles.count(role) not in (0, 1, roles.count("output")):
                 raise ValueError(f"roles: expected no {role}, one, or one for each of {roles.count('output')} outputs, got {roles.count(role)}")
         object.__setattr__(self, "roles", roles)
         object.__setattr__(self, "guidance", guidance)
@@ -84,12 +86,22 @@ class BatchLayout:
         slots, settings = self._slots("output"), (len(self.roles), self.parts(batch), self.images_per_prompt, device, torch.int32)
         return [make((slot,) * len(slots), *settings) for slot in slots]
 
+    def references(self, batch: int, device: torch.device) -> list[Tensor]:
+        """For each appearance that an output has, in order: its row in the guidance part and image of each output row. int32, as `index`."""
+        make = _index if torch.compiler.is_compiling() else _cached_index
+        slots = tuple(slot for slot, name in enumerate(self.roles) if name == "appearance")
+        if self.roles.count("output") != 1 or len(slots) < 2:
+            return [self.index("appearance", batch, device)]
+        return [make((slot,), len(self.roles), self.parts(batch), self.images_per_prompt, device, torch.int32) for slot in slots]
+
     def _slots(self, role: str) -> tuple[int, ...]:
         if role == "other":
             return tuple(slot for slot, name in enumerate(self.roles[: len(self.roles) - self.unread]) if name != "output")
         slots = tuple(slot for slot, name in enumerate(self.roles) if name == role)
         if not slots:
             raise ValueError(f"layout: expected a row of role {role!r}, got roles {', '.join(self.roles)}")
+        if role == "appearance" and len(slots) > self.roles.count("output") == 1:
+            raise ValueError(f"layout: expected one appearance, for this method reads no more, got {len(slots)} for one output")
         return slots * self.roles.count("output") if len(slots) == 1 and role != "output" else slots
 
     def _arithmetic(self, admissible: tuple[int, ...]) -> str:

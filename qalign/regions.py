@@ -27,7 +27,8 @@ class Regions:
 
     Args:
         appearance, structure: whole numbers of 0 to 30, [h, w] of the picture or of its latents: a tensor, an array, or nested lists. None
-            where a method reads no such row.
+            where a method reads no such row. A list of such maps, one for each appearance of the output or for each output of the layout,
+            is for the methods that ask where the subject of every picture is (0: not there): `FreeCustom` and `ConsiStory`.
         background: a label whose tokens see everything and are seen by all; None: there is none such.
     """
 
@@ -41,7 +42,7 @@ class Regions:
             raise ValueError("regions: expected labels of the appearance, of the structure or of both, got none")
         for name in ("appearance", "structure"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _label_map(getattr(self, name), name))
+                object.__setattr__(self, name, _label_maps(getattr(self, name), name))
 
     @classmethod
     def open(cls, appearance: str | Path, structure: str | Path, *, background: int | None = None) -> "Regions":
@@ -61,6 +62,19 @@ class Regions:
 
         return self._cached(("queries", picture, tokens, reference_tokens, device), make)
 
+    def subject(self, picture: str, number: int, count: int, tokens: int, device: torch.device) -> Tensor:
+        """Bit sets int32 [1, N] of the `number`-th of `count` pictures' tokens: all bits where it shows a label other than 0, else none."""
+
+        def make() -> Tensor:
+            maps = getattr(self, picture)
+            maps = maps if isinstance(maps, tuple) else (maps,)
+            if maps[0] is None or len(maps) != count:
+                got = "None" if maps[0] is None else len(maps)
+                raise ValueError(f"regions: expected {count} label maps of the {picture}, one for each row that has this role, got {got}")
+            return torch.where(_tokens(maps[number], tokens) > 0, EVERYTHING, 0).int().to(device)
+
+        return self._cached(("subject", picture, number, count, tokens, device), make)
+
     def _cached(self, name: tuple, make: Any) -> Tensor:
         if name not in self._kept:
             with torch.inference_mode(False):
@@ -72,8 +86,9 @@ class Regions:
         labels = getattr(self, picture)
         if labels is None:
             raise ValueError(f"regions: expected labels of the {picture}, which this method reads, got None")
-        grid = token_grid(labels.shape, tokens)
-        return F.interpolate(labels[None, None].float(), grid, mode="nearest-exact").flatten(1).long()
+        if isinstance(labels, tuple):
+            raise ValueError(f"regions: expected one label map of the {picture}, for this method reads no more, got {len(labels)}")
+        return _tokens(labels, tokens)
 
     def _bits(self, labels: Tensor) -> Tensor:
         bits = torch.ones_like(labels, dtype=torch.int32) << labels.int()
@@ -93,6 +108,18 @@ def read_labels(path: str | Path) -> Tensor:
         if picture.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"{path}: expected a label map, one channel or a palette whose values are labels, got a picture of mode {picture.mode}")
         return torch.from_numpy(numpy.array(picture).astype("int64"))
+
+
+def _tokens(labels: Tensor, tokens: int) -> Tensor:
+    grid = token_grid(labels.shape, tokens)
+    return F.interpolate(labels[None, None].float(), grid, mode="nearest-exact").flatten(1).long()
+
+
+def _label_maps(labels: Any, name: str) -> Tensor | tuple[Tensor, ...]:
+    """One label map, or those of a list or tuple of them."""
+    if isinstance(labels, (list, tuple)) and labels and torch.as_tensor(labels[0]).ndim == 2:
+        return tuple(_label_map(each, name) for each in labels)
+    return _label_map(labels, name)
 
 
 def _label_map(labels: Any | Sequence, name: str) -> Tensor:

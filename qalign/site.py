@@ -105,6 +105,10 @@ class Site:
         """int32, for each output of the layout: the row of it that each output row has in its own guidance part and image."""
         return self.layout.companions(q.shape[0], q.device)
 
+    def references(self, q: Tensor) -> list[Tensor]:
+        """int32, for each appearance that an output has, in the layout's order: the row of it that each output row reads."""
+        return self.layout.references(q.shape[0], q.device)
+
     def reference(self, k: Tensor, v: Tensor, rows: Tensor, *, logit_scale: float = 1.0, logit_shift: float = 0.0) -> Segment:
         """The reference's keys and values, one of `rows` for each output row, with the labels that their tokens have."""
         return Segment(k, v, labels=self.key_labels(k, rows), logit_scale=logit_scale, logit_shift=logit_shift, batch_index=rows)
@@ -118,7 +122,17 @@ class Site:
         regions, tokens = self.regions, q.shape[2]
         if regions is not None:
             return self._by_step(lambda picture: regions.queries(picture, tokens, tokens, q.device))
-        return None if self.mask is None else q.new_full((1, tokens), EVERYTHING, dtype=torch.int32)
+        return self.open_labels(q)
+
+    def open_labels(self, q: Tensor) -> Tensor | None:
+        """Bit sets int32 [1, N] of queries that see every key which has any bits; None where nothing hides a key."""
+        hides = self.mask is not None or self.regions is not None
+        return q.new_full((1, q.shape[2]), EVERYTHING, dtype=torch.int32) if hides else None
+
+    def subject_labels(self, k: Tensor, rows: Tensor, picture: str, number: int, count: int) -> Tensor | None:
+        """As `key_labels`, of the `number`-th of `count` pictures: no bits where its label is 0; None where nothing hides a token."""
+        regions = self.regions
+        return self._seen(rows, None if regions is None else regions.subject(picture, number, count, k.shape[2], k.device))
 
     def key_labels(self, k: Tensor, rows: Tensor) -> Tensor | None:
         """Bit sets int32 [len(rows) or 1, N] of the reference's tokens: no bits where the attention mask hides them."""

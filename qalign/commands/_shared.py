@@ -24,6 +24,8 @@ METHODS = {
     "ctrl_x": "Ctrl-X",
     "seal": "SeAl",
     "reference_only": "Reference-only",
+    "free_custom": "FreeCustom",
+    "dream_matcher": "DreamMatcher",
 }
 
 

@@ -8,9 +8,12 @@ from torch import Tensor
 from ..site import Site
 from ._editing import Hook
 from .bounded import BoundedAttention
+from .consistory import ConsiStory
 from .cross_image import CrossImage
 from .ctrl_x import CtrlX
+from .dream_matcher import DreamMatcher
 from .eye_for_an_eye import EyeForAnEye
+from .free_custom import FreeCustom
 from .masactrl import MasaCtrl
 from .qalign import QAlign
 from .reference_only import ReferenceOnly
@@ -60,14 +63,20 @@ METHODS: dict[str, type[Method]] = {
     "reference_only": ReferenceOnly,
     "bounded": BoundedAttention,
     "story_diffusion": StoryDiffusion,
+    "free_custom": FreeCustom,
+    "dream_matcher": DreamMatcher,
+    "consistory": ConsiStory,
 }
 
 __all__ = [
     "METHODS",
     "BoundedAttention",
+    "ConsiStory",
     "CrossImage",
     "CtrlX",
+    "DreamMatcher",
     "EyeForAnEye",
+    "FreeCustom",
     "Hook",
     "MasaCtrl",
     "Method",

@@ -1,8 +1,10 @@
 """What most methods share: they edit the output rows, and every other row is stock attention."""
 
+import random
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..site import Site
@@ -55,3 +57,9 @@ class Editing:
 
     def takes_structure(self, step: int, total: int) -> bool:
         return False
+
+
+def uniform(count: int, *key: int | str) -> Tensor:
+    """Numbers of [0, 1), float32 [count] on the CPU, that are a function of `key` and `count`."""
+    seed = random.Random(repr((*key, count))).getrandbits(62)
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))

@@ -1,17 +1,15 @@
 """StoryDiffusion: pictures of a batch that see random tokens of each other, and so keep their characters."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from qalign_kernels import Segment, attention
 
 from ..site import Site, take
-from ._editing import Card, Editing
+from ._editing import Card, Editing, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +51,4 @@ class StoryDiffusion(Editing):
         return [name for name in names if name.startswith("up_blocks.")]
 
     def _draw(self, count: int, step: int, name: str) -> Tensor:
-        """Uniform numbers of [0, 1) that depend on nothing but the arguments and the seed."""
-        seed = random.Random(repr((self.seed, step, name, count))).getrandbits(62)
-        return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+        return uniform(count, self.seed, step, name)

@@ -28,7 +28,7 @@ from ..regions import Regions
 from .inversion_cache import InversionCache, digest
 from .pictures import choose_size, cover, to_tensors
 
-WITHOUT_APPEARANCE = ("bounded", "story_diffusion")
+WITHOUT_APPEARANCE = ("bounded", "story_diffusion", "consistory")
 METHODS: dict[str, Callable[[], Method]] = {name: kind for name, kind in ALL_METHODS.items() if name not in WITHOUT_APPEARANCE}
 PUBLISHED_STEPS = (11 / 68, 1.0)
 ADAIN = ("masked", "whole", None)

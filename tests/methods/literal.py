@@ -130,6 +130,46 @@ def reference_only(attn, out, app, struct, *, fidelity=0.0, **_) -> Tensor:
     return fidelity * plain(q, own_k, own_v) + (1 - fidelity) * both
 
 
+def free_custom(attn, out, app, struct, *, weights=(3.0,), masks=None, **_) -> Tensor:
+    """The references are `app` and, with two weights, `struct`."""
+    q, own_k, own_v = project(attn, out)
+    scores, values = [logits(q, own_k)], [own_v]
+    for number, (reference, weight) in enumerate(zip((app, struct), weights)):
+        _, k, v = project(attn, reference)
+        mask = torch.ones_like(reference[:, 0]) if masks is None else masks[number].to(reference.dtype)
+        bias = weight * mask
+        scores.append(logits(q, k) + bias.masked_fill(bias == 0, torch.finfo(bias.dtype).min))
+        values.append(v)
+    return torch.cat(scores, -1).softmax(-1) @ torch.cat(values, 1)
+
+
+def dream_matcher(attn, out, app, struct, *, grid=None, tau=0.4, foreground=None, labels=None, **_) -> Tensor:
+    (q, k, v), (ref_q, _, ref_v) = project(attn, out), project(attn, app)
+    height, width = grid or (math.isqrt(len(out)),) * 2
+    one, two = (x.transpose(0, 1).flatten(1) for x in (q, ref_q))
+    similarity = (one / one.norm(dim=-1, keepdim=True)) @ (two / two.norm(dim=-1, keepdim=True)).mT
+    if labels is not None:
+        ref_labels, own_labels = labels
+        for i, label in enumerate(own_labels.tolist()):
+            if label in ref_labels:
+                similarity[i, ref_labels != label] = -math.inf
+    there, back = similarity.argmax(1).tolist(), similarity.argmax(0).tolist()
+    foreground = torch.ones(len(out)) if foreground is None else foreground
+    value = v.clone()
+    for i in range(len(out)):
+        end = back[there[i]]
+        distance = math.dist((i // width, i % width), (end // width, end % width))
+        if foreground[i] and distance < tau * height * (foreground > 0).sum().item() / len(out):
+            value[:, i] = ref_v[:, there[i]]
+    return plain(q, k, value)
+
+
+def consistory(attn, out, app, struct, *, subject=None, **_) -> Tensor:
+    (q, own_k, own_v), (_, k, v) = project(attn, out), project(attn, app)
+    seen = torch.ones(len(app), dtype=torch.bool) if subject is None else subject
+    return plain(q, torch.cat([own_k, k[:, seen]], 1), torch.cat([own_v, v[:, seen]], 1))
+
+
 # -- cross-attention of one row, [N, C] with the prompt [T, C']
 
 

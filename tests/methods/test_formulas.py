@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 from qalign import BatchLayout, UNetAttnProcessor, attach
 from qalign.methods import (
     BoundedAttention,
+    ConsiStory,
     CtrlX,
+    DreamMatcher,
     EyeForAnEye,
+    FreeCustom,
     MasaCtrl,
     ReferenceOnly,
     SeAl,
@@ -31,6 +35,7 @@ from tests.processors.models import make_unet, unet_inputs
 
 GRID = (8, 12)
 LAYOUT = BatchLayout("output", "appearance", "structure")
+TWO = BatchLayout("output", "appearance", "appearance")
 ANYWHERE = ("", "down_blocks", "mid_block", "up_blocks")
 LABELS = torch.arange(GRID[0] * GRID[1]).view(GRID) * 7 % 5
 MASKS = [(torch.arange(GRID[0] * GRID[1]).view(GRID) * step % 7 > 2).long() for step in (3, 5)]
@@ -56,12 +61,31 @@ CASES = {
     "ctrl_x": (CtrlX(structure_layers=ANYWHERE, appearance_layers=ANYWHERE), literal.ctrl_x, {}),
     "ctrl_x structure": (CtrlX(structure_layers=ANYWHERE, appearance_layers=()), literal.ctrl_x, {"appearance": False}),
     "ctrl_x appearance": (CtrlX(structure_layers=(), appearance_layers=ANYWHERE, structure_convolutions=()), literal.ctrl_x, {"structure": False}),
+    "free_custom": (FreeCustom(style_fidelity=0.0), literal.free_custom, {}),
+    "free_custom two": (FreeCustom(style_fidelity=0.0, mask_weights=(1.0, 2.0)), literal.free_custom, {"weights": (1.0, 2.0)}),
+    "free_custom masks": (FreeCustom(style_fidelity=0.0), literal.free_custom, {"weights": (3.0, 3.0), "masks": [mask.flatten() for mask in MASKS]}),
+    "dream_matcher": (DreamMatcher(size=GRID), literal.dream_matcher, {"grid": GRID}),
+    "dream_matcher mask": (DreamMatcher(), literal.dream_matcher, {"grid": GRID, "foreground": MASKS[1].flatten()}),
+    "dream_matcher labels": (
+        DreamMatcher(),
+        literal.dream_matcher,
+        {"grid": GRID, "foreground": LABELS.flatten(), "labels": [MASKS[0].flatten() + 1, LABELS.flatten()]},
+    ),
+    "consistory": (ConsiStory(dropout=0.0), literal.consistory, {}),
+    "consistory mask": (ConsiStory(dropout=0.0), literal.consistory, {"subject": MASKS[0].flatten().bool()}),
 }
 NEUTRAL = [SeAl(strength=(0.0, 0.0)), SeAl(threshold=(2.0, 2.0)), CtrlX(structure_layers=(), appearance_layers=())]
 REGIONS = {
     "masactrl masks": Regions(appearance=MASKS[0], structure=MASKS[1]),
     "bounded": Regions(structure=LABELS, background=0),
+    "free_custom masks": Regions(appearance=MASKS),
+    "dream_matcher mask": Regions(structure=MASKS[1]),
+    "dream_matcher labels": Regions(appearance=MASKS[0] + 1, structure=LABELS),
+    "consistory mask": Regions(appearance=MASKS[0], structure=MASKS[1]),
 }
+
+
+LAYOUTS = {"free_custom two": TWO, "free_custom masks": TWO}
 
 
 def make_attention(heads: int, head_dim: int) -> tuple[Attention, Tensor]:
@@ -112,7 +136,7 @@ def make_literal_outside_attention(unet, method) -> None:
 def test_a_layer_is_the_published_formula(case, shape):
     method, formula, settings = CASES[case]
     attn, hidden = make_attention(*shape)
-    attn.set_processor(UNetAttnProcessor(method, LAYOUT, regions=REGIONS.get(case)))
+    attn.set_processor(UNetAttnProcessor(method, LAYOUTS.get(case, LAYOUT), regions=REGIONS.get(case)))
     actual = attn(hidden)
     attn.double().set_processor(Literal(formula, **settings))
     expected = attn(hidden.double())
@@ -128,11 +152,13 @@ def test_a_unet_over_several_steps(case):
     method, formula, settings = CASES[case]
     if isinstance(method, SeAl):
         settings = {"tau": 0.15, **settings}
+    if isinstance(method, DreamMatcher):
+        method, settings = replace(method, size=None), settings | {"grid": None}
     unet = make_unet("small")
     inputs = unet_inputs(unet, batch=6)
     shipped, wide = inputs["sample"], inputs["sample"].double()
     layers = [name for name, module in unet.named_modules() if name.endswith("attn1")]
-    with attach(unet, method, layout=LAYOUT, layers=layers, steps=(0, 1)) as control:
+    with attach(unet, method, layout=LAYOUTS.get(case, LAYOUT), layers=layers, steps=(0, 1)) as control:
         for timestep in control.track(torch.tensor([900, 500, 100])):
             shipped = shipped - 0.3 * unet(**inputs | {"sample": shipped, "timestep": timestep}).sample
     unet.double()
@@ -194,7 +220,7 @@ def test_rows_that_are_not_output_and_steps_outside_the_window_are_stock_bit_for
     attn, hidden = make_attention(2, 40)
     stock = attn(hidden)
     clock = Clock((0.5, 1.0))
-    attn.set_processor(UNetAttnProcessor(method, LAYOUT, clock=clock, regions=REGIONS.get(case)))
+    attn.set_processor(UNetAttnProcessor(method, LAYOUTS.get(case, LAYOUT), clock=clock, regions=REGIONS.get(case)))
     clock.set(7, 10)
     edited = attn(hidden)
     assert [torch.equal(a, b) for a, b in zip(edited, stock)] == [False, True, True] * 2

@@ -10,7 +10,7 @@ from qalign.regions import Regions
 from qalign.schedule import Clock
 from qalign.site import Site
 
-SHAPE = (3, 10, 4096, 64)  # [output, appearance, structure] of up_blocks.1 at 1024 pixels
+SHAPE = (3, 10, 4096, 64)  # [output, appearance, structure or second appearance] of up_blocks.1 at 1024 pixels
 LABELS = torch.arange(4096).view(64, 64) % 64 // 32
 
 
@@ -31,7 +31,8 @@ def test_a_layer_takes_a_few_times_its_queries_keys_and_values(name):
     q, k, v = (torch.randn(SHAPE[0], SHAPE[2], SHAPE[1], SHAPE[3], generator=generator).transpose(1, 2) for _ in range(3))
     hidden = torch.randn(SHAPE[0], SHAPE[2], SHAPE[1] * SHAPE[3], generator=generator)
     regions = Regions(structure=LABELS, background=0) if name == "bounded" else None
-    site = Site(BatchLayout("output", "appearance", "structure", guidance=False), None, None, Clock(), Owner(), regions)
+    roles = ("output", "appearance", "appearance" if name == "free_custom" else "structure")
+    site = Site(BatchLayout(*roles, guidance=False), None, None, Clock(), Owner(), regions)
     inputs = 3 * q.numel() * q.element_size() / MIB
     with PeakMemory(torch.device("cpu")) as memory:
         if hasattr(method, "prepare"):

@@ -19,6 +19,7 @@ TRIPLET = ("output", "appearance", "structure")
         (BatchLayout("output", "output", "appearance"), 6, {"output": (0, 1, 3, 4), "appearance": (2, 2, 5, 5), "other": (2, 5)}),
         (BatchLayout("output", "appearance", "output", "appearance"), 4, {"output": (0, 2), "appearance": (1, 3)}),
         (BatchLayout("output", "appearance", guidance=True), 4, {"output": (0, 2), "appearance": (1, 3)}),
+        (BatchLayout("appearance", "output", "appearance"), 6, {"output": (1, 4), "other": (0, 2, 3, 5)}),
     ],
 )
 def test_rows(layout, batch, expected) -> None:
@@ -27,6 +28,22 @@ def test_rows(layout, batch, expected) -> None:
         index = layout.index(role, batch, torch.device("cpu"))
         assert index.dtype == torch.int32 and tuple(index.tolist()) == rows
         assert layout.index(role, batch, torch.device("cpu")) is index, "made anew at every call"
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch", "expected"),
+    [
+        (BatchLayout("output", "appearance", "appearance"), 6, [[1, 4], [2, 5]]),
+        (BatchLayout("appearance", "output", "structure", "appearance", images_per_prompt=2), 8, [[0, 1], [6, 7]]),
+        (BatchLayout(*TRIPLET), 6, [[1, 4]]),
+        (BatchLayout("output", "output", "appearance"), 3, [[2, 2]]),
+        (BatchLayout("output", "appearance", "output", "appearance"), 4, [[1, 3]]),
+        (BatchLayout("output").extended("appearance", "appearance"), 3, [[1], [2]]),
+    ],
+)
+def test_references(layout, batch, expected) -> None:
+    assert [rows.tolist() for rows in layout.references(batch, torch.device("cpu"))] == expected
+    assert all(rows.dtype == torch.int32 for rows in layout.references(batch, torch.device("cpu")))
 
 
 def test_every_row_is_an_output_or_another() -> None:
@@ -64,6 +81,18 @@ def test_index_made_in_inference_mode_serves_autograd() -> None:
         (
             lambda: BatchLayout("output", "output", "output", "appearance", "appearance"),
             "roles: expected no appearance, one, or one for each of 3 outputs, got 2",
+        ),
+        (
+            lambda: BatchLayout("output", "appearance", "appearance").rows("appearance", 3),
+            "layout: expected one appearance, for this method reads no more, got 2 for one output",
+        ),
+        (
+            lambda: BatchLayout("output", "structure", "structure"),
+            "roles: expected no structure, one, or one for each of 1 outputs, got 2",
+        ),
+        (
+            lambda: BatchLayout("output").references(1, torch.device("cpu")),
+            "layout: expected a row of role 'appearance', got roles output",
         ),
         (
             lambda: BatchLayout(*TRIPLET, images_per_prompt=2).parts(9),

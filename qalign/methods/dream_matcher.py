@@ -1,0 +1,87 @@
+"""DreamMatcher: the output's values are those of the appearance tokens that match it, where the match returns to where it began."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qalign_kernels import Segment, attention, similarity_argmax
+from qalign_kernels.rearrange import take_rows
+
+from ..denoiser import token_grid
+from ..site import Site, take
+from ._editing import Card, Editing
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamMatcher(Editing):
+    """Appearance matching self-attention: the output keeps its queries and keys, and with them its layout, and takes matching values.
+
+    π(i) = argmax_j cos(f_out,i, f_app,j);  ρ(j) = argmax_i cos(f_app,j, f_out,i);  c_i = [|i - ρ(π(i))| < τ H r]
+    output rows: softmax(s Q_out K_outᵀ) (m c V_app[π] + (1 - m c) V_out)
+
+    |·| is the distance in tokens on the layer's grid of H rows, m the output's foreground and r the share of the tokens that it covers: from
+    the fifth of 50 steps on in the last six self-attention layers.
+
+    The foreground are the labels other than 0 of `attach(..., regions=Regions(structure=mask))`, everything without; with labels of the
+    appearance besides, tokens are matched within their label.
+
+    Args:
+        consistency: τ.
+        size: (height, width) of the latents or of the picture, where there are no regions to tell; None: square.
+
+    Source: DreamMatcher, arXiv 2402.09812. It matches features of two decoder blocks, reduced together by PCA, from a pass of their own (as DIFT);
+    f here are the layer's own queries, all heads together: every layer matches anew and no pass is added. Its foreground is a soft map of the
+    cross-attention, here a mask.
+    Not here: matching those features or hidden states, the masks of the run's cross-attention, its guidance of matched patches, and its first
+    call, where without a mask the output attends the appearance outright.
+    """
+
+    card: ClassVar[Card] = Card(
+        "DreamMatcher",
+        "2402.09812",
+        "V <- appearance's where matches agree both ways",
+        "last six of the decoder",
+        "5 to 50 of 50",
+        "similarity_argmax, attention",
+        2.0,
+    )
+    default_steps: ClassVar[tuple[float, float] | None] = (4 / 50, 1.0)
+
+    consistency: float = 0.4
+    size: tuple[int, int] | None = None
+
+    def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+        labelled = site.regions is None or site.regions.appearance is not None
+        labels = site.key_labels(k, reference) if labelled else site.own_labels(reference)
+        query_labels = None if labels is None else site.query_labels(q) if labelled else site.open_labels(q)
+        query = take(q, output)
+        there = similarity_argmax(query, q, query_labels=query_labels, reference_labels=labels, batch_index=reference).index
+        back = similarity_argmax(take(q, reference), q, query_labels=labels, reference_labels=query_labels, batch_index=output).index
+        kept = self._kept(there, back, site).unsqueeze(-1)
+        value = torch.where(kept, take_rows(take(v, reference), there), take(v, output))
+        segment = Segment(take(k, output), value, labels=site.own_labels(output))
+        return attention(query, segment, scale=site.scale, query_labels=query_labels)
+
+    def _kept(self, there: Tensor, back: Tensor, site: Site) -> Tensor:
+        """bool [rows, 1, N]: foreground tokens whose round trip ends near them; no token where nothing matches."""
+        tokens = there.shape[-1]
+        foreground = None if site.regions is None else site.regions.subject("structure", 0, 1, tokens, there.device) != 0
+        height, width = self._grid(tokens, site)
+        start = torch.arange(tokens, device=there.device)
+        end = back.gather(-1, there.clamp(min=0).long())
+        square = (end // width - start // width).square() + (end % width - start % width).square()
+        share = 1.0 if foreground is None else foreground.float().mean()
+        kept = (square < (self.consistency * height * share) ** 2) & (there >= 0)
+        return kept if foreground is None else kept & foreground
+
+    def _grid(self, tokens: int, site: Site) -> tuple[int, int]:
+        size = self.size if site.regions is None else site.regions.structure.shape
+        if size is not None:
+            return token_grid(size, tokens)
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(f"size: expected (height, width) of the latents where {tokens} tokens are no square, got None")
+        return side, side

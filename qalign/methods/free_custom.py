@@ -1,0 +1,76 @@
+"""FreeCustom: one output composed of the subjects of several pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qalign_kernels import Segment, attention
+
+from ..site import Site, take
+from ._editing import Card, Editing
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeCustom(Editing):
+    """Multi-reference self-attention: the output attends its own keys and those of the subjects of all of its appearances.
+
+    A = softmax([s Q_out K_outᵀ, s Q_out K_1ᵀ + b_1, ..., s Q_out K_Rᵀ + b_R]) [V_out; V_1; ...; V_R] in the output rows, b_r,j = w_r where token j
+    of reference r shows the subject and -∞ elsewhere; with classifier-free guidance its unconditional half becomes f A_own + (1 - f) A, A_own
+    being plain self-attention. Every step, in the last six self-attention layers.
+
+    References are the appearance rows, as many as the layout has: `BatchLayout("output", "appearance", "appearance")`. Subjects are the labels
+    other than 0 of `attach(..., regions=Regions(appearance=[mask_1, mask_2]))`; without regions each reference is all subject. Labels of the
+    structure are not read.
+
+    Args:
+        mask_weights: w, one number for all references or one for each, as if a subject's keys were there e^w times.
+        style_fidelity: f. As published 1: the unconditional half does not see the references, so guidance pushes towards them.
+
+    Source: FreeCustom, arXiv 2405.13870. Its code takes a weight of 0 for a mask of 0; here the subject is then seen without a shift.
+    Not here: subject masks from a segmentation model, the noising of the references, which a pipeline of the user's does.
+    """
+
+    card: ClassVar[Card] = Card(
+        "FreeCustom",
+        "2405.13870",
+        "K, V + subjects of all appearances, shifted by 3",
+        "last six of the decoder",
+        "all",
+        "attention (segments, labels)",
+        2.0,
+    )
+    default_steps: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
+
+    mask_weights: float | Sequence[float] = 3.0
+    style_fidelity: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.style_fidelity <= 1:
+            raise ValueError(f"style_fidelity: expected a fraction of 0 to 1, got {self.style_fidelity!r}")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        if site.idle:
+            return site.plain(q, k, v)
+        output, references = site.output_rows(q), site.references(q)
+        if site.layout.parts(q.shape[0]) == 1 or self.style_fidelity == 0:
+            return site.merge(q, k, v, self._shared(q, k, v, output, references, site))
+        half = len(output) // 2
+        own = site.stock(q, k, v, output[:half])
+        if self.style_fidelity < 1:
+            own = self._shared(q, k, v, output[:half], [rows[:half] for rows in references], site).lerp(own, self.style_fidelity)
+        shared = self._shared(q, k, v, output[half:], [rows[half:] for rows in references], site)
+        return site.merge(q, k, v, torch.cat([own, shared]))
+
+    def _shared(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, references: Sequence[Tensor], site: Site) -> Tensor:
+        count = len(references)
+        weights = [self.mask_weights] * count if isinstance(self.mask_weights, (int, float)) else list(self.mask_weights)
+        if len(weights) != count:
+            raise ValueError(f"mask_weights: expected a number, or one for each of {count} references, got {len(weights)}")
+        segments = [site.own(k, v, output)]
+        for number, (rows, weight) in enumerate(zip(references, weights)):
+            labels = site.subject_labels(k, rows, "appearance", number, count)
+            segments.append(Segment(k, v, labels=labels, logit_shift=weight, batch_index=rows))
+        return attention(take(q, output), segments, scale=site.scale, query_labels=site.open_labels(q))
