@@ -92,6 +92,7 @@ CALLS = {
     ),
     "guided_attention": lambda q, r, k, v: guided_attention(q, qk.Segment(k, v), Guide(q, r, 2.0)),
     "label_mass": lambda q, r, k, v: qk.label_mass(q, k, torch.arange(9, dtype=torch.int32)[None], 9),
+    "distillation_loss": lambda q, r, k, v: qk.distillation_loss(q, q, [k, k[:1]], [v, v[:1]]),
     "mean_attention_map": lambda q, r, k, v: qk.mean_attention_map(q, k),
     "topk_attention": lambda q, r, k, v: topk_attention(q, k, v, qk.similarity_topk(q, r, 3).index),
     **{
