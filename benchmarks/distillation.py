@@ -1,4 +1,4 @@
-"""Attention distillation on held-out scenes of the embedded model: how far the loss falls, and whether colours come over, beside key and value injection."""
+"""Attention distillation on held-out scenes of the embedded model: loss, colours and layout, beside key and value injection."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ HEAD = ("method", "steps", "s", "colour error", "relative", "part IoU", "loss be
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=3, help="of held-out scenes (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="leave out so many pairs before them (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="of injection and of optimising; sampling takes a quarter (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of injection and of optimising; sampling takes a fifth (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs and of all noise (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the report there; pairs that it already has are kept")
 
@@ -64,9 +64,11 @@ def measure(pair: Any, *, steps: int, seed: int) -> dict[str, dict[str, float]]:
         pipe.set_progress_bar_config(disable=True)
     regions = Regions(appearance=of_appearance, structure=of_structure)
 
+    inversion = injection.invert(appearance, structure, prompt, num_inference_steps=steps, generator=torch.manual_seed(seed))
+
     def inject(adain: str | None) -> Tensor:
-        options: dict[str, Any] = {"adain": adain, "noun": scenes.plans[1], "num_inference_steps": steps, "output_type": "pt"}
-        return injection(appearance, structure, prompt, method=CrossImage(contrast=1.0), generator=torch.manual_seed(seed), **options).images
+        options: dict[str, Any] = {"adain": adain, "noun": scenes.plans[1], "inversion": inversion, "output_type": "pt"}
+        return injection(None, None, prompt, method=CrossImage(contrast=1.0), **options).images
 
     def distil(mode: str, length: int, **options: Any) -> Tensor:
         options |= {"mode": mode, "num_inference_steps": length, "output_type": "pt", "generator": torch.manual_seed(seed)}
@@ -77,8 +79,8 @@ def measure(pair: Any, *, steps: int, seed: int) -> dict[str, dict[str, float]]:
         "injection": (steps, lambda: inject(None)),
         "injection, masked AdaIN": (steps, lambda: inject("masked")),
         "optimise": (steps, lambda: distil("optimise", steps)),
-        "sample": (steps // 4, lambda: distil("sample", steps // 4)),
-        "sample, part masks": (steps // 4, lambda: distil("sample", steps // 4, regions=regions)),
+        "sample": (steps // 5, lambda: distil("sample", steps // 5)),
+        "sample, part masks": (steps // 5, lambda: distil("sample", steps // 5, regions=regions)),
     }
     pictures, figures = {"appearance": appearance}, {}
     null = distillation.conditions("", *structure.shape[-2:])[0]

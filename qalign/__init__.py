@@ -30,7 +30,15 @@ if TYPE_CHECKING:
         VisualStylePrompting,
         ZStar,
     )
-    from .pipelines import AppearanceTransferOutput, AppearanceTransferPipeline, AppearanceTransferXLPipeline
+    from .methods.attention_distillation import AttentionDistillation
+    from .pipelines import (
+        AppearanceTransferOutput,
+        AppearanceTransferPipeline,
+        AppearanceTransferXLPipeline,
+        AttentionDistillationOutput,
+        AttentionDistillationPipeline,
+        AttentionDistillationXLPipeline,
+    )
     from .processors import CrossImageAttnProcessor, QAlignAttnProcessor, UNetAttnProcessor
     from .regions import Regions
 
@@ -54,7 +62,15 @@ _HOMES = {
         "VisualStylePrompting",
         "ZStar",
     ),
-    "pipelines": ("AppearanceTransferOutput", "AppearanceTransferPipeline", "AppearanceTransferXLPipeline"),
+    "methods.attention_distillation": ("AttentionDistillation",),
+    "pipelines": (
+        "AppearanceTransferOutput",
+        "AppearanceTransferPipeline",
+        "AppearanceTransferXLPipeline",
+        "AttentionDistillationOutput",
+        "AttentionDistillationPipeline",
+        "AttentionDistillationXLPipeline",
+    ),
     "regions": ("Regions",),
     "processors": ("CrossImageAttnProcessor", "QAlignAttnProcessor", "UNetAttnProcessor"),
 }
@@ -63,6 +79,10 @@ __all__ = [
     "AppearanceTransferOutput",
     "AppearanceTransferPipeline",
     "AppearanceTransferXLPipeline",
+    "AttentionDistillation",
+    "AttentionDistillationOutput",
+    "AttentionDistillationPipeline",
+    "AttentionDistillationXLPipeline",
     "BatchLayout",
     "BoundedAttention",
     "Control",
