@@ -87,11 +87,8 @@ class AttentionDistillation:
             return distillation_loss(layer.output, layer.query, style.key.split(1), style.value.split(1), scale=scale)
         if len(style.key) != 1:
             raise ValueError(f"regions: expected one style with them, got {len(style.key)}")
-        labels = {
-            "query_labels": regions.queries("appearance", layer.query.shape[2], tokens, device),
-            "ref_labels": regions.keys("appearance", tokens, device),
-        }
-        return distillation_loss(layer.output, layer.query, style.key, style.value, scale=scale, **labels)
+        queries, keys = regions.queries("appearance", layer.query.shape[2], tokens, device), regions.keys("appearance", tokens, device)
+        return distillation_loss(layer.output, layer.query, style.key, style.value, scale=scale, query_labels=queries, ref_labels=keys)
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         """The last six of the decoder: up_blocks.2 and up_blocks.3 of SD 1.5, up_blocks.1 of SDXL."""

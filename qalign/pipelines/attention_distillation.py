@@ -57,7 +57,7 @@ class AttentionDistillationMixin(AppearanceTransfer):
         return AttentionDistillationPipeline, AttentionDistillationXLPipeline
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # type: ignore[override]
         self: Any,
         style: Any,
         content: Any = None,
@@ -377,8 +377,8 @@ class _Run:
 
 
 def _settings(published: Mode, steps: int | None, iterations: int | None, learning_rate: float | None) -> Mode:
-    given = (steps, iterations, learning_rate)
-    settings = Mode(*(default if value is None else value for default, value in zip(published, given)))
+    given = {"steps": steps, "iterations": iterations, "learning_rate": learning_rate}
+    settings = published._replace(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     for name, number in (("num_inference_steps", settings.steps), ("iterations", settings.iterations)):
         if not isinstance(number, int) or number < (name == "num_inference_steps"):
             raise ValueError(f"{name}: expected a whole number, got {number!r}")
