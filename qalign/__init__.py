@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bank import FeatureBank
+    from .bounded_guidance import BoundedGuidance
     from .control import Control, attach
     from .layout import BatchLayout
     from .methods import (
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 # imported when asked for: the pipelines bring diffusers, and the command line answers --help without torch
 _HOMES = {
     "bank": ("FeatureBank",),
+    "bounded_guidance": ("BoundedGuidance",),
     "control": ("Control", "attach"),
     "layout": ("BatchLayout",),
     "methods": (
@@ -85,6 +87,7 @@ __all__ = [
     "AttentionDistillationXLPipeline",
     "BatchLayout",
     "BoundedAttention",
+    "BoundedGuidance",
     "Control",
     "CrossImage",
     "CrossImageAttnProcessor",

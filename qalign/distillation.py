@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from .control import attach, find_unet
 from .inversion import require_finite
 from .layout import BatchLayout
+from .methods import Method
 from .methods.attention_distillation import AttentionDistillation, LayerFeatures, Losses
+from .regions import Regions
 from .site import Site
 
 
@@ -30,14 +32,23 @@ class AttentionReader:
 
     Args:
         pipe: with `predict(latents, timestep, condition)`, as `AppearanceTransferPipeline` has it.
-        layers: as `attach`; None is the last six of the decoder.
+        layers: as `attach`; None is the last six of the decoder, or the default of `method`.
+        method: what edits these layers meanwhile, such as `BoundedAttention()`, all rows being output rows of one picture; None is stock attention.
+        regions: of `method`.
     """
 
-    def __init__(self, pipe: Any, layers: str | Sequence[str] | None = None) -> None:
-        self._pipe = pipe
+    def __init__(
+        self, pipe: Any, layers: str | Sequence[str] | None = None, *, method: Method | None = None, regions: Regions | None = None
+    ) -> None:
+        self._pipe, self._method = pipe, method
         self._found: dict[str, LayerFeatures] = {}
         self._reading = False
-        self._control = attach(find_unet(pipe), self, layout=BatchLayout("output"), layers=layers)
+        self._control = attach(find_unet(pipe), self, layout=BatchLayout("output", guidance=False), layers=layers, regions=regions)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that are read."""
+        return list(self._control.layers)
 
     def __enter__(self) -> Self:
         self._control.__enter__()
@@ -57,8 +68,8 @@ class AttentionReader:
             self._found, self._reading = {}, False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Stock attention, and a note of it."""
-        output = site.plain(q, k, v)
+        """The method's attention, or stock attention, and a note of it."""
+        output = site.plain(q, k, v) if self._method is None else self._method.attend(q, k, v, site)
         if self._reading and site.layer not in self._found:
             self._found[site.layer] = LayerFeatures(q, k, v, output, site.scale)
             if len(self._found) == len(self._control.layers):
@@ -66,7 +77,7 @@ class AttentionReader:
         return output
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        return AttentionDistillation().default_layers(names)
+        return (self._method or AttentionDistillation()).default_layers(names)
 
     def takes_structure(self, step: int, total: int) -> bool:
         return False
