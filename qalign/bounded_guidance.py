@@ -14,8 +14,8 @@ from qalign_kernels import label_mass
 
 from .control import attach, find_unet, select_layers
 from .denoiser import token_grid
-from .distillation import AttentionReader, frozen
-from .inversion import denoise_step, require_finite
+from .distillation import AttentionReader, frozen, gradient
+from .inversion import denoise_step
 from .layout import BatchLayout
 from .methods.attention_distillation import Features
 from .methods.bounded import BoundedAttention
@@ -147,8 +147,7 @@ def guided_sample(
                 told(step, loss.item())
                 if loss.item() < guidance.enough:
                     break
-                gradient = require_finite(torch.autograd.grad(loss, moving)[0], "gradient of the latents", torch.float32)
-                latents = latents - rate * gradient  # type: ignore[operator]
+                latents = latents - rate * gradient(loss, moving)  # type: ignore[operator]
             base, output = (pipe.predict(latents, timestep, each) for each in (unconditional, condition))
             latents = denoise_step(scheduler, base + guidance_scale * (output - base), timestep, latents)
     return latents

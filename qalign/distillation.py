@@ -16,6 +16,8 @@ from .methods.attention_distillation import AttentionDistillation, LayerFeatures
 from .regions import Regions
 from .site import Site
 
+SCALE = 2.0**16  # a mean over 2^20 outputs has gradients of 2^-20 each, float16 ends at 2^-24
+
 
 class _AllRead(Exception):
     """Every layer that was wanted has been read: the rest of the UNet is not needed."""
@@ -96,6 +98,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def gradient(loss: Tensor, latents: Tensor) -> Tensor:
+    """Of a float32 loss by float32 latents; what float16 would round to 0 on the way through a UNet is scaled up meanwhile.
+
+    Raises:
+        FloatingPointError: NaN or infinity in it.
+    """
+    (scaled,) = torch.autograd.grad(loss, latents, torch.full_like(loss, SCALE))
+    return require_finite(scaled, "gradient of the latents", loss.dtype) / SCALE
+
+
 def descend(latents: Tensor, optimiser: torch.optim.Optimizer, loss: Callable[[Tensor], Losses]) -> Losses:
     """One step of `optimiser` on `latents`, whose only parameter they are; the losses before it, detached.
 
@@ -104,8 +116,7 @@ def descend(latents: Tensor, optimiser: torch.optim.Optimizer, loss: Callable[[T
     """
     with torch.enable_grad():
         losses = loss(latents)
-        (gradient,) = torch.autograd.grad(losses.total, latents)
-    latents.grad = require_finite(gradient, "gradient of the latents", losses.total.dtype)
+        latents.grad = gradient(losses.total, latents)
     optimiser.step()
     latents.grad = None
     return Losses(*(each.detach() for each in losses))

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qalign.distillation import AttentionReader, descend, frozen
+from qalign.distillation import AttentionReader, descend, frozen, gradient
 from qalign.embedded.scenes import held_out_pairs, render
-from qalign.methods.attention_distillation import AttentionDistillation
+from qalign.methods.attention_distillation import AttentionDistillation, Losses
 from qalign.pipelines import AppearanceTransferPipeline, AttentionDistillationPipeline
 from qalign.pipelines.attention_distillation import windows
 from qalign.regions import Regions
@@ -95,11 +95,11 @@ def test_gradient_checkpointing_changes_nothing():
             with torch.no_grad():
                 style = read(target, torch.tensor(301), null)
             del forwards[:]
-            (gradient,) = torch.autograd.grad(AttentionDistillation().loss(read(latents, torch.tensor(301), null), style).total, latents)
+            (grad,) = torch.autograd.grad(AttentionDistillation().loss(read(latents, torch.tensor(301), null), style).total, latents)
             assert len(forwards) == 1 + checkpointed
             saved = torch.ones(3, requires_grad=True) * 2  # nothing that checkpointing put in the way of saving is left there
             assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None and saved.sum().backward() is None
-        found.append(gradient)
+        found.append(grad)
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
     assert found[0].abs().max() > 0
 
@@ -219,6 +219,14 @@ def test_the_loss_of_a_scene_falls():
             style = read(clean[:1], timestep, null)
         losses = [descend(latents, adam, lambda moved: method.loss(read(moved, timestep, null), style)).total.item() for _ in range(20)]
     assert losses[-1] < losses[0] / 2
+
+
+def test_gradients_that_float16_would_round_to_zero_arrive():
+    latents = torch.zeros(1, 4, 4, 4, requires_grad=True)
+    losses = lambda moved: Losses(*[(moved.half().float() * 2.0**-30).sum()] * 3)  # noqa: E731
+    torch.testing.assert_close(gradient(losses(latents).total, latents), torch.full_like(latents, 2.0**-30), rtol=0, atol=0)
+    descend(latents, torch.optim.SGD([latents], lr=2.0**30), losses)
+    assert torch.equal(latents.detach(), -torch.ones(1, 4, 4, 4)) and latents.grad is None
 
 
 # what is left as it was
