@@ -13,13 +13,22 @@ from torch import Tensor
 from . import text_table
 
 TIMESTEPS = (1, 201, 401, 601, 801)  # at which clean latents are held against the style, before and after
-HEAD = ("method", "steps", "s", "colour error", "relative", "part IoU", "loss before", "loss after", "factor")
+FIGURES = {
+    "time_s": "s",
+    "colour_error": "colour error",
+    "colour_ratio": "relative",
+    "layout_iou": "part IoU",
+    "loss_first": "loss, first",
+    "loss_last": "last",
+    "distillation_before": "of pictures, before",
+    "distillation_after": "after",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=3, help="of held-out scenes (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="leave out so many pairs before them (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="of injection and of optimising; sampling takes a fifth (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of the schedule; the descent at one timestep has as many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the pairs and of all noise (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the report there; pairs that it already has are kept")
 
@@ -53,7 +62,6 @@ def measure(pair: Any, *, steps: int, seed: int) -> dict[str, dict[str, float]]:
     from qalign.leakage import OBJECT, colour_error, read_layouts
     from qalign.methods.attention_distillation import AttentionDistillation
     from qalign.pipelines import AttentionDistillationPipeline
-    from qalign.regions import Regions
 
     scenes = render_scenes([pair.appearance, pair.structure])
     (appearance, structure), (of_appearance, of_structure) = scenes.image, scenes.labels
@@ -62,42 +70,43 @@ def measure(pair: Any, *, steps: int, seed: int) -> dict[str, dict[str, float]]:
     distillation = AttentionDistillationPipeline.from_pipe(injection)
     for pipe in (injection, distillation):
         pipe.set_progress_bar_config(disable=True)
-    regions = Regions(appearance=of_appearance, structure=of_structure)
+    taken: list[Tensor] = []
 
-    inversion = injection.invert(appearance, structure, prompt, num_inference_steps=steps, generator=torch.manual_seed(seed))
+    def inject() -> Tensor:
+        options: dict[str, Any] = {"noun": scenes.plans[1], "num_inference_steps": steps, "output_type": "pt"}
+        return injection(appearance, structure, prompt, method=CrossImage(contrast=1.0), generator=torch.manual_seed(seed), **options).images
 
-    def inject(adain: str | None) -> Tensor:
-        options: dict[str, Any] = {"adain": adain, "noun": scenes.plans[1], "inversion": inversion, "output_type": "pt"}
-        return injection(None, None, prompt, method=CrossImage(contrast=1.0), **options).images
+    def distil(mode: str, **options: Any) -> Tensor:
+        result = distillation(appearance, structure, prompt, mode=mode, output_type="pt", generator=torch.manual_seed(seed), **options)
+        taken.append(result.losses[:, 1])
+        return result.images
 
-    def distil(mode: str, length: int, **options: Any) -> Tensor:
-        options |= {"mode": mode, "num_inference_steps": length, "output_type": "pt", "generator": torch.manual_seed(seed)}
-        return distillation(appearance, structure, prompt, **options).images
-
-    methods: dict[str, tuple[int, Callable[[], Tensor]]] = {
-        "untouched": (0, lambda: structure[None]),
-        "injection": (steps, lambda: inject(None)),
-        "injection, masked AdaIN": (steps, lambda: inject("masked")),
-        "optimise": (steps, lambda: distil("optimise", steps)),
-        "sample": (steps // 5, lambda: distil("sample", steps // 5)),
-        "sample, part masks": (steps // 5, lambda: distil("sample", steps // 5, regions=regions)),
+    alone = AttentionDistillation(content_weight=0.0)
+    methods: dict[str, Callable[[], Tensor]] = {
+        "untouched": lambda: structure[None],
+        "injection": inject,
+        "optimise": lambda: distil("optimise", num_inference_steps=steps),
+        "optimise, one timestep, no content": lambda: distil("optimise", num_inference_steps=1, iterations=steps, method=alone),
+        "sample, a fifth of the steps": lambda: distil("sample", num_inference_steps=steps // 5),
     }
     pictures, figures = {"appearance": appearance}, {}
     null = distillation.conditions("", *structure.shape[-2:])[0]
-    loss = AttentionDistillation(content_weight=0.0).loss
 
     def distance(read: AttentionReader, picture: Tensor) -> float:
         latents = distillation.encode(torch.stack([picture, appearance]))
         at = [[read(row[None], torch.tensor(timestep), null) for row in latents] for timestep in TIMESTEPS]
-        return sum(loss(own, style).distillation.item() for own, style in at) / len(at)
+        return sum(alone.loss(own, style).distillation.item() for own, style in at) / len(at)
 
-    for name, (length, make) in methods.items():
+    for name, make in methods.items():
+        taken.clear()
         begun = time.perf_counter()
         picture = make()[0].float().clamp(0, 1)
         took = time.perf_counter() - begun
         error = colour_error(picture, of_structure, appearance, of_appearance)[OBJECT].nanmean().item()
         pictures[name] = picture
-        figures[name] = {"steps": length, "time_s": took, "colour_error": error}
+        figures[name] = {"time_s": took, "colour_error": error}
+        if taken:
+            figures[name] |= {"loss_first": taken[0][0].item(), "loss_last": taken[0][-1].item()}
     layouts = read_layouts(distillation, pictures, scenes, prompt, seed=seed)
     with AttentionReader(distillation) as read:
         before = distance(read, structure)
@@ -113,9 +122,5 @@ def means(pairs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float
 
 def render(report: dict[str, Any]) -> str:
     """The means as a table."""
-    rows = []
-    for name, row in report["means"].items():
-        before, after = row["distillation_before"], row["distillation_after"]
-        cells = [row["steps"], row["time_s"], row["colour_error"], row["colour_ratio"], row["layout_iou"], before, after, before / after]
-        rows.append([name, *(f"{cell:.3g}" for cell in cells)])
-    return text_table.aligned(HEAD, rows)
+    rows = [[name, *(f"{row[figure]:.3g}" if figure in row else "-" for figure in FIGURES)] for name, row in report["means"].items()]
+    return text_table.aligned(["method", *FIGURES.values()], rows)

@@ -206,14 +206,14 @@ def test_readme_without_markers_is_left_alone(results, tmp_path):
 
 
 def test_distillation_reports_means_and_refuses_a_report_of_other_settings(tmp_path, monkeypatch, capsys):
-    row = {"steps": 4, "time_s": 1.0, "colour_error": 0.5, "colour_ratio": 1.0, "layout_iou": 0.5, "distillation_before": 3.0}
+    row = {"time_s": 1.0, "colour_error": 0.5, "colour_ratio": 1.0, "layout_iou": 0.5, "distillation_before": 3.0}
     after = iter([1.0, 2.0, 3.0])
     monkeypatch.setattr(distillation, "measure", lambda pair, **settings: {"sample": {**row, "distillation_after": next(after)}})
     parser = argparse.ArgumentParser()
     distillation.add_arguments(parser)
     path = str(tmp_path / "new" / "figures.json")
     assert distillation.run(parser.parse_args(["--pairs", "2", "--steps", "4", "--json", path])) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["1.5", "2"]
+    assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["3", "1.5"]
     assert distillation.run(parser.parse_args(["--pairs", "1", "--first", "2", "--steps", "4", "--json", path])) == 0
     report = json.loads(Path(path).read_text())
     assert len({pair["structure"] for pair in report["pairs"]}) == 3 and report["means"]["sample"]["distillation_after"] == 2

@@ -225,6 +225,8 @@ def windows(space: Sequence[int], window: int, stride: int) -> list[tuple[slice,
 class _Run:
     """One run: latents on their way, with what they are drawn to."""
 
+    latents: Tensor
+    best: Tensor  # what an interrupt leaves
     content: Tensor | None = None
     null: Condition
     told: tuple[Callable | None, tuple[str, ...]] = (None, ())
@@ -250,101 +252,83 @@ class _Run:
     def noise(self, shape: Sequence[int]) -> Tensor:
         return randn_tensor(tuple(shape), generator=self.generator, device=self.style.device, dtype=torch.float32)
 
-    def optimise(self, latents: Tensor) -> Tensor:
-        """Clean latents, one Adam for all steps."""
-        latents = latents.detach().clone().requires_grad_()
-        adam = self._adam(latents)
-        best, lowest = latents.detach().clone(), float("inf")
+    def optimise(self, start: Tensor) -> Tensor:
+        """Clean latents, one Adam for all steps; the best are those of the lowest loss."""
+        self.latents, self.best = start.detach().clone().requires_grad_(), start
+        adam, lowest = self._adam(self.latents), float("inf")
 
-        def step(timestep: Tensor) -> Tensor:
-            nonlocal best, lowest
+        def step(timestep: Tensor) -> None:
+            nonlocal lowest
             loss = self._loss(self.style, self.content, timestep)
             for _ in range(self.settings.iterations):
-                before = latents.detach().clone()
-                total = self._descend(latents, adam, loss)
+                before = self.latents.detach().clone()
+                total = self._descend(self.latents, adam, loss)
                 if total < lowest:
-                    best, lowest = before, total
-            return latents
+                    self.best, lowest = before, total
 
-        finished = self._walk(step, lambda changed: latents.data.copy_(changed))
-        return finished.detach() if finished is not None else best
+        return self._walk(step)
 
-    def sample(self, latents: Tensor, predict: Callable[[Tensor, Tensor], Tensor], adain: bool) -> Tensor:
-        """Steps of DDIM, each with AdaIN and an Adam of its own."""
-        clean = latents
+    def sample(self, start: Tensor, predict: Callable[[Tensor, Tensor], Tensor], adain: bool) -> Tensor:
+        """Steps of DDIM, each with AdaIN and an Adam of its own; the best is the last estimate of the clean latents."""
+        self.latents = self.best = start
 
-        def step(timestep: Tensor) -> Tensor:
-            nonlocal latents, clean
-            stepped = self.scheduler.step(predict(latents, timestep), timestep, latents)
-            moved, after = stepped.prev_sample, self._after(timestep)
-            if timestep < self.scheduler.config.num_train_timesteps - 1:
+        def step(timestep: Tensor) -> None:
+            stepped = self.scheduler.step(predict(self.latents, timestep), timestep, self.latents)
+            self.latents, self.best, after = stepped.prev_sample, stepped.pred_original_sample, self._after(timestep)
+            if self._is_refined(timestep):
                 if adain:
                     rows = self._noised(self.style, after).transpose(0, 1).flatten(1, 2).unsqueeze(0)  # [1, C, S·h, w]: the styles' joint statistics
-                    moved = adain_latents(moved, rows, eps=NO_DEVIATION)
+                    self.latents = adain_latents(self.latents, rows, eps=NO_DEVIATION)
                 content = None if self.content is None else self._noised(self.content, after)
-                moved = self._refine(moved, self._loss(self._noised(self.style, after), content, after))
-            latents, clean = moved, stepped.pred_original_sample
-            return latents
+                self.latents = self._refine(self.latents, self._loss(self._noised(self.style, after), content, after))
 
-        def replace(changed: Tensor) -> None:
-            nonlocal latents
-            latents = changed
+        return self._walk(step)
 
-        finished = self._walk(step, replace)
-        return clean if finished is None else latents
-
-    def expand(self, latents: Tensor, places: Sequence[tuple[slice, slice]], batch_size: int) -> Tensor:
+    def expand(self, start: Tensor, places: Sequence[tuple[slice, slice]], batch_size: int) -> Tensor:
         """As `sample`, in windows."""
-        clean = latents
+        self.latents = self.best = start
+        count = torch.zeros_like(start)
+        for rows, columns in places:
+            count[:, :, rows, columns] += 1
 
-        def step(timestep: Tensor) -> Tensor:
-            nonlocal latents, clean
-            after = self._after(timestep)
-            sums, cleans, count = torch.zeros_like(latents), torch.zeros_like(latents), torch.zeros_like(latents)
+        def step(timestep: Tensor) -> None:
+            after, sums, clean = self._after(timestep), torch.zeros_like(start), torch.zeros_like(start)
             loss = self._loss(self._noised(self.style, after), None, after)
             for begin in range(0, len(places), batch_size):
                 some = places[begin : begin + batch_size]
-                views = torch.cat([latents[:, :, rows, columns] for rows, columns in some])
+                views = torch.cat([self.latents[:, :, rows, columns] for rows, columns in some])
                 stepped = self.scheduler.step(self.pipe.predict(views, timestep, self.null), timestep, views)
-                moved = stepped.prev_sample
-                if timestep < self.scheduler.config.num_train_timesteps - 1:
-                    moved = self._refine(moved, loss)
+                moved = self._refine(stepped.prev_sample, loss) if self._is_refined(timestep) else stepped.prev_sample
                 for (rows, columns), view, estimate in zip(some, moved, stepped.pred_original_sample):
                     sums[:, :, rows, columns] += view
-                    cleans[:, :, rows, columns] += estimate
-                    count[:, :, rows, columns] += 1
-            latents, clean = sums / count, cleans / count
-            return latents
+                    clean[:, :, rows, columns] += estimate
+            self.latents, self.best = sums / count, clean / count
 
-        def replace(changed: Tensor) -> None:
-            nonlocal latents
-            latents = changed
+        return self._walk(step)
 
-        finished = self._walk(step, replace)
-        return clean if finished is None else latents
-
-    def _walk(self, step: Callable[[Tensor], Tensor], replace: Callable[[Tensor], Any]) -> Tensor | None:
-        """The latents after the last timestep; None where something ended it early."""
-        pipe, timesteps, latents = self.pipe, self.scheduler.timesteps, None
-        callback, names = self.told
+    def _walk(self, step: Callable[[Tensor], None]) -> Tensor:
+        """The latents after the last timestep, or the best where something ended it early."""
+        pipe, timesteps, (callback, names) = self.pipe, self.scheduler.timesteps, self.told
         pipe._interrupt, pipe._num_timesteps = False, len(timesteps)
         try:
             with frozen(pipe.unet), self.read, pipe.progress_bar(total=len(timesteps)) as bar:
                 for number, timestep in enumerate(timesteps):
-                    latents = step(timestep)
+                    step(timestep)
                     if self.losses:
                         bar.set_postfix(loss=f"{self.losses[-1][0]:.4g}")
                     bar.update()
                     if callback is not None:
-                        returned = callback(pipe, number, timestep, {name: latents.detach() for name in names}) or {}
-                        if "latents" in returned:
-                            replace(returned["latents"])
+                        returned = callback(pipe, number, timestep, {name: self.latents.detach().clone() for name in names}) or {}
+                        self.latents.data.copy_(returned.get("latents", self.latents.data))  # in place: they are an optimiser's
                     if pipe.interrupt and number + 1 < len(timesteps):
                         self.interrupted = True
                         break
         except KeyboardInterrupt:
             self.interrupted = True
-        return None if self.interrupted else latents
+        return self.best if self.interrupted else self.latents.detach()
+
+    def _is_refined(self, timestep: Tensor) -> bool:
+        return bool(timestep < self.scheduler.config.num_train_timesteps - 1)
 
     def _loss(self, style: Tensor, content: Tensor | None, timestep: Tensor) -> Callable[[Tensor], Losses]:
         """The losses of latents at a timestep, against features that are read now, once."""
