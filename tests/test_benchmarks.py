@@ -205,17 +205,28 @@ def test_readme_without_markers_is_left_alone(results, tmp_path):
     assert readme.read_text() == "nothing to replace\n"
 
 
-def test_distillation_reports_means_and_refuses_a_report_of_other_settings(tmp_path, monkeypatch, capsys):
-    row = {"time_s": 1.0, "colour_error": 0.5, "colour_ratio": 1.0, "layout_iou": 0.5, "distillation_before": 3.0}
-    after = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(distillation, "measure", lambda pair, **settings: {"sample": {**row, "distillation_after": next(after)}})
+def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def measure(pair, name, **settings):
+        if len(measured) == 7:
+            raise KeyboardInterrupt
+        measured.append((pair.structure, name))
+        return dict.fromkeys(("time_s", "colour_error", "layout_iou", "distillation"), float(len(measured)))
+
+    monkeypatch.setattr(distillation, "measure", measure)
     parser = argparse.ArgumentParser()
     distillation.add_arguments(parser)
     path = str(tmp_path / "new" / "figures.json")
-    assert distillation.run(parser.parse_args(["--pairs", "2", "--steps", "4", "--json", path])) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["3", "1.5"]
-    assert distillation.run(parser.parse_args(["--pairs", "1", "--first", "2", "--steps", "4", "--json", path])) == 0
+    with pytest.raises(KeyboardInterrupt):
+        distillation.run(parser.parse_args(["--pairs", "2", "--json", path]))
+    kept = json.loads(Path(path).read_text())
+    assert [len(pair["methods"]) for pair in kept["pairs"]] == [5, 2]
+    monkeypatch.setattr(distillation, "measure", lambda pair, name, **settings: dict.fromkeys(("time_s", "colour_error", "layout_iou", "distillation"), 10.0))
+    assert distillation.run(parser.parse_args(["--pairs", "2", "--json", path])) == 0
     report = json.loads(Path(path).read_text())
-    assert len({pair["structure"] for pair in report["pairs"]}) == 3 and report["means"]["sample"]["distillation_after"] == 2
+    assert report["pairs"][0] == kept["pairs"][0] and [len(pair["methods"]) for pair in report["pairs"]] == [5, 5]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["untouched", "2", "3.5", "3.5", "3.5", "-", "-", "3.5"]
     with pytest.raises(ValueError, match="^--json: expected a report of {'steps': 5"):
         distillation.run(parser.parse_args(["--steps", "5", "--json", path]))
