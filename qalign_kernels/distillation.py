@@ -112,7 +112,7 @@ def _segments(keys: Sequence[Tensor], values: Sequence[Tensor], labels: Sequence
 
 def _implementation(output, query, keys, values, labels, query_labels, scale, differentiable, backend):
     segments = _segments(keys, values, [None if sets.numel() == 0 else sets for sets in labels], query.shape[0])
-    chosen = _backends.select("distillation_loss", backend, query, (query.shape[3], output.shape[3]), differentiable=True)
+    chosen = _backends.select("distillation_loss", backend, query, (query.shape[3], output.shape[3]))
     loss, signs = _backends.implementation(chosen, "distillation").distillation_loss(
         output, query, segments, scale=scale, query_labels=query_labels, need_signs=differentiable
     )

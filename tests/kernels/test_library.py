@@ -78,7 +78,10 @@ def test_opcheck_of_attention_backward(guided, with_lse, dtype):
     arguments = attention_arguments(guided, False, dtype)
     (grad_output,) = features(7, dtype=dtype)
     grad_lse = random_features(2, 2, 7, seed=5, dtype=torch.float64 if dtype == torch.float64 else torch.float32) if with_lse else None
-    checked(OPS.attention_backward, grad_output, grad_lse, *arguments)
+    needs = [True] * (1 + len(arguments[1]) + len(arguments[2]) + len(arguments[3]))
+    output, lse = OPS.attention(*arguments, True, False, "auto")
+    checked(OPS.attention_backward, grad_output, grad_lse, output, lse, *arguments, needs, "auto")
+    checked(OPS.attention_backward, grad_output, grad_lse, None, None, *arguments, [False, *needs[1:]], "tiled")
 
 
 CALLS = {
