@@ -222,7 +222,8 @@ def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_set
         distillation.run(parser.parse_args(["--pairs", "2", "--json", path]))
     kept = json.loads(Path(path).read_text())
     assert [len(pair["methods"]) for pair in kept["pairs"]] == [5, 2]
-    monkeypatch.setattr(distillation, "measure", lambda pair, name, **settings: dict.fromkeys(("time_s", "colour_error", "layout_iou", "distillation"), 10.0))
+    later = dict.fromkeys(("time_s", "colour_error", "layout_iou", "distillation"), 10.0)
+    monkeypatch.setattr(distillation, "measure", lambda pair, name, **settings: later)
     assert distillation.run(parser.parse_args(["--pairs", "2", "--json", path])) == 0
     report = json.loads(Path(path).read_text())
     assert report["pairs"][0] == kept["pairs"][0] and [len(pair["methods"]) for pair in report["pairs"]] == [5, 5]

@@ -119,48 +119,82 @@ def test_layers_out_of_order_are_all_read():
 # what moves
 
 
-def literal_optimise(pipe, style, content, steps, weight=0.2, rate=0.05):
-    """Adam on clean latents, every timestep of the schedule once, written down with hooks on a stock UNet."""
-    layers = [layer for name, layer in self_attention(pipe.unet, "up_blocks").items()][-6:]
-    null, kept = pipe.conditions("", 32, 32)[0]["encoder_hidden_states"].detach(), {}
+class Literal:
+    """The published loops written down, on a stock UNet with hooks."""
 
-    def features(latents, timestep):
-        hooks = []
-        for layer in layers:
+    def __init__(self, pipe, weight=0.2):
+        self.pipe, self.weight, self.losses = pipe, weight, []
+        self.layers = list(self_attention(pipe.unet, "up_blocks").values())[-6:]
+        self.null = pipe.conditions("", 32, 32)[0]["encoder_hidden_states"].detach()
+        self.alphas = pipe.scheduler.alphas_cumprod.double()
+
+    def features(self, latents, timestep):
+        kept, hooks = {}, []
+        for layer in self.layers:
             for name in ("to_q", "to_k", "to_v"):
                 hook = lambda _, __, out, key=(layer, name): kept.__setitem__(key, out)  # noqa: E731
                 hooks.append(getattr(layer, name).register_forward_hook(hook))
             hooks.append(layer.to_out[0].register_forward_pre_hook(lambda _, x, key=(layer, "out"): kept.__setitem__(key, x[0])))
-        pipe.unet(latents, timestep, null)
+        self.pipe.unet(latents, timestep, self.null)
         for hook in hooks:
             hook.remove()
-        return [[kept[layer, name].unflatten(-1, (layer.heads, -1)).transpose(1, 2) for name in ("to_q", "to_k", "to_v", "out")] for layer in layers]
+        names = ("to_q", "to_k", "to_v", "out")
+        return [[kept[layer, name].unflatten(-1, (layer.heads, -1)).transpose(1, 2) for name in names] for layer in self.layers]
 
-    pipe.scheduler.set_timesteps(steps)
-    latents, losses = content.clone().requires_grad_(), []
-    adam = torch.optim.Adam([latents], lr=rate)
-    for timestep in pipe.scheduler.timesteps:
+    def descend(self, latents, adam, style, content, timestep):
         with torch.no_grad():
-            style_features, content_features = features(style, timestep), features(content, timestep)
+            style, content = self.features(style, timestep), self.features(content, timestep)
         total = 0
-        for (q, _, _, out), (_, k, v, _), (q_content, _, _, _) in zip(features(latents, timestep), style_features, content_features):
+        for (q, _, _, out), (_, k, v, _), (q_content, _, _, _) in zip(self.features(latents, timestep), style, content):
             ideal = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
-            total = total + (out - ideal.detach()).abs().mean() + weight * (q - q_content).abs().mean()
+            total = total + (out - ideal.detach()).abs().mean() + self.weight * (q - q_content).abs().mean()
         adam.zero_grad()
         total.backward()
         adam.step()
-        losses.append(total.item())
-    return latents.detach(), losses
+        self.losses.append(total.item())
+
+    def optimise(self, style, content, steps):
+        self.pipe.scheduler.set_timesteps(steps)
+        latents = content.clone().requires_grad_()
+        adam = torch.optim.Adam([latents], lr=0.05)
+        for timestep in self.pipe.scheduler.timesteps:
+            self.descend(latents, adam, style, content, timestep)
+        return latents.detach()
+
+    def sample(self, style, content, steps, generator):
+        def noised(clean, timestep):
+            noise = torch.randn(clean.shape, generator=generator)
+            return self.alphas[timestep].sqrt().float() * clean + (1 - self.alphas[timestep]).sqrt().float() * noise
+
+        self.pipe.scheduler.set_timesteps(steps)
+        latents = torch.randn(content.shape, generator=generator)
+        for timestep in self.pipe.scheduler.timesteps:
+            with torch.no_grad():
+                epsilon = self.pipe.unet(latents, timestep, self.null).sample
+            before, after = self.alphas[timestep], int(timestep) - 1000 // steps
+            level = self.alphas[after] if after >= 0 else torch.ones(())
+            clean = (latents - (1 - before).sqrt().float() * epsilon) / before.sqrt().float()
+            latents, after = level.sqrt().float() * clean + (1 - level).sqrt().float() * epsilon, max(after, 0)
+            target = noised(style, after)
+            (mean, deviation), (to, spread) = ((x.mean((2, 3), True), x.std((2, 3), keepdim=True)) for x in (latents, target))
+            latents = ((latents - mean) / (deviation + 1e-6) * spread + to).requires_grad_()
+            targets = noised(content, after), noised(style, after)  # of draws that are not AdaIN's
+            adam = torch.optim.Adam([latents], lr=0.015)
+            for _ in range(2):
+                self.descend(latents, adam, targets[1], targets[0], torch.tensor(after))
+            latents = latents.detach()
+        return latents
 
 
-def test_optimising_is_the_published_loop():
+@pytest.mark.parametrize("mode", ["optimise", "sample"])
+def test_both_modes_are_the_published_loops(mode):
     pipe = make("sd15")
-    clean = pipe.encode(torch.cat([pictures(1), pictures(1, seed=1)])).detach()
-    result = call(pipe, num_inference_steps=4)
-    latents, losses = literal_optimise(pipe, clean[:1], clean[1:], 4)
-    assert result.losses[:, 0].tolist() == pytest.approx(losses, rel=2e-5)
+    style, content = pipe.encode(torch.cat([pictures(1), pictures(1, seed=1)])).detach().split(1)
+    result, literal = call(pipe, mode=mode, num_inference_steps=4), Literal(pipe)
+    latents = literal.optimise(style, content, 4) if mode == "optimise" else literal.sample(style, content, 4, seeded())
+    assert result.losses[:, 0].tolist() == pytest.approx(literal.losses, rel=2e-5)
     # a sign of the L1 gradient may flip by rounding: Adam then moves that latent by up to its rate
-    assert (result.images - latents).abs().mean() < 1e-3 * (latents - clean[1:]).abs().mean()
+    assert (result.images - latents).abs().mean() < 1e-3 * (latents - content).abs().mean()
 
 
 @pytest.mark.parametrize("mode", ["optimise", "sample"])
