@@ -95,6 +95,53 @@ def _attention(
     return Case(f"attention {name}", run)
 
 
+def _gradient(
+    name: str = "",
+    *,
+    counts: bool = False,
+    labels: bool = False,
+    segments: int = 1,
+    rows: bool = False,
+    value_dim: int | None = None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> Case:
+    """`needs`: of the query, the keys, the values."""
+
+    def run(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
+        query, key = _features(head_dim, dtype, tokens, 2)
+        value, grad_output = _features(value_dim or head_dim, dtype, tokens, 2)
+        lse = torch.empty((BATCH, NUM_HEADS, tokens), device="meta")
+        parts = [
+            Segment(
+                key,
+                value,
+                counts=_integers(BATCH, 1, tokens) if counts and position == 0 else None,
+                labels=_integers(BATCH, tokens) if labels else None,
+                logit_scale=1.0 + position,
+                batch_index=_integers(BATCH) if rows else None,
+            )
+            for position in range(segments)
+        ]
+        output = torch.empty(grad_output.shape, dtype=dtype, device="meta")
+        return _module("attention").attention_backward(
+            grad_output, None, output, lse, query, parts, scale=head_dim**-0.5, contrast=1.0, guide=None,
+            query_labels=_integers(BATCH, tokens) if labels else None, needs=[needs[0], *[needs[1]] * segments, *[needs[2]] * segments],
+        )  # fmt: skip
+
+    return Case(f"attention_backward {name}".strip(), run)
+
+
+def _distillation(name: str = "", *, labels: bool = False, images: int = 1) -> Case:
+    def run(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
+        output, query, key, value = _features(head_dim, dtype, tokens, 4)
+        parts = [Segment(key, value, labels=_integers(BATCH, tokens) if labels else None) for _ in range(images)]
+        return _module("distillation").distillation_loss(
+            output, query, parts, scale=head_dim**-0.5, query_labels=_integers(BATCH, tokens) if labels else None, need_signs=True
+        )
+
+    return Case(f"distillation_loss {name}".strip(), run)
+
+
 def _match_counts(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
     return _module("rearrange").match_counts(_integers(BATCH, 1, tokens), tokens)
 
@@ -155,6 +202,8 @@ _CORE = {
     "mean_attention_map",
     "topk_attention",
     "rearranged_attention",
+    "distillation_loss",
+    "attention_backward",
 }
 _ALL = [
     *(_argmax(similarity, joint, exact, False) for similarity in ("dot", "cosine") for joint in (False, True) for exact in (True, False)),
@@ -181,6 +230,16 @@ _ALL = [
     _attention("contrast segments", contrast=1.67, segments=2),
     _attention("guided", guided=True),
     _attention("guided labels", guided=True, labels=True),
+    _gradient(),
+    _gradient("keys only", needs=(False, True, False)),
+    _gradient("values only", needs=(False, False, True)),
+    _gradient("counts", counts=True),
+    _gradient("batch_index", rows=True),
+    _gradient("narrow value", value_dim=32),
+    _gradient("segments counts labels", segments=2, counts=True, labels=True),
+    _distillation(),
+    _distillation("labels", labels=True),
+    _distillation("images", images=2),
     _label_mass(False),
     _label_mass(True),
     Case("mean_attention_map", _mean_attention_map),

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot, scaled_dot_product_attention
+from torch.nn.functional import l1_loss, normalize, one_hot, scaled_dot_product_attention
 
 from .shapes import NUM_LABELS, Inputs
 
@@ -130,3 +130,28 @@ def qalign_attention_topk(x: Inputs) -> Tensor:
         weights = ((rows.unsqueeze(3) * key).sum(-1) * rows.shape[-1] ** -0.5).softmax(-1)
         result.append((weights.unsqueeze(-1) * value).sum(3))
     return torch.cat(result, 2)
+
+
+def attention_gradient(x: Inputs) -> tuple[Tensor, ...]:
+    """Of query, key and value, for an output weighted by `ref_query`, by SDPA."""
+    leaves = learned(x.query, x.key, x.value)
+    with torch.enable_grad():
+        return torch.autograd.grad(_sdpa(leaves), leaves, grad_outputs=x.ref_query)
+
+
+def distillation_step(x: Inputs) -> tuple[Tensor, ...]:
+    """Attention Distillation by two SDPA calls and an L1: the gradients of query, key and value, and the loss."""
+    leaves = learned(x.query, x.key, x.value)
+    ideal = scaled_dot_product_attention(x.query, x.ref_query, x.value)
+    with torch.enable_grad():
+        loss = l1_loss(_sdpa(leaves), ideal)
+        return *torch.autograd.grad(loss, leaves), loss.detach()
+
+
+def _sdpa(tensors: list[Tensor]) -> Tensor:
+    query, key, value = tensors
+    return scaled_dot_product_attention(query, key, value)
+
+
+def learned(*tensors: Tensor) -> list[Tensor]:
+    return [x.detach().requires_grad_() for x in tensors]

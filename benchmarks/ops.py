@@ -117,6 +117,48 @@ def _check_gather(x: Inputs, result: tuple[Tensor, Tensor], backend: str) -> boo
     return all(torch.equal(mine, theirs) for mine, theirs in zip(result, truth))
 
 
+def gradient(x: Inputs, backend: str, shared: bool = False) -> tuple[Tensor, ...]:
+    """Of query, key and value, for an output weighted by `ref_query`; `shared`: each query row reads its keys through a batch index."""
+    leaves = eager.learned(x.query, x.key, x.value)
+    batch_index = torch.arange(x.query.shape[0], device=x.query.device, dtype=torch.int32) if shared else None
+    with torch.enable_grad():
+        output = qk.attention(leaves[0], Segment(*leaves[1:], batch_index=batch_index), backend=backend)
+        return torch.autograd.grad(output, leaves, grad_outputs=x.ref_query)
+
+
+def check_gradient(x: Inputs, gradients: tuple[Tensor, ...], backend: str, shared: bool = False) -> bool:
+    """Of sampled queries; of keys and values, which sum over all queries, in a second call that has the sampled ones alone."""
+    rows = sampled_rows(x)
+    few = x._replace(query=x.query[:, :, rows], ref_query=x.ref_query[:, :, rows])
+    doubled = few._replace(**{name: getattr(few, name).double() for name in ("query", "ref_query", "key", "value")})
+    ours = (gradients[0][:, :, rows], *gradient(few, backend, shared)[1:])
+    return all(testing.judge(*three, 4 * x.key.shape[2]).passed for three in zip(ours, gradient(few, "reference"), gradient(doubled, "reference")))
+
+
+def _distillation_step(x: Inputs, backend: str) -> tuple[Tensor, ...]:
+    """The gradients of query, key and value, and the loss of their attention against the reference's."""
+    leaves = eager.learned(x.query, x.key, x.value)
+    with torch.enable_grad():
+        output = qk.attention(leaves[0], Segment(*leaves[1:]), backend=backend)
+        loss = qk.distillation_loss(output, x.query, x.ref_query, x.value, backend=backend)
+        return *torch.autograd.grad(loss, leaves), loss.detach()
+
+
+def _check_step(x: Inputs, result: tuple[Tensor, ...], backend: str) -> bool:
+    """The gradients for the signs that the backend itself finds, the loss in the precision of the ideal output."""
+    output = qk.attention(x.query, Segment(x.key, x.value), backend=backend).requires_grad_()
+    with torch.enable_grad():
+        (signs,) = torch.autograd.grad(qk.distillation_loss(output, x.query, x.ref_query, x.value, backend=backend), output)
+    rows = sampled_rows(x)
+    few = output.detach()[:, :, rows], x.query[:, :, rows], x.ref_query, x.value
+    ours, same, truth = (
+        qk.distillation_loss(*parts, backend=name).to(parts[0].dtype)
+        for parts, name in ((few, backend), (few, "reference"), (_double(*few), "reference"))
+    )
+    right = testing.judge(ours, same, truth, x.key.shape[2]).passed and bool(result[3].isfinite())
+    return right and check_gradient(x._replace(ref_query=signs), result[:3], backend)
+
+
 def _segment(x: Inputs, **how: Any) -> Segment:
     return Segment(x.key, x.value, **how)
 
@@ -200,6 +242,8 @@ OPS = [
         lambda x, output, backend: check_attention(x, output, _two_segments(x)),
         lambda shape: 2 * attention_flops(shape),
     ),
+    Op("attention_gradient", gradient, eager.attention_gradient, check_gradient, lambda shape: 3.5 * attention_flops(shape)),
+    Op("distillation_step", _distillation_step, eager.distillation_step, _check_step, lambda shape: 4.5 * attention_flops(shape)),
     Op(
         "label_mass",
         lambda x, backend: qk.label_mass(x.query, x.key, x.classes, NUM_LABELS, backend=backend),

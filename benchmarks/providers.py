@@ -36,7 +36,7 @@ def names(op: Op, shape: Shape, device: str, quick: bool) -> list[str]:
     """The providers measured beside each other; SDPA on the same shape is always among them, as the yardstick."""
     cuda = device == "cuda"
     result = [*(OURS if cuda else ("tiled",)), SDPA, "eager"]
-    if op.name.startswith(("attention", "qalign_attention")) and op.name != "attention_segments" and cuda:
+    if op.name.startswith(("attention", "qalign_attention")) and op.name not in ("attention_segments", "attention_gradient") and cuda:
         result += FORCED_SDPA
     if _reference_gib(shape) < (40 if cuda else 6) and (not quick or shape.scores < 2e7 or op.name == "qalign_attention"):
         result.append("reference")

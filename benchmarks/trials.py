@@ -1,5 +1,6 @@
 """What each row of the tile table is tried on: the op that times it, and the further calls that take the same tile."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from qalign_kernels.qalign_attention import unit
 
 from . import shapes
 from .eager import CONTRAST, STRENGTH, TOPK
-from .ops import OPS, Op, check_attention, check_match, sampled_rows
+from .ops import OPS, Op, check_attention, check_gradient, check_match, gradient, sampled_rows
 from .shapes import NUM_LABELS, Inputs, Shape
 
 FEATURES = ("query", "ref_query", "key", "value")
@@ -136,6 +137,7 @@ def _check_counted_mass(x: Inputs, mass: Tensor, backend: str) -> bool:
 
 _OPS = {op.name: op for op in OPS}
 _CONTRASTED = _attention(contrast=CONTRAST)
+_SHARED_GRADIENT = Call(functools.partial(gradient, shared=True), functools.partial(check_gradient, shared=True))
 # what Q-Align runs for every layer first
 TRIALS = (
     Trial("similarity", "joint", _OPS["similarity_argmax"], (_match("cosine", True, labels=True), _match("dot", True))),
@@ -151,13 +153,19 @@ TRIALS = (
     Trial("attention", "lse", _CONTRASTED, (_attention(contrast=CONTRAST, counts=True, labels=True), _OPS["mean_attention_map"])),
     Trial("similarity", "exact", _OPS["similarity_argmax_per_head"], (_match("cosine", False, labels=True),)),
     Trial("similarity", "packed", _OPS["similarity_argmax_packed"]),
-    Trial("attention", "busy softmax", _OPS["attention_labels"], (_attention(counts=True, labels=True, segments=2),)),
+    Trial(
+        "attention", "busy softmax", _OPS["attention_labels"],
+        (_attention(counts=True, labels=True, segments=2), _OPS["distillation_step"]),
+    ),
     Trial(
         "attention", "busy contrast", _attention(labels=True, contrast=CONTRAST),
         (_attention(counts=True, labels=True, segments=2, contrast=CONTRAST),),
     ),
     Trial("attention", "exact", _OPS["label_mass"], (Call(_counted_mass, _check_counted_mass),)),
     Trial("attention", "map", _OPS["mean_attention_map"]),
+    Trial("attention_backward", "queries", _OPS["attention_gradient"]),
+    Trial("attention_backward", "keys", _OPS["attention_gradient"]),
+    Trial("attention_backward", "shared keys", _SHARED_GRADIENT),
 )  # fmt: skip
 CORE = ("similarity joint", "attention softmax", "attention contrast", "attention guided", "similarity topk")
 CORE_HEAD_DIMS = (64, 40, 128)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bank import FeatureBank
+    from .bounded_guidance import BoundedGuidance
     from .control import Control, attach
     from .layout import BatchLayout
     from .methods import (
@@ -33,13 +34,22 @@ if TYPE_CHECKING:
         VisualStylePrompting,
         ZStar,
     )
-    from .pipelines import AppearanceTransferOutput, AppearanceTransferPipeline, AppearanceTransferXLPipeline
+    from .methods.attention_distillation import AttentionDistillation
+    from .pipelines import (
+        AppearanceTransferOutput,
+        AppearanceTransferPipeline,
+        AppearanceTransferXLPipeline,
+        AttentionDistillationOutput,
+        AttentionDistillationPipeline,
+        AttentionDistillationXLPipeline,
+    )
     from .processors import CrossImageAttnProcessor, QAlignAttnProcessor, UNetAttnProcessor
     from .regions import Regions
 
 # imported when asked for: the pipelines bring diffusers, and the command line answers --help without torch
 _HOMES = {
     "bank": ("FeatureBank",),
+    "bounded_guidance": ("BoundedGuidance",),
     "control": ("Control", "attach"),
     "layout": ("BatchLayout",),
     "methods": (
@@ -60,7 +70,15 @@ _HOMES = {
         "VisualStylePrompting",
         "ZStar",
     ),
-    "pipelines": ("AppearanceTransferOutput", "AppearanceTransferPipeline", "AppearanceTransferXLPipeline"),
+    "methods.attention_distillation": ("AttentionDistillation",),
+    "pipelines": (
+        "AppearanceTransferOutput",
+        "AppearanceTransferPipeline",
+        "AppearanceTransferXLPipeline",
+        "AttentionDistillationOutput",
+        "AttentionDistillationPipeline",
+        "AttentionDistillationXLPipeline",
+    ),
     "regions": ("Regions",),
     "processors": ("CrossImageAttnProcessor", "QAlignAttnProcessor", "UNetAttnProcessor"),
 }
@@ -69,8 +87,13 @@ __all__ = [
     "AppearanceTransferOutput",
     "AppearanceTransferPipeline",
     "AppearanceTransferXLPipeline",
+    "AttentionDistillation",
+    "AttentionDistillationOutput",
+    "AttentionDistillationPipeline",
+    "AttentionDistillationXLPipeline",
     "BatchLayout",
     "BoundedAttention",
+    "BoundedGuidance",
     "ConsiStory",
     "Control",
     "CrossImage",

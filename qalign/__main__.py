@@ -1,4 +1,4 @@
-"""`python -m qalign demo | transfer | compare | methods | leakage | correspond | scenes`: the command line of the diffusers layer."""
+"""`python -m qalign COMMAND`: the command line of the diffusers layer; `COMMANDS` below are all there are."""
 
 import argparse
 import importlib
@@ -12,6 +12,8 @@ from typing import NoReturn
 COMMANDS = {
     "demo": "one denoising step over two photographs, then appearance transfer between two scenes, measured",
     "transfer": "give one or more pictures the appearance of another",
+    "distill": "give a picture the textures of another by attention distillation: its latents are optimised",
+    "texture": "grow a texture to any size by attention distillation, window by window",
     "compare": "all methods of transfer on one pair: pictures, time, memory and leakage side by side",
     "methods": "all methods: papers, what they edit, what they cost",
     "leakage": "where attention goes on held-out scenes: Cross-Image and Q-Align, with intervals",

@@ -9,6 +9,7 @@ torch.Size([1, 8, 256, 40])
 
 from ._backends import use_backend
 from .attention import AttentionWithLse, Segment, attention, attention_with_lse
+from .distillation import distillation_loss
 from .probe import label_mass, mean_attention_map
 from .qalign_attention import qalign_attention
 from .rearrange import match_counts, rearrange_kv
@@ -22,6 +23,7 @@ __all__ = [
     "Segment",
     "attention",
     "attention_with_lse",
+    "distillation_loss",
     "label_mass",
     "match_counts",
     "mean_attention_map",

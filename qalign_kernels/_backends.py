@@ -84,7 +84,7 @@ def triton_refusal(tensor: Tensor, head_dims: tuple[int, ...], differentiable: b
     if num_labels > TRITON_MAX_LABELS:
         return f"num_labels={num_labels} is not served, only up to {TRITON_MAX_LABELS}"
     if differentiable:
-        return "the Triton kernels have no backward; gradients take the tiled path"
+        return "the Triton kernels have no backward of this call; gradients take the tiled path"
     return None
 
 

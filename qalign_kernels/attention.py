@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,8 @@ def attention(
         TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
 
     Precision: scores, softmax and sums in float32; probabilities are rounded to the input dtype before they meet the values.
-    Memory: O(N), never N_q×N_k. Deterministic. Differentiable in query, keys and values (once).
+    Memory: O(N), never N_q×N_k. Deterministic, gradients too. Differentiable in query, keys and values (once): from the saved output
+    and log-sum-exp, on the backend of the call; with a contrast on the tiled path, which "triton" refuses.
     Source: Cross-Image attention, arXiv 2311.03335 (contrast); StyleAligned, arXiv 2312.02133 (shared segments, scale and shift);
     the multiplicity identity behind Q-Align, arXiv 2508.21090.
     """
@@ -204,11 +206,17 @@ def _implementation(
 ):  # fmt: skip
     segments, guide = _rebuild(keys, values, guide_tensors, counts, labels, batch_index, logit_scale, logit_shift, guide_strength)
     dims = (query.shape[3], values[0].shape[3])
-    chosen = _backends.select("attention", backend, query, dims, differentiable=differentiable)
+    kept = differentiable and _keeps_lse(contrast, guide_tensors)
+    chosen = _backends.select("attention", backend, query, dims, differentiable=differentiable and not kept)
     output, lse = _backends.implementation(chosen, "attention").attention(
-        query, segments, scale=scale, contrast=contrast, query_labels=query_labels, guide=guide, need_lse=need_lse
+        query, segments, scale=scale, contrast=contrast, query_labels=query_labels, guide=guide, need_lse=need_lse or kept
     )
     return output, _absent_lse(query) if lse is None else lse
+
+
+def _keeps_lse(contrast, guide_tensors) -> bool:
+    """Whether the gradient is made of the output and its log-sum-exp: not with a contrast, nor with a guide."""
+    return contrast == 1.0 and not guide_tensors
 
 
 def _absent_lse(query: Tensor) -> Tensor:
@@ -220,23 +228,28 @@ def _fake(
     scale, contrast, need_lse, differentiable, backend,
 ):  # fmt: skip
     lse = _absent_lse(query)
-    return query.new_empty((*query.shape[:3], values[0].shape[3])), lse.new_empty(query.shape[:3]) if need_lse else lse
+    present = need_lse or (differentiable and _keeps_lse(contrast, guide_tensors))
+    return query.new_empty((*query.shape[:3], values[0].shape[3])), lse.new_empty(query.shape[:3]) if present else lse
 
 
 def _backward_implementation(
-    grad_output, grad_lse, query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, logit_scale, logit_shift,
-    guide_strength, scale, contrast,
+    grad_output, grad_lse, output, lse, query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, logit_scale, logit_shift,
+    guide_strength, scale, contrast, needs, backend,
 ):  # fmt: skip
     segments, guide = _rebuild(keys, values, guide_tensors, counts, labels, batch_index, logit_scale, logit_shift, guide_strength)
-    module = _backends.implementation("tiled", "attention")
-    return module.attention_backward(grad_output, grad_lse, query, segments, scale=scale, contrast=contrast, query_labels=query_labels, guide=guide)
+    dims = (query.shape[3], values[0].shape[3])
+    chosen = _backends.select("attention", backend, query, dims, differentiable=not _keeps_lse(contrast, guide_tensors))
+    grads = _backends.implementation(chosen, "attention").attention_backward(
+        grad_output, grad_lse, output, lse, query, segments, scale=scale, contrast=contrast, query_labels=query_labels, guide=guide, needs=needs
+    )
+    return [query.new_empty(0) if grad is None else grad for grad in grads]
 
 
 def _backward_fake(
-    grad_output, grad_lse, query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, logit_scale, logit_shift,
-    guide_strength, scale, contrast,
+    grad_output, grad_lse, output, lse, query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, logit_scale, logit_shift,
+    guide_strength, scale, contrast, needs, backend,
 ):  # fmt: skip
-    return [x.new_empty(x.shape) for x in (query, *keys, *values, *guide_tensors)]
+    return [x.new_empty(x.shape if needed else 0) for x, needed in zip((query, *keys, *values, *guide_tensors), needs)]
 
 
 _SEGMENT_SCHEMA = (
@@ -246,32 +259,32 @@ _SEGMENT_SCHEMA = (
 
 _backward_op = _library.register(
     "attention_backward",
-    f"(Tensor grad_output, Tensor? grad_lse, {_SEGMENT_SCHEMA}) -> Tensor[]",
+    f"(Tensor grad_output, Tensor? grad_lse, Tensor? output, Tensor? lse, {_SEGMENT_SCHEMA}, bool[] needs, str backend) -> Tensor[]",
     _backward_implementation,
     _backward_fake,
 )
 
 
 def _setup_context(ctx, inputs, output):
-    query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, *numbers, need_lse, _, _ = inputs
-    ctx.segments, ctx.guided, ctx.labelled, ctx.numbers, ctx.need_lse = len(keys), len(guide_tensors), query_labels is not None, numbers, need_lse
-    optional = [] if query_labels is None else [query_labels]
-    ctx.save_for_backward(query, *keys, *values, *guide_tensors, *counts, *labels, *batch_index, *optional)
+    query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, *numbers, need_lse, _, backend = inputs
+    ctx.segments, ctx.guided, ctx.numbers, ctx.need_lse, ctx.backend = len(keys), len(guide_tensors), numbers, need_lse, backend
+    results = output if _keeps_lse(numbers[-1], guide_tensors) else (None, None)
+    ctx.save_for_backward(*results, query_labels, query, *keys, *values, *guide_tensors, *counts, *labels, *batch_index)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_output, grad_lse):
-    saved, n = list(ctx.saved_tensors), ctx.segments
-    query, saved = saved[0], saved[1:]
-    keys, values, guide_tensors = saved[:n], saved[n : 2 * n], saved[2 * n : 2 * n + ctx.guided]
-    counts, labels, batch_index, rest = (saved[2 * n + ctx.guided :][i * n : (i + 1) * n if i < 3 else None] for i in range(4))
+    (output, lse, query_labels, query, *saved), n = ctx.saved_tensors, ctx.segments
+    lists = [list(islice(part, size)) for part in [iter(saved)] for size in (n, n, ctx.guided, n, n, n)]
+    wanted, *needed = ctx.needs_input_grad[:4]
+    needs = [wanted, *chain(*needed)]
+    values = lists[1]
     grad_output = query.new_zeros((*query.shape[:3], values[0].shape[3])) if grad_output is None else grad_output
     grads = _backward_op(
-        grad_output, grad_lse if ctx.need_lse else None, query, keys, values, guide_tensors, counts, labels, batch_index,
-        rest[0] if ctx.labelled else None, *ctx.numbers,
+        grad_output, grad_lse if ctx.need_lse else None, output, lse, query, *lists, query_labels, *ctx.numbers, needs, ctx.backend
     )  # fmt: skip
-    lists = (grads[1 : 1 + n], grads[1 + n : 1 + 2 * n], grads[1 + 2 * n :], [None] * n, [None] * n, [None] * n)
-    return (grads[0], *lists, *[None] * 9)
+    each = iter([grad if needed else None for grad, needed in zip(grads, needs)])
+    return (next(each), *(list(islice(each, size)) for size in (n, n, ctx.guided)), *([None] * n for _ in range(3)), *[None] * 9)
 
 
 _attention_op = _library.register(

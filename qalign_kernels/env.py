@@ -10,7 +10,10 @@ import torch
 
 from . import __version__, _backends
 
-OPS = ("similarity_argmax", "similarity_topk", "match_counts", "rearrange_kv", "attention", "topk_attention", "label_mass", "mean_attention_map")
+OPS = (
+    "similarity_argmax", "similarity_topk", "match_counts", "rearrange_kv", "attention", "topk_attention", "distillation_loss", "label_mass",
+    "mean_attention_map",
+)  # fmt: skip
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -81,7 +84,7 @@ def report() -> str:
         *(f"device          {line}" for line in _devices()),
         f"QALIGN_BACKEND  {_default_backend()}",
         "",
-        f'Backend that "auto" takes on {_device()} (gradients: always tiled):',
+        f'Backend that "auto" takes on {_device()} (gradients: the same for attention without contrast and distillation_loss, else tiled):',
     ]
     lines += [f"{op:20s} {dtype:9s} {chosen:7s} {reason}" for (op, dtype), (chosen, reason) in choices(_device()).items()]
     return "\n".join(lines)

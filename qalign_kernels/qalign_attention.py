@@ -174,8 +174,9 @@ def topk_attention(
 
 
 def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
-    """NaN, in place, in each row of [B, H, N, D] whose best score [B, 1 or H, N] is NaN: its choice means nothing."""
-    return rows.masked_fill_(score.isnan().unsqueeze(-1), float("nan"))
+    """NaN in each row of [B, H, N, D] whose best score [B, 1 or H, N] is NaN: its choice means nothing. In place, unless a gradient may need
+    the rows."""
+    return (rows.masked_fill if rows.requires_grad else rows.masked_fill_)(score.isnan().unsqueeze(-1), float("nan"))
 
 
 def _features(query: Tensor, ref_query: Tensor, similarity: str) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import __version__, _backends
 from .attention import Segment, attention, attention_with_lse
+from .distillation import distillation_loss
 from .probe import label_mass, mean_attention_map
 from .qalign_attention import REFINEMENTS, qalign_attention
 from .rearrange import match_counts, rearrange_kv
@@ -244,6 +245,21 @@ def _qalign_cases(draw: Draw, refinement: str, similarity: str = "cosine", stren
         yield Case(f"{shape} {heads} contrast={contrast}{' labels' if labelled else ''}", inputs, call, reduction)
 
 
+def _distillation_cases(draw: Draw, labelled: bool) -> Iterator[Case]:
+    shape = draw.shape
+    inputs = draw.attention(1)
+    inputs.output = draw.features(shape.batch, shape.query_tokens, shape.value_dim)
+    labels = dict.fromkeys(("query_labels", "ref_labels"))
+    if labelled:
+        labels = {"query_labels": draw.labels(shape.query_tokens), "ref_labels": draw.labels(shape.key_tokens)}
+
+    def call(x, backend):
+        # the ideal is of the inputs' precision, and so is the distance to it
+        return (distillation_loss(x.output, x.query, x.key, x.value, backend=backend, **labels).to(x.output.dtype),)
+
+    yield Case(f"{shape}{' labels' if labelled else ''}", inputs, call, max(shape.head_dim, shape.key_tokens))
+
+
 def _mass_cases(draw: Draw) -> Iterator[Case]:
     shape = draw.shape
     inputs = draw.attention()
@@ -296,6 +312,11 @@ def _rotated(start: int) -> tuple[Shape, ...]:
     return tuple(SMALL[(start + 3 * i) % len(SMALL)] for i in range(3))
 
 
+TRITON_GRADIENTS = (
+    "attention_with_lse", "attention counts", "attention labels", "attention segments", "attention batch_index", "qalign_attention rearranged",
+)  # fmt: skip
+
+
 def _ops() -> dict[str, Op]:
     ops = {
         "similarity_argmax": Op(partial(_match_cases, packed=False, k=None)),
@@ -310,15 +331,20 @@ def _ops() -> dict[str, Op]:
         ops[name] = Op(partial(_attention_cases, option=option), _rotated(i))
     for i, refinement in enumerate(REFINEMENTS):
         ops[f"qalign_attention {refinement}"] = Op(partial(_qalign_cases, refinement=refinement), _rotated(i))
+    for i, name in enumerate(("distillation_loss", "distillation_loss labels")):
+        ops[name] = Op(partial(_distillation_cases, labelled=i == 1), _rotated(3 + i))
     ops["label_mass"] = Op(_mass_cases, _rotated(2))
     ops["mean_attention_map"] = Op(_map_cases, _rotated(4))
-    differentiable = [name for name in ops if name not in ("similarity_argmax packed", "similarity_topk", "match_counts", "attention")]
+    # a gradient of distillation_loss is signs, which may turn where the distance is all rounding
+    others = ("similarity_argmax packed", "similarity_topk", "match_counts", "attention", "distillation_loss", "distillation_loss labels")
+    differentiable = [name for name in ops if name not in others]
     for i, name in enumerate(differentiable):
         cases = ops[name].cases
         if name in ("qalign_attention guided", "qalign_attention soft"):
             # weak, as a saturated softmax has no gradient to measure; dot, as cosine's takes out the radial part and leaves its rounding
             cases = partial(_qalign_cases, refinement=name.split()[1], similarity="dot", strengths=(0.3, 0.15))
-        ops[f"{name} gradient"] = Op(partial(_gradient_cases, cases=cases), _rotated(i)[:2], ("tiled", "reference"))
+        backends = ("triton", "tiled", "reference") if name in TRITON_GRADIENTS else ("tiled", "reference")
+        ops[f"{name} gradient"] = Op(partial(_gradient_cases, cases=cases), _rotated(i)[:2], backends)
     return ops
 
 

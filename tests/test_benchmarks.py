@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memory, report, shapes, speed
+from benchmarks import distillation, memory, report, shapes, speed
 from benchmarks.ops import OPS
 from benchmarks.shapes import Shape, make_inputs
 from qalign_kernels import similarity_argmax
@@ -203,3 +203,31 @@ def test_readme_without_markers_is_left_alone(results, tmp_path):
     with pytest.raises(ValueError, match="expected the markers"):
         _report(results, "--readme", readme)
     assert readme.read_text() == "nothing to replace\n"
+
+
+def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def measure(pair, name, **settings):
+        if len(measured) == 7:
+            raise KeyboardInterrupt
+        measured.append((pair.structure, name))
+        return dict.fromkeys(("time_s", "colour_error", "layout_iou", "distillation"), float(len(measured)))
+
+    monkeypatch.setattr(distillation, "measure", measure)
+    parser = argparse.ArgumentParser()
+    distillation.add_arguments(parser)
+    path = str(tmp_path / "new" / "figures.json")
+    with pytest.raises(KeyboardInterrupt):
+        distillation.run(parser.parse_args(["--pairs", "2", "--json", path]))
+    kept = json.loads(Path(path).read_text())
+    assert [len(pair["methods"]) for pair in kept["pairs"]] == [5, 2]
+    later = dict.fromkeys(("time_s", "colour_error", "layout_iou", "distillation"), 10.0)
+    monkeypatch.setattr(distillation, "measure", lambda pair, name, **settings: later)
+    assert distillation.run(parser.parse_args(["--pairs", "2", "--json", path])) == 0
+    report = json.loads(Path(path).read_text())
+    assert report["pairs"][0] == kept["pairs"][0] and [len(pair["methods"]) for pair in report["pairs"]] == [5, 5]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["untouched", "2", "3.5", "3.5", "3.5", "-", "-", "3.5"]
+    with pytest.raises(ValueError, match="^--json: expected a report of {'steps': 5"):
+        distillation.run(parser.parse_args(["--steps", "5", "--json", path]))

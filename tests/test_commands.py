@@ -22,6 +22,9 @@ from qalign.commands import _shared, compare, correspond, demo, transfer  # noqa
 from qalign.correspondence import Capture  # noqa: E402
 from qalign.embedded import scenes  # noqa: E402
 from qalign.files import replacing  # noqa: E402
+from qalign.methods.attention_distillation import AttentionDistillation  # noqa: E402
+from qalign.pipelines import attention_distillation  # noqa: E402
+from qalign.regions import Regions  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
 from tests.processors import models  # noqa: E402
 
@@ -115,6 +118,14 @@ def test_help_has_examples_that_parse(command, capsys):
         ("scenes --seed -1 --out {}/s", "expected a whole number, got '-1'"),
         ("compare --structure {}/a.png", "expected either --structure and --appearance, or --scenes"),
         ("compare --scenes 0 --method bounded", "invalid choice: 'bounded'"),
+        ("distill --content {}/a.png --out {}/o.png", "required: --style"),
+        ("distill --style {}/a.png --content {}/none.png --out {}/o.png", "none.png: expected a picture, found no such file"),
+        ("distill --style {}/a.png {}/b.png --mask {}/a.png {}/b.png --out {}/o.png", "--mask: expected one --style with it, got 2"),
+        ("distill --style {}/a.png --mask {}/none.png {}/b.png --out {}/o.png", "none.png: expected a label map, found no such file"),
+        ("distill --style {}/a.png --mask {}/a.png {}/b.png --out {}/o.png", "a.png: expected a label map"),
+        ("distill --style {}/a.png --steps 0 --out {}/o.png", "expected a number above zero"),
+        ("texture --style {}/a.png --size 30 --out {}/o.png", "multiples of 8, got 30x30; the nearest is 32x32"),
+        ("texture --style {}/a.png --size 32 --stride 99 --model {}/model --out {}/o.png", "stride: expected 1 to the window's 16 latents, got 99"),
         ("nonsense", "invalid choice: 'nonsense'"),
         ("", "required: COMMAND"),
     ],
@@ -387,3 +398,49 @@ def test_labels_beside_pictures_are_read_where_they_fit(tmp_path):
     assert first.shape == second.shape == (16, 16) and first.unique().tolist() == [3]
     assert compare.labels_beside(tmp_path / "a.png", tmp_path / "large.png", picture) is None
     assert compare.labels_beside(tmp_path / "a.png", tmp_path / "none.png", picture) is None
+
+
+def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
+    for name, step in (("a", 3), ("b", 5)):
+        Image.fromarray((numpy.arange(SIZE * SIZE).reshape(SIZE, SIZE) // step % 2).astype("uint8")).save(tmp_path / f"{name}-labels.png")
+    options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7 --seed 4 --layers up_blocks.1"
+    masks = [tmp_path / f"{name}-labels.png" for name in "ab"]
+    text = f"distill --appearance {{}}/a.png --content {{}}/b.png {options} --mask {masks[0]} {masks[1]} --mode"
+    pipe = pipelines.AttentionDistillationPipeline.from_pipe(models.make_pipe("sd15"))
+    for mode in ("optimise", "sample"):
+        assert run(folder, f"{text} {mode} --out {tmp_path}/{mode}.png") == 0
+        result = pipe(
+            picture(0),
+            picture(1),
+            mode=mode,
+            method=AttentionDistillation(content_weight=0.7),
+            num_inference_steps=3,
+            iterations=2,
+            learning_rate=0.1,
+            layers="up_blocks.1",
+            regions=Regions.open(*masks),
+            generator=torch.Generator().manual_seed(4),
+        )
+        assert torch.equal(pixels(tmp_path / f"{mode}.png"), torch.tensor(numpy.asarray(result.images[0])))
+        said = capsys.readouterr().out
+        assert f"picture: {tmp_path}/{mode}.png" in said
+        assert f"loss: {result.losses[0, 0]:.4g} to {result.losses[-1, 0]:.4g} in 6 iterations" in said
+
+
+def test_an_interrupted_distill_writes_its_picture(folder, tmp_path, capsys, monkeypatch):
+    descend, calls = attention_distillation.descend, []
+
+    def interrupted(*given):
+        if calls:
+            raise KeyboardInterrupt
+        return calls.append(descend(*given)) or calls[0]
+
+    monkeypatch.setattr(attention_distillation, "descend", interrupted)
+    assert run(folder, f"distill --style {{}}/a.png --content {{}}/b.png --model {{}}/model --steps 3 --out {tmp_path}/o.png") == 130
+    assert pixels(tmp_path / "o.png").float().std() > 0 and "interrupted: the picture is the best there was" in capsys.readouterr().out
+
+
+def test_texture_has_the_size_that_was_asked_for(folder, tmp_path, capsys):
+    assert run(folder, f"texture --style {{}}/a.png --size 64x48 --model {{}}/model --steps 1 --iterations 1 --out {tmp_path}/o.png") == 0
+    assert pixels(tmp_path / "o.png").shape == (48, 64, 3)
+    assert f"picture: {tmp_path}/o.png" in capsys.readouterr().out

@@ -10,7 +10,9 @@ from typing import Any
 from . import arguments, processes
 
 DTYPES = ("bfloat16", "float16", "float32")
-PARTS = (("attention",), ("qalign_attention",), ("similarity",), ("match_counts", "rearrange_kv", "label_mass", "mean_attention_map"))
+PARTS = (
+    ("attention",), ("qalign_attention",), ("similarity",), ("match_counts", "rearrange_kv", "label_mass", "mean_attention_map", "distillation_loss"),
+)  # fmt: skip
 GIB_OF_A_PART = 16  # the float64 truth at 4096 tokens
 
 

@@ -1,5 +1,14 @@
 """Pipelines: appearance transfer on any Stable Diffusion or Stable Diffusion XL pipeline."""
 
 from .appearance_transfer import METHODS, AppearanceTransferOutput, AppearanceTransferPipeline, AppearanceTransferXLPipeline
+from .attention_distillation import AttentionDistillationOutput, AttentionDistillationPipeline, AttentionDistillationXLPipeline
 
-__all__ = ["METHODS", "AppearanceTransferOutput", "AppearanceTransferPipeline", "AppearanceTransferXLPipeline"]
+__all__ = [
+    "METHODS",
+    "AppearanceTransferOutput",
+    "AppearanceTransferPipeline",
+    "AppearanceTransferXLPipeline",
+    "AttentionDistillationOutput",
+    "AttentionDistillationPipeline",
+    "AttentionDistillationXLPipeline",
+]

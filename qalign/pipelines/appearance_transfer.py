@@ -79,10 +79,15 @@ class AppearanceTransfer:
         components = getattr(pipeline, "components", {})
         if "unet" not in components or "text_encoder" not in components:
             raise TypeError(f"pipeline: expected a Stable Diffusion or Stable Diffusion XL pipeline, got {type(pipeline).__name__}")
-        target: Any = AppearanceTransferXLPipeline if "text_encoder_2" in components else AppearanceTransferPipeline
+        target: Any = cls._kinds()["text_encoder_2" in components]
         needed, settings = target._get_signature_keys(target)
         given = {name: components.get(name) for name in needed} | {name: pipeline.config[name] for name in settings if name in pipeline.config}
         return target(**{**given, **kwargs})
+
+    @classmethod
+    def _kinds(cls) -> tuple[Any, Any]:
+        """What `from_pipe` makes of Stable Diffusion, and of Stable Diffusion XL."""
+        return AppearanceTransferPipeline, AppearanceTransferXLPipeline
 
     @classmethod
     def embedded(cls, dtype: torch.dtype = torch.float32) -> Any:
@@ -421,8 +426,8 @@ class AppearanceTransferPipeline(AppearanceTransfer, StableDiffusionPipeline):
     """
 
 
-class AppearanceTransferXLPipeline(AppearanceTransfer, StableDiffusionXLPipeline):
-    """`AppearanceTransferPipeline` on Stable Diffusion XL."""
+class XLConditions:
+    """The conditioning of Stable Diffusion XL, as a mixin before the others."""
 
     def conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
         """As that of Stable Diffusion, with the pooled text and the size that the pictures are said to have had."""
@@ -435,6 +440,10 @@ class AppearanceTransferXLPipeline(AppearanceTransfer, StableDiffusionXLPipeline
             for text, pooled in (embeddings[::2], embeddings[1::2])
         )
         return condition, unconditional
+
+
+class AppearanceTransferXLPipeline(XLConditions, AppearanceTransfer, StableDiffusionXLPipeline):
+    """`AppearanceTransferPipeline` on Stable Diffusion XL."""
 
 
 @dataclass(frozen=True)

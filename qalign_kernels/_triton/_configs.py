@@ -57,13 +57,16 @@ class Work(NamedTuple):
 _SOFTMAX = Work(queries=1, keys=2, scores=2, outputs=1)  # scores and weights
 WORK = {
     ("attention", "softmax"): _SOFTMAX,
-    ("attention", "busy softmax"): _SOFTMAX,  # "busy" segments keep more per key: labels, or counts beside other segments
+    ("attention", "busy softmax"): _SOFTMAX,  # "busy" keeps more: labels, counts beside other segments, or a comparison
     ("attention", "contrast"): _SOFTMAX,
     ("attention", "busy contrast"): _SOFTMAX,
     ("attention", "exact"): _SOFTMAX,  # unrounded weights
     ("attention", "lse"): Work(queries=1, keys=1, scores=2, outputs=0),
     ("attention", "guided"): Work(queries=2, keys=3, scores=3, outputs=1),
     ("attention", "map"): Work(queries=1, keys=1, scores=2, outputs=0, staged_queries=True),
+    ("attention_backward", "queries"): Work(queries=2, keys=2, scores=3, outputs=1),
+    ("attention_backward", "keys"): Work(queries=2, keys=2, scores=3, outputs=2),  # the tile's rows are keys, its columns queries
+    ("attention_backward", "shared keys"): Work(queries=2, keys=2, scores=3, outputs=2),  # read through a batch index
     ("similarity", "exact"): Work(queries=1, keys=1, scores=3, outputs=0),
     ("similarity", "packed"): Work(queries=1, keys=1, scores=2, outputs=0),
     ("similarity", "joint"): Work(queries=1, keys=1, scores=1, outputs=0, staged_queries=True),
@@ -71,7 +74,9 @@ WORK = {
     ("topk_attention", "softmax"): Work(queries=0, keys=0, scores=0, outputs=4),  # a gathered key and value for each query
     ("topk_attention", "contrast"): Work(queries=0, keys=0, scores=0, outputs=4),
 }
-INTERPRETED = {"attention": Tile(32, 32, 4, 1), "similarity": Tile(64, 32, 4, 1), "topk_attention": Tile(16, 16, 4, 1)}
+INTERPRETED = {
+    "attention": Tile(32, 32, 4, 1), "attention_backward": Tile(32, 32, 4, 1), "similarity": Tile(64, 32, 4, 1), "topk_attention": Tile(16, 16, 4, 1),
+}  # fmt: skip
 
 
 @functools.cache

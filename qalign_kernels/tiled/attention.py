@@ -41,8 +41,9 @@ class _Tile(NamedTuple):
 def attention(
     query: Tensor, segments: Sequence[Any], *, scale: float, contrast: float, query_labels: Tensor | None, guide: Any, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    if guide is None and contrast == 1.0 and not need_lse and len(segments) == 1 and _fused_serves(query, segments[0]):
-        return _fused(query, segments[0], scale * segments[0].logit_scale), None
+    fused = guide is None and contrast == 1.0 and len(segments) == 1 and _fused_serves(query, segments[0])
+    if fused and (not need_lse or _has_lse(query)):
+        return _fused(query, segments[0], scale * segments[0].logit_scale, need_lse)
     dtype = accumulate_dtype(query)
     output = query.new_empty((*query.shape[:3], segments[0].value.shape[3]))
     lse = query.new_empty(query.shape[:3], dtype=dtype)
@@ -61,6 +62,8 @@ def attention(
 def attention_backward(
     grad_output: Tensor,
     grad_lse: Tensor | None,
+    output: Tensor | None,
+    lse: Tensor | None,
     query: Tensor,
     segments: Sequence[Any],
     *,
@@ -68,11 +71,16 @@ def attention_backward(
     contrast: float,
     query_labels: Tensor | None,
     guide: Any,
-) -> list[Tensor]:
-    """The gradients of query, keys, values and guide, recomputing the masses block by block.
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of query, keys, values and guide that are needed, recomputing the masses block by block; on the CPU by torch's fused
+    attention where the output and its log-sum-exp came and it serves the call.
 
     With g_ij = dO_i·v_j (contrasted: times c inside the clip): dl_ij = m_j p_ij (g_ij - Σ_k m_k p_ik g_ik + dlse_i), dv_j = Σ_i m_j w_ij dO_i.
     """
+    if lse is not None and grad_lse is None and len(segments) == 1 and _has_lse(query) and _fused_serves(query, segments[0]):
+        grads = _fused_backward(grad_output, output, lse, query, segments[0], scale * segments[0].logit_scale)
+        return [grad if needed else None for grad, needed in zip(grads, needs)]
     dtype, head_dim = accumulate_dtype(query), query.shape[3]
     guides = () if guide is None else (guide.query, guide.key)
     grad_query, *grad_guides = (x.new_zeros(x.shape, dtype=dtype) for x in (query, *guides))
@@ -108,7 +116,7 @@ def attention_backward(
             _add_batch_row(values, grad_value, b, segment.batch_index, part.kept)
             if guide is not None:
                 _add_batch_row(grad_guides[1], grad_key[..., head_dim:], b, segment.batch_index, part.kept)
-    return [x.to(query.dtype) for x in (grad_query, *grad_keys, *grad_values, *grad_guides)]
+    return [x.to(query.dtype) if needed else None for x, needed in zip((grad_query, *grad_keys, *grad_values, *grad_guides), needs)]
 
 
 def _fused_serves(query: Tensor, segment: Any) -> bool:
@@ -120,42 +128,108 @@ def _fused_serves(query: Tensor, segment: Any) -> bool:
     return query.device.type == "cuda" and segment.counts is None and query.dtype != torch.float64
 
 
-def _fused(query: Tensor, segment: Any, scale: float) -> Tensor:
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, segment.key, segment.value))
+def _has_lse(query: Tensor) -> bool:
+    """Whether torch's fused attention also gives a log-sum-exp, and one to rely on: in half precision it is good to four digits."""
+    return on_host(query) and query.dtype in (torch.float32, torch.float64)
+
+
+def _fused(query: Tensor, segment: Any, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    query, key, value = (_dense(x) for x in (query, segment.key, segment.value))
     if segment.counts is None and segment.batch_index is None:
-        return scaled_dot_product_attention(query, key, value, scale=scale).contiguous()
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        output, lse = _sdpa(query, key, value, None, scale, need_lse)
+        return output.contiguous(), None if lse is None else lse.add(segment.logit_shift).contiguous()
+    output = query.new_zeros(query.shape)
+    lse = query.new_full(query.shape[:3], float("-inf"), dtype=accumulate_dtype(query)) if need_lse else None
     for b in range(query.shape[0]):
-        row_key, row_value = (batch_row(x, b, segment.batch_index) for x in (key, value))
-        mask = None
-        if segment.counts is not None:
-            row_key, row_value, mask = _compacted(row_key, row_value, segment.counts[b])
-        if row_key.shape[1] == 0:
-            output[b] = 0
+        row = _fused_row(key, value, segment, b)
+        if row.key.shape[1] == 0:
             continue
-        output[b] = scaled_dot_product_attention(query[b : b + 1], row_key.unsqueeze(0), row_value.unsqueeze(0), attn_mask=mask, scale=scale)[0]
-        if mask is not None and segment.counts.shape[1] > 1:
-            output[b].masked_fill_((segment.counts[b] == 0).all(-1)[:, None, None], 0)
-    return output
+        row_output, row_lse = _sdpa(query[b : b + 1], row.key.unsqueeze(0), row.value.unsqueeze(0), row.mask, scale, need_lse)
+        output[b] = row_output[0].masked_fill_(row.empty, 0)
+        if lse is not None and row_lse is not None:
+            lse[b] = (row_lse[0] + segment.logit_shift).masked_fill_(row.empty.squeeze(-1), float("-inf"))
+    return output, lse
 
 
-def _compacted(key: Tensor, value: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The matched keys and values [H, U, D] of a batch row and their log-counts [1, 1 or H, 1, U] as a mask; reads U on the host.
+def _fused_backward(grad_output: Tensor, output: Any, lse: Tensor, query: Tensor, segment: Any, scale: float) -> list[Tensor]:
+    """The gradients of query, key and value; a few heads at a time, as torch's come in a layout of their own."""
+    lse, grad_output = lse - segment.logit_shift, _dense(grad_output)
+    query, key, value = (_dense(x) for x in (query, segment.key, segment.value))
+    grad_query, grad_key, grad_value = (x.new_zeros(x.shape) for x in (query, key, value))
+    step = torch.get_num_threads()
+    for b in range(query.shape[0]):
+        whole = _fused_row(key, value, segment, b)
+        if whole.key.shape[1] == 0:
+            continue
+        for heads in (slice(first, first + step) for first in range(0, query.shape[1], step)):
+            row = whole.of(heads)
+            where = slice(b, b + 1), heads
+            parts = _sdpa_backward(grad_output[where], query[where], output[where], lse[where], row, scale)
+            grads = [x[0].masked_fill_(row.empty, 0) for x in parts]
+            grad_query[b, heads] = grads[0]
+            for total, grad in zip((grad_key, grad_value), grads[1:]):
+                target = batch_row(total, b, segment.batch_index)[heads]
+                if row.kept is None:
+                    target += grad
+                else:
+                    target.scatter_add_(1, row.kept.unsqueeze(-1).expand_as(grad), grad)
+    return [grad_query, grad_key, grad_value]
 
-    counts [1 or H, N_k]; U is the largest number of matched keys of a head, the other heads are filled up by zeros of weight zero.
-    """
-    used = int((counts != 0).sum(-1).max())
-    kept = (counts == 0).to(torch.uint8).argsort(dim=-1, stable=True)[:, :used]
-    counts = counts.gather(1, kept)
+
+def _dense(x: Tensor) -> Tensor:
+    """With channels next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _sdpa(query, key, value, mask, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    if not need_lse:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+
+
+def _sdpa_backward(grad_output, query, output, lse, row: "_FusedRow", scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    key, value = row.key.unsqueeze(0), row.value.unsqueeze(0)
+    return backward(grad_output, query, key, value, output, lse, 0.0, False, attn_mask=row.mask, scale=scale)
+
+
+class _FusedRow(NamedTuple):
+    """What one batch row reads of a segment with counts or a batch index; U is the largest number of counted keys of a head."""
+
+    key: Tensor  # [H, U, D]
+    value: Tensor  # [H, U, D]
+    mask: Tensor | None  # log-counts [1, 1 or H, 1, U]; None: each key once
+    kept: Tensor | None  # [1 or H, U], the tokens taken of the segment; None: all, in order
+    empty: Tensor  # [1 or H, 1, 1], whether a head has no key at all
+
+    def of(self, heads: slice) -> "_FusedRow":
+        """Of some heads."""
+        mask = self.mask if self.mask is None or self.mask.shape[1] == 1 else self.mask[:, heads]
+        kept = self.kept if self.kept is None or self.kept.shape[0] == 1 else self.kept[heads]
+        empty = self.empty if self.empty.shape[0] == 1 else self.empty[heads]
+        return _FusedRow(self.key[heads], self.value[heads], mask, kept, empty)
+
+
+def _fused_row(key: Tensor, value: Tensor, segment: Any, b: int) -> _FusedRow:
+    """Reads U on the host. Heads with fewer keys than U are filled up by zeros of weight zero."""
+    key, value = (batch_row(x, b, segment.batch_index) for x in (key, value))
+    if segment.counts is None:
+        return _FusedRow(key, value, None, None, torch.zeros((1, 1, 1), dtype=torch.bool, device=key.device))
+    counts = segment.counts[b]
+    used, empty = int((counts != 0).sum(-1).max()), (counts == 0).all(-1)[:, None, None]
+    kept = None
     if used < key.shape[1]:
+        kept = (counts == 0).to(torch.uint8).argsort(dim=-1, stable=True)[:, :used]
+        counts = counts.gather(1, kept)
         if kept.shape[0] == 1:
             key, value = (x.index_select(1, kept[0]) for x in (key, value))
         else:
-            absent = (counts == 0).unsqueeze(-1)
-            key, value = (torch.stack([x[h].index_select(0, kept[h]) for h in range(x.shape[0])]).masked_fill_(absent, 0) for x in (key, value))
-    if used == 0 or bool((counts == 1).all()):
-        return key, value, None
-    return key, value, counts.to(accumulate_dtype(key)).log_()[None, :, None]
+            key, value = (torch.stack([x[h].index_select(0, kept[h]) for h in range(x.shape[0])]) for x in (key, value))
+    if counts.shape[0] > 1 and bool((counts == 0).any()):
+        absent = (counts == 0).unsqueeze(-1)
+        key, value = (x.masked_fill(absent, 0) for x in (key, value))
+    plain = used == 0 or bool((counts == 1).all())
+    return _FusedRow(key, value, None if plain else counts.to(accumulate_dtype(key)).log_()[None, :, None], kept, empty)
 
 
 def _prepare(segment: Any, guide: Any, scale: float, b: int, dtype: torch.dtype) -> _Part:

@@ -147,6 +147,14 @@ def test_counts_of_each_head(backend, qkv):
         assert judge_formula(output[:, head : head + 1], alone, *one_head, reduction=40).passed
 
 
+def test_a_head_that_counts_all_keys_beside_one_that_does_not(backend, qkv):
+    query, key, value = qkv
+    counts = random_integers(1, 3, 2, 2, 37, seed=4, device=query.device)
+    counts[:, 1, ::3] = 0
+    output = attention(query, Segment(key, value, counts=counts), backend=backend)
+    assert judge_formula(output, lambda *x: attention(x[0], Segment(*x[1:], counts=counts), backend="reference"), *qkv, reduction=40).passed
+
+
 def test_counts_of_a_map_are_the_rearranged_keys(backend, qkv):
     query, key, value = qkv
     index = random_integers(-1, 37, 2, 2, 29, seed=6, device=query.device)

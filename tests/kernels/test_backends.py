@@ -180,17 +180,20 @@ def calls(dtype):
     rows, query_labels, key_labels, index, topk, counts = made.values()
     segments = ([key], [value], [], [counts], [key_labels], [rows], query_labels, [1.0], [0.0], 0.0, 0.2, 1.0)
     score = torch.float32 if dtype != torch.float64 else torch.float64
+    grad, lse = features(2, 4, 5, 64, dtype=dtype), torch.zeros(2, 4, 5, dtype=score)
     return {
         "similarity_argmax": (query, key, "cosine", True, query_labels, key_labels, rows, True, "tiled"),
         "similarity_topk": (query, key, 3, "dot", False, query_labels, key_labels, rows, "tiled"),
         "match_counts": (index, 7, "tiled"),
         "take_rows": (value[:2], index, "tiled"),
         "attention": (query, *segments, True, False, "tiled"),
-        "attention_backward": (features(2, 4, 5, 64, dtype=dtype), torch.zeros(2, 4, 5, dtype=score), query, *segments),
+        "attention_backward": (grad, lse, grad, lse, query, *segments, [True, False, True], "tiled"),
         "topk_attention": (query, key, value, topk, 0.2, 1.0, rows, "tiled"),
         "rearranged_attention": (query, query, key, key, value, "cosine", "joint", 0.2, 1.0, query_labels, key_labels, rows, "tiled"),
         "label_mass": (query, key[:2], key_labels, 6, 0.2, counts, "tiled"),
         "mean_attention_map": (query, key[:2], 0.2, "tiled"),
+        "distillation_loss": (features(2, 4, 5, 64, dtype=dtype), query, [key[:1]], [value[:1]], [key_labels], query_labels, 0.2, True, "tiled"),
+        "distillation_loss_backward": (torch.zeros((), dtype=score), torch.zeros(2, 4, 5, 64, dtype=torch.int8), dtype),
     }
 
 
@@ -228,12 +231,15 @@ def test_the_public_path_runs_on_fake_cuda_tensors(refinement):
     assert output.shape == query.shape and output.dtype == torch.bfloat16 and output.device.type == "cuda"
 
 
+NOT_REPORTED = {"attention_backward", "distillation_loss_backward", "take_rows", "rearranged_attention"}
+
+
 def test_the_environment_report_says_what_auto_takes_on_a_gpu(monkeypatch):
     monkeypatch.setattr(_backends, "interpreted", lambda: False)
     monkeypatch.setattr(_backends, "triton_problem", lambda: None)
     with FakeTensorMode():
         table = env.choices(torch.device("cuda"))
-    assert {op for op, _ in table} == set(calls(torch.float32)) - {"attention_backward", "take_rows", "rearranged_attention"} | {"rearrange_kv"}
+    assert {op for op, _ in table} == set(calls(torch.float32)) - NOT_REPORTED | {"rearrange_kv"}
     for (op, dtype), (chosen, reason) in table.items():
         served = dtype != "float64" or op == "match_counts"
         assert chosen == ("triton" if served else "tiled")

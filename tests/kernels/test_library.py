@@ -78,7 +78,10 @@ def test_opcheck_of_attention_backward(guided, with_lse, dtype):
     arguments = attention_arguments(guided, False, dtype)
     (grad_output,) = features(7, dtype=dtype)
     grad_lse = random_features(2, 2, 7, seed=5, dtype=torch.float64 if dtype == torch.float64 else torch.float32) if with_lse else None
-    checked(OPS.attention_backward, grad_output, grad_lse, *arguments)
+    needs = [True] * (1 + len(arguments[1]) + len(arguments[2]) + len(arguments[3]))
+    output, lse = OPS.attention(*arguments, True, False, "auto")
+    checked(OPS.attention_backward, grad_output, grad_lse, output, lse, *arguments, needs, "auto")
+    checked(OPS.attention_backward, grad_output, grad_lse, None, None, *arguments, [False, *needs[1:]], "tiled")
 
 
 CALLS = {
@@ -92,6 +95,7 @@ CALLS = {
     ),
     "guided_attention": lambda q, r, k, v: guided_attention(q, qk.Segment(k, v), Guide(q, r, 2.0)),
     "label_mass": lambda q, r, k, v: qk.label_mass(q, k, torch.arange(9, dtype=torch.int32)[None], 9),
+    "distillation_loss": lambda q, r, k, v: qk.distillation_loss(q, q, [k, k[:1]], [v, v[:1]]),
     "mean_attention_map": lambda q, r, k, v: qk.mean_attention_map(q, k),
     "topk_attention": lambda q, r, k, v: topk_attention(q, k, v, qk.similarity_topk(q, r, 3).index),
     **{

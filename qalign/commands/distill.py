@@ -1,0 +1,95 @@
+"""Give a picture the textures and colours of another by attention distillation: its latents move until self-attention draws from the style.
+
+"optimise" moves clean latents, one step at each timestep; "sample" draws a picture by a prompt and moves it at every step. Without --content the
+picture is new. --mask gives label maps (one channel or a palette whose values are labels): then like draws from like. Ctrl-C writes what there is.
+
+examples:
+  python -m qalign distill --style A.png --content B.png --size 128 --steps 100 --out O.png
+  python -m qalign distill --style scenes/0001.png --content scenes/0003.png --mask scenes/0001-labels.png scenes/0003-labels.png --out O.png
+  python -m qalign distill --style A.png B.png --mode sample --size 128 --prompt "a photo of a bird" --out O.png
+  python -m qalign distill --model ./stable-diffusion-v1-5 --size 512 --style A.jpg --content B.jpg --content-weight 0.25 --out O.png
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ._shared import add_model_arguments, count, load_pipeline, picture_path, read_pictures, say, size, write
+
+MODES = ("optimise", "sample")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pictures = parser.add_argument_group("pictures")
+    pictures.add_argument(
+        "--style", "--appearance", type=Path, required=True, nargs="+", metavar="A.png", help="whose textures and colours to take; one or several"
+    )
+    pictures.add_argument("--content", type=Path, metavar="B.png", help="what to give them to (default: a new picture)")
+    pictures.add_argument("--mask", type=Path, nargs=2, metavar=("A-labels.png", "B-labels.png"), help="label maps of style and output")
+    pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
+    pictures.add_argument("--size", type=size, metavar="S|WxH", help="scale and crop all pictures to this, multiples of 8 (default: their own)")
+    add_run_arguments(parser)
+    run = parser.add_argument_group("mode")
+    run.add_argument("--mode", choices=MODES, default="optimise", help="default: %(default)s")
+    run.add_argument("--prompt", default="", help="of sample")
+    run.add_argument("--guidance", type=float, default=7.5, metavar="S", help="of the prompt, in sample (default: %(default)s)")
+    run.add_argument("--content-weight", type=float, default=0.2, metavar="L", help="of the content's queries (default: %(default)s)")
+    run.add_argument("--no-adain", action="store_true", help="do not give sample's latents the style's statistics")
+    run.add_argument("--from-noise", action="store_true", help="let optimise start from noise, not from the content")
+    add_model_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `distill` and `texture` share."""
+    run = parser.add_argument_group("distillation")
+    run.add_argument("--steps", type=count, metavar="N", help="of the schedule (default: as published)")
+    run.add_argument("--iterations", type=count, metavar="M", help="of the optimiser at each step (default: as published)")
+    run.add_argument("--rate", type=float, metavar="R", help="of the optimiser (default: as published)")
+    run.add_argument("--layers", nargs="+", metavar="NAME", help="self-attention layers: up, names, patterns (default: the last six of the decoder)")
+    run.add_argument("--seed", type=int, default=0, help="of all noise (default: %(default)s)")
+
+
+def run_settings(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    settings = {"num_inference_steps": options.steps, "iterations": options.iterations, "learning_rate": options.rate}
+    return settings | {"layers": options.layers, "generator": torch.Generator().manual_seed(options.seed)}
+
+
+def report(result: Any, path: Path) -> int:
+    """Write the picture, say how the loss went, and whether it was all."""
+    write("picture", result.images[0], path)
+    if len(result.losses):
+        first, last = result.losses[0].tolist(), result.losses[-1].tolist()
+        say(f"loss: {first[0]:.4g} to {last[0]:.4g} in {len(result.losses)} iterations; distillation {first[1]:.4g} to {last[1]:.4g}")
+    if result.interrupted:
+        say("interrupted: the picture is the best there was")
+    return 130 if result.interrupted else 0
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.mask and len(options.style) > 1:
+        raise ValueError(f"--mask: expected one --style with it, got {len(options.style)}")
+    pictures = read_pictures([*options.style, *([options.content] if options.content else [])], options.size)
+    from ..methods.attention_distillation import AttentionDistillation
+    from ..pipelines import AttentionDistillationPipeline
+    from ..regions import Regions
+
+    for path in options.mask or ():
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a label map, found no such file")
+    regions = Regions.open(*options.mask) if options.mask else None
+    pipe = AttentionDistillationPipeline.from_pipe(load_pipeline(options))
+    result = pipe(
+        pictures[: len(options.style)],
+        pictures[-1] if options.content else None,
+        options.prompt,
+        mode=options.mode,
+        method=AttentionDistillation(content_weight=options.content_weight),
+        guidance_scale=options.guidance,
+        adain=not options.no_adain,
+        initial="noise" if options.from_noise else "content",
+        regions=regions,
+        **run_settings(options),
+    )
+    return report(result, options.out)

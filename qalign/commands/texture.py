@@ -1,0 +1,38 @@
+"""Grow a texture to any size by attention distillation, in overlapping windows of the size that the model knows.
+
+Time grows with the number of windows, memory hardly. Ctrl-C writes what there is.
+
+examples:
+  python -m qalign texture --style A.png --size 768x256 --steps 20 --out O.png
+  python -m qalign texture --model ./stable-diffusion-v1-5 --dtype float16 --style A.jpg --size 2048x1024 --stride 16 --out O.png
+"""
+
+import argparse
+from pathlib import Path
+
+from ._shared import add_model_arguments, count, load_pipeline, picture_path, read_pictures, size
+from .distill import add_run_arguments, report, run_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pictures = parser.add_argument_group("pictures")
+    pictures.add_argument("--style", "--appearance", type=Path, required=True, nargs="+", metavar="A.png", help="the texture; one or several")
+    pictures.add_argument("--style-size", type=size, metavar="S|WxH", help="scale and crop it to this, multiples of 8 (default: its own)")
+    pictures.add_argument("--size", type=size, required=True, metavar="S|WxH", help="of the output, in pixels, multiples of 8")
+    pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
+    add_run_arguments(parser)
+    windows = parser.add_argument_group("windows")
+    windows.add_argument("--window", type=count, metavar="N", help="side in latents (default: the model's own size)")
+    windows.add_argument("--stride", type=count, metavar="N", help="in latents (default: half a window)")
+    windows.add_argument("--batch", type=count, default=8, metavar="N", help="windows in one call of the network (default: %(default)s)")
+    add_model_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    pictures = read_pictures(options.style, options.style_size)
+    from ..pipelines import AttentionDistillationPipeline
+
+    pipe = AttentionDistillationPipeline.from_pipe(load_pipeline(options))
+    width, height = options.size
+    places = {"window": options.window, "stride": options.stride, "batch_size": options.batch}
+    return report(pipe.expand(pictures, height, width, **places, **run_settings(options)), options.out)

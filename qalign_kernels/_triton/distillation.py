@@ -1,0 +1,19 @@
+"""distillation_loss on Triton: the attention kernel compares where it would write."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import launch_attention, segment_arguments
+
+
+def distillation_loss(
+    output: Tensor, query: Tensor, segments: Sequence[Any], *, scale: float, query_labels: Tensor | None, need_signs: bool
+) -> tuple[Tensor, Tensor | None]:
+    distance = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
+    signs = torch.empty(output.shape, device=query.device, dtype=torch.int8) if need_signs else None
+    arguments = [segment_arguments(s.key, s.value, scale, labels=s.labels) for s in segments]
+    launch_attention(query, arguments, output=output, lse=None, query_labels=query_labels, distance=distance, signs=signs)
+    return distance.mean(), signs

@@ -1,0 +1,164 @@
+"""Attention distillation: how far an attention output is from what the same queries would draw from reference images."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _backends, _contracts, _library
+from .attention import Segment
+
+
+def distillation_loss(
+    output: Tensor,
+    query: Tensor,
+    ref_key: Tensor | Sequence[Tensor],
+    ref_value: Tensor | Sequence[Tensor],
+    *,
+    scale: float | None = None,
+    query_labels: Tensor | None = None,
+    ref_labels: Tensor | Sequence[Tensor | None] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean absolute difference between an attention output and the ideal one, which attends the reference images.
+
+    loss = mean |output - sg(ideal)|,  ideal = attention(query, [Segment(ref_key, ref_value, labels=ref_labels), ...])
+
+    sg stops the gradient, dloss/doutput = sign(output - ideal) / numel(output): none reaches query, keys or values here, they get theirs
+    through `output`.
+
+    Args:
+        output: [B, H, N_q, D_v], query: [B, H, N_q, D], float16, bfloat16 or float32 (float64: reference and tiled), any strides.
+        ref_key: [B or 1, H, N_k, D], ref_value: [B or 1, H, N_k, D_v], same dtype and device; one row serves the whole batch without
+            copies. A sequence of each for several images, attended as their concatenation.
+        scale: of the dot product; None is 1/sqrt(D).
+        query_labels, ref_labels: int32 bit sets [B or 1, N_q] and [B or 1, N_k]: a query sees a key iff their sets meet. With
+            several images `ref_labels` is a sequence too, None in it for an image that all queries see.
+        backend: "auto", "triton", "tiled" or "reference"; None takes the default of `use_backend`.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 input). The ideal output is rounded to the dtype of `query`; a query that sees no
+        key has ideal 0. NaN gives NaN.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here, or a second derivative.
+
+    Memory: one int8 sign for each element of `output` where it needs a gradient; the ideal output is held tile by tile only, and no
+    N_q×N_k map. Deterministic. Differentiable in `output`, once.
+    Source: Attention Distillation, arXiv 2502.20235. Deviation: a query whose label no key has gives 0 there, not NaN.
+    """
+    keys, values, labels = _check(output, query, ref_key, ref_value, query_labels, ref_labels)
+    if scale is not None:
+        _contracts.check_number("scale", scale)
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    backend = _backends.requested(backend)
+    if backend == "reference":
+        segments = _segments(keys, values, labels, query.shape[0])
+        module = _backends.implementation("reference", "distillation")
+        return module.distillation_loss(output, query, segments, scale=scale, query_labels=query_labels)
+    absent = query.new_empty(0, dtype=torch.int32)
+    return _distillation_loss_op(
+        output,
+        query.detach(),
+        [key.detach() for key in keys],
+        [value.detach() for value in values],
+        [absent if sets is None else sets for sets in labels],
+        query_labels,
+        scale,
+        _library.wants_gradient(output),
+        backend,
+    )[0]
+
+
+def _check(output, query, ref_key, ref_value, query_labels, ref_labels) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]:
+    """Keys, values and labels, one of each for every image."""
+    _contracts.check_features("query", query)
+    _contracts.check_features("output", output)
+    _contracts.check_like("output", output, "query", query)
+    batch, heads, tokens, head_dim = query.shape
+    _contracts.check_sizes("output", output, batch=batch, heads=heads, tokens=tokens)
+    several = not isinstance(ref_key, Tensor)
+    if several and not (isinstance(ref_key, (list, tuple)) and ref_key):
+        _contracts.fail("ref_key", "a tensor [B or 1, H, N_k, D] or a sequence of them", ref_key, error=TypeError)
+    keys, values = (ref_key, ref_value) if several else ([ref_key], [ref_value])
+    labels = [None] * len(keys) if ref_labels is None else ref_labels if several else [ref_labels]
+    for argument, parts in (("ref_value", values), ("ref_labels", labels)):
+        if not isinstance(parts, (list, tuple)) or len(parts) != len(keys):
+            _contracts.fail(argument, f"a sequence of {len(keys)} as ref_key is", parts)
+    if query_labels is not None:
+        _contracts.check_token_labels("query_labels", query_labels, batch, tokens, "N_q", query.device)
+    for position, (key, value, sets) in enumerate(zip(keys, values, labels)):
+        key_name, value_name, labels_name = (f"{name}[{position}]" if several else name for name in ("ref_key", "ref_value", "ref_labels"))
+        for name, tensor in ((key_name, key), (value_name, value)):
+            _contracts.check_features(name, tensor)
+            _contracts.check_like(name, tensor, "query", query)
+        if key.shape[0] not in (1, batch):
+            _contracts.fail(key_name, f"batch={batch} as query has, or 1", key)
+        _contracts.check_sizes(key_name, key, heads=heads, head_dim=head_dim)
+        _contracts.check_sizes(value_name, value, batch=key.shape[0], heads=heads, tokens=key.shape[2], head_dim=output.shape[3])
+        if sets is None:
+            continue
+        if query_labels is None:
+            raise ValueError(f"query_labels: expected int32 bit sets [B={batch} or 1, N_q={tokens}] because {labels_name} came, got None")
+        _contracts.check_token_labels(labels_name, sets, batch, key.shape[2], "N_k", query.device)
+    return keys, values, labels
+
+
+def _segments(keys: Sequence[Tensor], values: Sequence[Tensor], labels: Sequence[Tensor | None], batch: int) -> tuple[Segment, ...]:
+    """Rows that serve the whole batch lie at stride 0."""
+    rows = (batch, -1, -1, -1)
+    return tuple(Segment(key.expand(rows), value.expand(rows), labels=sets) for key, value, sets in zip(keys, values, labels))
+
+
+def _implementation(output, query, keys, values, labels, query_labels, scale, differentiable, backend):
+    segments = _segments(keys, values, [None if sets.numel() == 0 else sets for sets in labels], query.shape[0])
+    chosen = _backends.select("distillation_loss", backend, query, (query.shape[3], output.shape[3]))
+    loss, signs = _backends.implementation(chosen, "distillation").distillation_loss(
+        output, query, segments, scale=scale, query_labels=query_labels, need_signs=differentiable
+    )
+    return loss, _absent_signs(output) if signs is None else signs
+
+
+def _absent_signs(output: Tensor) -> Tensor:
+    return output.new_empty(0, dtype=torch.int8)
+
+
+def _fake(output, query, keys, values, labels, query_labels, scale, differentiable, backend):
+    signs = output.new_empty(output.shape, dtype=torch.int8) if differentiable else _absent_signs(output)
+    return output.new_empty((), dtype=_library.accumulate_dtype(output)), signs
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.dtype, ctx.images = inputs[0].dtype, len(inputs[2])
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad_loss, grad_signs):
+    (signs,) = ctx.saved_tensors
+    images = [None] * ctx.images
+    return _distillation_loss_backward_op(grad_loss, signs, ctx.dtype), None, images, images, images, None, None, None, None
+
+
+_distillation_loss_op = _library.register(
+    "distillation_loss",
+    "(Tensor output, Tensor query, Tensor[] keys, Tensor[] values, Tensor[] labels, Tensor? query_labels, float scale, bool differentiable, "
+    "str backend) -> (Tensor, Tensor)",
+    _implementation,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def _refuse(ctx, grad):
+    raise RuntimeError("distillation_loss: expected one derivative, got a second: the signs of its gradient are constant")
+
+
+_distillation_loss_backward_op = _library.register(
+    "distillation_loss_backward",
+    "(Tensor grad_loss, Tensor signs, ScalarType dtype) -> Tensor",
+    lambda grad_loss, signs, dtype: torch.mul(signs, grad_loss / signs.numel()).to(dtype),
+    lambda grad_loss, signs, dtype: signs.new_empty(signs.shape, dtype=dtype),
+    setup_context=lambda ctx, inputs, output: None,
+    backward=_refuse,
+)
