@@ -26,8 +26,8 @@ class QAlign(CrossImage):
     The paper's method section is not available to this project: it builds on Cross-Image attention, so contrast, structure steps and
     layers are kept from there (each can be switched off), and similarity, heads and refinement are inferred (each can be chosen).
     At a structure step the alignment, too, is with the structure. As far as the paper is known, it aligns Q_out ("output"), which starts as
-    Q_str, and refines by attention over rearranged keys and values ("rearranged"). The defaults are those that leak least, keep the layout best
-    and carry colours best on the embedded model (CHANGELOG, benchmarks/results).
+    Q_str, and refines by attention over rearranged keys and values ("rearranged"). The defaults make the best pictures of the embedded model, by
+    part colours and by layout; attention that leaks least is that of "topk" and "none" (CHANGELOG, benchmarks/results).
 
     Args:
         aligned: whose queries are aligned with the appearance's: "output"; "structure"; or "both", by the sum of the two similarities. Without a

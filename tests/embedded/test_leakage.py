@@ -31,6 +31,7 @@ from qalign_kernels.testing import random_features  # noqa: E402
 from tests.processors.models import make_pipe  # noqa: E402
 
 TRIPLE = BatchLayout("output", "appearance", "structure")
+PAIR = BatchLayout("output", "appearance")
 QUICK = Settings(steps=4, adain=None, every=1)
 REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
 REFINED = [QAlign(refinement=name) for name in REFINEMENTS]
@@ -71,7 +72,7 @@ def features_of(labels: torch.Tensor, heads: int, norm: float) -> torch.Tensor:
 def test_perfect_features_agree_and_do_not_leak(method):
     labels = random_labels(2, 64, seed=0)
     q = features_of(labels, heads=2, norm=12.0)
-    tallies = leakage.measure(method, q, q, labels, rows(0), rows(1), Site(TRIPLE))
+    tallies = leakage.measure(method, q, q, labels, rows(0), rows(1), Site(PAIR))
     found = leakage.figures(tallies)
     assert found["part_agreement"].item() == 1
     assert found["own_part_mass"].item() == pytest.approx(1, abs=1e-6)
@@ -83,7 +84,7 @@ def test_perfect_features_agree_and_do_not_leak(method):
 def test_features_that_take_every_part_for_the_next_always_leak(method):
     labels = random_labels(2, 96, seed=1)
     q = features_of(torch.stack([(labels[0] + 1) % len(PARTS), labels[1]]), heads=2, norm=12.0)
-    tallies = leakage.measure(method, q, q, labels, rows(0), rows(1), Site(TRIPLE))
+    tallies = leakage.measure(method, q, q, labels, rows(0), rows(1), Site(PAIR))
     found = leakage.figures(tallies)
     assert found["part_agreement"].item() == 0
     assert found["cross_region_mass"].item() == pytest.approx(1, abs=1e-6)
@@ -97,7 +98,7 @@ def test_mass_is_label_mass_and_counts_keys_as_often_as_they_are_matched():
     counts = match_counts(similarity_argmax(q[:1], q[1:]).index, 50)
     for method, weight in ((CrossImage(), None), (QAlign(refinement="rearranged"), counts)):
         expected = label_mass(q[:1], k[1:], labels[1:].int(), len(PARTS), counts=weight)
-        torch.testing.assert_close(leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(TRIPLE)), expected)
+        torch.testing.assert_close(leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR)), expected)
 
 
 @pytest.mark.parametrize("method", [CrossImage(), *REFINED, QAlign(refinement="topk", topk=1)], ids=repr)
@@ -105,7 +106,7 @@ def test_mass_of_every_reading_sums_to_one_whatever_the_contrast(method):
     q, k = random_features(2, 3, 50, 16, seed=5), random_features(2, 3, 50, 16, seed=6)
     labels = random_labels(2, 50, seed=7)
     assert method.contrast != 1
-    mass = leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(TRIPLE))
+    mass = leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR))
     torch.testing.assert_close(mass.sum(-1), torch.ones(1, 3, 50))
 
 
@@ -113,7 +114,7 @@ def test_the_mass_of_one_candidate_is_where_the_match_is():
     q, k = random_features(2, 3, 50, 16, seed=8), random_features(2, 3, 50, 16, seed=9)
     labels = random_labels(2, 50, seed=10)
     for method in (QAlign(refinement="none"), QAlign(refinement="topk", topk=1)):
-        tokens, counterparts, right, own, background = leakage.measure(method, q, k, labels, rows(0), rows(1), Site(TRIPLE))[0].T
+        tokens, counterparts, right, own, background = leakage.measure(method, q, k, labels, rows(0), rows(1), Site(PAIR))[0].T
         torch.testing.assert_close(own, right)
         assert 0 < right.sum() < counterparts.sum() <= tokens.sum() == 50
         assert background.sum() < 50
@@ -123,7 +124,7 @@ def test_all_candidates_are_cross_image():
     q, k = random_features(2, 3, 50, 16, seed=11), random_features(2, 3, 50, 16, seed=12)
     labels = random_labels(2, 50, seed=13)
     methods = (CrossImage(), QAlign(refinement="topk", topk=50))
-    masses = [leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(TRIPLE)) for method in methods]
+    masses = [leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR)) for method in methods]
     torch.testing.assert_close(*masses)
 
 
@@ -132,7 +133,7 @@ def test_match_follows_the_signal_of_the_method():
     whole = [x.transpose(1, 2).flatten(2) for x in (q, k)]
     dot = (whole[0][0] @ whole[1][1].T).argmax(-1)
     cosine = torch.cosine_similarity(whole[0][0].unsqueeze(1), whole[0][1].unsqueeze(0), dim=-1).argmax(-1)
-    site = Site(BatchLayout("output", "appearance"))
+    site = Site(PAIR)
     assert leakage.match(CrossImage(), q, k, rows(0), rows(1), site).flatten().tolist() == dot.tolist()
     assert leakage.match(QAlign(), q, k, rows(0), rows(1), site).flatten().tolist() == cosine.tolist()
     assert leakage.match(QAlign(heads="per_head"), q, k, rows(0), rows(1), site).shape == (1, 3, 50)
@@ -351,7 +352,7 @@ def test_the_command_prints_the_table_and_writes_the_figures(stub, tmp_path, cap
 
 def test_the_command_compares_variants(stub, monkeypatch, tmp_path, capsys):
     everything = ablation.refinements()
-    assert len(everything) == 13 and {method.refinement for method in everything.values() if isinstance(method, QAlign)} == set(REFINEMENTS)
+    assert len(everything) == 18 and {method.refinement for method in everything.values() if isinstance(method, QAlign)} == set(REFINEMENTS)
     few = {name: everything[name] for name in ("cross_image", "none", "topk 1")}
     monkeypatch.setattr(ablation, "refinements", lambda: few)
     file = tmp_path / "ablation.json"
