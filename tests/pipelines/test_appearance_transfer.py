@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from qalign import CrossImage
+from qalign import CrossImage, QAlign
 from qalign.masks import MapCollector, noun_tokens, object_masks
 from qalign.pipelines import appearance_transfer
 from tests.pipelines.transfers import PIXELS, PROMPT, make, pictures, seeded, trajectory, transfer, watch
