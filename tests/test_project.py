@@ -21,7 +21,7 @@ import qalign_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-STEMS = ("similarity", "rearrange", "attention", "probe", "qalign_attention")
+STEMS = ("similarity", "rearrange", "attention", "probe", "qalign_attention", "distillation")
 OPS = [name for name in qalign_kernels.__all__ if inspect.isfunction(getattr(qalign_kernels, name)) and name != "use_backend"]
 
 
