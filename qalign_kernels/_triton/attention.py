@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import Tile, choose_tile, split_head_dim
+from ._configs import FAMILIES, Tile, choose_tile, nearest_architecture, split_head_dim
 from ._launch import launch, target_of
 from ._tile import advance, load_rows, split_scores
 from .rearrange import Multiplicity, compact
@@ -84,7 +84,7 @@ def attention(query, segments, *, scale, contrast, query_labels, guide, need_lse
 def attention_backward(
     grad_output, grad_lse, output, lse, query, segments, *, scale, contrast, query_labels, guide, needs
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of query, keys and values that are needed: one launch for the query, one for each segment, and one before them.
+    """The gradients of query, keys and values that are needed: one launch before, one for the query, one or two for each segment.
 
     With mass_ij = m_j p_ij from the saved log-sum-exp and delta_i = dO_i·O_i - dlse_i: dl_ij = mass_ij (dO_i·v_j - delta_i),
     dq_i = Σ_j scale_s dl_ij k_j, dk_j = Σ_i scale_s dl_ij q_i, dv_j = Σ_i mass_ij dO_i. A program owns its keys and sums over all queries
@@ -104,8 +104,12 @@ def attention_backward(
         for position, x in ((1 + i, segment.key), (1 + count + i, segment.value)):
             if needs[position]:
                 grads[position] = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-        if needs[1 + i] or needs[1 + count + i]:
-            _launch_key_gradient(query, grad_output, known, delta, query_labels, segment, a, grads[1 + i], grads[1 + count + i])
+        wanted = [(grads[1 + i], grads[1 + count + i])]
+        if _takes_two_launches(query, grad_output):
+            wanted = [(grads[1 + i], None), (None, grads[1 + count + i])]
+        for grad_key, grad_value in wanted:
+            if grad_key is not None or grad_value is not None:
+                _launch_key_gradient(query, grad_output, known, delta, query_labels, segment, a, grad_key, grad_value)
     return grads
 
 
@@ -241,6 +245,13 @@ def _launch_key_gradient(query, grad_output, known, delta, query_labels, segment
         **dict(zip(("counts_stride_b", "counts_stride_h", "counts_stride_n"), counts_strides)), B=batch, H=heads, N_Q=tokens, NEGATIVE=scale < 0,
         RAGGED=tokens % tile.block_n != 0, **dims, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
     )  # fmt: skip
+
+
+def _takes_two_launches(query: Tensor, grad_output: Tensor) -> bool:
+    """Whether the gradients of keys and of values are summed one after the other: together they would spill registers there."""
+    wide = max(query.shape[3], grad_output.shape[3]) > 128
+    target = target_of(query.device)
+    return wide and target != "interpreter" and FAMILIES[nearest_architecture(target)] == "ampere"
 
 
 def _gradient_tile(mode: str, query: Tensor, grad_output: Tensor) -> tuple[Tile, dict[str, int]]:
