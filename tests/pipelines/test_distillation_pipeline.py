@@ -256,7 +256,7 @@ def test_the_loss_of_a_scene_falls():
         timestep = torch.tensor(301)
         with torch.no_grad():
             style = read(clean[:1], timestep, null)
-        losses = [descend(latents, adam, lambda moved: method.loss(read(moved, timestep, null), style)).total.item() for _ in range(12)]
+        losses = [descend(latents, adam, lambda moved: method.loss(read(moved, timestep, null), style)).total.item() for _ in range(20)]
     assert losses[-1] < losses[0] / 2
 
 
