@@ -115,6 +115,10 @@ def qalign_attention_by_sdpa(x: Inputs) -> Tensor:
     return scaled_dot_product_attention(x.query, _gather(x.key, index), _gather(x.value, index))
 
 
+def qalign_attention_warped_output(x: Inputs) -> Tensor:
+    return _gather(_attend(x.ref_query, x.key, x.value), similarity_argmax(x)[0])
+
+
 def qalign_attention_guided(x: Inputs) -> Tensor:
     query, reference = normalize(x.query, dim=-1), normalize(x.ref_query, dim=-1)
     scale = x.query.shape[-1] ** -0.5

@@ -92,6 +92,16 @@ def _check_qalign(x: Inputs, output: Tensor, backend: str) -> bool:
     return check_match(x, match, "cosine", True) and _check_counted(x, output, match.index)
 
 
+def _check_warped_output(x: Inputs, output: Tensor, backend: str) -> bool:
+    match, rows = _joint_map(x, backend), sampled_rows(x)
+    index = match.index[:, :, rows].long().unsqueeze(-1)
+    asking = x.ref_query.gather(2, index.expand(-1, x.ref_query.shape[1], -1, x.ref_query.shape[3]))
+    reference, scale = _reference("attention").attention, x.query.shape[3] ** -0.5
+    parts = (asking, x.key, x.value)
+    same, truth = (reference(query, [Segment(key, value)], scale=scale)[0] for query, key, value in (parts, _double(*parts)))
+    return check_match(x, match, "cosine", True) and testing.judge(output[:, :, rows], same, truth, x.query.shape[3] + x.key.shape[2]).passed
+
+
 def _check_guided(x: Inputs, output: Tensor, backend: str) -> bool:
     return check_attention(x, output, [Segment(x.key, x.value)], guide=Guide(unit(x.query), unit(x.ref_query), STRENGTH))
 
@@ -276,6 +286,14 @@ OPS = [
         eager.qalign_attention_guided,
         _check_guided,
         lambda shape: 3 * _pass(shape),
+    ),
+    Op(
+        "qalign_attention_warped_output",
+        lambda x, backend: _qalign(x, backend, refinement="warped_output"),
+        eager.qalign_attention_warped_output,
+        _check_warped_output,
+        lambda shape: 3 * _pass(shape),
+        match_map=lambda x, output, backend: _joint_map(x, backend).index,
     ),
     Op(
         "qalign_attention_topk",

@@ -91,7 +91,7 @@ class CtrlX(Editing):
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         structure = site.structure_rows(q)
         segment = Segment(take(k, structure), take(v, output), labels=site.own_labels(output))
-        return attention(take(q, structure), segment, scale=site.scale)
+        return attention(take(q, structure), segment, scale=site.scale, query_labels=site.open_labels(q))
 
 
 def _inject(module: nn.Module, x: Tensor, y: Tensor, site: Site) -> Tensor:

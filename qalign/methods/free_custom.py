@@ -29,7 +29,8 @@ class FreeCustom(Editing):
         mask_weights: w, one number for all references or one for each, as if a subject's keys were there e^w times.
         style_fidelity: f. As published 1: the unconditional half does not see the references, so guidance pushes towards them.
 
-    Source: FreeCustom, arXiv 2405.13870. Its code takes a weight of 0 for a mask of 0; here the subject is then seen without a shift.
+    Source: FreeCustom, arXiv 2405.13870, weights as in its configurations. Its code takes a weight of 0 for a mask of 0; here the subject is then
+    seen without a shift.
     Not here: subject masks from a segmentation model, the noising of the references, which a pipeline of the user's does.
     """
 

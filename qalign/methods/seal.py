@@ -67,7 +67,8 @@ class SeAl(Editing):
         if self.blend == "keys_values":
             found = rearrange_kv(take(k, reference), take(v, reference), match.index[..., 0])
             key, value = ((take(own, output) + weight * other) / (1 + weight) for own, other in zip((k, v), found))
-            return attention(query, Segment(key, value, labels=site.own_labels(output)), scale=site.scale)
+            segment = Segment(key, value, labels=site.own_labels(output))
+            return attention(query, segment, scale=site.scale, query_labels=site.open_labels(q))
         base = site.stock(q, k, v, output)
         infused = topk_attention(query, k, v, match.index, scale=site.scale, batch_index=reference)
         if self.blend == "extrapolate":

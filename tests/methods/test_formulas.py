@@ -61,7 +61,6 @@ CASES = {
     "ctrl_x": (CtrlX(structure_layers=ANYWHERE, appearance_layers=ANYWHERE), literal.ctrl_x, {}),
     "ctrl_x structure": (CtrlX(structure_layers=ANYWHERE, appearance_layers=()), literal.ctrl_x, {"appearance": False}),
     "ctrl_x appearance": (CtrlX(structure_layers=(), appearance_layers=ANYWHERE, structure_convolutions=()), literal.ctrl_x, {"structure": False}),
-    "free_custom": (FreeCustom(style_fidelity=0.0), literal.free_custom, {}),
     "free_custom two": (FreeCustom(style_fidelity=0.0, mask_weights=(1.0, 2.0)), literal.free_custom, {"weights": (1.0, 2.0)}),
     "free_custom masks": (FreeCustom(style_fidelity=0.0), literal.free_custom, {"weights": (3.0, 3.0), "masks": [mask.flatten() for mask in MASKS]}),
     "dream_matcher": (DreamMatcher(size=GRID), literal.dream_matcher, {"grid": GRID}),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qalign import BatchLayout, FeatureBank, UNetAttnProcessor, attach
-from qalign.methods import METHODS, ConsiStory, DreamMatcher, FreeCustom, ReferenceOnly
+from qalign.methods import METHODS, ConsiStory, CtrlX, DreamMatcher, FreeCustom, ReferenceOnly, SeAl
 from qalign.methods._editing import uniform
 from qalign.regions import Regions
 from qalign.schedule import Clock
@@ -89,17 +89,27 @@ def test_trap_a_weight_belongs_to_its_reference(hidden):
     assert not torch.allclose(run(one, swapped, layout)[0], first, atol=1e-3)
 
 
-def test_free_custom_with_a_key_mask(hidden):
-    """Keys that an attention mask hides are seen in no row."""
-    layout, mask = BatchLayout("output", "appearance", "appearance", guidance=False), torch.zeros(3, 1, TOKENS)
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [
+        (FreeCustom(), TWO),
+        (DreamMatcher(size=GRID, consistency=100.0), TRIPLET),
+        (ConsiStory(), TRIPLET),
+        (CtrlX(appearance_layers=()), TRIPLET),
+        (SeAl(blend="keys_values"), TRIPLET),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_keys_that_an_attention_mask_hides_are_seen_in_no_row(method, layout, hidden):
+    mask = torch.zeros(3, 1, TOKENS)
     mask[:, :, TOKENS // 2 :] = -10000.0
     changed = hidden[:3].clone()
-    changed[1:, TOKENS // 2 :] *= -1.5
+    changed[:, TOKENS // 2 :] *= -1.5
     attn = make_attention(2, 40)[0]
-    attn.set_processor(UNetAttnProcessor(FreeCustom(), layout))
+    attn.set_processor(UNetAttnProcessor(method, layout, layer="up_blocks.0"))
     with torch.no_grad():
-        one, other = (attn(x, attention_mask=mask)[0] for x in (hidden[:3], changed))
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        one, other = (attn(x, attention_mask=mask)[0, : TOKENS // 2] for x in (hidden[:3], changed))
+    torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
 
 
 @torch.no_grad()
