@@ -65,6 +65,10 @@ class FreeCustom(Editing):
         shared = self._shared(q, k, v, output[half:], [rows[half:] for rows in references], site)
         return site.merge(q, k, v, torch.cat([own, shared]))
 
+    def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+        """What the conditional half attends with a single reference."""
+        return self._shared(q, k, v, output, [reference], site)
+
     def _shared(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, references: Sequence[Tensor], site: Site) -> Tensor:
         count = len(references)
         weights = [self.mask_weights] * count if isinstance(self.mask_weights, (int, float)) else list(self.mask_weights)

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from qalign import BatchLayout, FeatureBank, UNetAttnProcessor, attach
+from qalign.leakage import attention_mass
 from qalign.methods import METHODS, ConsiStory, CtrlX, DreamMatcher, FreeCustom, ReferenceOnly, SeAl
 from qalign.methods._editing import uniform
 from qalign.regions import Regions
 from qalign.schedule import Clock
+from qalign.site import Site
 from tests.methods import literal
 from tests.methods.test_formulas import GRID, MASKS, TWO, make_attention, relative_error
 from tests.processors.models import make_unet, unet_inputs
@@ -110,6 +112,18 @@ def test_keys_that_an_attention_mask_hides_are_seen_in_no_row(method, layout, hi
     with torch.no_grad():
         one, other = (attn(x, attention_mask=mask)[0, : TOKENS // 2] for x in (hidden[:3], changed))
     torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [FreeCustom(), DreamMatcher(size=GRID)], ids=lambda method: type(method).__name__)
+def test_attention_mass_can_be_read(method, hidden):
+    """`compare` gives label indicators as values, as many as there are labels: rows of the result are shares that sum to one."""
+    q, k, _ = (x[None].repeat(3, 1, 1, 1) for x in literal.project(make_attention(2, 40)[0], hidden[0]))
+    labels = (torch.arange(TOKENS) % 4).expand(3, -1)
+    site, rows = Site(BatchLayout("output", "appearance", "structure", guidance=False)), torch.tensor([[0], [1]], dtype=torch.int32)
+    mass = attention_mass(method, q, k, labels, *rows, site)
+    assert mass.shape[:3] == (1, 2, TOKENS) and mass.shape[3] >= 4
+    torch.testing.assert_close(mass.sum(-1), torch.ones(1, 2, TOKENS), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
