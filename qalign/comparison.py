@@ -90,10 +90,12 @@ def colour_ratio(picture: Tensor, appearance: Tensor, structure: Tensor, labels:
 
 
 def attention_figures(pipe: Any, method: Any, labels: tuple[Tensor, Tensor], prompt: str, options: Mapping[str, Any]) -> tuple[float, float]:
-    """(own_part_mass, object_background_leakage) of a transfer, mean over the measured layers and steps."""
+    """(own_part_mass, object_background_leakage) of a transfer, mean over the measured layers and steps; NaN where none was edited."""
     of_appearance, of_structure = labels
     rows = {"output": of_structure, "plain": of_structure, "structure": of_structure, "appearance": of_appearance}
     measured = leakage.Measured(method, rows, every=3)
     pipe(None, None, prompt, method=measured, **options)
+    if not measured.tallies:  # so few steps that no measured one is edited
+        return math.nan, math.nan
     found = leakage.figures(torch.stack(list(measured.tallies.values())))
     return found["own_part_mass"].nanmean().item(), found["object_background_leakage"].nanmean().item()
