@@ -135,6 +135,7 @@ def _match_figures(probes: Sequence[Probe], name: str) -> dict[str, Any]:
         "best_layer": layers[int(by_layer.argmax())],
         "best_layer_agreement": by_layer.max().item(),
         "by_layer": dict(zip(layers, by_layer.tolist())),
+        "by_layer_and_noise": by_layer_and_step(probes[0].tallies[name], table)["part_agreement"],
     }
 
 
