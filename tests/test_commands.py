@@ -92,7 +92,10 @@ def test_help_has_examples_that_parse(command, capsys):
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --cache {}/a.png", "expected a folder, got the file"),
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}", "a path without one"),
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model no/such", "hf download no/such --local-dir such"),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --noun zebra --prompt horse", "noun: expected a word"),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --adain masked --noun zebra --prompt horse",
+            "noun: expected a word",
+        ),
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --layers top", "layers: expected names or patterns"),
         (
             "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --regions {}/l.png",

@@ -147,7 +147,7 @@ def test_command_line_hands_its_options_on(only, parts, monkeypatch, tmp_path):
 
 def test_the_second_part_transfers_matches_and_measures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(AppearanceTransferPipeline, "embedded", classmethod(lambda cls, dtype: cls.from_pipe(models.make_pipe("small"))))
-    for name, value in {"STEPS": 4, "MEASURED_STEPS": 8, "ADAIN": None, "ROWS": 1}.items():
+    for name, value in {"STEPS": 4, "MEASURED_STEPS": 8, "ROWS": 1}.items():
         monkeypatch.setattr(command, name, value)
     assert command_line.main(["demo", "--only", "transfer", "--pairs", "1", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
@@ -163,7 +163,6 @@ def test_a_row_of_the_grid_is_what_the_pipeline_paints():
     pipe = AppearanceTransferPipeline.from_pipe(models.make_pipe("small"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "STEPS", 4)
-        patch.setattr(command, "ADAIN", None)
         row = command.transfer(pipe, seed=2)
     assert list(row) == ["structure", "appearance", "Cross-Image", "Q-Align"]
     pair = held_out_pairs(1, 2)[0]

@@ -1,5 +1,6 @@
 """AttentionDistillationPipeline: what is read, what moves, and what is left as it was."""
 
+import copy
 import functools
 
 import pytest
@@ -336,7 +337,9 @@ def test_an_interrupt_keeps_what_there_was(small, mode, how):
 
 
 def test_half_precision_keeps_latents_and_loss_in_float32():
-    pipe = AttentionDistillationPipeline.from_pipe(make_pipe("small").to(torch.bfloat16))
+    stock = make_pipe("small")
+    stock.register_modules(vae=copy.deepcopy(stock.vae), text_encoder=copy.deepcopy(stock.text_encoder))  # all tests share these
+    pipe = AttentionDistillationPipeline.from_pipe(stock.to(torch.bfloat16))
     pipe.set_progress_bar_config(disable=True)
     seen = []
     pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
