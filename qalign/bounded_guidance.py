@@ -13,13 +13,12 @@ from torch import Tensor
 from qalign_kernels import label_mass
 
 from .control import attach, find_unet, select_layers
-from .denoiser import token_grid
 from .distillation import AttentionReader, frozen, gradient
 from .inversion import denoise_step
 from .layout import BatchLayout
 from .methods.attention_distillation import Features
 from .methods.bounded import BoundedAttention
-from .regions import Regions
+from .regions import Regions, labels_of_tokens
 
 _TINY = torch.finfo(torch.float32).tiny
 _ALONE = BatchLayout("output", guidance=False)
@@ -133,8 +132,9 @@ def guided_sample(
     scheduler.set_timesteps(num_inference_steps)
     with torch.no_grad():
         condition, unconditional = pipe.conditions(prompt, *(side * pipe.vae_scale_factor for side in latents.shape[-2:]))
-    read = AttentionReader(pipe, layers, method=_Guided(guidance), regions=regions)
-    others = [name for name in select_layers(find_unet(pipe), "*", BoundedAttention()) if name not in read.layers]
+    everywhere = list(select_layers(find_unet(pipe), "*", BoundedAttention()))
+    read = AttentionReader(pipe, guidance.default_layers(everywhere) if layers is None else layers, method=BoundedAttention(), regions=regions)
+    others = [name for name in everywhere if name not in read.layers]
     bounded = attach(find_unet(pipe), BoundedAttention(), layout=_ALONE, layers=others, regions=regions) if others else contextlib.nullcontext()
     latents = latents.float()
     with torch.no_grad(), frozen(pipe.unet), bounded, read:
@@ -153,15 +153,7 @@ def guided_sample(
     return latents
 
 
-class _Guided(BoundedAttention):
-    """Bounded attention on the layers in which the loss is read."""
-
-    def __init__(self, guidance: BoundedGuidance) -> None:
-        super().__init__()
-        object.__setattr__(self, "default_layers", guidance.default_layers)
-
-
 def _class_ids(labels: Tensor, subjects: Sequence[int], tokens: int) -> Tensor:
     """int32 [N]: 0 for the background, 1 to S for the subjects, of the label in the middle of each token."""
-    found = F.interpolate(labels[None, None].float(), token_grid(labels.shape, tokens), mode="nearest-exact").flatten()
+    found = labels_of_tokens(labels, tokens).flatten()
     return sum((number * (found == label).int() for number, label in enumerate(subjects, 1)), torch.zeros_like(found, dtype=torch.int32))

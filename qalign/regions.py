@@ -71,7 +71,7 @@ class Regions:
             if maps[0] is None or len(maps) != count:
                 got = "None" if maps[0] is None else len(maps)
                 raise ValueError(f"regions: expected {count} label maps of the {picture}, one for each row that has this role, got {got}")
-            return torch.where(_tokens(maps[number], tokens) > 0, EVERYTHING, 0).int().to(device)
+            return torch.where(labels_of_tokens(maps[number], tokens) > 0, EVERYTHING, 0).int().to(device)
 
         return self._cached(("subject", picture, number, count, tokens, device), make)
 
@@ -88,7 +88,7 @@ class Regions:
             raise ValueError(f"regions: expected labels of the {picture}, which this method reads, got None")
         if isinstance(labels, tuple):
             raise ValueError(f"regions: expected one label map of the {picture}, for this method reads no more, got {len(labels)}")
-        return _tokens(labels, tokens)
+        return labels_of_tokens(labels, tokens)
 
     def _bits(self, labels: Tensor) -> Tensor:
         bits = torch.ones_like(labels, dtype=torch.int32) << labels.int()
@@ -110,7 +110,8 @@ def read_labels(path: str | Path) -> Tensor:
         return torch.from_numpy(numpy.array(picture).astype("int64"))
 
 
-def _tokens(labels: Tensor, tokens: int) -> Tensor:
+def labels_of_tokens(labels: Tensor, tokens: int) -> Tensor:
+    """The label in the middle of each token, int64 [1, N], of a label map [h, w]."""
     grid = token_grid(labels.shape, tokens)
     return F.interpolate(labels[None, None].float(), grid, mode="nearest-exact").flatten(1).long()
 

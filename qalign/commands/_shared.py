@@ -13,6 +13,7 @@ MULTIPLE = 8  # pixels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = ("float32", "float16", "bfloat16")
 COMPARED = {"cross_image": "Cross-Image", "qalign": "Q-Align"}  # by demo and leakage
+REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")  # of qalign
 METHODS = {
     **COMPARED,
     "eye_for_an_eye": "Eye-for-an-eye",

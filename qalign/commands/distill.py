@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ._shared import add_model_arguments, count, load_pipeline, picture_path, read_pictures, say, size, write
+from ._shared import add_model_arguments, count, load_pipeline, picture_path, read_label_map, read_pictures, say, size, write
 
 MODES = ("optimise", "sample")
 
@@ -75,10 +75,10 @@ def run(options: argparse.Namespace) -> int:
     from ..pipelines import AttentionDistillationPipeline
     from ..regions import Regions
 
-    for path in options.mask or ():
-        if not path.is_file():
-            raise ValueError(f"{path}: expected a label map, found no such file")
-    regions = Regions.open(*options.mask) if options.mask else None
+    regions = None
+    if options.mask:
+        style, output = (read_label_map(path, pictures[0].size, options.size) for path in options.mask)
+        regions = Regions(appearance=style, structure=output)
     pipe = AttentionDistillationPipeline.from_pipe(load_pipeline(options))
     result = pipe(
         pictures[: len(options.style)],

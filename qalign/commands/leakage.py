@@ -17,9 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ._shared import add_model_arguments, count, load_pipeline, say, write
+from ._shared import REFINEMENTS, add_model_arguments, count, load_pipeline, say, write
 
-REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
 CHOSEN = ("refinement", "topk", "strength", "contrast")
 NEEDS = ("diffusers", "transformers", "accelerate")
 

@@ -18,11 +18,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ._shared import METHODS, add_model_arguments, count, folder_path, load_pipeline, picture_path, read_label_map, read_pictures, size, write
+from ._shared import (
+    METHODS,
+    REFINEMENTS,
+    add_model_arguments,
+    count,
+    folder_path,
+    load_pipeline,
+    picture_path,
+    read_label_map,
+    read_pictures,
+    size,
+    write,
+)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "refinement": {
-        "choices": ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"),
+        "choices": REFINEMENTS,
         "help": "of qalign: how attention follows the alignment (default: the method's own, as below)",
     },
     "similarity": {"choices": ("cosine", "dot"), "help": "of qalign: by which queries are aligned"},

@@ -52,11 +52,15 @@ class Editing:
         raise NotImplementedError
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        """The last six of the decoder: up_blocks.2 and up_blocks.3 of SD 1.5, up_blocks.1 of SDXL."""
-        return [name for name in names if name.startswith("up_blocks.")][-6:]
+        return last_six(names)
 
     def takes_structure(self, step: int, total: int) -> bool:
         return False
+
+
+def last_six(names: Sequence[str]) -> list[str]:
+    """The last six layers of the decoder: up_blocks.2 and up_blocks.3 of SD 1.5, up_blocks.1 of SDXL."""
+    return [name for name in names if name.startswith("up_blocks.")][-6:]
 
 
 def uniform(count: int, *key: int | str) -> Tensor:

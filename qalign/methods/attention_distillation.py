@@ -10,6 +10,7 @@ from torch import Tensor
 from qalign_kernels import distillation_loss
 
 from ..regions import Regions
+from ._editing import last_six
 
 
 class LayerFeatures(NamedTuple):
@@ -91,5 +92,4 @@ class AttentionDistillation:
         return distillation_loss(layer.output, layer.query, style.key, style.value, scale=scale, query_labels=queries, ref_labels=keys)
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        """The last six of the decoder: up_blocks.2 and up_blocks.3 of SD 1.5, up_blocks.1 of SDXL."""
-        return [name for name in names if name.startswith("up_blocks.")][-6:]
+        return last_six(names)

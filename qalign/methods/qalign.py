@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qalign_kernels import Match, qalign_attention, similarity_argmax
+from qalign_kernels.rearrange import take_rows
 
 from ..site import Site, take
 from ._editing import Card
@@ -65,12 +66,8 @@ class QAlign(CrossImage):
         if not shared or site.idle:
             return super().attend(q, k, v, site)
         output, reference = site.output_rows(q), site.reference_rows(q)
-        index = self.match(q, output, reference, site).index.long().unsqueeze(-1)
-
-        def matched(attended: Tensor) -> Tensor:
-            return take(attended, reference).gather(2, index.expand(-1, q.shape[1], -1, v.shape[3]))
-
-        return site.merge(q, k, v, matched)
+        index = self.match(q, output, reference, site).index
+        return site.merge(q, k, v, lambda attended: take_rows(take(attended, reference), index))
 
     def match(self, q: Tensor, output: Tensor, reference: Tensor, site: Site) -> Match:
         """π of the rows `output` in the rows `reference`: index [rows, 1 or H, N], and how alike they are."""
