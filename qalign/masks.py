@@ -217,13 +217,14 @@ def object_regions(masks: Tensor) -> Regions:
     return Regions(appearance=appearance, structure=structure)
 
 
-def segment(self_map: Tensor, *, clusters: int = 5, seed: int = 1) -> Tensor:
-    """Clusters of tokens that attend alike: k-means on the rows of their attention map, the best of ten starts.
+def segment(self_map: Tensor, *, clusters: int = 5, seed: int = 1, starts: int = 10, centres: Tensor | None = None) -> Tensor:
+    """Clusters of tokens that attend alike: k-means on the rows of their attention map, the best of some starts.
 
     Args:
         self_map: [N, N].
         clusters: k, at most N.
-        seed: of the starts.
+        seed: of the starts. starts: how many.
+        centres: [k, N], the one start, in place of those; None: random ones.
 
     Returns:
         int64 [N] in [0, k). Deterministic. Needs scikit-learn, on the CPU.
@@ -234,8 +235,9 @@ def segment(self_map: Tensor, *, clusters: int = 5, seed: int = 1) -> Tensor:
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
+    begin: dict[str, Any] = {"n_init": starts} if centres is None else {"n_init": 1, "init": centres.float().cpu().numpy()}
     with threadpool_limits(1):  # threads would add up in any order
-        labels = KMeans(clusters, n_init=10, random_state=seed).fit_predict(self_map.float().cpu().numpy())
+        labels = KMeans(clusters, random_state=seed, **begin).fit_predict(self_map.float().cpu().numpy())
     return torch.from_numpy(labels).to(self_map.device, torch.int64)
 
 

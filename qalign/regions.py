@@ -49,6 +49,34 @@ class Regions:
         """From two pictures of one channel or with a palette, whose values are the labels."""
         return cls(appearance=read_labels(appearance), structure=read_labels(structure), background=background)
 
+    @classmethod
+    def from_boxes(cls, boxes: Sequence[Sequence[float]], height: int, width: int) -> "Regions":
+        """Of the structure, [height, width]: 1, 2, ... in the boxes, the last one in front, and 0, the background, elsewhere.
+
+        >>> Regions.from_boxes([(0.0, 0.0, 0.5, 1.0), (0.75, 0.5, 1.0, 1.0)], 2, 4).structure.tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 2]]
+
+        Args:
+            boxes: (x0, y0, x1, y1) each, fractions of the width and height from the upper left corner, rounded to cells.
+            height, width: such as those of the latents.
+
+        Raises:
+            ValueError: a box outside of the picture, without a cell, or all of it behind others; more than 30 of them.
+        """
+        if not 0 < len(boxes) <= LARGEST:
+            raise ValueError(f"boxes: expected 1 to {LARGEST}, got {len(boxes)}")
+        labels = torch.zeros(height, width, dtype=torch.long)
+        for number, box in enumerate(boxes, 1):
+            if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+                raise ValueError(f"boxes: expected x0 y0 x1 y1 with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got {' '.join(map(str, box))}")
+            left, right = (round(x * width) for x in box[::2])
+            upper, lower = (round(y * height) for y in box[1::2])
+            labels[upper:lower, left:right] = number
+        hidden = [box for number, box in enumerate(boxes, 1) if not (labels == number).any()]
+        if hidden:
+            raise ValueError(f"boxes: expected each to keep a cell of {height} x {width} in front, got {' '.join(map(str, hidden[0]))}")
+        return cls(structure=labels, background=0)
+
     def keys(self, picture: str, tokens: int, device: torch.device) -> Tensor:
         """Bit sets int32 [1, N] of a picture's tokens: "appearance" or "structure"."""
         return self._cached(("keys", picture, tokens, device), lambda: self._bits(self._tokens(picture, tokens)).to(device))

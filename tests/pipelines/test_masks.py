@@ -242,6 +242,17 @@ def test_segment_finds_planted_groups_again_and_again() -> None:
     assert torch.equal(partition(segment(self_map, seed=2)), partition(groups))
 
 
+def test_clusters_begin_at_the_centres_that_are_given(monkeypatch) -> None:
+    self_map, groups = planted()
+    centres = torch.stack([self_map[groups == group].mean(0) for group in (3, 1, 0, 4, 2)])
+    assert torch.equal(segment(self_map, centres=centres), torch.tensor([2, 1, 4, 0, 3])[groups])  # numbered as they are
+    given: list[dict] = []
+    cluster = pytest.importorskip("sklearn.cluster")
+    monkeypatch.setattr(cluster, "KMeans", lambda k, real=cluster.KMeans, **options: given.append(options) or real(k, **options))
+    segment(self_map, starts=3, seed=7)
+    assert given == [{"random_state": 7, "n_init": 3}]
+
+
 def test_segment_follows_a_permutation_of_tokens() -> None:
     self_map, _ = planted(noise=1.0, seed=1)
     order = torch.randperm(len(self_map), generator=torch.Generator().manual_seed(3))
