@@ -214,23 +214,40 @@ def part_iou(found: Tensor, truth: Tensor) -> float:
 
 
 def read_layouts(pipe: Any, pictures: Mapping[str, Tensor], scenes: Scenes, prompt: str, *, seed: int) -> dict[str, float]:
-    """Mean part IoU between the structure's layout and that of each picture [3, S, S], as the model itself sees it.
+    """Mean part IoU between the structure's layout and that of each picture [3, S, S], as `read_parts` sees it by the two scenes (appearance,
+    structure). Averaged over the decoder's layers.
+    """
+    read = read_parts(pipe, torch.stack(list(pictures.values())), scenes, prompt, seed=seed)
+    scores = torch.zeros(len(pictures), dtype=torch.float64)
+    for found in read.values():
+        structure = token_labels(scenes.labels[1:], token_grid(scenes.labels.shape[1:], found.shape[1]))[0].cpu()
+        scores += torch.tensor([part_iou(row, structure) for row in found], dtype=torch.float64)
+    return dict(zip(pictures, (scores / len(read)).tolist()))
 
-    A token of a noised picture takes the label of that token of the two scenes (appearance, structure), noised on their own, whose queries
-    are most alike by joint cosine similarity. Averaged over the decoder's layers.
+
+def read_parts(pipe: Any, pictures: Tensor, scenes: Scenes, prompt: str, *, seed: int) -> dict[str, Tensor]:
+    """The part that each token of some pictures shows, as the model itself sees it: int32 [B, N] on the CPU, by self-attention layer of the decoder.
+
+    A token of a noised picture takes the label of that token of the scenes, noised on their own, whose queries are most alike by joint cosine
+    similarity.
+
+    Args:
+        pictures: [B, 3, S, S] in [0, 1], which share one noise, so that they are compared by what they show.
+        scenes: whose labels are known.
+        prompt: of all of them.
     """
     timestep = int(LAYOUT_NOISE * pipe.scheduler.config.num_train_timesteps)
-    rows = torch.cat([torch.stack(list(pictures.values())), scenes.image])
-    seeds = [seed] * len(pictures) + [seed + 1, seed + 2]  # the same noise for all pictures, so that they are compared by what they show
+    count, known = len(pictures), len(scenes.image)
+    seeds = [seed] * count + [seed + number for number in range(1, known + 1)]
+    rows = torch.cat([pictures, scenes.image])
     kept = noised_features(pipe, rows, torch.full((len(rows),), timestep), prompt, seeds=seeds)
-    scores = torch.zeros(len(pictures), dtype=torch.float64)
-    for q, _, _ in kept.values():
-        appearance, structure = token_labels(scenes.labels, token_grid(scenes.labels.shape[1:], q.shape[2])).cpu()
-        known = torch.cat([q[-2], q[-1]], 1)[None]
-        index = similarity_argmax(q[:-2], known, batch_index=torch.zeros(len(pictures), dtype=torch.int32, device=q.device)).index
-        found = torch.cat([appearance, structure])[index[:, 0].long().cpu()]
-        scores += torch.tensor([part_iou(row, structure) for row in found], dtype=torch.float64)
-    return dict(zip(pictures, (scores / len(kept)).tolist()))
+    found = {}
+    for layer, (q, _, _) in kept.items():
+        labels = token_labels(scenes.labels, token_grid(scenes.labels.shape[1:], q.shape[2])).cpu().flatten()
+        joined = q[count:].transpose(0, 1).flatten(1, 2)[None]  # [1, H, known · N, D]
+        index = similarity_argmax(q[:count], joined, batch_index=torch.zeros(count, dtype=torch.int32, device=q.device)).index
+        found[layer] = labels[index[:, 0].long().cpu()]
+    return found
 
 
 @torch.inference_mode()
