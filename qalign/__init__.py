@@ -42,6 +42,9 @@ if TYPE_CHECKING:
         AttentionDistillationOutput,
         AttentionDistillationPipeline,
         AttentionDistillationXLPipeline,
+        BoundedAttentionOutput,
+        BoundedAttentionPipeline,
+        BoundedAttentionXLPipeline,
     )
     from .processors import CrossImageAttnProcessor, QAlignAttnProcessor, UNetAttnProcessor
     from .regions import Regions
@@ -78,6 +81,9 @@ _HOMES = {
         "AttentionDistillationOutput",
         "AttentionDistillationPipeline",
         "AttentionDistillationXLPipeline",
+        "BoundedAttentionOutput",
+        "BoundedAttentionPipeline",
+        "BoundedAttentionXLPipeline",
     ),
     "regions": ("Regions",),
     "processors": ("CrossImageAttnProcessor", "QAlignAttnProcessor", "UNetAttnProcessor"),
@@ -93,6 +99,9 @@ __all__ = [
     "AttentionDistillationXLPipeline",
     "BatchLayout",
     "BoundedAttention",
+    "BoundedAttentionOutput",
+    "BoundedAttentionPipeline",
+    "BoundedAttentionXLPipeline",
     "BoundedGuidance",
     "ConsiStory",
     "Control",

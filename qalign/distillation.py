@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .control import attach, find_unet
+from .control import attach, find_unet, select_layers
 from .inversion import require_finite
 from .layout import BatchLayout
 from .methods import Method
@@ -29,28 +29,35 @@ class AttentionReader:
     >>> with AttentionReader(pipe) as read:
     ...     features = read(latents, timestep, condition)
 
-    Between readings the UNet is stock. Each layer is kept once for each reading: a block that gradient checkpointing runs again in the backward pass,
-    which belongs into the `with` block, changes nothing.
+    Between readings the UNet is stock, or as `method` has it. Each layer is kept once for each reading: a block that gradient checkpointing runs
+    again in the backward pass, which belongs into the `with` block, changes nothing.
 
     Args:
         pipe: with `predict(latents, timestep, condition)`, as `AppearanceTransferPipeline` has it.
         layers: as `attach`; None is the last six of the decoder, or the default of `method`.
-        method: what edits these layers meanwhile, such as `BoundedAttention()`, all rows being output rows of one picture; None is stock attention.
+        method: what acts meanwhile, in its default layers and in those that are read, such as `BoundedAttention()`; the rows are those of one
+            output, one or its two guidance parts. None is stock attention.
         regions: of `method`.
+        cross: also the cross-attention of the same transformer blocks, whose names end in attn2.
     """
 
     def __init__(
-        self, pipe: Any, layers: str | Sequence[str] | None = None, *, method: Method | None = None, regions: Regions | None = None
+        self,
+        pipe: Any,
+        layers: str | Sequence[str] | None = None,
+        *,
+        method: Method | None = None,
+        regions: Regions | None = None,
+        cross: bool = False,
     ) -> None:
         self._pipe, self._method = pipe, method
         self._found: dict[str, LayerFeatures] = {}
-        self._reading = False
-        self._control = attach(find_unet(pipe), self, layout=BatchLayout("output", guidance=False), layers=layers, regions=regions)
-
-    @property
-    def layers(self) -> list[str]:
-        """The names of the layers that are read."""
-        return list(self._control.layers)
+        self._reading = self._ending = False
+        unet = find_unet(pipe)
+        chosen = list(select_layers(unet, layers, method or AttentionDistillation()))  # type: ignore[arg-type]
+        self.layers = chosen + [name.removesuffix("attn1") + "attn2" for name in chosen if cross]
+        edited = chosen if method is None else [*chosen, *select_layers(unet, None, method)]
+        self._control = attach(unet, self, layout=BatchLayout("output"), layers=edited, regions=regions)
 
     def __enter__(self) -> Self:
         self._control.__enter__()
@@ -61,25 +68,43 @@ class AttentionReader:
 
     def __call__(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> dict[str, LayerFeatures]:
         """By layer, of latents [B, C, h, w] at one timestep."""
-        self._found, self._reading = {}, True
+        return self._read(latents, timestep, condition, ending=True)[1]
+
+    def predict(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> tuple[Tensor, dict[str, LayerFeatures]]:
+        """What `pipe.predict` returns, of a pass to the end, and what was read in it."""
+        return self._read(latents, timestep, condition, ending=False)
+
+    def _read(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any], *, ending: bool) -> tuple[Any, dict[str, LayerFeatures]]:
+        output, self._found, self._reading, self._ending = None, {}, True, ending
         try:
             with contextlib.suppress(_AllRead):
-                self._pipe.predict(latents, timestep, condition)
-            return self._found
+                output = self._pipe.predict(latents, timestep, condition)
+            return output, self._found
         finally:
             self._found, self._reading = {}, False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The method's attention, or stock attention, and a note of it."""
-        output = site.plain(q, k, v) if self._method is None else self._method.attend(q, k, v, site)
-        if self._reading and site.layer not in self._found:
+        return self._note(q, k, v, site, site.plain(q, k, v) if self._method is None else self._method.attend(q, k, v, site))
+
+    def attend_cross(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Likewise of cross-attention."""
+        edits = hasattr(self._method, "attend_cross")
+        return self._note(q, k, v, site, self._method.attend_cross(q, k, v, site) if edits else site.plain(q, k, v))  # type: ignore[union-attr]
+
+    def _note(self, q: Tensor, k: Tensor, v: Tensor, site: Site, output: Tensor) -> Tensor:
+        if self._reading and site.layer in self.layers and site.layer not in self._found:
             self._found[site.layer] = LayerFeatures(q, k, v, output, site.scale)
-            if len(self._found) == len(self._control.layers):
+            if self._ending and len(self._found) == len(self.layers):
                 raise _AllRead
         return output
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        return (self._method or AttentionDistillation()).default_layers(names)
+        return list(names)
+
+    def cross_layers(self, names: Sequence[str]) -> list[str]:
+        edited = self._method.cross_layers(names) if hasattr(self._method, "cross_layers") else []  # type: ignore[union-attr]
+        return [name for name in names if name in edited or name in self.layers]
 
     def takes_structure(self, step: int, total: int) -> bool:
         return False

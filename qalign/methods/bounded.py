@@ -41,8 +41,8 @@ class BoundedAttention(Editing):
     Without guidance parts, or where the two are separate calls, every call counts as conditional.
 
     Source: Bounded Attention, arXiv 2403.16990.
-    Not here: guidance by its loss, refinement of boxes to masks, the tagger that finds filter tokens; a picture's token in several subjects (give
-    the overlap a label of its own, which then sees itself and the background).
+    Not here, but in `BoundedAttentionPipeline`: guidance by its loss, refinement of boxes to masks, the places of words in the prompt. Nowhere: a
+    picture's token in several subjects (give the overlap a label of its own, which then sees itself and the background).
     """
 
     card: ClassVar[Card] = Card("Bounded attention", "2403.16990", "subjects do not see each other", "all", "all", "attention (labels)", 1.0)
@@ -83,9 +83,7 @@ class BoundedAttention(Editing):
         conditional, others = site.conditional(output, q), site.unconditional(output, q)
         labels = regions.keys("structure", q.shape[2], q.device)
         queries = labels if self.optimized else torch.where(labels == EVERYTHING, ONLY_BACKGROUND, labels).int()
-        make = _token_labels.__wrapped__ if torch.compiler.is_compiling() else _token_labels
-        prompt = make(tuple(self.subject_tokens.items()), self.filter_tokens, self.eos_token, tokens, q.device)
-        segment = site.own(k, v, conditional, regions=prompt)
+        segment = site.own(k, v, conditional, regions=self.token_labels(tokens, q.device))
         edited = attention(take(q, conditional), segment, scale=site.scale, query_labels=queries)
         return site.merge(q, k, v, torch.cat([site.stock(q, k, v, others), edited]) if others.numel() else edited)
 
@@ -94,6 +92,11 @@ class BoundedAttention(Editing):
 
     def cross_layers(self, names: Sequence[str]) -> list[str]:
         return list(names) if self.subject_tokens else []
+
+    def token_labels(self, tokens: int, device: torch.device) -> Tensor:
+        """Bit sets int32 [1, T] of a prompt's tokens, which a query sees where they meet its own."""
+        make = _token_labels.__wrapped__ if torch.compiler.is_compiling() else _token_labels
+        return make(tuple(self.subject_tokens.items()), self.filter_tokens, self.eos_token, tokens, device)
 
     @property
     def _places(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from .appearance_transfer import METHODS, AppearanceTransferOutput, AppearanceTransferPipeline, AppearanceTransferXLPipeline
 from .attention_distillation import AttentionDistillationOutput, AttentionDistillationPipeline, AttentionDistillationXLPipeline
+from .bounded_attention import BoundedAttentionOutput, BoundedAttentionPipeline, BoundedAttentionXLPipeline
 
 __all__ = [
     "METHODS",
@@ -11,4 +12,7 @@ __all__ = [
     "AttentionDistillationOutput",
     "AttentionDistillationPipeline",
     "AttentionDistillationXLPipeline",
+    "BoundedAttentionOutput",
+    "BoundedAttentionPipeline",
+    "BoundedAttentionXLPipeline",
 ]

@@ -1,0 +1,266 @@
+"""Bounded attention: several subjects in boxes of one picture, none of which leaks into another."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..bounded_guidance import BoundedGuidance, MaskRefiner
+from ..control import find_unet, select_layers
+from ..distillation import AttentionReader, frozen, gradient
+from ..masks import noun_tokens
+from ..methods.bounded import BoundedAttention
+from ..regions import Regions
+from .appearance_transfer import OUTPUT_TYPES, AppearanceTransfer, Condition, XLConditions
+from .pictures import MULTIPLE
+
+# the closed classes that the published tagger filters: conjunctions, cardinals, determiners, prepositions, and words of place
+FILTER_WORDS = tuple(
+    """a above across against all along amid among an and another any around at before behind below beneath beside between both but by during each
+    eight every five for four from in inside into left near nine no nor of off on one onto or over right seven since six some ten that the these this
+    those three through to top bottom toward towards two under underneath until upon via while with within without""".split()
+)
+
+
+@dataclass
+class BoundedAttentionOutput(BaseOutput):
+    """What bounded attention made.
+
+    Attributes:
+        images: PIL images, an array [1, H, W, 3] or a tensor [1, C, h, w], as `output_type` says.
+        regions: the subjects' masks in the end, `structure` [h, w] of the latents' size: 1 is the first subject, 0 the background.
+        losses: float32 [readings, 2], the step and the loss before each iteration of the guidance.
+        interrupted: whether Ctrl-C or `pipe._interrupt` ended it early; the image is then the last estimate of the clean one.
+    """
+
+    images: Any
+    regions: Regions
+    losses: Tensor
+    interrupted: bool = False
+
+
+class BoundedAttentionMixin(AppearanceTransfer):
+    """Bounded attention before a Stable Diffusion pipeline, whose components and conditioning it uses."""
+
+    default_guidance = BoundedGuidance()
+
+    @classmethod
+    def _kinds(cls) -> tuple[Any, Any]:
+        return BoundedAttentionPipeline, BoundedAttentionXLPipeline
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self: Any,
+        prompt: str,
+        subjects: Sequence[tuple[str, Sequence[float]]],
+        *,
+        guidance: BoundedGuidance | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        layers: str | Sequence[str] | None = None,
+        mask_layers: str | Sequence[str] | None = None,
+        filter_words: Sequence[str] = FILTER_WORDS,
+        latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> BoundedAttentionOutput | tuple[Any, ...]:
+        """A picture with each subject in its box.
+
+        >>> subjects = [("red bird", (0.05, 0.3, 0.45, 0.9)), ("blue bird", (0.55, 0.3, 0.95, 0.9))]
+        >>> image = pipe("a photo of a red bird and a blue bird", subjects).images[0]
+
+        Before each guided step at most `iterations` times, while the loss is `enough` or more: x <- x - rate · ∂loss/∂x, of the prompt's half. Then a
+        step of DDIM, with both halves under `BoundedAttention` in all layers. Afterwards masks that follow the subjects take the boxes' place.
+
+        Args:
+            prompt: of one picture.
+            subjects: words of the prompt with the box they belong in, as `Regions.from_boxes`. All places of the words count; their plural in s will
+                do. Subjects may share words.
+            guidance: the settings; None is as published: `BoundedGuidance()`, of SDXL with rates (18, 5).
+            num_inference_steps: of DDIM.
+            guidance_scale: of the prompt against the empty one.
+            layers: in which the loss is read, as `attach`; None is `BoundedGuidance.default_layers`.
+            mask_layers: in which masks are read, all of one number of tokens; None is those of `layers` in the decoder.
+            filter_words: hidden from every query where the prompt has them and no subject does.
+            latents: [1, C, h, w], the noise to begin with; None: drawn.
+            height, width: of the output in pixels, multiples of 8; None: the model's own.
+            generator: of the noise.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: False: the tuple (images, regions).
+            callback_on_step_end: called with (pipe, i, timestep, {"latents": float32 [1, C, h, w]}) after each step; the latents it returns
+                replace them. `pipe._interrupt = True` ends the loop.
+
+        Ctrl-C ends it too. Latents and loss are float32 whatever the dtype of the UNet.
+
+        Raises:
+            TypeError, ValueError: a bad argument, named. FloatingPointError: NaN or infinity in predictions or gradients.
+        Source: Bounded Attention, arXiv 2403.16990. Deviations: boxes do not overlap (the last one is in front), and are rounded at the latents' size
+        alone; a list of words stands for the tagger of filter tokens.
+        """
+        guidance = self.default_guidance if guidance is None else guidance
+        _check(guidance, output_type, num_inference_steps, callback_on_step_end_tensor_inputs)
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected one prompt, got {prompt!r}")
+        side = self.unet.config.sample_size * self.vae_scale_factor
+        size = (side if height is None else height, side if width is None else width)
+        if any(side <= 0 or side % MULTIPLE for side in size):
+            raise ValueError(f"height, width: expected multiples of {MULTIPLE}, got {size[0]} x {size[1]}")
+        shape = (1, self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        if latents.shape != shape:
+            raise ValueError(f"latents: expected {list(shape)}, got {list(latents.shape)}")
+        words, boxes = [word for word, _ in subjects], [box for _, box in subjects]
+        method = _method(self.tokenizer, prompt, words, filter_words)
+        run = _Run(self, guidance, method, Regions.from_boxes(boxes, *shape[-2:]), layers, mask_layers)
+        run.told = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False)
+        scheduler.set_timesteps(num_inference_steps)
+        latents = run.walk(latents.to(self._execution_device, torch.float32), scheduler, self.conditions(prompt, *size), guidance_scale)
+        pictures = latents if output_type == "latent" else self._decode(latents)
+        self.maybe_free_model_hooks()
+        images = self.image_processor.postprocess(pictures, output_type=output_type)
+        result = BoundedAttentionOutput(images, run.regions, torch.tensor(run.losses).view(-1, 2), run.interrupted)
+        return result if return_dict else (result.images, result.regions)
+
+
+class BoundedAttentionPipeline(BoundedAttentionMixin, StableDiffusionPipeline):
+    """Bounded attention on Stable Diffusion. Make it by `from_pipe`, which takes SDXL too, or by `embedded`; call it as it is.
+
+    >>> pipe = BoundedAttentionPipeline.embedded()
+    >>> image = pipe("a photo of two birds", [("bird", (0.05, 0.3, 0.45, 0.9)), ("bird", (0.55, 0.3, 0.95, 0.9))]).images[0]
+    """
+
+
+class BoundedAttentionXLPipeline(XLConditions, BoundedAttentionMixin, StableDiffusionXLPipeline):
+    """`BoundedAttentionPipeline` on Stable Diffusion XL."""
+
+    default_guidance = BoundedGuidance(rates=(18.0, 5.0))
+
+
+class _Run:
+    """One picture on its way: what is read, and what is kept of it."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        guidance: BoundedGuidance,
+        method: BoundedAttention,
+        boxes: Regions,
+        layers: str | Sequence[str] | None,
+        mask_layers: str | Sequence[str] | None,
+    ) -> None:
+        self.pipe, self.guidance, self.method, self.boxes, self.regions = pipe, guidance, method, boxes, boxes
+        found = list(select_layers(find_unet(pipe), layers, guidance))  # type: ignore[arg-type]
+        decoder = [name for name in found if name.startswith("up_blocks.")]
+        if mask_layers is None and not decoder:
+            raise ValueError(f"mask_layers: expected names where `layers` has none of the decoder, got None and layers={layers!r}")
+        self.mask_layers = decoder if mask_layers is None else mask_layers
+        self.refiner = MaskRefiner(boxes, {label: places[-1] for label, places in method.subject_tokens.items()})
+        self.read = AttentionReader(pipe, found, method=replace(method, optimized=True), regions=boxes, cross=True)
+        self.told: tuple[Callable | None, Sequence[str]] = (None, ())
+        self.losses: list[tuple[float, float]] = []
+        self.interrupted = False
+
+    def walk(self, latents: Tensor, scheduler: DDIMScheduler, conditions: tuple[Condition, Condition], scale: float) -> Tensor:
+        """The latents after the last timestep, or the last estimate of the clean ones where something ended it early."""
+        pipe, best, total, (callback, names) = self.pipe, latents, len(scheduler.timesteps), self.told
+        condition, unconditional = conditions
+        both = _concatenated(unconditional, condition)
+        pipe._interrupt, pipe._num_timesteps = False, total
+        try:
+            with frozen(pipe.unet), pipe.progress_bar(total=total) as bar:
+                for step, timestep in enumerate(scheduler.timesteps):
+                    latents = self._guide(latents, timestep, condition, step, total, bar)
+                    if self.guidance.refines(step, total):
+                        self.regions = self.refiner.refine(self.regions)
+                    base, output = self._predict(latents, timestep, both).chunk(2)
+                    stepped = scheduler.step(base + scale * (output - base), timestep, latents)
+                    latents, best = stepped.prev_sample, stepped.pred_original_sample
+                    bar.update()
+                    if callback is not None:
+                        returned = callback(pipe, step, timestep, {name: latents for name in names}) or {}
+                        latents = returned.get("latents", latents)
+                    if pipe.interrupt and step + 1 < total:
+                        self.interrupted = True
+                        break
+        except KeyboardInterrupt:
+            self.interrupted = True
+        return best if self.interrupted else latents
+
+    def _guide(self, latents: Tensor, timestep: Tensor, condition: Condition, step: int, total: int, bar: Any) -> Tensor:
+        rate = self.guidance.rate(step, total)
+        if rate is None:
+            return latents
+        with self.read:
+            for _ in range(self.guidance.iterations):
+                with torch.enable_grad():
+                    moving = latents.detach().requires_grad_()
+                    own, words = _split(self.read(moving, timestep, condition))
+                    loss = self.guidance.loss(own, self.boxes, words, self.method)
+                self.losses.append((step, loss.item()))
+                bar.set_postfix(loss=f"{loss.item():.4g}")
+                if loss.item() < self.guidance.enough:
+                    break
+                latents = latents - rate * gradient(loss, moving)
+        return latents
+
+    def _predict(self, latents: Tensor, timestep: Tensor, both: Condition) -> Tensor:
+        """Of the empty prompt and the prompt; the prompt's maps go into the refiner."""
+        with AttentionReader(self.pipe, self.mask_layers, method=self.method, regions=self.regions, cross=True) as read:
+            output, features = read.predict(latents.expand(2, -1, -1, -1), timestep, both)
+        own, words = _split(features)
+        if self.guidance.refine_every:
+            self.refiner.add(own, self.regions, words, self.method)
+        return output
+
+
+def _split(features: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of self- and of cross-attention."""
+    cross = {name: layer for name, layer in features.items() if name.endswith("attn2")}
+    return {name: layer for name, layer in features.items() if name not in cross}, cross
+
+
+def _method(tokenizer: Any, prompt: str, words: Sequence[str], filter_words: Sequence[str]) -> BoundedAttention:
+    places = {label: _places(tokenizer, prompt, word) for label, word in enumerate(words, 1)}
+    present = {word.lower() for word in re.findall(r"\w+", prompt)}
+    filtered = {place for word in filter_words if word.lower() in present for place in noun_tokens(tokenizer, prompt, word)}
+    taken = {place for some in places.values() for place in some}
+    end = len(tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids) - 1
+    return BoundedAttention(subject_tokens=places, filter_tokens=tuple(sorted(filtered - taken)), eos_token=end)
+
+
+def _places(tokenizer: Any, prompt: str, words: str) -> tuple[int, ...]:
+    for form in (words, f"{words}s"):
+        try:
+            return noun_tokens(tokenizer, prompt, form)
+        except ValueError:
+            continue
+    raise ValueError(f"subjects: expected words of the prompt {prompt!r}, got {words!r}")
+
+
+def _concatenated(first: Condition, second: Condition) -> Condition:
+    """Both in one batch."""
+    return {name: _concatenated(each, second[name]) if isinstance(each, dict) else torch.cat([each, second[name]]) for name, each in first.items()}
+
+
+def _check(guidance: Any, output_type: str, steps: int, names: Sequence[str]) -> None:
+    if not isinstance(guidance, BoundedGuidance):
+        raise TypeError(f"guidance: expected BoundedGuidance(...) or None, got {guidance!r}")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"num_inference_steps: expected a whole number above zero, got {steps!r}")
+    if set(names) - {"latents"}:
+        raise ValueError(f"callback_on_step_end_tensor_inputs: expected ('latents',) or (), got {names!r}")
