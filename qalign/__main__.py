@@ -14,6 +14,7 @@ COMMANDS = {
     "transfer": "give one or more pictures the appearance of another",
     "distill": "give a picture the textures of another by attention distillation: its latents are optimised",
     "texture": "grow a texture to any size by attention distillation, window by window",
+    "bound": "draw a picture with each subject in its box, by bounded attention",
     "compare": "all methods of transfer on one pair: pictures, time, memory and leakage side by side",
     "methods": "all methods: papers, what they edit, what they cost",
     "leakage": "where attention goes on held-out scenes: Cross-Image and Q-Align, with intervals",

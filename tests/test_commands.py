@@ -18,12 +18,13 @@ from PIL import Image  # noqa: E402
 
 from qalign import QAlign, attach, correspondence, denoiser, embedded, methods, pipelines  # noqa: E402
 from qalign import __main__ as command_line  # noqa: E402
+from qalign.bounded_guidance import BoundedGuidance  # noqa: E402
 from qalign.commands import _shared, compare, correspond, demo, transfer  # noqa: E402
 from qalign.correspondence import Capture  # noqa: E402
 from qalign.embedded import scenes  # noqa: E402
 from qalign.files import replacing  # noqa: E402
 from qalign.methods.attention_distillation import AttentionDistillation  # noqa: E402
-from qalign.pipelines import attention_distillation  # noqa: E402
+from qalign.pipelines import attention_distillation, bounded_attention  # noqa: E402
 from qalign.regions import Regions  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
 from tests.processors import models  # noqa: E402
@@ -129,6 +130,12 @@ def test_help_has_examples_that_parse(command, capsys):
         ("distill --style {}/a.png --steps 0 --out {}/o.png", "expected a number above zero"),
         ("texture --style {}/a.png --size 30 --out {}/o.png", "multiples of 8, got 30x30; the nearest is 32x32"),
         ("texture --style {}/a.png --size 32 --stride 99 --model {}/model --out {}/o.png", "stride: expected 1 to the window's 16 latents, got 99"),
+        ("bound --prompt fox --out {}/o.png", "required: --box"),
+        ("bound --prompt fox --box fox 0 0 1 --out {}/o.png", "argument --box: expected 5 arguments"),
+        ("bound --prompt fox --box fox 0 0 1 low --out {}/o.png", "--box: expected WORDS X0 Y0 X1 Y1, got fox 0 0 1 low"),
+        ("bound --prompt fox --box ox 0 0 1 1 --model {}/model --out {}/o.png", "subjects: expected words of the prompt 'fox', got 'ox'"),
+        ("bound --prompt fox --box fox 0.5 0 0.4 1 --model {}/model --out {}/o.png", "boxes: expected x0 y0 x1 y1 with"),
+        ("bound --prompt fox --box fox 0 0 1 1 --size 30 --out {}/o.png", "multiples of 8, got 30x30"),
         ("nonsense", "invalid choice: 'nonsense'"),
         ("", "required: COMMAND"),
     ],
@@ -447,3 +454,53 @@ def test_texture_has_the_size_that_was_asked_for(folder, tmp_path, capsys):
     assert run(folder, f"texture --style {{}}/a.png --size 64x48 --model {{}}/model --steps 1 --iterations 1 --out {tmp_path}/o.png") == 0
     assert pixels(tmp_path / "o.png").shape == (48, 64, 3)
     assert f"picture: {tmp_path}/o.png" in capsys.readouterr().out
+
+
+BOUND = "bound --prompt fox --box fox 0 0.25 0.5 1 --model {}/model --steps 4 --seed 3 --guidance 3 --rates 300 100 --iterations 2"
+
+
+def test_bound_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
+    assert run(folder, f"{BOUND} --size 40x32 --layers up_blocks.1 mid --labels-out {tmp_path}/l.png --out {tmp_path}/o.png") == 0
+    pipe = pipelines.BoundedAttentionPipeline.from_pipe(models.make_pipe("sd15"))
+    result = pipe(
+        "fox",
+        [("fox", (0, 0.25, 0.5, 1))],
+        guidance=BoundedGuidance(rates=(300, 100), iterations=2),
+        num_inference_steps=4,
+        guidance_scale=3,
+        layers=["up_blocks.1", "mid"],
+        height=32,
+        width=40,
+        generator=torch.Generator().manual_seed(3),
+    )
+    assert torch.equal(pixels(tmp_path / "o.png"), torch.tensor(numpy.asarray(result.images[0])))
+    with Image.open(tmp_path / "l.png") as labels:
+        assert labels.size == (40, 32) and torch.equal(torch.tensor(numpy.asarray(labels))[::2, ::2].long(), result.regions.structure)
+    said = capsys.readouterr().out
+    assert f"picture: {tmp_path}/o.png" in said and f"masks: {tmp_path}/l.png" in said
+    assert f"loss: {result.losses[0, 1]:.4g} to {result.losses[-1, 1]:.4g} in 2 readings" in said
+
+
+def test_bound_can_leave_out_each_part(folder, tmp_path, capsys):
+    found = []
+    for given in ("", "--keep-boxes", "--iterations 0"):
+        assert run(folder, f"{BOUND} {given} --labels-out {tmp_path}/l.png --out {tmp_path}/o.png") == 0
+        found.append((pixels(tmp_path / "o.png"), torch.tensor(numpy.asarray(Image.open(tmp_path / "l.png")))))
+    boxes = torch.zeros(SIZE, SIZE)
+    boxes[SIZE // 4 :, : SIZE // 2] = 1
+    assert torch.equal(found[1][1], boxes) and not torch.equal(found[0][1], boxes)
+    assert not torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][0], found[2][0])
+    assert capsys.readouterr().out.count("loss: ") == 2
+
+
+def test_an_interrupted_bound_writes_its_picture(folder, tmp_path, capsys, monkeypatch):
+    predict, calls = bounded_attention._Run._predict, []
+
+    def interrupted(*given):
+        if calls:
+            raise KeyboardInterrupt
+        return calls.append(predict(*given)) or calls[0]
+
+    monkeypatch.setattr(bounded_attention._Run, "_predict", interrupted)
+    assert run(folder, f"{BOUND} --out {tmp_path}/o.png") == 130
+    assert pixels(tmp_path / "o.png").float().std() > 0 and "interrupted: the picture is the last estimate" in capsys.readouterr().out
