@@ -1,4 +1,4 @@
-"""`python -m benchmarks static | speed | gpu | report | tune | distillation`."""
+"""`python -m benchmarks static | speed | gpu | report | tune | bounded | distillation`."""
 
 import argparse
 import importlib
@@ -10,6 +10,7 @@ COMMANDS = {
     "gpu": "all that one GPU can show in nine minutes: ceilings, accuracy, sanitizer, speed against every peer; JSON and a report",
     "report": "Markdown tables and a plot from the files that speed wrote",
     "tune": "sweep tiles on this GPU and rewrite the table that the kernels take them from, where a tile is 2 % faster",
+    "bounded": "bounded attention on the embedded model: two creatures in boxes, with masks alone and with guidance",
     "distillation": "attention distillation on held-out scenes, beside key and value injection: loss, colours, layout",
 }
 
