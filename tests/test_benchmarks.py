@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import distillation, memory, report, shapes, speed
+from benchmarks import bounded, distillation, memory, report, shapes, speed
 from benchmarks.ops import OPS
 from benchmarks.shapes import Shape, make_inputs
+from qalign.embedded import scenes
 from qalign_kernels import similarity_argmax
 
 ROOT = Path(__file__).parents[1]
@@ -231,3 +232,48 @@ def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_set
     assert lines[1].split() == ["untouched", "2", "3.5", "3.5", "3.5", "-", "-", "3.5"]
     with pytest.raises(ValueError, match="^--json: expected a report of {'steps': 5"):
         distillation.run(parser.parse_args(["--steps", "5", "--json", path]))
+
+
+def test_bounded_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def measure(plan, layout, seed, name, **settings):
+        if len(measured) == 7:
+            raise KeyboardInterrupt
+        measured.append((plan, layout, seed, name))
+        return dict.fromkeys(("time_s", "inside", "covered", "background", "both", "denoising"), float(len(measured))), torch.zeros(3, 16, 16)
+
+    monkeypatch.setattr(bounded, "measure", measure)
+    parser = argparse.ArgumentParser()
+    bounded.add_arguments(parser)
+    path = str(tmp_path / "new" / "figures.json")
+    with pytest.raises(KeyboardInterrupt):
+        bounded.run(parser.parse_args(["--pictures", "4", "--json", path]))
+    assert [each[:3] for each in measured[::5]] == [("quadruped", "above", 0), ("bird", "above", 1)]
+    later = dict.fromkeys(("time_s", "inside", "covered", "background", "both", "denoising"), 10.0)
+    monkeypatch.setattr(bounded, "measure", lambda *given, **settings: (later, torch.ones(3, 16, 16)))
+    assert bounded.run(parser.parse_args(["--pictures", "4", "--json", path, "--sheet", str(tmp_path / "sheet.png")])) == 0
+    report = json.loads(Path(path).read_text())
+    assert [(each["plan"], each["layout"]) for each in report["pictures"]][2:] == [("fish", "above"), ("quadruped", "falling")]
+    assert report["pictures"][0]["methods"]["masks alone"]["inside"] == 2 and (tmp_path / "sheet.png").is_file()
+    assert capsys.readouterr().out.splitlines()[1].split() == ["untouched", "4", *["6.75"] * 5, "-", "-", "6.75"]
+    with pytest.raises(ValueError, match="^--json: expected a report of {'steps': 5"):
+        bounded.run(parser.parse_args(["--steps", "5", "--json", path]))
+
+
+def test_shares_are_of_the_boxes_that_were_given():
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[:16, :16] = True
+    assert bounded.shares(mask, ((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1))) == {"inside": 1, "covered": 0.5, "background": 0, "both": 0}
+    mask[24:, 16:] = True
+    found = bounded.shares(mask, ((0, 0, 0.5, 0.25), (0.5, 0.5, 1, 1)))
+    assert found == {"inside": pytest.approx(256 / 384), "covered": 0.75, "background": pytest.approx(128 / 640), "both": 1}
+
+
+def test_creatures_of_held_out_scenes_are_found():
+    seeds = [scenes.held_out_seed(number) for number in range(200, 230)]
+    drawn = scenes.render([seed for seed, plan in zip(seeds, scenes.render(seeds, 16).plans) if plan == "fish"][:2])
+    truth = scenes.token_labels(drawn.labels, (32, 32)).view(2, 32, 32) >= len(scenes.BACKGROUNDS)
+    for picture, mask in zip(drawn.image, truth):
+        found = bounded.creature(picture, "fish")
+        assert (found & mask).sum() > 0.6 * (found | mask).sum()

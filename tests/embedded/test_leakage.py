@@ -289,6 +289,18 @@ def test_layouts_are_read_from_what_pictures_show(pipe):
     assert leakage.read_layouts(pipe, {"any": scenes.image[0]}, blank, "a fish", seed=7) == {"any": 1}
 
 
+def test_parts_are_those_of_the_nearest_token_in_the_known_scenes(pipe):
+    known, others = render([1, 3, 5], picture_size(pipe)), render([7, 9], picture_size(pipe))
+    read = leakage.read_parts(pipe, others.image, known, "a fish", seed=7)
+    rows, timesteps = torch.cat([others.image, known.image]), torch.full((5,), 400)
+    for layer, (q, _, _) in noised_features(pipe, rows, timesteps, "a fish", seeds=[7, 7, 8, 9, 10]).items():
+        joint = torch.nn.functional.normalize(q.transpose(1, 2).flatten(2).double(), dim=-1)
+        side = int(q.shape[2] ** 0.5)
+        expected = token_labels(known.labels, (side, side)).flatten()[(joint[:2] @ joint[2:].flatten(0, 1).T).argmax(-1)]
+        assert (read.pop(layer) == expected).float().mean() > 0.99 and len(expected.unique()) > 2  # up to ties
+    assert not read
+
+
 def test_a_pair_is_measured_alike_in_any_company(pipe, report):
     alone = [
         leakage.summarise([leakage.measure_pair(pipe, pair, METHODS, QUICK)], QUICK, dict.fromkeys(METHODS, ""))["methods"]
