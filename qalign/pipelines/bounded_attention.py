@@ -46,7 +46,11 @@ class BoundedAttentionOutput(BaseOutput):
 
 
 class BoundedAttentionMixin(AppearanceTransfer):
-    """Bounded attention before a Stable Diffusion pipeline, whose components and conditioning it uses."""
+    """Bounded attention before a Stable Diffusion pipeline, whose components and conditioning it uses.
+
+    Attributes:
+        default_guidance: as published for the family.
+    """
 
     default_guidance = BoundedGuidance()
 
@@ -87,7 +91,7 @@ class BoundedAttentionMixin(AppearanceTransfer):
             prompt: of one picture.
             subjects: words of the prompt with the box they belong in, as `Regions.from_boxes`. All places of the words count; their plural in s will
                 do. Subjects may share words.
-            guidance: the settings; None is as published: `BoundedGuidance()`, of SDXL with rates (18, 5).
+            guidance: the settings; None is `default_guidance`: `BoundedGuidance()`, of SDXL with rates (18, 5).
             num_inference_steps: of DDIM.
             guidance_scale: of the prompt against the empty one.
             layers: in which the loss is read, as `attach`; None is `BoundedGuidance.default_layers`.

@@ -143,7 +143,13 @@ def test_masks_take_the_place_of_boxes_after_the_guided_steps(monkeypatch):
     added, refined, read = [], [], []
     real_add, real_refine, real_loss = MaskRefiner.add, MaskRefiner.refine, BoundedGuidance.loss
     monkeypatch.setattr(MaskRefiner, "add", lambda self, own, regions, *rest: added.append((own, regions)) or real_add(self, own, regions, *rest))
-    monkeypatch.setattr(MaskRefiner, "refine", lambda self, regions: refined.append((len(added), real_refine(self, regions))) or refined[-1][1])
+
+    def refine(self, regions):
+        assert self.nouns == {1: 4, 2: 10} and self.boxes.structure.equal(BOXES.structure)  # each subject's last token
+        refined.append((len(added), real_refine(self, regions)))
+        return refined[-1][1]
+
+    monkeypatch.setattr(MaskRefiner, "refine", refine)
     monkeypatch.setattr(BoundedGuidance, "loss", lambda self, own, regions, *rest: read.append(regions) or real_loss(self, own, regions, *rest))
     guidance = BoundedGuidance(until=0.25, iterations=1, enough=0.0, refine_every=2)
     found = call(make(), num_inference_steps=8, guidance=guidance)
