@@ -33,7 +33,7 @@ class AttentionReader:
     which belongs into the `with` block, changes nothing.
 
     Args:
-        pipe: with `predict(latents, timestep, condition)`, as `AppearanceTransferPipeline` has it.
+        pipe: with `predict(latents, timestep, condition)`, as the pipelines have it.
         layers: as `attach`; None is the last six of the decoder, or the default of `method`.
         method: what edits these layers meanwhile, such as `BoundedAttention()`, all rows being output rows of one picture; None is stock attention.
         regions: of `method`.

@@ -14,7 +14,7 @@ from ..adain import adain as adain_latents
 from ..distillation import AttentionReader, descend, frozen
 from ..methods.attention_distillation import AttentionDistillation, Losses
 from ..regions import Regions
-from .appearance_transfer import OUTPUT_TYPES, AppearanceTransfer, Condition, XLConditions
+from .base import Condition, LatentDiffusion, XLConditions, check_output
 from .pictures import choose_size, cover, to_tensors
 
 _METHOD = AttentionDistillation()
@@ -49,7 +49,7 @@ class AttentionDistillationOutput(BaseOutput):
     interrupted: bool = False
 
 
-class AttentionDistillationMixin(AppearanceTransfer):
+class AttentionDistillationMixin(LatentDiffusion):
     """Attention distillation before a Stable Diffusion pipeline, whose components and conditioning it uses."""
 
     @classmethod
@@ -57,7 +57,7 @@ class AttentionDistillationMixin(AppearanceTransfer):
         return AttentionDistillationPipeline, AttentionDistillationXLPipeline
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self: Any,
         style: Any,
         content: Any = None,
@@ -374,7 +374,4 @@ def _settings(published: Mode, steps: int | None, iterations: int | None, learni
 def _check(method: AttentionDistillation, output_type: str, names: Sequence[str]) -> None:
     if not isinstance(method, AttentionDistillation):
         raise TypeError(f"method: expected AttentionDistillation(...), got {method!r}")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-    if set(names) - {"latents"}:
-        raise ValueError(f"callback_on_step_end_tensor_inputs: expected ('latents',) or (), got {names!r}")
+    check_output(output_type, names)

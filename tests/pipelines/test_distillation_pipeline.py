@@ -354,6 +354,7 @@ def test_pipelines_are_made_of_their_family():
     assert type(make("sdxl")).__name__ == "AttentionDistillationXLPipeline"
     assert type(AppearanceTransferPipeline.from_pipe(make("sdxl"))).__name__ == "AppearanceTransferXLPipeline"
     assert call(make("sdxl"), mode="sample").images.shape == (1, 4, 16, 16)
+    assert not {"invert", "noise_free", "self_regions"} & set(dir(AttentionDistillationPipeline))  # those are of appearance transfer
 
 
 @pytest.mark.parametrize(
