@@ -127,6 +127,8 @@ def test_help_has_examples_that_parse(command, capsys):
         ("distill --style {}/a.png --mask {}/none.png {}/b.png --out {}/o.png", "none.png: expected a label map, found no such file"),
         ("distill --style {}/a.png --mask {}/a.png {}/b.png --out {}/o.png", "a.png: expected a label map"),
         ("distill --style {}/a.png --steps 0 --out {}/o.png", "expected a number above zero"),
+        ("distill --style {}/a.png --tune-decoder 0 --out {}/o.png", "expected a number above zero"),
+        ("texture --style {}/a.png --size 32 --tune-decoder x --out {}/o.png", "expected a whole number, got 'x'"),
         ("texture --style {}/a.png --size 30 --out {}/o.png", "multiples of 8, got 30x30; the nearest is 32x32"),
         ("texture --style {}/a.png --size 32 --stride 99 --model {}/model --out {}/o.png", "stride: expected 1 to the window's 16 latents, got 99"),
         ("nonsense", "invalid choice: 'nonsense'"),
@@ -406,7 +408,7 @@ def test_labels_beside_pictures_are_read_where_they_fit(tmp_path):
 def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
     for name, step in (("a", 3), ("b", 5)):
         Image.fromarray((numpy.arange(SIZE * SIZE).reshape(SIZE, SIZE) // step % 2).astype("uint8")).save(tmp_path / f"{name}-labels.png")
-    options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7 --seed 4 --layers up_blocks.1"
+    options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7 --seed 4 --layers up_blocks.1 --tune-decoder 4"
     masks = [tmp_path / f"{name}-labels.png" for name in "ab"]
     text = f"distill --appearance {{}}/a.png --content {{}}/b.png {options} --mask {masks[0]} {masks[1]} --mode"
     pipe = pipelines.AttentionDistillationPipeline.from_pipe(models.make_pipe("sd15"))
@@ -422,12 +424,14 @@ def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
             learning_rate=0.1,
             layers="up_blocks.1",
             regions=Regions.open(*masks),
+            tune_decoder=4,
             generator=torch.Generator().manual_seed(4),
         )
         assert torch.equal(pixels(tmp_path / f"{mode}.png"), torch.tensor(numpy.asarray(result.images[0])))
         said = capsys.readouterr().out
         assert f"picture: {tmp_path}/{mode}.png" in said
         assert f"loss: {result.losses[0, 0]:.4g} to {result.losses[-1, 0]:.4g} in 6 iterations" in said
+        assert f"loss of the decoder: {result.decoder_losses[0]:.4g} to {result.decoder_losses[-1]:.4g} in 4 iterations" in said
 
 
 def test_an_interrupted_distill_writes_its_picture(folder, tmp_path, capsys, monkeypatch):
@@ -444,6 +448,9 @@ def test_an_interrupted_distill_writes_its_picture(folder, tmp_path, capsys, mon
 
 
 def test_texture_has_the_size_that_was_asked_for(folder, tmp_path, capsys):
-    assert run(folder, f"texture --style {{}}/a.png --size 64x48 --model {{}}/model --steps 1 --iterations 1 --out {tmp_path}/o.png") == 0
-    assert pixels(tmp_path / "o.png").shape == (48, 64, 3)
-    assert f"picture: {tmp_path}/o.png" in capsys.readouterr().out
+    command = "texture --style {}/a.png --size 64x48 --model {}/model --steps 1 --iterations 1"
+    assert run(folder, f"{command} --out {tmp_path}/o.png") == run(folder, f"{command} --tune-decoder --out {tmp_path}/t.png") == 0
+    assert pixels(tmp_path / "o.png").shape == pixels(tmp_path / "t.png").shape == (48, 64, 3)
+    assert not torch.equal(pixels(tmp_path / "o.png"), pixels(tmp_path / "t.png"))
+    said = capsys.readouterr().out
+    assert f"picture: {tmp_path}/o.png" in said and said.count("in 75 iterations") == 1

@@ -6,6 +6,7 @@ picture is new. --mask gives label maps (one channel or a palette whose values a
 examples:
   python -m qalign distill --style A.png --content B.png --size 128 --steps 100 --out O.png
   python -m qalign distill --style scenes/0001.png --content scenes/0003.png --mask scenes/0001-labels.png scenes/0003-labels.png --out O.png
+  python -m qalign distill --style A.png --content B.png --size 128 --tune-decoder --out O.png
   python -m qalign distill --style A.png B.png --mode sample --size 128 --prompt "a photo of a bird" --out O.png
   python -m qalign distill --model ./stable-diffusion-v1-5 --size 512 --style A.jpg --content B.jpg --content-weight 0.25 --out O.png
 """
@@ -46,6 +47,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--iterations", type=count, metavar="M", help="of the optimiser at each step (default: as published)")
     run.add_argument("--rate", type=float, metavar="R", help="of the optimiser (default: as published)")
     run.add_argument("--layers", nargs="+", metavar="NAME", help="self-attention layers: up, names, patterns (default: the last six of the decoder)")
+    run.add_argument(
+        "--tune-decoder",
+        type=count,
+        nargs="?",
+        const=75,
+        default=0,
+        metavar="N",
+        help="decode sharply: tune the VAE's decoder to the style first, for N iterations (default without N: %(const)s; without it: not at all)",
+    )
     run.add_argument("--seed", type=int, default=0, help="of all noise (default: %(default)s)")
 
 
@@ -53,7 +63,7 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     settings = {"num_inference_steps": options.steps, "iterations": options.iterations, "learning_rate": options.rate}
-    return settings | {"layers": options.layers, "generator": torch.Generator().manual_seed(options.seed)}
+    return settings | {"layers": options.layers, "tune_decoder": options.tune_decoder, "generator": torch.Generator().manual_seed(options.seed)}
 
 
 def report(result: Any, path: Path) -> int:
@@ -62,6 +72,9 @@ def report(result: Any, path: Path) -> int:
     if len(result.losses):
         first, last = result.losses[0].tolist(), result.losses[-1].tolist()
         say(f"loss: {first[0]:.4g} to {last[0]:.4g} in {len(result.losses)} iterations; distillation {first[1]:.4g} to {last[1]:.4g}")
+    if len(result.decoder_losses):
+        first, last = result.decoder_losses[0].item(), result.decoder_losses[-1].item()
+        say(f"loss of the decoder: {first:.4g} to {last:.4g} in {len(result.decoder_losses)} iterations")
     if result.interrupted:
         say("interrupted: the picture is the best there was")
     return 130 if result.interrupted else 0

@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..adain import adain as adain_latents
+from ..decoder_tuning import require_count, tuned_decoder
 from ..distillation import AttentionReader, descend, frozen
 from ..methods.attention_distillation import AttentionDistillation, Losses
 from ..regions import Regions
@@ -41,12 +42,14 @@ class AttentionDistillationOutput(BaseOutput):
     Attributes:
         images: PIL images, an array [n, H, W, 3] or a tensor [n, C, h, w], as `output_type` says.
         losses: float32 [iterations, 3], (total, distillation, content) before each iteration.
-        interrupted: whether Ctrl-C or `pipe._interrupt` ended it early; images are then the best there was.
+        interrupted: whether Ctrl-C or `pipe._interrupt` ended it early; images are then the best there was, decoded by the stock decoder.
+        decoder_losses: float32 [tune_decoder], of the decoder before each iteration of its tuning.
     """
 
     images: Any
     losses: Tensor
     interrupted: bool = False
+    decoder_losses: Tensor | None = None
 
 
 class AttentionDistillationMixin(LatentDiffusion):
@@ -73,6 +76,7 @@ class AttentionDistillationMixin(LatentDiffusion):
         initial: str = "content",
         layers: str | Sequence[str] | None = None,
         regions: Regions | None = None,
+        tune_decoder: int = 0,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | None = None,
@@ -103,6 +107,7 @@ class AttentionDistillationMixin(LatentDiffusion):
             initial: of "optimise": "content", or "noise" as without any.
             layers: as `attach`; None is the last six of the decoder.
             regions: label maps, `appearance` of the one style, `structure` of the output.
+            tune_decoder: iterations that tune the decoder to the styles before it decodes the output; published are 75. See `tuned_decoder`.
             height, width: of the output in pixels, multiples of 8; None is the content's, or else the style's. Styles keep the size of the first.
             generator: of all noise.
             output_type: "pil", "np", "pt" or "latent".
@@ -122,13 +127,13 @@ class AttentionDistillationMixin(LatentDiffusion):
         if initial not in INITIAL:
             raise ValueError(f"initial: expected one of {', '.join(INITIAL)}, got {initial!r}")
         settings = _settings(MODES[mode], num_inference_steps, iterations, learning_rate)
-        _check(method, output_type, callback_on_step_end_tensor_inputs)
+        _check(method, tune_decoder, output_type, callback_on_step_end_tensor_inputs)
         styles, contents = to_tensors(style, "style"), [] if content is None else to_tensors(content, "content")
         if regions is not None and len(styles) != 1:
             raise ValueError(f"regions: expected one style with them, got {len(styles)}")
         size = choose_size((contents or styles)[0], height, width, "content" if contents else "style")
-        run = _Run(self, method, settings, self._clean(styles, choose_size(styles[0], None, None, "style")), layers, regions, generator)
-        run.content = self._clean(contents, size) if contents else None
+        run = _Run(self, method, settings, _covering(styles, choose_size(styles[0], None, None, "style")), layers, regions, generator)
+        run.content = self.encode(_covering(contents, size)) if contents else None
         shape = (max(len(contents), 1), self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
         run.null = self.conditions("", *size)[0]
         run.told = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
@@ -136,7 +141,7 @@ class AttentionDistillationMixin(LatentDiffusion):
             latents = run.optimise(run.noise(shape) if run.content is None or initial == "noise" else run.content)
         else:
             latents = run.sample(run.noise(shape), self._guided(*self.conditions(prompt, *size), guidance_scale), adain)
-        return self._result(run, latents, output_type, return_dict)
+        return self._result(run, latents, tune_decoder, output_type, return_dict)
 
     @torch.no_grad()
     def expand(
@@ -153,6 +158,7 @@ class AttentionDistillationMixin(LatentDiffusion):
         stride: int | None = None,
         batch_size: int = 8,
         layers: str | Sequence[str] | None = None,
+        tune_decoder: int = 0,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -175,27 +181,38 @@ class AttentionDistillationMixin(LatentDiffusion):
         arXiv 2302.08113.
         """
         settings = _settings(TEXTURE, num_inference_steps, iterations, learning_rate)
-        _check(method, output_type, callback_on_step_end_tensor_inputs)
+        _check(method, tune_decoder, output_type, callback_on_step_end_tensor_inputs)
         styles = to_tensors(style, "style")
         size = choose_size(styles[0], height, width, "style")
         space = [side // self.vae_scale_factor for side in size]
         window = self.unet.config.sample_size if window is None else window
         places = windows(space, window, max(window // 2, 1) if stride is None else stride)
-        run = _Run(self, method, settings, self._clean(styles, choose_size(styles[0], None, None, "style")), layers, None, generator)
+        run = _Run(self, method, settings, _covering(styles, choose_size(styles[0], None, None, "style")), layers, None, generator)
         run.null = self.conditions("", *(min(window * self.vae_scale_factor, side) for side in size))[0]
         run.told = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         latents = run.expand(run.noise((1, self.unet.config.in_channels, *space)), places, batch_size)
-        return self._result(run, latents, output_type, return_dict)
+        return self._result(run, latents, tune_decoder, output_type, return_dict)
 
-    def _clean(self: Any, pictures: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        return self.encode(torch.stack([cover(picture, size).cpu() for picture in pictures]))
-
-    def _result(self: Any, run: "_Run", latents: Tensor, output_type: str, return_dict: bool) -> AttentionDistillationOutput | tuple[Any, ...]:
-        pictures = latents if output_type == "latent" else self._decode(latents)
+    def _result(
+        self: Any, run: "_Run", latents: Tensor, tune_decoder: int, output_type: str, return_dict: bool
+    ) -> AttentionDistillationOutput | tuple[Any, ...]:
+        pictures, tuning = latents, []
+        if output_type != "latent":
+            pictures, tuning = self._decode_tuned(run, latents, 0 if run.interrupted else tune_decoder)
         self.maybe_free_model_hooks()
         images = self.image_processor.postprocess(pictures, output_type=output_type)
         losses = torch.tensor(run.losses).view(-1, len(Losses._fields))
-        return AttentionDistillationOutput(images, losses, run.interrupted) if return_dict else (images, losses)
+        return AttentionDistillationOutput(images, losses, run.interrupted, torch.tensor(tuning)) if return_dict else (images, losses)
+
+    def _decode_tuned(self: Any, run: "_Run", latents: Tensor, iterations: int) -> tuple[Tensor, list[float]]:
+        """Pictures of latents, and the losses of the tuning; an interrupt while it lasts leaves the stock decoder."""
+        if iterations:
+            try:
+                with tuned_decoder(self, run.pictures, iterations=iterations) as losses:
+                    return self._decode(latents), losses
+            except KeyboardInterrupt:
+                run.interrupted = True
+        return self._decode(latents), []
 
 
 class AttentionDistillationPipeline(AttentionDistillationMixin, StableDiffusionPipeline):
@@ -236,12 +253,13 @@ class _Run:
         pipe: Any,
         method: AttentionDistillation,
         settings: Mode,
-        style: Tensor,
+        pictures: Tensor,
         layers: str | Sequence[str] | None,
         regions: Regions | None,
         generator: torch.Generator | None,
     ) -> None:
-        self.pipe, self.method, self.settings, self.style = pipe, method, settings, style
+        self.pipe, self.method, self.settings = pipe, method, settings
+        self.pictures, self.style = pictures, pipe.encode(pictures)
         self.regions, self.generator = regions, generator
         self.read = AttentionReader(pipe, layers)
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)
@@ -360,18 +378,23 @@ class _Run:
         return self.scheduler.add_noise(clean, self.noise(clean.shape), timestep.reshape(1))
 
 
+def _covering(pictures: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    return torch.stack([cover(picture, size).cpu() for picture in pictures])
+
+
 def _settings(published: Mode, steps: int | None, iterations: int | None, learning_rate: float | None) -> Mode:
     given = {"steps": steps, "iterations": iterations, "learning_rate": learning_rate}
     settings = published._replace(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    for name, number in (("num_inference_steps", settings.steps), ("iterations", settings.iterations)):
-        if not isinstance(number, int) or number < (name == "num_inference_steps"):
-            raise ValueError(f"{name}: expected a whole number, got {number!r}")
+    if require_count("num_inference_steps", settings.steps) == 0:
+        raise ValueError("num_inference_steps: expected a number above 0, got 0")
+    require_count("iterations", settings.iterations)
     if not settings.learning_rate > 0:
         raise ValueError(f"learning_rate: expected a number above 0, got {learning_rate!r}")
     return settings
 
 
-def _check(method: AttentionDistillation, output_type: str, names: Sequence[str]) -> None:
+def _check(method: AttentionDistillation, tune_decoder: int, output_type: str, names: Sequence[str]) -> None:
     if not isinstance(method, AttentionDistillation):
         raise TypeError(f"method: expected AttentionDistillation(...), got {method!r}")
+    require_count("tune_decoder", tune_decoder)
     check_output(output_type, names)
