@@ -129,6 +129,9 @@ def test_help_has_examples_that_parse(command, capsys):
         ("distill --style {}/a.png --steps 0 --out {}/o.png", "expected a number above zero"),
         ("distill --style {}/a.png --tune-decoder 0 --out {}/o.png", "expected a number above zero"),
         ("texture --style {}/a.png --size 32 --tune-decoder x --out {}/o.png", "expected a whole number, got 'x'"),
+        ("texture --style {}/a.png --out {}/o.png", "--size: expected the size of the output, or --mask, got neither"),
+        ("texture --style {}/a.png {}/b.png --mask {}/a.png {}/b.png --out {}/o.png", "--mask: expected one --style with it, got 2"),
+        ("texture --style {}/a.png --mask {}/none.png {}/b.png --out {}/o.png", "none.png: expected a label map, found no such file"),
         ("texture --style {}/a.png --size 30 --out {}/o.png", "multiples of 8, got 30x30; the nearest is 32x32"),
         ("texture --style {}/a.png --size 32 --stride 99 --model {}/model --out {}/o.png", "stride: expected 1 to the window's 16 latents, got 99"),
         ("nonsense", "invalid choice: 'nonsense'"),
@@ -454,3 +457,23 @@ def test_texture_has_the_size_that_was_asked_for(folder, tmp_path, capsys):
     assert not torch.equal(pixels(tmp_path / "o.png"), pixels(tmp_path / "t.png"))
     said = capsys.readouterr().out
     assert f"picture: {tmp_path}/o.png" in said and said.count("in 75 iterations") == 1
+
+
+def test_masked_textures_have_the_size_of_their_labels(folder, tmp_path):
+    labels = (numpy.arange(48 * 64).reshape(48, 64) // 8 % 2).astype("uint8")
+    for name, each in (("style", labels[:SIZE, :SIZE]), ("output", labels), ("odd", labels[:30])):
+        Image.fromarray(each).save(tmp_path / f"{name}.png")
+    pipe = pipelines.AttentionDistillationPipeline.from_pipe(models.make_pipe("sd15"))
+    options = {"num_inference_steps": 1, "iterations": 1, "regions": Regions.open(tmp_path / "style.png", tmp_path / "output.png")}
+    expected = {
+        "texture": lambda **more: pipe.expand(picture(0), 48, 64, **more),
+        "distill": lambda **more: pipe(picture(0), mode="optimise", height=48, width=64, **more),
+    }
+    for command, make in expected.items():
+        text = f"{command} --style {{}}/a.png --mask {tmp_path}/style.png {tmp_path}/%s.png --model {{}}/model --steps 1 --iterations 1"
+        assert run(folder, f"{text % 'output'} --out {tmp_path}/{command}-o.png") == 0
+        image = make(generator=torch.Generator().manual_seed(0), **options).images[0]
+        assert torch.equal(pixels(tmp_path / f"{command}-o.png"), torch.tensor(numpy.asarray(image)))
+        assert run(folder, f"{text % 'output'} --size 32x24 --out {tmp_path}/{command}-s.png") == 0
+        assert pixels(tmp_path / f"{command}-s.png").shape == (24, 32, 3)
+        assert run(folder, f"{text % 'odd'} --out {tmp_path}/{command}-odd.png") == 2 and not (tmp_path / f"{command}-odd.png").exists()

@@ -414,3 +414,77 @@ def test_a_texture_is_the_mean_of_its_windows(small):
     batched = small.expand(pictures(1)[0], 32, 64, generator=seeded(), batch_size=1, **options).images
     assert (wide - batched).abs().mean() < 1e-3
     assert not torch.equal(wide, small.expand(pictures(1, seed=2)[0], 32, 64, generator=seeded(), **options).images)
+
+
+HALVES = (torch.arange(16) >= 8).long().expand(16, 16)  # of a style of 16 x 16 latents
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_windows_have_the_labels_of_their_place(small, scale):
+    labels = (torch.arange(24 * 40).view(24, 40) // 7 % 2).repeat_interleave(scale, 0).repeat_interleave(scale, 1)  # of latents, of pixels
+    batches = []
+
+    class Watching(AttentionDistillation):
+        def loss(self, *features, regions):
+            batches.append([each.structure for each in regions])
+            return super().loss(*features, regions=regions)
+
+    regions = Regions(appearance=HALVES, structure=labels)
+    small.expand(pictures(1)[0], 48, 80, regions=regions, method=Watching(), window=16, stride=8, batch_size=3, iterations=1, **QUICK)
+    places = windows((24, 40), 16, 8)
+    expected = [labels[rows.start * scale : rows.stop * scale, columns.start * scale : columns.stop * scale] for rows, columns in places]
+    assert [len(batch) for batch in batches] == [3, 3, 2] * 3
+    assert all(torch.equal(one, other) for one, other in zip(sum(batches, []), expected * 3))
+
+
+def test_a_masked_texture_of_one_window_is_a_masked_sample(small):
+    options = {"iterations": 2, "learning_rate": 0.03, "regions": Regions(appearance=HALVES, structure=HALVES.T), **QUICK}
+    one = small.expand(pictures(1)[0], 32, 32, window=16, generator=seeded(), **options)
+    sampled = small(pictures(1)[0], mode="sample", adain=False, guidance_scale=1.0, generator=seeded(), **options)
+    torch.testing.assert_close(one.images, sampled.images)
+    assert torch.equal(one.losses, sampled.losses)
+
+
+def test_windows_whose_labels_the_style_lacks_see_all_of_it(small):
+    labels = torch.zeros(16, 48, dtype=torch.long)
+    labels[:, 24:] = 9
+    options = {"window": 16, "stride": 16, "iterations": 1, "batch_size": 1, **QUICK, "num_inference_steps": 1}
+    plain, masked = (
+        small.expand(pictures(1)[0], 32, 96, generator=seeded(), regions=regions, **options)
+        for regions in (None, Regions(appearance=HALVES, structure=labels))
+    )
+    same = (plain.losses[:, 0] == masked.losses[:, 0]).tolist()
+    assert same == [False, False, True]  # the middle one shows both
+    torch.testing.assert_close(masked.images[..., 32:], plain.images[..., 32:])
+    assert masked.images.isfinite().all() and not torch.equal(masked.images[..., :24], plain.images[..., :24])
+
+
+@pytest.mark.parametrize("mode", ["optimise", "sample"])
+def test_a_masked_texture_has_the_size_of_its_labels(small, mode):
+    labels = (torch.arange(12 * 20).view(12, 20) // 3 % 2).long()
+    found = []
+    for scale in (1, 2):  # latents and pixels
+        maps = [each.repeat_interleave(scale, 0).repeat_interleave(scale, 1) for each in (HALVES, labels)]
+        for given in ({}, {"height": 24, "width": 40}):
+            regions = Regions(appearance=maps[0], structure=maps[1])
+            found.append(small(pictures(1)[0], mode=mode, regions=regions, generator=seeded(), **given, **QUICK).images)
+    assert found[0].shape == (1, 4, 12, 20) and all(torch.equal(each, found[0]) for each in found)
+    plain = small(pictures(1)[0], mode=mode, height=24, width=40, generator=seeded(), **QUICK).images
+    assert not torch.equal(plain, found[0])
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ({"appearance": HALVES[:8], "structure": HALVES}, "a label map of the style of 16 x 16 latents, or of its pixels, got 8 x 16"),
+        ({"appearance": HALVES, "structure": HALVES}, "a label map of the output of 24 x 32 latents, or of its pixels, got 16 x 16"),
+        ({"appearance": HALVES}, "a label map of the output of 24 x 32 latents, or of its pixels, got None"),
+        ({"appearance": [HALVES, HALVES], "structure": HALVES}, "a label map of the style of 16 x 16 latents, or of its pixels, got 2 of them"),
+    ],
+)
+def test_labels_of_another_size_are_one_line(small, regions, message):
+    for make_picture in (small, functools.partial(small, mode="sample"), small.expand):
+        with pytest.raises(ValueError, match=f"^regions: expected {message}$"):
+            make_picture(pictures(1)[0], height=48, width=64, regions=Regions(**regions), **QUICK)
+    with pytest.raises(ValueError, match="^regions: expected one style with them, got 2$"):
+        small.expand(pictures(2), 32, 32, regions=Regions(appearance=HALVES, structure=HALVES), **QUICK)
