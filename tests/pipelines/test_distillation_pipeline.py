@@ -123,10 +123,11 @@ def test_layers_out_of_order_are_all_read():
 class Literal:
     """The published loops written down, on a stock UNet with hooks."""
 
+    @torch.no_grad()
     def __init__(self, pipe, weight=0.2):
         self.pipe, self.weight, self.losses = pipe, weight, []
         self.layers = list(self_attention(pipe.unet, "up_blocks").values())[-6:]
-        self.null = pipe.conditions("", 32, 32)[0]["encoder_hidden_states"].detach()
+        self.null, self.unconditional = pipe.conditions("", 32, 32)  # of SDXL the latter is zeros
         self.alphas = pipe.scheduler.alphas_cumprod.double()
 
     def features(self, latents, timestep):
@@ -136,7 +137,7 @@ class Literal:
                 hook = lambda _, __, out, key=(layer, name): kept.__setitem__(key, out)  # noqa: E731
                 hooks.append(getattr(layer, name).register_forward_hook(hook))
             hooks.append(layer.to_out[0].register_forward_pre_hook(lambda _, x, key=(layer, "out"): kept.__setitem__(key, x[0])))
-        self.pipe.unet(latents, timestep, self.null)
+        self.pipe.unet(latents, timestep, **self.null)
         for hook in hooks:
             hook.remove()
         names = ("to_q", "to_k", "to_v", "out")
@@ -171,7 +172,8 @@ class Literal:
         latents = torch.randn(content.shape, generator=generator)
         for timestep in self.pipe.scheduler.timesteps:
             with torch.no_grad():
-                epsilon = self.pipe.unet(latents, timestep, self.null).sample
+                base, epsilon = (self.pipe.unet(latents, timestep, **each).sample for each in (self.unconditional, self.null))
+                epsilon = base + 7.5 * (epsilon - base)
             before, after = self.alphas[timestep], int(timestep) - 1000 // steps
             level = self.alphas[after] if after >= 0 else torch.ones(())
             clean = (latents - (1 - before).sqrt().float() * epsilon) / before.sqrt().float()
@@ -187,9 +189,10 @@ class Literal:
         return latents
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("mode", ["optimise", "sample"])
-def test_both_modes_are_the_published_loops(mode):
-    pipe = make("sd15")
+def test_both_modes_are_the_published_loops(mode, family):
+    pipe = make(family)
     style, content = pipe.encode(torch.cat([pictures(1), pictures(1, seed=1)])).detach().split(1)
     result, literal = call(pipe, mode=mode, num_inference_steps=4), Literal(pipe)
     latents = literal.optimise(style, content, 4) if mode == "optimise" else literal.sample(style, content, 4, seeded())
@@ -336,18 +339,43 @@ def test_an_interrupt_keeps_what_there_was(small, mode, how):
     assert not call(small, mode=mode).interrupted
 
 
-def test_half_precision_keeps_latents_and_loss_in_float32():
-    stock = make_pipe("small")
-    stock.register_modules(vae=copy.deepcopy(stock.vae), text_encoder=copy.deepcopy(stock.text_encoder))  # all tests share these
+def runs(pipe):
+    """One of each kind, short."""
+    yield call(pipe, num_inference_steps=2)
+    yield call(pipe, mode="sample", num_inference_steps=2)
+    yield pipe.expand(pictures(1)[0], 32, 48, generator=seeded(), iterations=1, **{**QUICK, "num_inference_steps": 2})
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_every_kind_of_run_is_the_same_with_gradient_checkpointing(family):
+    pipe, again = make(family), make(family)
+    again.unet.enable_gradient_checkpointing()
+    again.unet.train()
+    forwards, layers = {}, {}
+    for name, each in (("plain", pipe), ("checkpointed", again)):
+        forwards[name], layers[name] = [], list(self_attention(each.unet, "up_blocks").values())[-2]
+        layers[name].to_q.register_forward_hook(lambda *_, name=name: forwards[name].append(True))
+    for one, other in zip(runs(pipe), runs(again)):
+        assert one.losses.flatten().tolist() == pytest.approx(other.losses.flatten().tolist(), rel=2e-5)
+    assert len(forwards["checkpointed"]) > len(forwards["plain"])  # in the backward pass the blocks ran again
+    assert {type(each) for each in processors(again)} == {type(each) for each in processors(pipe)}
+
+
+@pytest.mark.parametrize("family", ["small", "sd15", "sdxl"])
+def test_half_precision_keeps_latents_and_loss_in_float32(family):
+    stock = make_pipe(family)
+    shared = {name: copy.deepcopy(part) for name, part in stock.components.items() if name.startswith(("vae", "text_encoder"))}  # by all tests
+    stock.register_modules(**shared)
     pipe = AttentionDistillationPipeline.from_pipe(stock.to(torch.bfloat16))
     pipe.set_progress_bar_config(disable=True)
+    pipe.unet.enable_gradient_checkpointing()
     seen = []
     pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
-    for mode in ("optimise", "sample"):
-        result = call(pipe, mode=mode)
+    for result in runs(pipe):
         assert result.images.dtype == result.losses.dtype == torch.float32 and result.images.isfinite().all()
         assert not torch.equal(result.images, result.images.to(torch.bfloat16).float())
-    assert set(seen) == {torch.bfloat16}
+        assert not torch.equal(result.losses, result.losses.to(torch.bfloat16).float())
+    assert set(seen) == {torch.bfloat16} and {each.dtype for each in pipe.unet.parameters()} == {torch.bfloat16}
 
 
 def test_pipelines_are_made_of_their_family():
