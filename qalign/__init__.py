@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .bank import FeatureBank
     from .bounded_guidance import BoundedGuidance
     from .control import Control, attach
+    from .decoder_tuning import tuned_decoder
     from .layout import BatchLayout
     from .methods import (
         BoundedAttention,
@@ -54,6 +55,7 @@ _HOMES = {
     "bank": ("FeatureBank",),
     "bounded_guidance": ("BoundedGuidance",),
     "control": ("Control", "attach"),
+    "decoder_tuning": ("tuned_decoder",),
     "layout": ("BatchLayout",),
     "methods": (
         "BoundedAttention",
@@ -125,6 +127,7 @@ __all__ = [
     "VisualStylePrompting",
     "ZStar",
     "attach",
+    "tuned_decoder",
 ]
 
 

@@ -33,7 +33,7 @@ class AttentionReader:
     again in the backward pass, which belongs into the `with` block, changes nothing.
 
     Args:
-        pipe: with `predict(latents, timestep, condition)`, as `AppearanceTransferPipeline` has it.
+        pipe: with `predict(latents, timestep, condition)`, as the pipelines have it.
         layers: as `attach`; None is the last six of the decoder, or the default of `method`.
         method: what acts meanwhile, in its default layers and in those that are read, such as `BoundedAttention()`; the rows are those of one
             output, one or its two guidance parts. None is stock attention.

@@ -77,6 +77,20 @@ class Regions:
             raise ValueError(f"boxes: expected each to keep a cell of {height} x {width} in front, got {' '.join(map(str, hidden[0]))}")
         return cls(structure=labels, background=0)
 
+    def window(self, rows: slice, columns: slice, space: Sequence[int]) -> "Regions":
+        """The same with the output's labels cut to a window of its latents.
+
+        Args:
+            rows, columns: of the window.
+            space: (height, width) of all latents.
+
+        Raises:
+            ValueError: as `label_scale`.
+        """
+        scale = label_scale(self.structure, space, "structure")
+        cut = self.structure[scale * rows.start : scale * rows.stop, scale * columns.start : scale * columns.stop]
+        return Regions(appearance=self.appearance, structure=cut, background=self.background)
+
     def keys(self, picture: str, tokens: int, device: torch.device) -> Tensor:
         """Bit sets int32 [1, N] of a picture's tokens: "appearance" or "structure"."""
         return self._cached(("keys", picture, tokens, device), lambda: self._bits(self._tokens(picture, tokens)).to(device))
@@ -136,6 +150,21 @@ def read_labels(path: str | Path) -> Tensor:
         if picture.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"{path}: expected a label map, one channel or a palette whose values are labels, got a picture of mode {picture.mode}")
         return torch.from_numpy(numpy.array(picture).astype("int64"))
+
+
+def label_scale(labels: Any, space: Sequence[int], name: str) -> int:
+    """How many labels of a map there are along each of (height, width) latents: 1, or in one of pixels as many as there are pixels.
+
+    Raises:
+        ValueError: there is not one map, or no such whole number.
+    """
+    if isinstance(labels, Tensor):
+        height, width = labels.shape
+        scale = height // space[0]
+        if scale and (height, width) == (scale * space[0], scale * space[1]):
+            return scale
+    got = f"{height} x {width}" if isinstance(labels, Tensor) else "None" if labels is None else f"{len(labels)} of them"
+    raise ValueError(f"regions: expected a label map of the {name} of {space[0]} x {space[1]} latents, or of its pixels, got {got}")
 
 
 def labels_of_tokens(labels: Tensor, tokens: int) -> Tensor:

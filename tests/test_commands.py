@@ -3,6 +3,7 @@
 import importlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -89,6 +90,8 @@ def test_help_has_examples_that_parse(command, capsys):
         ("transfer --appearance {}/a.png --structure {}/large.png --out {}/o.png", "large.png: expected the size of"),
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method masa", "invalid choice: 'masa'"),
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method cross_image --topk 3", "--topk: expected with --method qalign"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --aligned me", "--aligned: invalid choice: 'me'"),
+        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method seal --aligned both", "--aligned: expected with"),
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.txt", "expected a file that ends in .png"),
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --cache {}/a.png", "expected a folder, got the file"),
         ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}", "a path without one"),
@@ -128,6 +131,11 @@ def test_help_has_examples_that_parse(command, capsys):
         ("distill --style {}/a.png --mask {}/none.png {}/b.png --out {}/o.png", "none.png: expected a label map, found no such file"),
         ("distill --style {}/a.png --mask {}/a.png {}/b.png --out {}/o.png", "a.png: expected a label map"),
         ("distill --style {}/a.png --steps 0 --out {}/o.png", "expected a number above zero"),
+        ("distill --style {}/a.png --tune-decoder 0 --out {}/o.png", "expected a number above zero"),
+        ("texture --style {}/a.png --size 32 --tune-decoder x --out {}/o.png", "expected a whole number, got 'x'"),
+        ("texture --style {}/a.png --out {}/o.png", "--size: expected the size of the output, or --mask, got neither"),
+        ("texture --style {}/a.png {}/b.png --mask {}/a.png {}/b.png --out {}/o.png", "--mask: expected one --style with it, got 2"),
+        ("texture --style {}/a.png --mask {}/none.png {}/b.png --out {}/o.png", "none.png: expected a label map, found no such file"),
         ("texture --style {}/a.png --size 30 --out {}/o.png", "multiples of 8, got 30x30; the nearest is 32x32"),
         ("texture --style {}/a.png --size 32 --stride 99 --model {}/model --out {}/o.png", "stride: expected 1 to the window's 16 latents, got 99"),
         ("bound --prompt fox --out {}/o.png", "required: --box"),
@@ -166,13 +174,15 @@ def test_choices_are_those_of_the_library():
     assert set(_shared.METHODS) == set(pipelines.METHODS)
     op = importlib.import_module("qalign_kernels.qalign_attention")
     assert transfer.SETTINGS["refinement"]["choices"] == op.REFINEMENTS
-    given = Namespace(**{"method": "qalign", **dict.fromkeys(transfer.SETTINGS), "refinement": "topk", "topk": 3, "contrast": 1.0})
+    assert transfer.SETTINGS["aligned"]["choices"] == importlib.import_module("qalign.methods.qalign").ALIGNED
+    settings = {"refinement": "topk", "topk": 3, "contrast": 1.0, "aligned": "output"}
+    given = Namespace(**{"method": "qalign", **dict.fromkeys(transfer.SETTINGS), **settings})
     assert transfer.make_regions(Namespace(regions=["self"], structure=["b.png"]), None) == "self"
-    assert transfer.make_method(given) == QAlign(refinement="topk", topk=3, contrast=1.0)
+    assert transfer.make_method(given) == QAlign(**settings)
 
 
 def test_transfer_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
-    options = "--model {}/model --steps 6 --seed 3 --swap-guidance 2 --refinement guided --strength 5 --inversion ddim"
+    options = "--model {}/model --steps 6 --seed 3 --swap-guidance 2 --refinement guided --strength 5 --aligned structure --inversion ddim"
     outputs = f"--out {tmp_path}/new/o.png --grid {tmp_path}/grid.png"
     assert run(folder, f"transfer --appearance {{}}/a.png --structure {{}}/b.png {{}}/c.png {options} {outputs}") == 0
     said = capsys.readouterr().out
@@ -180,7 +190,7 @@ def test_transfer_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
     expected = pipelines.AppearanceTransferPipeline.from_pipe(stock)(
         picture(0),
         [picture(1), picture(2)],
-        method=QAlign(refinement="guided", strength=5),
+        method=QAlign(refinement="guided", strength=5, aligned="structure"),
         num_inference_steps=6,
         inversion="ddim",
         swap_guidance_scale=2,
@@ -413,7 +423,7 @@ def test_labels_beside_pictures_are_read_where_they_fit(tmp_path):
 def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
     for name, step in (("a", 3), ("b", 5)):
         Image.fromarray((numpy.arange(SIZE * SIZE).reshape(SIZE, SIZE) // step % 2).astype("uint8")).save(tmp_path / f"{name}-labels.png")
-    options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7 --seed 4 --layers up_blocks.1"
+    options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7 --seed 4 --layers up_blocks.1 --tune-decoder 4"
     masks = [tmp_path / f"{name}-labels.png" for name in "ab"]
     text = f"distill --appearance {{}}/a.png --content {{}}/b.png {options} --mask {masks[0]} {masks[1]} --mode"
     pipe = pipelines.AttentionDistillationPipeline.from_pipe(models.make_pipe("sd15"))
@@ -429,31 +439,71 @@ def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
             learning_rate=0.1,
             layers="up_blocks.1",
             regions=Regions.open(*masks),
+            tune_decoder=4,
             generator=torch.Generator().manual_seed(4),
         )
         assert torch.equal(pixels(tmp_path / f"{mode}.png"), torch.tensor(numpy.asarray(result.images[0])))
-        said = capsys.readouterr().out
+        said, progress = capsys.readouterr()
+        assert f"loss={result.losses[-1, 0]:.4g}" in progress
         assert f"picture: {tmp_path}/{mode}.png" in said
         assert f"loss: {result.losses[0, 0]:.4g} to {result.losses[-1, 0]:.4g} in 6 iterations" in said
+        assert f"loss of the decoder: {result.decoder_losses[0]:.4g} to {result.decoder_losses[-1]:.4g} in 4 iterations" in said
 
 
-def test_an_interrupted_distill_writes_its_picture(folder, tmp_path, capsys, monkeypatch):
-    descend, calls = attention_distillation.descend, []
+@pytest.mark.parametrize("text", ["distill --content {}/b.png", "distill --content {}/b.png --mode sample", "texture --size 48"])
+def test_an_interrupted_run_writes_the_best_picture_so_far(folder, tmp_path, capsys, monkeypatch, text):
+    """Ctrl-C in the third iteration."""
+    descend, losses = attention_distillation.descend, []
 
     def interrupted(*given):
-        if calls:
-            raise KeyboardInterrupt
-        return calls.append(descend(*given)) or calls[0]
+        if len(losses) == 2:
+            signal.raise_signal(signal.SIGINT)
+        losses.append(descend(*given))
+        return losses[-1]
 
     monkeypatch.setattr(attention_distillation, "descend", interrupted)
-    assert run(folder, f"distill --style {{}}/a.png --content {{}}/b.png --model {{}}/model --steps 3 --out {tmp_path}/o.png") == 130
-    assert pixels(tmp_path / "o.png").float().std() > 0 and "interrupted: the picture is the best there was" in capsys.readouterr().out
+    options = "--style {}/a.png --model {}/model --steps 5 --iterations 1 --tune-decoder 2"
+    assert run(folder, f"{text} {options} --out {tmp_path}/o.png") == 130
+    assert "interrupted: the picture is the best there was" in capsys.readouterr().out
+    losses.clear()
+    pipe = pipelines.AttentionDistillationPipeline.from_pipe(models.make_pipe("sd15"))
+    settings = {"num_inference_steps": 5, "iterations": 1, "generator": torch.Generator().manual_seed(0)}
+    if "texture" in text:
+        result = pipe.expand(picture(0), 48, 48, **settings)
+    else:
+        result = pipe(picture(0), picture(1), mode="sample" if "sample" in text else "optimise", **settings)
+    assert result.interrupted and torch.equal(pixels(tmp_path / "o.png"), torch.tensor(numpy.asarray(result.images[0])))
 
 
 def test_texture_has_the_size_that_was_asked_for(folder, tmp_path, capsys):
-    assert run(folder, f"texture --style {{}}/a.png --size 64x48 --model {{}}/model --steps 1 --iterations 1 --out {tmp_path}/o.png") == 0
-    assert pixels(tmp_path / "o.png").shape == (48, 64, 3)
-    assert f"picture: {tmp_path}/o.png" in capsys.readouterr().out
+    command = "texture --style {}/a.png --size 64x48 --model {}/model --steps 1 --iterations 1"
+    assert run(folder, f"{command} --out {tmp_path}/o.png") == run(folder, f"{command} --tune-decoder --out {tmp_path}/t.png") == 0
+    assert pixels(tmp_path / "o.png").shape == pixels(tmp_path / "t.png").shape == (48, 64, 3)
+    assert not torch.equal(pixels(tmp_path / "o.png"), pixels(tmp_path / "t.png"))
+    said, progress = capsys.readouterr()
+    assert f"picture: {tmp_path}/o.png" in said and said.count("in 75 iterations") == 1
+    (loss,) = {line.split()[3] for line in said.splitlines() if line.startswith("loss: ")}
+    assert progress.count(f"loss={loss}") >= 2
+
+
+def test_masked_textures_have_the_size_of_their_labels(folder, tmp_path):
+    labels = (numpy.arange(48 * 64).reshape(48, 64) // 8 % 2).astype("uint8")
+    for name, each in (("style", labels[:SIZE, :SIZE]), ("output", labels), ("odd", labels[:30])):
+        Image.fromarray(each).save(tmp_path / f"{name}.png")
+    pipe = pipelines.AttentionDistillationPipeline.from_pipe(models.make_pipe("sd15"))
+    options = {"num_inference_steps": 1, "iterations": 1, "regions": Regions.open(tmp_path / "style.png", tmp_path / "output.png")}
+    expected = {
+        "texture": lambda **more: pipe.expand(picture(0), 48, 64, **more),
+        "distill": lambda **more: pipe(picture(0), mode="optimise", height=48, width=64, **more),
+    }
+    for command, make in expected.items():
+        text = f"{command} --style {{}}/a.png --mask {tmp_path}/style.png {tmp_path}/%s.png --model {{}}/model --steps 1 --iterations 1"
+        assert run(folder, f"{text % 'output'} --out {tmp_path}/{command}-o.png") == 0
+        image = make(generator=torch.Generator().manual_seed(0), **options).images[0]
+        assert torch.equal(pixels(tmp_path / f"{command}-o.png"), torch.tensor(numpy.asarray(image)))
+        assert run(folder, f"{text % 'output'} --size 32x24 --out {tmp_path}/{command}-s.png") == 0
+        assert pixels(tmp_path / f"{command}-s.png").shape == (24, 32, 3)
+        assert run(folder, f"{text % 'odd'} --out {tmp_path}/{command}-odd.png") == 2 and not (tmp_path / f"{command}-odd.png").exists()
 
 
 BOUND = "bound --prompt fox --box fox 0 0.25 0.5 1 --model {}/model --steps 4 --seed 3 --guidance 3 --rates 300 100 --iterations 2"

@@ -111,14 +111,21 @@ def _read_picture(path: Path, wanted: tuple[int, int] | None) -> Any:
         raise ValueError(f"{path}: expected a picture (PNG, JPEG, WebP, ...), got something that cannot be read as one") from error
     if wanted is not None:
         return ImageOps.fit(picture, wanted, Image.Resampling.LANCZOS)
-    if picture.width % MULTIPLE or picture.height % MULTIPLE:
-        got, near = f"{picture.width}x{picture.height}", nearest(*picture.size)
-        raise ValueError(f"{path}: expected sides that are multiples of {MULTIPLE}, got {got}; --size {near} is the nearest")
+    _check_sides(path, *picture.size)
     return picture
 
 
-def read_label_map(path: Path, size: tuple[int, int], wanted: tuple[int, int] | None) -> Any:
-    """The labels [h, w] of a picture of `size` (width, height), scaled and cut as `read_pictures` does for `wanted`, to the nearest label."""
+def _check_sides(path: Path, width: int, height: int) -> None:
+    if width % MULTIPLE or height % MULTIPLE:
+        near = nearest(width, height)
+        raise ValueError(f"{path}: expected sides that are multiples of {MULTIPLE}, got {width}x{height}; --size {near} is the nearest")
+
+
+def read_label_map(path: Path, size: tuple[int, int] | None, wanted: tuple[int, int] | None) -> Any:
+    """The labels [h, w] of a picture of `size` (width, height), scaled and cut as `read_pictures` does for `wanted`, to the nearest label.
+
+    Without `size` they are of a picture that is still to be made.
+    """
     from PIL import Image, ImageOps
 
     from ..regions import read_labels
@@ -132,7 +139,9 @@ def read_label_map(path: Path, size: tuple[int, int], wanted: tuple[int, int] | 
 
         fitted = ImageOps.fit(Image.fromarray(labels.int().numpy()), wanted, Image.Resampling.NEAREST)
         labels = torch.from_numpy(asarray(fitted).astype("int64"))
-    if labels.shape != (size[1], size[0]):
+    if size is None:
+        _check_sides(path, labels.shape[1], labels.shape[0])
+    elif labels.shape != (size[1], size[0]):
         raise ValueError(f"{path}: expected labels of its picture's {size[0]}x{size[1]} pixels, got {labels.shape[1]}x{labels.shape[0]}")
     return labels
 

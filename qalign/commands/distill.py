@@ -1,20 +1,27 @@
 """Give a picture the textures and colours of another by attention distillation: its latents move until self-attention draws from the style.
 
 "optimise" moves clean latents, one step at each timestep; "sample" draws a picture by a prompt and moves it at every step. Without --content the
-picture is new. --mask gives label maps (one channel or a palette whose values are labels): then like draws from like. Ctrl-C writes what there is.
+picture is new. --mask gives label maps (one channel or a palette whose values are labels): then like draws from like, and a new picture has the size
+of its labels. Ctrl-C writes what there is.
 
 examples:
   python -m qalign distill --style A.png --content B.png --size 128 --steps 100 --out O.png
   python -m qalign distill --style scenes/0001.png --content scenes/0003.png --mask scenes/0001-labels.png scenes/0003-labels.png --out O.png
+  python -m qalign distill --style A.png --content B.png --size 128 --tune-decoder --out O.png
+  python -m qalign distill --style A.png --mask A-labels.png O-labels.png --steps 300 --out O.png
   python -m qalign distill --style A.png B.png --mode sample --size 128 --prompt "a photo of a bird" --out O.png
   python -m qalign distill --model ./stable-diffusion-v1-5 --size 512 --style A.jpg --content B.jpg --content-weight 0.25 --out O.png
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._shared import add_model_arguments, count, load_pipeline, picture_path, read_label_map, read_pictures, say, size, write
+
+if TYPE_CHECKING:
+    from ..regions import Regions
 
 MODES = ("optimise", "sample")
 
@@ -25,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--style", "--appearance", type=Path, required=True, nargs="+", metavar="A.png", help="whose textures and colours to take; one or several"
     )
     pictures.add_argument("--content", type=Path, metavar="B.png", help="what to give them to (default: a new picture)")
-    pictures.add_argument("--mask", type=Path, nargs=2, metavar=("A-labels.png", "B-labels.png"), help="label maps of style and output")
+    pictures.add_argument("--mask", type=Path, nargs=2, metavar=("A-labels.png", "O-labels.png"), help="label maps of style and output")
     pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
     pictures.add_argument("--size", type=size, metavar="S|WxH", help="scale and crop all pictures to this, multiples of 8 (default: their own)")
     add_run_arguments(parser)
@@ -46,6 +53,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--iterations", type=count, metavar="M", help="of the optimiser at each step (default: as published)")
     run.add_argument("--rate", type=float, metavar="R", help="of the optimiser (default: as published)")
     run.add_argument("--layers", nargs="+", metavar="NAME", help="self-attention layers: up, names, patterns (default: the last six of the decoder)")
+    run.add_argument(
+        "--tune-decoder",
+        type=count,
+        nargs="?",
+        const=75,
+        default=0,
+        metavar="N",
+        help="decode sharply: tune the VAE's decoder to the style first, for N iterations (default without N: %(const)s; without it: not at all)",
+    )
     run.add_argument("--seed", type=int, default=0, help="of all noise (default: %(default)s)")
 
 
@@ -53,7 +69,21 @@ def run_settings(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     settings = {"num_inference_steps": options.steps, "iterations": options.iterations, "learning_rate": options.rate}
-    return settings | {"layers": options.layers, "generator": torch.Generator().manual_seed(options.seed)}
+    return settings | {"layers": options.layers, "tune_decoder": options.tune_decoder, "generator": torch.Generator().manual_seed(options.seed)}
+
+
+def read_regions(
+    mask: Sequence[Path],
+    of_style: tuple[int, int],
+    of_output: tuple[int, int] | None,
+    style_wanted: tuple[int, int] | None,
+    output_wanted: tuple[int, int] | None,
+) -> "Regions":
+    """The label maps of a style and of the output, by `read_label_map`."""
+    from ..regions import Regions
+
+    style, output = read_label_map(mask[0], of_style, style_wanted), read_label_map(mask[1], of_output, output_wanted)
+    return Regions(appearance=style, structure=output)
 
 
 def report(result: Any, path: Path) -> int:
@@ -62,6 +92,9 @@ def report(result: Any, path: Path) -> int:
     if len(result.losses):
         first, last = result.losses[0].tolist(), result.losses[-1].tolist()
         say(f"loss: {first[0]:.4g} to {last[0]:.4g} in {len(result.losses)} iterations; distillation {first[1]:.4g} to {last[1]:.4g}")
+    if len(result.decoder_losses):
+        first, last = result.decoder_losses[0].item(), result.decoder_losses[-1].item()
+        say(f"loss of the decoder: {first:.4g} to {last:.4g} in {len(result.decoder_losses)} iterations")
     if result.interrupted:
         say("interrupted: the picture is the best there was")
     return 130 if result.interrupted else 0
@@ -73,12 +106,10 @@ def run(options: argparse.Namespace) -> int:
     pictures = read_pictures([*options.style, *([options.content] if options.content else [])], options.size)
     from ..methods.attention_distillation import AttentionDistillation
     from ..pipelines import AttentionDistillationPipeline
-    from ..regions import Regions
 
     regions = None
     if options.mask:
-        style, output = (read_label_map(path, pictures[0].size, options.size) for path in options.mask)
-        regions = Regions(appearance=style, structure=output)
+        regions = read_regions(options.mask, pictures[0].size, pictures[-1].size if options.content else None, options.size, options.size)
     pipe = AttentionDistillationPipeline.from_pipe(load_pipeline(options))
     result = pipe(
         pictures[: len(options.style)],

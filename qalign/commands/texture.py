@@ -1,9 +1,11 @@
 """Grow a texture to any size by attention distillation, in overlapping windows of the size that the model knows.
 
-Time grows with the number of windows, memory hardly. Ctrl-C writes what there is.
+Time grows with the number of windows, memory hardly. --mask gives label maps of the texture and of the output (one channel or a palette whose values
+are labels): then like draws from like. Ctrl-C writes what there is.
 
 examples:
   python -m qalign texture --style A.png --size 768x256 --steps 20 --out O.png
+  python -m qalign texture --style A.png --mask A-labels.png O-labels.png --steps 20 --out O.png
   python -m qalign texture --model ./stable-diffusion-v1-5 --dtype float16 --style A.jpg --size 2048x1024 --stride 16 --out O.png
 """
 
@@ -11,14 +13,15 @@ import argparse
 from pathlib import Path
 
 from ._shared import add_model_arguments, count, load_pipeline, picture_path, read_pictures, size
-from .distill import add_run_arguments, report, run_settings
+from .distill import add_run_arguments, read_regions, report, run_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument("--style", "--appearance", type=Path, required=True, nargs="+", metavar="A.png", help="the texture; one or several")
     pictures.add_argument("--style-size", type=size, metavar="S|WxH", help="scale and crop it to this, multiples of 8 (default: its own)")
-    pictures.add_argument("--size", type=size, required=True, metavar="S|WxH", help="of the output, in pixels, multiples of 8")
+    pictures.add_argument("--size", type=size, metavar="S|WxH", help="of the output, in pixels, multiples of 8 (default: of O-labels.png)")
+    pictures.add_argument("--mask", type=Path, nargs=2, metavar=("A-labels.png", "O-labels.png"), help="label maps of texture and output")
     pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
     add_run_arguments(parser)
     windows = parser.add_argument_group("windows")
@@ -29,10 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.size is None and options.mask is None:
+        raise ValueError("--size: expected the size of the output, or --mask, got neither")
+    if options.mask and len(options.style) > 1:
+        raise ValueError(f"--mask: expected one --style with it, got {len(options.style)}")
     pictures = read_pictures(options.style, options.style_size)
+    regions = read_regions(options.mask, pictures[0].size, options.size, options.style_size, options.size) if options.mask else None
     from ..pipelines import AttentionDistillationPipeline
 
     pipe = AttentionDistillationPipeline.from_pipe(load_pipeline(options))
-    width, height = options.size
+    width, height = options.size or regions.structure.shape[::-1]  # type: ignore[union-attr]
     places = {"window": options.window, "stride": options.stride, "batch_size": options.batch}
-    return report(pipe.expand(pictures, height, width, **places, **run_settings(options)), options.out)
+    return report(pipe.expand(pictures, height, width, regions=regions, **places, **run_settings(options)), options.out)

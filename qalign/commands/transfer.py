@@ -7,6 +7,7 @@ examples:
   python -m qalign transfer --appearance zebra.png --structure horse.png --size 128 --out out.png --grid grid.png
   python -m qalign transfer --appearance a.png --structure b.png c.png --method cross_image --steps 50 --out out.png
   python -m qalign transfer --appearance a.png --structure b.png --method qalign --refinement topk --topk 4 --out out.png
+  python -m qalign transfer --appearance a.png --structure b.png --refinement rearranged --aligned output --out out.png  # the paper's reading
   python -m qalign transfer --appearance a.png --structure b.png --prompt "a bird" --regions self --out out.png
   python -m qalign transfer --appearance a.png --structure b.png --regions a-labels.png b-labels.png --out out.png
   python -m qalign transfer --model ./stable-diffusion-v1-5 --dtype float16 --size 512 --prompt "a photo of a zebra" --noun zebra \\
@@ -36,6 +37,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "refinement": {
         "choices": REFINEMENTS,
         "help": "of qalign: how attention follows the alignment (default: the method's own, as below)",
+    },
+    "aligned": {
+        "choices": ("both", "output", "structure"),
+        "help": "of qalign: whose queries are aligned with the appearance's (default: both)",
     },
     "similarity": {"choices": ("cosine", "dot"), "help": "of qalign: by which queries are aligned"},
     "heads": {"choices": ("joint", "per_head"), "help": "of qalign: one alignment for all heads, or one for each"},

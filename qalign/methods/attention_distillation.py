@@ -54,19 +54,22 @@ class AttentionDistillation:
 
     Source: Attention Distillation, arXiv 2502.20235. Deviation: a query whose label the style does not show sees all of it, as everywhere under
     `Regions`; published code has no key left there.
-    Not here: the loss between attention maps, FLUX, tuning of the VAE's decoder.
+    Not here: the loss between attention maps, FLUX. The tuning of the VAE's decoder is `qalign.decoder_tuning`.
     """
 
     content_weight: float = 0.2
     logit_scale: float = 1.0
 
-    def loss(self, features: Features, style: Features, content: Features | None = None, *, regions: Regions | None = None) -> Losses:
+    def loss(
+        self, features: Features, style: Features, content: Features | None = None, *, regions: Regions | Sequence[Regions] | None = None
+    ) -> Losses:
         """The losses of `features` with B rows, differentiable in them.
 
         Args:
             style: of S rows, one for each style, which all rows of `features` share.
             content: of B rows or of one; None is no content.
-            regions: `appearance` is the style's label map, `structure` the output's; of one style only.
+            regions: `appearance` is the style's label map, `structure` the output's; of one style only. One for all rows, or one for each row
+                with the same style.
 
         Raises:
             ValueError: layers that differ, or regions with several styles.
@@ -81,14 +84,16 @@ class AttentionDistillation:
                 kept = kept + (layer.query.float() - content[name].query.detach().float()).abs().mean()
         return Losses(distilled + self.content_weight * kept, distilled, kept)
 
-    def _distillation(self, layer: LayerFeatures, style: LayerFeatures, regions: Regions | None) -> Tensor:
+    def _distillation(self, layer: LayerFeatures, style: LayerFeatures, regions: Regions | Sequence[Regions] | None) -> Tensor:
         tokens, device = style.key.shape[2], style.key.device
         scale = (layer.query.shape[-1] ** -0.5 if layer.scale is None else layer.scale) * self.logit_scale
         if regions is None:
             return distillation_loss(layer.output, layer.query, style.key.split(1), style.value.split(1), scale=scale)
         if len(style.key) != 1:
             raise ValueError(f"regions: expected one style with them, got {len(style.key)}")
-        queries, keys = regions.queries("appearance", layer.query.shape[2], tokens, device), regions.keys("appearance", tokens, device)
+        of_rows = [regions] if isinstance(regions, Regions) else regions
+        queries = torch.cat([each.queries("appearance", layer.query.shape[2], tokens, device) for each in of_rows])  # [B|1, N]
+        keys = of_rows[0].keys("appearance", tokens, device)
         return distillation_loss(layer.output, layer.query, style.key, style.value, scale=scale, query_labels=queries, ref_labels=keys)
 
     def default_layers(self, names: Sequence[str]) -> list[str]:

@@ -3,14 +3,13 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -19,12 +18,13 @@ from ..bank import FeatureBank
 from ..control import Control, attach, find_unet
 from ..freeu import cross_image_freeu
 from ..guidance import swap_guided, swap_scales
-from ..inversion import KINDS, Inversion, Predict, denoise_step, invert_ddim, invert_ddpm, require_finite
+from ..inversion import KINDS, Inversion, denoise_step, invert_ddim, invert_ddpm
 from ..layout import BatchLayout
 from ..masks import MOST_TOKENS, MapCollector, default_noun, noun_tokens, object_masks, object_regions
 from ..methods import METHODS as ALL_METHODS
 from ..methods import Method, QAlign
 from ..regions import Regions
+from .base import Condition, LatentDiffusion, XLConditions, check_output
 from .inversion_cache import InversionCache, digest
 from .pictures import choose_size, cover, to_tensors
 
@@ -32,14 +32,12 @@ WITHOUT_APPEARANCE = ("bounded", "story_diffusion", "consistory")
 METHODS: dict[str, Callable[[], Method]] = {name: kind for name, kind in ALL_METHODS.items() if name not in WITHOUT_APPEARANCE}
 PUBLISHED_STEPS = (11 / 68, 1.0)
 ADAIN = ("masked", "whole", None)
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SELF = "self"  # regions that the UNet's own attention tells
 SEGMENTED_AT = (0.2, 0.4, 0.6)  # timesteps, as fractions of those of training
 _QALIGN = QAlign()
 _log = logging.getLogger("qalign")
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-Condition = dict[str, Any]  # keyword arguments of the UNet for one row
 
 
 @dataclass
@@ -59,42 +57,12 @@ class AppearanceTransferOutput(BaseOutput):
     regions: Regions | None = None
 
 
-class AppearanceTransfer:
+class AppearanceTransfer(LatentDiffusion):
     """Appearance transfer as a mixin before a Stable Diffusion pipeline, whose components and conditioning it uses."""
-
-    _callback_tensor_inputs = ["latents"]
-
-    @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """A pipeline for appearance transfer with the components of any other of Stable Diffusion or Stable Diffusion XL.
-
-        >>> pipe = AppearanceTransferPipeline.from_pipe(StableDiffusionPipeline.from_pretrained(folder).to(torch.bfloat16))
-
-        Weights are shared, and stay in the dtypes that they have. Call `enable_model_cpu_offload` and the like on the result.
-
-        Args:
-            pipeline: a diffusers pipeline.
-            kwargs: components and settings to take in place of the pipeline's.
-        """
-        components = getattr(pipeline, "components", {})
-        if "unet" not in components or "text_encoder" not in components:
-            raise TypeError(f"pipeline: expected a Stable Diffusion or Stable Diffusion XL pipeline, got {type(pipeline).__name__}")
-        target: Any = cls._kinds()["text_encoder_2" in components]
-        needed, settings = target._get_signature_keys(target)
-        given = {name: components.get(name) for name in needed} | {name: pipeline.config[name] for name in settings if name in pipeline.config}
-        return target(**{**given, **kwargs})
 
     @classmethod
     def _kinds(cls) -> tuple[Any, Any]:
-        """What `from_pipe` makes of Stable Diffusion, and of Stable Diffusion XL."""
         return AppearanceTransferPipeline, AppearanceTransferXLPipeline
-
-    @classmethod
-    def embedded(cls, dtype: torch.dtype = torch.float32) -> Any:
-        """A pipeline on the small model that comes with the package: pictures of 128 x 128 pixels, nothing to download."""
-        from .. import embedded
-
-        return cls.from_pipe(embedded.load(dtype))
 
     @torch.no_grad()
     def invert(
@@ -328,38 +296,6 @@ class AppearanceTransfer:
         result = AppearanceTransferOutput(*parts, masks, None if control is None else control.regions)
         return result if return_dict else (result.images, result.reconstructions)
 
-    def encode(self: Any, pictures: Tensor) -> Tensor:
-        """float32 latents [B, C, h, w] of pictures [B, 3, H, W] in [0, 1]: the mode of what the VAE says, picture by picture.
-
-        Raises:
-            FloatingPointError: NaN or infinity in the latents.
-        """
-        with self._wide_vae():
-            pixels = self.image_processor.normalize(pictures).to(self._execution_device, self.vae.dtype)
-            latents = torch.cat([retrieve_latents(self.vae.encode(row), sample_mode="argmax") for row in pixels.split(1)])
-            return require_finite(latents, "VAE latents", self.vae.dtype).float() * self.vae.config.scaling_factor
-
-    def conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
-        """The UNet's keyword arguments for one row of `height` x `width` pixels, of the prompt and of the empty one."""
-        embeddings = self.encode_prompt(prompt, self._execution_device, 1, True)
-        condition, unconditional = ({"encoder_hidden_states": each.to(self.unet.dtype)} for each in embeddings)
-        return condition, unconditional
-
-    def predict(self: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """float32 [B, C, h, w], the UNet's output, whatever its dtype.
-
-        Args:
-            latents: [B, C, h, w].
-            timesteps: int64 [B], or one for all rows.
-            condition: of one row, from `conditions`.
-
-        Raises:
-            FloatingPointError: NaN or infinity in the output.
-        """
-        options = _expand(condition, len(latents))
-        output = self.unet(latents.to(self.unet.dtype), timesteps.to(latents.device), return_dict=False, **options)[0]
-        return require_finite(output, "UNet output", self.unet.dtype).float()
-
     def _noun_tokens(self: Any, prompt: str, noun: str | None) -> tuple[int, ...]:
         word = noun or default_noun(prompt)
         return noun_tokens(self.tokenizer, prompt, word) if word else ()
@@ -387,36 +323,6 @@ class AppearanceTransfer:
     def _freeu(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
         return cross_image_freeu(self) if wanted else contextlib.nullcontext()
 
-    def _guided(self: Any, condition: Condition, unconditional: Condition, scale: float) -> Predict:
-        """The prediction with classifier-free guidance; one call of the UNet is enough where both conditions are the same."""
-        same = digest(condition) == digest(unconditional)
-
-        def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-            output = self.predict(latents, timesteps, condition)
-            if scale == 1 or same:
-                return output
-            base = self.predict(latents, timesteps, unconditional)
-            return base + scale * (output - base)
-
-        return predict
-
-    def _decode(self: Any, latents: Tensor) -> Tensor:
-        with self._wide_vae():
-            rows = (latents / self.vae.config.scaling_factor).to(self.vae.dtype).split(1)
-            return require_finite(torch.cat([self.vae.decode(row, return_dict=False)[0] for row in rows]), "VAE pictures", self.vae.dtype).float()
-
-    @contextlib.contextmanager
-    def _wide_vae(self: Any) -> Iterator[None]:
-        """A VAE in float16 that its configuration says overflows, in float32 meanwhile."""
-        if self.vae.dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
-            yield
-            return
-        self.vae.to(torch.float32)
-        try:
-            yield
-        finally:
-            self.vae.to(torch.float16)
-
 
 class AppearanceTransferPipeline(AppearanceTransfer, StableDiffusionPipeline):
     """Appearance transfer on Stable Diffusion. Make it by `from_pipe`, which takes SDXL too, or by `embedded`; call it as it is.
@@ -424,22 +330,6 @@ class AppearanceTransferPipeline(AppearanceTransfer, StableDiffusionPipeline):
     >>> pipe = AppearanceTransferPipeline.embedded()
     >>> image = pipe(appearance, structure, "a quadruped").images[0]
     """
-
-
-class XLConditions:
-    """The conditioning of Stable Diffusion XL, as a mixin before the others."""
-
-    def conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
-        """As that of Stable Diffusion, with the pooled text and the size that the pictures are said to have had."""
-        options = {"device": self._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-        embeddings = self.encode_prompt(prompt, **options)
-        size, width_of_text = (height, width), embeddings[2].shape[-1]
-        ids = self._get_add_time_ids(size, (0, 0), size, self.unet.dtype, text_encoder_projection_dim=width_of_text).to(self._execution_device)
-        condition, unconditional = (
-            {"encoder_hidden_states": text.to(self.unet.dtype), "added_cond_kwargs": {"text_embeds": pooled.to(self.unet.dtype), "time_ids": ids}}
-            for text, pooled in (embeddings[::2], embeddings[1::2])
-        )
-        return condition, unconditional
 
 
 class AppearanceTransferXLPipeline(XLConditions, AppearanceTransfer, StableDiffusionXLPipeline):
@@ -533,10 +423,7 @@ def _check(adain: str | None, edit_steps: tuple[float, float] | None, output_typ
         raise ValueError(f"adain: expected 'masked', 'whole' or None, got {adain!r}")
     if edit_steps is not None and not (len(edit_steps) == 2 and 0 <= edit_steps[0] < edit_steps[1] <= 1):
         raise ValueError(f"edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got {edit_steps!r}")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-    if set(names) - {"latents"}:
-        raise ValueError(f"callback_on_step_end_tensor_inputs: expected ('latents',) or (), got {names!r}")
+    check_output(output_type, names)
 
 
 def _method(method: Method | str | None) -> Method | None:
@@ -591,7 +478,3 @@ def _ddim(scheduler: Any, timesteps: Tensor | None = None) -> DDIMScheduler:
         if not torch.equal(ddim.timesteps, timesteps):
             raise ValueError(f"inversion: expected the {len(timesteps)} timesteps of this pipeline's scheduler, got those of another")
     return ddim
-
-
-def _expand(condition: Condition, rows: int) -> Condition:
-    return {name: _expand(each, rows) if isinstance(each, dict) else each.expand(rows, *each.shape[1:]) for name, each in condition.items()}

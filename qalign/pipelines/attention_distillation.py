@@ -1,5 +1,6 @@
 """Attention distillation: a picture whose self-attention draws from a style, by optimising latents or while sampling them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,10 +12,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..adain import adain as adain_latents
+from ..decoder_tuning import require_count, tuned_decoder
 from ..distillation import AttentionReader, descend, frozen
 from ..methods.attention_distillation import AttentionDistillation, Losses
-from ..regions import Regions
-from .appearance_transfer import OUTPUT_TYPES, AppearanceTransfer, Condition, XLConditions
+from ..regions import Regions, label_scale
+from .base import Condition, LatentDiffusion, XLConditions, check_output
 from .pictures import choose_size, cover, to_tensors
 
 _METHOD = AttentionDistillation()
@@ -41,15 +43,17 @@ class AttentionDistillationOutput(BaseOutput):
     Attributes:
         images: PIL images, an array [n, H, W, 3] or a tensor [n, C, h, w], as `output_type` says.
         losses: float32 [iterations, 3], (total, distillation, content) before each iteration.
-        interrupted: whether Ctrl-C or `pipe._interrupt` ended it early; images are then the best there was.
+        interrupted: whether Ctrl-C or `pipe._interrupt` ended it early; images are then the best there was, decoded by the stock decoder.
+        decoder_losses: float32 [tune_decoder], of the decoder before each iteration of its tuning.
     """
 
     images: Any
     losses: Tensor
     interrupted: bool = False
+    decoder_losses: Tensor | None = None
 
 
-class AttentionDistillationMixin(AppearanceTransfer):
+class AttentionDistillationMixin(LatentDiffusion):
     """Attention distillation before a Stable Diffusion pipeline, whose components and conditioning it uses."""
 
     @classmethod
@@ -57,7 +61,7 @@ class AttentionDistillationMixin(AppearanceTransfer):
         return AttentionDistillationPipeline, AttentionDistillationXLPipeline
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self: Any,
         style: Any,
         content: Any = None,
@@ -73,6 +77,7 @@ class AttentionDistillationMixin(AppearanceTransfer):
         initial: str = "content",
         layers: str | Sequence[str] | None = None,
         regions: Regions | None = None,
+        tune_decoder: int = 0,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | None = None,
@@ -84,6 +89,7 @@ class AttentionDistillationMixin(AppearanceTransfer):
         """Give the content, or a new picture, the style's textures and colours.
 
         >>> image = pipe(style, content).images[0]
+        >>> texture = pipe(style, regions=Regions(appearance=its_labels, structure=labels), num_inference_steps=300).images[0]
 
         "optimise": clean latents descend the loss by one Adam, while the timestep that their features are read at walks down the schedule.
         "sample": after each step of DDIM the latents take the noised style's statistics, and descend the loss by an Adam that is new every time,
@@ -103,7 +109,9 @@ class AttentionDistillationMixin(AppearanceTransfer):
             initial: of "optimise": "content", or "noise" as without any.
             layers: as `attach`; None is the last six of the decoder.
             regions: label maps, `appearance` of the one style, `structure` of the output.
-            height, width: of the output in pixels, multiples of 8; None is the content's, or else the style's. Styles keep the size of the first.
+            tune_decoder: iterations that tune the decoder to the styles before it decodes the output; published are 75. See `tuned_decoder`.
+            height, width: of the output in pixels, multiples of 8; None is the content's, or else that of its labels at the scale of the
+                style's, or else the style's. Styles keep the size of the first.
             generator: of all noise.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: False: the tuple (images, losses).
@@ -122,13 +130,17 @@ class AttentionDistillationMixin(AppearanceTransfer):
         if initial not in INITIAL:
             raise ValueError(f"initial: expected one of {', '.join(INITIAL)}, got {initial!r}")
         settings = _settings(MODES[mode], num_inference_steps, iterations, learning_rate)
-        _check(method, output_type, callback_on_step_end_tensor_inputs)
+        _check(method, tune_decoder, output_type, callback_on_step_end_tensor_inputs)
         styles, contents = to_tensors(style, "style"), [] if content is None else to_tensors(content, "content")
         if regions is not None and len(styles) != 1:
             raise ValueError(f"regions: expected one style with them, got {len(styles)}")
+        of_style = choose_size(styles[0], None, None, "style")
+        if regions is not None and not contents and height is width is None:
+            height, width = _labelled_size(regions, of_style)
         size = choose_size((contents or styles)[0], height, width, "content" if contents else "style")
-        run = _Run(self, method, settings, self._clean(styles, choose_size(styles[0], None, None, "style")), layers, regions, generator)
-        run.content = self._clean(contents, size) if contents else None
+        self._check_labels(regions, of_style, size)
+        run = _Run(self, method, settings, _covering(styles, of_style), layers, regions, generator)
+        run.content = self.encode(_covering(contents, size)) if contents else None
         shape = (max(len(contents), 1), self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
         run.null = self.conditions("", *size)[0]
         run.told = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
@@ -136,7 +148,7 @@ class AttentionDistillationMixin(AppearanceTransfer):
             latents = run.optimise(run.noise(shape) if run.content is None or initial == "noise" else run.content)
         else:
             latents = run.sample(run.noise(shape), self._guided(*self.conditions(prompt, *size), guidance_scale), adain)
-        return self._result(run, latents, output_type, return_dict)
+        return self._result(run, latents, tune_decoder, output_type, return_dict)
 
     @torch.no_grad()
     def expand(
@@ -153,6 +165,8 @@ class AttentionDistillationMixin(AppearanceTransfer):
         stride: int | None = None,
         batch_size: int = 8,
         layers: str | Sequence[str] | None = None,
+        regions: Regions | None = None,
+        tune_decoder: int = 0,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -162,6 +176,7 @@ class AttentionDistillationMixin(AppearanceTransfer):
         """A texture of any size: "sample" without prompt and AdaIN, in overlapping windows whose latents are averaged after each step.
 
         >>> image = pipe.expand(texture, 256, 768).images[0]
+        >>> image = pipe.expand(texture, 256, 768, regions=Regions(appearance=its_labels, structure=labels_of_the_output)).images[0]
 
         Args:
             style: the texture, one picture or several.
@@ -170,32 +185,54 @@ class AttentionDistillationMixin(AppearanceTransfer):
             window: the side of a window, in latents; None is the model's own size.
             stride: from one window to the next, in latents; None is half a window. As published it is an eighth.
             batch_size: windows in one call of the UNet.
+            regions: label maps, `appearance` of the one style, `structure` of the whole output. A window sees the style's tokens of the labels
+                in it.
 
         Other arguments as `__call__`. Memory grows with `batch_size` and hardly with the size. Source: arXiv 2502.20235; windows: MultiDiffusion,
         arXiv 2302.08113.
         """
         settings = _settings(TEXTURE, num_inference_steps, iterations, learning_rate)
-        _check(method, output_type, callback_on_step_end_tensor_inputs)
+        _check(method, tune_decoder, output_type, callback_on_step_end_tensor_inputs)
         styles = to_tensors(style, "style")
-        size = choose_size(styles[0], height, width, "style")
+        if regions is not None and len(styles) != 1:
+            raise ValueError(f"regions: expected one style with them, got {len(styles)}")
+        of_style, size = choose_size(styles[0], None, None, "style"), choose_size(styles[0], height, width, "style")
+        self._check_labels(regions, of_style, size)
         space = [side // self.vae_scale_factor for side in size]
         window = self.unet.config.sample_size if window is None else window
         places = windows(space, window, max(window // 2, 1) if stride is None else stride)
-        run = _Run(self, method, settings, self._clean(styles, choose_size(styles[0], None, None, "style")), layers, None, generator)
+        run = _Run(self, method, settings, _covering(styles, of_style), layers, regions, generator)
         run.null = self.conditions("", *(min(window * self.vae_scale_factor, side) for side in size))[0]
         run.told = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         latents = run.expand(run.noise((1, self.unet.config.in_channels, *space)), places, batch_size)
-        return self._result(run, latents, output_type, return_dict)
+        return self._result(run, latents, tune_decoder, output_type, return_dict)
 
-    def _clean(self: Any, pictures: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        return self.encode(torch.stack([cover(picture, size).cpu() for picture in pictures]))
+    def _check_labels(self: Any, regions: Regions | None, of_style: tuple[int, int], size: tuple[int, int]) -> None:
+        """Label maps fit pictures of these sizes, (height, width) in pixels."""
+        if regions is not None:
+            for name, labels, sides in (("style", regions.appearance, of_style), ("output", regions.structure, size)):
+                label_scale(labels, [side // self.vae_scale_factor for side in sides], name)
 
-    def _result(self: Any, run: "_Run", latents: Tensor, output_type: str, return_dict: bool) -> AttentionDistillationOutput | tuple[Any, ...]:
-        pictures = latents if output_type == "latent" else self._decode(latents)
+    def _result(
+        self: Any, run: "_Run", latents: Tensor, tune_decoder: int, output_type: str, return_dict: bool
+    ) -> AttentionDistillationOutput | tuple[Any, ...]:
+        pictures, tuning = latents, []
+        if output_type != "latent":
+            pictures, tuning = self._decode_tuned(run, latents, 0 if run.interrupted else tune_decoder)
         self.maybe_free_model_hooks()
         images = self.image_processor.postprocess(pictures, output_type=output_type)
         losses = torch.tensor(run.losses).view(-1, len(Losses._fields))
-        return AttentionDistillationOutput(images, losses, run.interrupted) if return_dict else (images, losses)
+        return AttentionDistillationOutput(images, losses, run.interrupted, torch.tensor(tuning)) if return_dict else (images, losses)
+
+    def _decode_tuned(self: Any, run: "_Run", latents: Tensor, iterations: int) -> tuple[Tensor, list[float]]:
+        """Pictures of latents, and the losses of the tuning; an interrupt while it lasts leaves the stock decoder."""
+        if iterations:
+            try:
+                with tuned_decoder(self, run.pictures, iterations=iterations) as losses:
+                    return self._decode(latents), losses
+            except KeyboardInterrupt:
+                run.interrupted = True
+        return self._decode(latents), []
 
 
 class AttentionDistillationPipeline(AttentionDistillationMixin, StableDiffusionPipeline):
@@ -236,12 +273,13 @@ class _Run:
         pipe: Any,
         method: AttentionDistillation,
         settings: Mode,
-        style: Tensor,
+        pictures: Tensor,
         layers: str | Sequence[str] | None,
         regions: Regions | None,
         generator: torch.Generator | None,
     ) -> None:
-        self.pipe, self.method, self.settings, self.style = pipe, method, settings, style
+        self.pipe, self.method, self.settings = pipe, method, settings
+        self.pictures, self.style = pictures, pipe.encode(pictures)
         self.regions, self.generator = regions, generator
         self.read = AttentionReader(pipe, layers)
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)
@@ -288,6 +326,7 @@ class _Run:
         """As `sample`, in windows."""
         self.latents = self.best = start
         count = torch.zeros_like(start)
+        parts = None if self.regions is None else [self.regions.window(rows, columns, start.shape[2:]) for rows, columns in places]
         for rows, columns in places:
             count[:, :, rows, columns] += 1
 
@@ -298,7 +337,8 @@ class _Run:
                 some = places[begin : begin + batch_size]
                 views = torch.cat([self.latents[:, :, rows, columns] for rows, columns in some])
                 stepped = self.scheduler.step(self.pipe.predict(views, timestep, self.null), timestep, views)
-                moved = self._refine(stepped.prev_sample, loss) if self._is_refined(timestep) else stepped.prev_sample
+                of_labels = functools.partial(loss, regions=parts and parts[begin : begin + batch_size])
+                moved = self._refine(stepped.prev_sample, of_labels) if self._is_refined(timestep) else stepped.prev_sample
                 for (rows, columns), view, estimate in zip(some, moved, stepped.pred_original_sample):
                     sums[:, :, rows, columns] += view
                     clean[:, :, rows, columns] += estimate
@@ -330,10 +370,14 @@ class _Run:
     def _is_refined(self, timestep: Tensor) -> bool:
         return bool(timestep < self.scheduler.config.num_train_timesteps - 1)
 
-    def _loss(self, style: Tensor, content: Tensor | None, timestep: Tensor) -> Callable[[Tensor], Losses]:
-        """The losses of latents at a timestep, against features that are read now, once."""
-        targets = [None if each is None else self.read(each, timestep, self.null) for each in (style, content)]
-        return lambda latents: self.method.loss(self.read(latents, timestep, self.null), *targets, regions=self.regions)  # type: ignore[arg-type]
+    def _loss(self, style: Tensor, content: Tensor | None, timestep: Tensor) -> Callable[..., Losses]:
+        """The losses of latents at a timestep, against features that are read now, once; of other `regions` than the run's if given."""
+        targets: list[Any] = [None if each is None else self.read(each, timestep, self.null) for each in (style, content)]
+
+        def loss(latents: Tensor, *, regions: Regions | Sequence[Regions] | None = self.regions) -> Losses:
+            return self.method.loss(self.read(latents, timestep, self.null), *targets, regions=regions)
+
+        return loss
 
     def _refine(self, latents: Tensor, loss: Callable[[Tensor], Losses]) -> Tensor:
         """After some iterations of an Adam that knows nothing of the steps before."""
@@ -360,21 +404,31 @@ class _Run:
         return self.scheduler.add_noise(clean, self.noise(clean.shape), timestep.reshape(1))
 
 
+def _labelled_size(regions: Regions, of_style: tuple[int, int]) -> tuple[int | None, int | None]:
+    """(height, width) in pixels of the output whose labels are as fine as the style's."""
+    labels, own = regions.appearance, regions.structure
+    if not isinstance(labels, Tensor) or not isinstance(own, Tensor):
+        return None, None
+    return own.shape[0] * of_style[0] // labels.shape[0], own.shape[1] * of_style[1] // labels.shape[1]
+
+
+def _covering(pictures: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    return torch.stack([cover(picture, size).cpu() for picture in pictures])
+
+
 def _settings(published: Mode, steps: int | None, iterations: int | None, learning_rate: float | None) -> Mode:
     given = {"steps": steps, "iterations": iterations, "learning_rate": learning_rate}
     settings = published._replace(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    for name, number in (("num_inference_steps", settings.steps), ("iterations", settings.iterations)):
-        if not isinstance(number, int) or number < (name == "num_inference_steps"):
-            raise ValueError(f"{name}: expected a whole number, got {number!r}")
+    if require_count("num_inference_steps", settings.steps) == 0:
+        raise ValueError("num_inference_steps: expected a number above 0, got 0")
+    require_count("iterations", settings.iterations)
     if not settings.learning_rate > 0:
         raise ValueError(f"learning_rate: expected a number above 0, got {learning_rate!r}")
     return settings
 
 
-def _check(method: AttentionDistillation, output_type: str, names: Sequence[str]) -> None:
+def _check(method: AttentionDistillation, tune_decoder: int, output_type: str, names: Sequence[str]) -> None:
     if not isinstance(method, AttentionDistillation):
         raise TypeError(f"method: expected AttentionDistillation(...), got {method!r}")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-    if set(names) - {"latents"}:
-        raise ValueError(f"callback_on_step_end_tensor_inputs: expected ('latents',) or (), got {names!r}")
+    require_count("tune_decoder", tune_decoder)
+    check_output(output_type, names)

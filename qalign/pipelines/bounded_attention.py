@@ -17,7 +17,7 @@ from ..distillation import AttentionReader, frozen, gradient
 from ..masks import noun_tokens
 from ..methods.bounded import BoundedAttention
 from ..regions import Regions
-from .appearance_transfer import OUTPUT_TYPES, AppearanceTransfer, Condition, XLConditions
+from .base import Condition, LatentDiffusion, XLConditions, check_output
 from .pictures import MULTIPLE
 
 # the closed classes that the published tagger filters: conjunctions, cardinals, determiners, prepositions, and words of place
@@ -45,7 +45,7 @@ class BoundedAttentionOutput(BaseOutput):
     interrupted: bool = False
 
 
-class BoundedAttentionMixin(AppearanceTransfer):
+class BoundedAttentionMixin(LatentDiffusion):
     """Bounded attention before a Stable Diffusion pipeline, whose components and conditioning it uses.
 
     Attributes:
@@ -59,7 +59,7 @@ class BoundedAttentionMixin(AppearanceTransfer):
         return BoundedAttentionPipeline, BoundedAttentionXLPipeline
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self: Any,
         prompt: str,
         subjects: Sequence[tuple[str, Sequence[float]]],
@@ -262,9 +262,6 @@ def _concatenated(first: Condition, second: Condition) -> Condition:
 def _check(guidance: Any, output_type: str, steps: int, names: Sequence[str]) -> None:
     if not isinstance(guidance, BoundedGuidance):
         raise TypeError(f"guidance: expected BoundedGuidance(...) or None, got {guidance!r}")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    check_output(output_type, names)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"num_inference_steps: expected a whole number above zero, got {steps!r}")
-    if set(names) - {"latents"}:
-        raise ValueError(f"callback_on_step_end_tensor_inputs: expected ('latents',) or (), got {names!r}")

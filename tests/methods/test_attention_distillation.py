@@ -65,6 +65,15 @@ def test_masks_have_the_output_in_rows_and_the_style_in_columns():
         assert abs(other.distillation.item() - found) > 1e-3 * found
 
 
+def test_each_row_may_have_labels_of_its_own():
+    own, style = features(2, 0), features(1, 100)
+    parts = [Regions(**LABELS), Regions(appearance=LABELS["appearance"], structure=torch.full(GRID, 7))]  # which the style lacks
+    rows = [{name: LayerFeatures(*(x[row : row + 1] for x in layer[:4]), None) for name, layer in own.items()} for row in range(2)]
+    apart = [AttentionDistillation().loss(row, style, regions=each).total.item() for row, each in zip(rows, parts)]
+    assert AttentionDistillation().loss(own, style, regions=parts).total.item() == pytest.approx(sum(apart) / 2, rel=2e-6)
+    assert abs(apart[1] - apart[0]) > 1e-3 * apart[0]
+
+
 def test_a_label_that_the_style_lacks_sees_all_of_it():
     own, style = features(2, 0), features(1, 100)
     regions = Regions(appearance=torch.zeros(GRID, dtype=torch.long), structure=torch.ones(GRID, dtype=torch.long))

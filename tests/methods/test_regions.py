@@ -97,3 +97,14 @@ def test_bounded_attention_needs_regions():
 def test_regions_of_the_wrong_kind_are_refused():
     with pytest.raises(TypeError, match="regions: expected Regions"):
         attach(make_unet("small"), QAlign(), regions=HALVES)
+
+
+def test_a_window_has_the_labels_of_its_place():
+    labels = torch.arange(24).view(4, 6)
+    for scale in (1, 4):
+        whole = labels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        cut = Regions(appearance=labels, structure=whole, background=2).window(slice(1, 3), slice(2, 6), (4, 6))
+        assert cut.structure.shape == (2 * scale, 4 * scale) and cut.background == 2 and torch.equal(cut.appearance, labels)
+        assert torch.equal(cut.structure[::scale, ::scale], labels[1:3, 2:6])
+    with pytest.raises(ValueError, match="^regions: expected a label map of the structure of 4 x 4 latents, or of its pixels, got 4 x 6$"):
+        Regions(structure=labels).window(slice(0, 2), slice(0, 2), (4, 4))

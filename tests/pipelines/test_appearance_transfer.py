@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from qalign import CrossImage, QAlign
 from qalign.masks import MapCollector, noun_tokens, object_masks
 from qalign.pipelines import appearance_transfer
+from qalign.pipelines.base import expand_condition
 from tests.pipelines.transfers import PIXELS, PROMPT, make, pictures, seeded, trajectory, transfer, watch
 
 
@@ -156,7 +157,7 @@ def test_masks_are_those_of_the_pictures_own_attention(family) -> None:
     options = {"inversion": inverted, "adain": "masked", "noun": "zebra"}
     steps, masks = trajectory(pipe, **options), transfer(pipe, **options).masks
     rows, tokens = steps[1, 2:], 256 if family == "small" else None  # 20/68 of 4 steps: the third, so the latents after the second
-    condition = appearance_transfer._expand(pipe.conditions(PROMPT, PIXELS, PIXELS)[0], 3)
+    condition = expand_condition(pipe.conditions(PROMPT, PIXELS, PIXELS)[0], 3)
     with torch.no_grad(), MapCollector(pipe, self_tokens=tokens) as collector:
         pipe.unet(rows, inverted.timesteps[4], **condition)
     assert masks.shape == (3, 16, 16) and masks.dtype == torch.bool

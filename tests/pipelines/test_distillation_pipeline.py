@@ -123,10 +123,11 @@ def test_layers_out_of_order_are_all_read():
 class Literal:
     """The published loops written down, on a stock UNet with hooks."""
 
+    @torch.no_grad()
     def __init__(self, pipe, weight=0.2):
         self.pipe, self.weight, self.losses = pipe, weight, []
         self.layers = list(self_attention(pipe.unet, "up_blocks").values())[-6:]
-        self.null = pipe.conditions("", 32, 32)[0]["encoder_hidden_states"].detach()
+        self.null, self.unconditional = pipe.conditions("", 32, 32)  # of SDXL the latter is zeros
         self.alphas = pipe.scheduler.alphas_cumprod.double()
 
     def features(self, latents, timestep):
@@ -136,7 +137,7 @@ class Literal:
                 hook = lambda _, __, out, key=(layer, name): kept.__setitem__(key, out)  # noqa: E731
                 hooks.append(getattr(layer, name).register_forward_hook(hook))
             hooks.append(layer.to_out[0].register_forward_pre_hook(lambda _, x, key=(layer, "out"): kept.__setitem__(key, x[0])))
-        self.pipe.unet(latents, timestep, self.null)
+        self.pipe.unet(latents, timestep, **self.null)
         for hook in hooks:
             hook.remove()
         names = ("to_q", "to_k", "to_v", "out")
@@ -171,7 +172,8 @@ class Literal:
         latents = torch.randn(content.shape, generator=generator)
         for timestep in self.pipe.scheduler.timesteps:
             with torch.no_grad():
-                epsilon = self.pipe.unet(latents, timestep, self.null).sample
+                base, epsilon = (self.pipe.unet(latents, timestep, **each).sample for each in (self.unconditional, self.null))
+                epsilon = base + 7.5 * (epsilon - base)
             before, after = self.alphas[timestep], int(timestep) - 1000 // steps
             level = self.alphas[after] if after >= 0 else torch.ones(())
             clean = (latents - (1 - before).sqrt().float() * epsilon) / before.sqrt().float()
@@ -187,9 +189,10 @@ class Literal:
         return latents
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("mode", ["optimise", "sample"])
-def test_both_modes_are_the_published_loops(mode):
-    pipe = make("sd15")
+def test_both_modes_are_the_published_loops(mode, family):
+    pipe = make(family)
     style, content = pipe.encode(torch.cat([pictures(1), pictures(1, seed=1)])).detach().split(1)
     result, literal = call(pipe, mode=mode, num_inference_steps=4), Literal(pipe)
     latents = literal.optimise(style, content, 4) if mode == "optimise" else literal.sample(style, content, 4, seeded())
@@ -336,24 +339,50 @@ def test_an_interrupt_keeps_what_there_was(small, mode, how):
     assert not call(small, mode=mode).interrupted
 
 
-def test_half_precision_keeps_latents_and_loss_in_float32():
-    stock = make_pipe("small")
-    stock.register_modules(vae=copy.deepcopy(stock.vae), text_encoder=copy.deepcopy(stock.text_encoder))  # all tests share these
+def runs(pipe):
+    """One of each kind, short."""
+    yield call(pipe, num_inference_steps=2)
+    yield call(pipe, mode="sample", num_inference_steps=2)
+    yield pipe.expand(pictures(1)[0], 32, 48, generator=seeded(), iterations=1, **{**QUICK, "num_inference_steps": 2})
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_every_kind_of_run_is_the_same_with_gradient_checkpointing(family):
+    pipe, again = make(family), make(family)
+    again.unet.enable_gradient_checkpointing()
+    again.unet.train()
+    forwards, layers = {}, {}
+    for name, each in (("plain", pipe), ("checkpointed", again)):
+        forwards[name], layers[name] = [], list(self_attention(each.unet, "up_blocks").values())[-2]
+        layers[name].to_q.register_forward_hook(lambda *_, name=name: forwards[name].append(True))
+    for one, other in zip(runs(pipe), runs(again)):
+        assert one.losses.flatten().tolist() == pytest.approx(other.losses.flatten().tolist(), rel=2e-5)
+    assert len(forwards["checkpointed"]) > len(forwards["plain"])  # in the backward pass the blocks ran again
+    assert {type(each) for each in processors(again)} == {type(each) for each in processors(pipe)}
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_half_precision_keeps_latents_and_loss_in_float32(family):
+    stock = make_pipe(family)
+    shared = {name: copy.deepcopy(part) for name, part in stock.components.items() if name.startswith(("vae", "text_encoder"))}  # by all tests
+    stock.register_modules(**shared)
     pipe = AttentionDistillationPipeline.from_pipe(stock.to(torch.bfloat16))
     pipe.set_progress_bar_config(disable=True)
+    pipe.unet.enable_gradient_checkpointing()
     seen = []
     pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
-    for mode in ("optimise", "sample"):
-        result = call(pipe, mode=mode)
+    for result in runs(pipe):
         assert result.images.dtype == result.losses.dtype == torch.float32 and result.images.isfinite().all()
         assert not torch.equal(result.images, result.images.to(torch.bfloat16).float())
-    assert set(seen) == {torch.bfloat16}
+        assert not torch.equal(result.losses, result.losses.to(torch.bfloat16).float())
+    assert set(seen) == {torch.bfloat16} and {each.dtype for each in pipe.unet.parameters()} == {torch.bfloat16}
 
 
 def test_pipelines_are_made_of_their_family():
     assert type(make("sdxl")).__name__ == "AttentionDistillationXLPipeline"
     assert type(AppearanceTransferPipeline.from_pipe(make("sdxl"))).__name__ == "AppearanceTransferXLPipeline"
     assert call(make("sdxl"), mode="sample").images.shape == (1, 4, 16, 16)
+    assert not {"invert", "noise_free", "self_regions"} & set(dir(AttentionDistillationPipeline))  # those are of appearance transfer
 
 
 @pytest.mark.parametrize(
@@ -362,7 +391,9 @@ def test_pipelines_are_made_of_their_family():
         ({"mode": "both"}, "mode: expected one of optimise, sample, got 'both'"),
         ({"initial": "style"}, "initial: expected one of content, noise, got 'style'"),
         ({"iterations": -1}, "iterations: expected a whole number, got -1"),
-        ({"num_inference_steps": 0}, "num_inference_steps: expected a whole number, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps: expected a number above 0, got 0"),
+        ({"tune_decoder": -1}, "tune_decoder: expected a whole number, got -1"),
+        ({"tune_decoder": 7.5}, "tune_decoder: expected a whole number, got 7.5"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number above 0, got 0.0"),
         ({"method": "qalign"}, "method: expected AttentionDistillation"),
         ({"output_type": "png"}, "output_type: expected one of"),
@@ -411,3 +442,77 @@ def test_a_texture_is_the_mean_of_its_windows(small):
     batched = small.expand(pictures(1)[0], 32, 64, generator=seeded(), batch_size=1, **options).images
     assert (wide - batched).abs().mean() < 1e-3
     assert not torch.equal(wide, small.expand(pictures(1, seed=2)[0], 32, 64, generator=seeded(), **options).images)
+
+
+HALVES = (torch.arange(16) >= 8).long().expand(16, 16)  # of a style of 16 x 16 latents
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_windows_have_the_labels_of_their_place(small, scale):
+    labels = (torch.arange(24 * 40).view(24, 40) // 7 % 2).repeat_interleave(scale, 0).repeat_interleave(scale, 1)  # of latents, of pixels
+    batches = []
+
+    class Watching(AttentionDistillation):
+        def loss(self, *features, regions):
+            batches.append([each.structure for each in regions])
+            return super().loss(*features, regions=regions)
+
+    regions = Regions(appearance=HALVES, structure=labels)
+    small.expand(pictures(1)[0], 48, 80, regions=regions, method=Watching(), window=16, stride=8, batch_size=3, iterations=1, **QUICK)
+    places = windows((24, 40), 16, 8)
+    expected = [labels[rows.start * scale : rows.stop * scale, columns.start * scale : columns.stop * scale] for rows, columns in places]
+    assert [len(batch) for batch in batches] == [3, 3, 2] * 3
+    assert all(torch.equal(one, other) for one, other in zip(sum(batches, []), expected * 3))
+
+
+def test_a_masked_texture_of_one_window_is_a_masked_sample(small):
+    options = {"iterations": 2, "learning_rate": 0.03, "regions": Regions(appearance=HALVES, structure=HALVES.T), **QUICK}
+    one = small.expand(pictures(1)[0], 32, 32, window=16, generator=seeded(), **options)
+    sampled = small(pictures(1)[0], mode="sample", adain=False, guidance_scale=1.0, generator=seeded(), **options)
+    torch.testing.assert_close(one.images, sampled.images)
+    assert torch.equal(one.losses, sampled.losses)
+
+
+def test_windows_whose_labels_the_style_lacks_see_all_of_it(small):
+    labels = torch.zeros(16, 48, dtype=torch.long)
+    labels[:, 24:] = 9
+    options = {"window": 16, "stride": 16, "iterations": 1, "batch_size": 1, **QUICK, "num_inference_steps": 1}
+    plain, masked = (
+        small.expand(pictures(1)[0], 32, 96, generator=seeded(), regions=regions, **options)
+        for regions in (None, Regions(appearance=HALVES, structure=labels))
+    )
+    same = (plain.losses[:, 0] == masked.losses[:, 0]).tolist()
+    assert same == [False, False, True]  # the middle one shows both
+    torch.testing.assert_close(masked.images[..., 32:], plain.images[..., 32:])
+    assert masked.images.isfinite().all() and not torch.equal(masked.images[..., :24], plain.images[..., :24])
+
+
+@pytest.mark.parametrize("mode", ["optimise", "sample"])
+def test_a_masked_texture_has_the_size_of_its_labels(small, mode):
+    labels = (torch.arange(12 * 20).view(12, 20) // 3 % 2).long()
+    found = []
+    for scale in (1, 2):  # latents and pixels
+        maps = [each.repeat_interleave(scale, 0).repeat_interleave(scale, 1) for each in (HALVES, labels)]
+        for given in ({}, {"height": 24, "width": 40}):
+            regions = Regions(appearance=maps[0], structure=maps[1])
+            found.append(small(pictures(1)[0], mode=mode, regions=regions, generator=seeded(), **given, **QUICK).images)
+    assert found[0].shape == (1, 4, 12, 20) and all(torch.equal(each, found[0]) for each in found)
+    plain = small(pictures(1)[0], mode=mode, height=24, width=40, generator=seeded(), **QUICK).images
+    assert not torch.equal(plain, found[0])
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ({"appearance": HALVES[:8], "structure": HALVES}, "a label map of the style of 16 x 16 latents, or of its pixels, got 8 x 16"),
+        ({"appearance": HALVES, "structure": HALVES}, "a label map of the output of 24 x 32 latents, or of its pixels, got 16 x 16"),
+        ({"appearance": HALVES}, "a label map of the output of 24 x 32 latents, or of its pixels, got None"),
+        ({"appearance": [HALVES, HALVES], "structure": HALVES}, "a label map of the style of 16 x 16 latents, or of its pixels, got 2 of them"),
+    ],
+)
+def test_labels_of_another_size_are_one_line(small, regions, message):
+    for make_picture in (small, functools.partial(small, mode="sample"), small.expand):
+        with pytest.raises(ValueError, match=f"^regions: expected {message}$"):
+            make_picture(pictures(1)[0], height=48, width=64, regions=Regions(**regions), **QUICK)
+    with pytest.raises(ValueError, match="^regions: expected one style with them, got 2$"):
+        small.expand(pictures(2), 32, 32, regions=Regions(appearance=HALVES, structure=HALVES), **QUICK)
