@@ -74,6 +74,18 @@ def test_it_is_adam_on_the_l1_of_the_pictures_by_the_decoder_alone(pipe):
     assert pipe.vae.decoder is original
 
 
+def test_checkpointing_tiles_and_offloading_change_nothing():
+    pipe = make()
+    before, plain = state(pipe), call(pipe, tune_decoder=3)
+    pipe.vae.enable_gradient_checkpointing()
+    pipe.vae.enable_slicing()
+    pipe.vae.enable_tiling()  # of larger pictures than these
+    assert torch.equal(call(pipe, tune_decoder=3).images, plain.images)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(call(pipe, tune_decoder=3).images, plain.images)
+    assert_same(state(pipe), before)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_errors_leave_the_vae_as_it_was(pipe, monkeypatch, error):
     before, decode, calls = state(pipe), pipe.vae.decode, []
