@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 
 from qalign.files import replacing
 
-from . import text_table
+from .method_report import MethodReport
 
 LAYOUTS = {
     "above": ((0.25, 0.03, 0.75, 0.47), (0.25, 0.53, 0.75, 0.97)),
@@ -48,27 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     settings = {"steps": arguments.steps, "guidance": arguments.guidance}
-    report: dict[str, Any] = {"settings": settings, "pictures": []}
-    if arguments.json is not None and arguments.json.is_file():
-        report = json.loads(arguments.json.read_text())
-        if report["settings"] != settings:
-            raise ValueError(f"--json: expected a report of {settings}, got one of {report['settings']}")
+    report = MethodReport.open("pictures", settings, arguments.json)
     shown: dict[str, list[Any]] = {name: [] for name in METHODS}
     for number in range(arguments.pictures):
         plan, layout = list(PROMPTS)[number % len(PROMPTS)], list(LAYOUTS)[number // len(PROMPTS) % len(LAYOUTS)]
-        if number == len(report["pictures"]):
-            report["pictures"].append({"plan": plan, "layout": layout, "seed": number, "methods": {}})
-        found = report["pictures"][number]["methods"]
+        found = report.methods(number, {"plan": plan, "layout": layout, "seed": number})
         for name in METHODS:
             if name not in found:
                 found[name], picture = measure(plan, layout, number, name, **settings)
                 shown[name].append((picture, LAYOUTS[layout]))
-                if arguments.json is not None:
-                    with replacing(arguments.json) as unfinished:
-                        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+                report.save()
     if arguments.sheet is not None:
         draw([row for row in shown.values() if row], arguments.sheet)
-    print(render(report))
+    print(report.table(METHODS, FIGURES))
     return 0
 
 
@@ -169,13 +160,3 @@ def draw(rows: Any, path: Path) -> None:
             sheet.paste(tile, (x * 132, y * 132))
     with replacing(path) as unfinished:
         sheet.save(unfinished)
-
-
-def render(report: dict[str, Any]) -> str:
-    """Means over the pictures as a table."""
-    rows = []
-    for name in METHODS:
-        pictures = [picture["methods"][name] for picture in report["pictures"] if name in picture["methods"]]
-        means = {figure: sum(each[figure] for each in pictures) / len(pictures) for figure in FIGURES if pictures and figure in pictures[0]}
-        rows.append([name, len(pictures), *(f"{means[figure]:.3g}" if figure in means else "-" for figure in FIGURES)])
-    return text_table.aligned(["method", "pictures", *FIGURES.values()], rows)

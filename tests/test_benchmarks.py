@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import bounded, distillation, memory, report, shapes, speed
 from benchmarks.ops import OPS
@@ -210,10 +211,10 @@ def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_set
     measured = []
 
     def measure(pair, name, **settings):
-        if len(measured) == 7:
+        if len(measured) == 9:
             raise KeyboardInterrupt
         measured.append((pair.structure, name))
-        return dict.fromkeys(("time_s", "colour_error", "layout_iou", "distillation"), float(len(measured)))
+        return dict.fromkeys(("time_s", "colour_error", "layout_iou", "distillation"), float(len(measured))), torch.zeros(3, 8, 8)
 
     monkeypatch.setattr(distillation, "measure", measure)
     parser = argparse.ArgumentParser()
@@ -222,14 +223,15 @@ def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_set
     with pytest.raises(KeyboardInterrupt):
         distillation.run(parser.parse_args(["--pairs", "2", "--json", path]))
     kept = json.loads(Path(path).read_text())
-    assert [len(pair["methods"]) for pair in kept["pairs"]] == [5, 2]
+    assert [len(pair["methods"]) for pair in kept["pairs"]] == [7, 2]
     later = dict.fromkeys(("time_s", "colour_error", "layout_iou", "distillation"), 10.0)
-    monkeypatch.setattr(distillation, "measure", lambda pair, name, **settings: later)
-    assert distillation.run(parser.parse_args(["--pairs", "2", "--json", path])) == 0
+    monkeypatch.setattr(distillation, "measure", lambda pair, name, **settings: (later, torch.ones(3, 8, 8)))
+    assert distillation.run(parser.parse_args(["--pairs", "3", "--json", path, "--sheet", str(tmp_path / "sheet.png")])) == 0
+    assert Image.open(tmp_path / "sheet.png").width > 0  # of the third pair
     report = json.loads(Path(path).read_text())
-    assert report["pairs"][0] == kept["pairs"][0] and [len(pair["methods"]) for pair in report["pairs"]] == [5, 5]
+    assert report["pairs"][0] == kept["pairs"][0] and [len(pair["methods"]) for pair in report["pairs"]] == [7, 7, 7]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["untouched", "2", "3.5", "3.5", "3.5", "-", "-", "3.5"]
+    assert lines[1].split() == ["untouched", "3", *["6.33"] * 3, "-", "-", "6.33"]
     with pytest.raises(ValueError, match="^--json: expected a report of {'steps': 5"):
         distillation.run(parser.parse_args(["--steps", "5", "--json", path]))
 

@@ -423,7 +423,7 @@ def test_labels_beside_pictures_are_read_where_they_fit(tmp_path):
 def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
     for name, step in (("a", 3), ("b", 5)):
         Image.fromarray((numpy.arange(SIZE * SIZE).reshape(SIZE, SIZE) // step % 2).astype("uint8")).save(tmp_path / f"{name}-labels.png")
-    options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7 --seed 4 --layers up_blocks.1 --tune-decoder 4"
+    options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7 --seed 4 --layers up_blocks.1 --tune-decoder 4 --anneal"
     masks = [tmp_path / f"{name}-labels.png" for name in "ab"]
     text = f"distill --appearance {{}}/a.png --content {{}}/b.png {options} --mask {masks[0]} {masks[1]} --mode"
     pipe = pipelines.AttentionDistillationPipeline.from_pipe(models.make_pipe("sd15"))
@@ -440,6 +440,7 @@ def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
             layers="up_blocks.1",
             regions=Regions.open(*masks),
             tune_decoder=4,
+            anneal=True,
             generator=torch.Generator().manual_seed(4),
         )
         assert torch.equal(pixels(tmp_path / f"{mode}.png"), torch.tensor(numpy.asarray(result.images[0])))

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--content-weight", type=float, default=0.2, metavar="L", help="of the content's queries (default: %(default)s)")
     run.add_argument("--no-adain", action="store_true", help="do not give sample's latents the style's statistics")
     run.add_argument("--from-noise", action="store_true", help="let optimise start from noise, not from the content")
+    run.add_argument("--anneal", action="store_true", help="let optimise's rate fall to 0: less of the optimiser's noise in the picture")
     add_model_arguments(parser)
 
 
@@ -120,6 +121,7 @@ def run(options: argparse.Namespace) -> int:
         guidance_scale=options.guidance,
         adain=not options.no_adain,
         initial="noise" if options.from_noise else "content",
+        anneal=options.anneal,
         regions=regions,
         **run_settings(options),
     )

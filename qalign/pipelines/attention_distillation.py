@@ -75,6 +75,7 @@ class AttentionDistillationMixin(LatentDiffusion):
         guidance_scale: float = 7.5,
         adain: bool = True,
         initial: str = "content",
+        anneal: bool = False,
         layers: str | Sequence[str] | None = None,
         regions: Regions | None = None,
         tune_decoder: int = 0,
@@ -107,6 +108,7 @@ class AttentionDistillationMixin(LatentDiffusion):
             guidance_scale: of "sample"'s prompt against the empty one.
             adain: of "sample": whether the latents take the style's statistics.
             initial: of "optimise": "content", or "noise" as without any.
+            anneal: of "optimise": whether the rate falls linearly to 0, which leaves less of Adam's noise in the picture; not published.
             layers: as `attach`; None is the last six of the decoder.
             regions: label maps, `appearance` of the one style, `structure` of the output.
             tune_decoder: iterations that tune the decoder to the styles before it decodes the output; published are 75. See `tuned_decoder`.
@@ -145,7 +147,7 @@ class AttentionDistillationMixin(LatentDiffusion):
         run.null = self.conditions("", *size)[0]
         run.told = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         if mode == "optimise":
-            latents = run.optimise(run.noise(shape) if run.content is None or initial == "noise" else run.content)
+            latents = run.optimise(run.noise(shape) if run.content is None or initial == "noise" else run.content, anneal)
         else:
             latents = run.sample(run.noise(shape), self._guided(*self.conditions(prompt, *size), guidance_scale), adain)
         return self._result(run, latents, tune_decoder, output_type, return_dict)
@@ -290,19 +292,22 @@ class _Run:
     def noise(self, shape: Sequence[int]) -> Tensor:
         return randn_tensor(tuple(shape), generator=self.generator, device=self.style.device, dtype=torch.float32)
 
-    def optimise(self, start: Tensor) -> Tensor:
+    def optimise(self, start: Tensor, anneal: bool) -> Tensor:
         """Clean latents, one Adam for all steps; the best are those of the lowest loss."""
         self.latents, self.best = start.detach().clone().requires_grad_(), start
         adam, lowest = self._adam(self.latents), float("inf")
+        total = max(self.settings.steps * self.settings.iterations, 1)
+        rate = torch.optim.lr_scheduler.LinearLR(adam, 1.0, end_factor=0.0 if anneal else 1.0, total_iters=total)
 
         def step(timestep: Tensor) -> None:
             nonlocal lowest
             loss = self._loss(self.style, self.content, timestep)
             for _ in range(self.settings.iterations):
                 before = self.latents.detach().clone()
-                total = self._descend(self.latents, adam, loss)
-                if total < lowest:
-                    self.best, lowest = before, total
+                found = self._descend(self.latents, adam, loss)
+                rate.step()
+                if found < lowest:
+                    self.best, lowest = before, found
 
         return self._walk(step)
 

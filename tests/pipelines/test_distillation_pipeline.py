@@ -201,6 +201,13 @@ def test_both_modes_are_the_published_loops(mode, family):
     assert (result.images - latents).abs().mean() < 1e-3 * (latents - content).abs().mean()
 
 
+def test_an_annealed_rate_falls_in_equal_steps_to_nothing(small, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *given: rates.append(self.param_groups[0]["lr"]) or step(self, *given))
+    call(small, anneal=True, iterations=2, learning_rate=0.6)
+    assert rates == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
 @pytest.mark.parametrize("mode", ["optimise", "sample"])
 @pytest.mark.parametrize(
     "other",
@@ -224,6 +231,7 @@ def test_every_setting_is_heard(small, mode, other):
 
 def test_settings_of_one_mode(small):
     assert not torch.equal(call(small, initial="noise").images, usual("optimise").images)
+    assert not torch.equal(call(small, anneal=True).images, usual("optimise").images)
     plain = usual("sample")
     for other in ({"adain": False}, {"guidance_scale": 1.0, "prompt": "a horse"}, {"prompt": "a horse"}, {"generator": seeded(1)}):
         assert not torch.equal(call(small, mode="sample", **other).images, plain.images), other
