@@ -327,6 +327,21 @@ def test_gradients_are_those_of_the_formula(contrast, with_lse, qkv):
         assert judge(actual, truth, truth, 40).passed
 
 
+@pytest.mark.parametrize("contrast", [1.0, 1.67])
+def test_a_second_derivative_is_refused_but_by_the_reference(backend, contrast, qkv):
+    if backend == "triton" and contrast != 1.0:
+        pytest.skip("no gradient at all")
+    query, key, value = (x.requires_grad_() for x in qkv)
+    output = attention(query, Segment(key, value), contrast=contrast, backend=backend)
+    gradients = torch.autograd.grad(output.square().sum(), (query, key, value), create_graph=True)
+    if backend == "reference":
+        assert all(x.norm() > 0 for x in torch.autograd.grad(sum(x.square().sum() for x in gradients), (query, key, value)))
+        return
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="attention: expected one derivative, got a second: only backend='reference'"):
+            gradient.sum().backward(retain_graph=True)
+
+
 def test_gradient_of_one_input_alone(qkv):
     query, key, value = qkv
     for wanted in range(3):
