@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ._configs import choose_tile, split_head_dim
 from ._launch import launch, target_of
+from ._segments import LOG2_E, pitch_arguments, segment_arguments
 from ._tile import advance, load_rows, split_scores
-from .attention import LOG2_E, launch_attention, log2_sum_exp, pitches, segment_arguments
+from .attention import launch_attention, log2_sum_exp
 from .rearrange import compact
 
 
@@ -30,14 +31,11 @@ def mean_attention_map(query, key, *, scale) -> Tensor:
     output = torch.empty((batch, tokens, key_tokens), device=query.device, dtype=torch.float32)
     tile = choose_tile("attention", "map", target_of(query.device), dim, query.dtype, tokens)
     main, tail = split_head_dim(dim)
-    query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d = pitches(query)
-    key_pitch_b, key_pitch_h, key_pitch_n, key_stride_d = pitches(key)
     launch(
         mean_attention_map_kernel, (triton.cdiv(tokens, tile.block_m) * triton.cdiv(key_tokens, tile.block_n) * batch,),
         num_warps=tile.num_warps, num_stages=tile.num_stages, query_ptr=query, key_ptr=key, lse_ptr=lse, output_ptr=output,
-        query_pitch_b=query_pitch_b, query_pitch_h=query_pitch_h, query_pitch_n=query_pitch_n, query_stride_d=query_stride_d,
-        key_pitch_b=key_pitch_b, key_pitch_h=key_pitch_h, key_pitch_n=key_pitch_n, key_stride_d=key_stride_d, H=heads, N_Q=tokens, N_K=key_tokens,
-        scale=scale * LOG2_E, D=dim, D_MAIN=main, D_TAIL=tail, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        **pitch_arguments("query", query), **pitch_arguments("key", key), H=heads, N_Q=tokens, N_K=key_tokens, scale=scale * LOG2_E, D=dim,
+        D_MAIN=main, D_TAIL=tail, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
     )  # fmt: skip
     return output
 
