@@ -314,6 +314,7 @@ def _rotated(start: int) -> tuple[Shape, ...]:
 
 TRITON_GRADIENTS = (
     "attention_with_lse", "attention counts", "attention labels", "attention segments", "attention batch_index", "qalign_attention rearranged",
+    "label_mass",
 )  # fmt: skip
 
 
