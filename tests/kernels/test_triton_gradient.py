@@ -55,7 +55,7 @@ def labels(tokens, rows=BATCH, seed=7):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", [(40, 40), (64, 64), (80, 32), (128, 128), (160, 160), (32, 160)])
+@pytest.mark.parametrize("dims", [(40, 40), (64, 64), (80, 32), (96, 96), (128, 128), (160, 160), (32, 160)])
 def test_head_dims(dtype, dims):
     check(one_segment(dtype, 45, *dims))
 
