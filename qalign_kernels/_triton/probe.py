@@ -29,7 +29,7 @@ def label_mass(query, key, key_labels, num_labels, *, scale, counts) -> Tensor:
 
 def label_mass_backward(grad_mass, mass, query, key, key_labels, num_labels, *, scale, counts, needs) -> list[Tensor | None]:
     """The gradients of query and key that are needed: those of attention over the indicator, after one launch for its log-sum-exp."""
-    members = _indicator(key, key_labels, num_labels, query.dtype)
+    members = _indicator(key, key_labels, num_labels, query.dtype, least=32)  # 16 would be one of them a thread in the smallest tiles: narrow loads
     absent = members.shape[3] - num_labels
     grad_output, output = pad(grad_mass, (0, absent)).to(query.dtype), pad(mass, (0, absent))
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
@@ -40,9 +40,9 @@ def label_mass_backward(grad_mass, mass, query, key, key_labels, num_labels, *, 
     )[:2]
 
 
-def _indicator(key: Tensor, key_labels: Tensor, num_labels: int, dtype: torch.dtype) -> Tensor:
-    """[B, H, N_K, W] of ones and zeros: of which class each key is, W at least 16 and a power of two."""
-    width = max(16, triton.next_power_of_2(num_labels))
+def _indicator(key: Tensor, key_labels: Tensor, num_labels: int, dtype: torch.dtype, least: int = 16) -> Tensor:
+    """[B, H, N_K, W] of ones and zeros: of which class each key is, W at least `least` and a power of two."""
+    width = max(least, triton.next_power_of_2(num_labels))
     members = key_labels.unsqueeze(-1) == torch.arange(width, device=key.device, dtype=torch.int32)
     return members.to(dtype).unsqueeze(1).expand(*key.shape[:3], width)
 
