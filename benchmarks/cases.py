@@ -174,6 +174,14 @@ def _label_mass(counts: bool) -> Case:
     return Case("label_mass counts" if counts else "label_mass", run)
 
 
+def _label_mass_gradient(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
+    query, key = _features(head_dim, dtype, tokens, 2)
+    mass = torch.empty((BATCH, NUM_HEADS, tokens, NUM_LABELS), device="meta")
+    return _module("probe").label_mass_backward(
+        mass, mass, query, key, _integers(BATCH, tokens), NUM_LABELS, scale=head_dim**-0.5, counts=None, needs=[True, True]
+    )
+
+
 def _mean_attention_map(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
     return _module("probe").mean_attention_map(*_features(head_dim, dtype, tokens, 2), scale=head_dim**-0.5)
 
@@ -242,6 +250,7 @@ _ALL = [
     _distillation("images", images=2),
     _label_mass(False),
     _label_mass(True),
+    Case("label_mass_backward", _label_mass_gradient),
     Case("mean_attention_map", _mean_attention_map),
     _topk_attention(1.0),
     _topk_attention(1.67),

@@ -1,5 +1,7 @@
 """What people write today: eager PyTorch that materialises scores, in chunks of 1024 query rows. The peers of the ops."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, normalize, one_hot, scaled_dot_product_attention
@@ -137,10 +139,15 @@ def qalign_attention_topk(x: Inputs) -> Tensor:
 
 
 def attention_gradient(x: Inputs) -> tuple[Tensor, ...]:
-    """Of query, key and value, for an output weighted by `ref_query`, by SDPA."""
+    """By SDPA."""
+    return gradient(scaled_dot_product_attention, x)
+
+
+def gradient(attend: Callable[..., Tensor], x: Inputs) -> tuple[Tensor, ...]:
+    """Of query, key and value, for an output weighted by `ref_query`."""
     leaves = learned(x.query, x.key, x.value)
     with torch.enable_grad():
-        return torch.autograd.grad(_sdpa(leaves), leaves, grad_outputs=x.ref_query)
+        return torch.autograd.grad(attend(*leaves), leaves, grad_outputs=x.ref_query)
 
 
 def distillation_step(x: Inputs) -> tuple[Tensor, ...]:
@@ -148,13 +155,9 @@ def distillation_step(x: Inputs) -> tuple[Tensor, ...]:
     leaves = learned(x.query, x.key, x.value)
     ideal = scaled_dot_product_attention(x.query, x.ref_query, x.value)
     with torch.enable_grad():
-        loss = l1_loss(_sdpa(leaves), ideal)
+        query, key, value = leaves
+        loss = l1_loss(scaled_dot_product_attention(query, key, value), ideal)
         return *torch.autograd.grad(loss, leaves), loss.detach()
-
-
-def _sdpa(tensors: list[Tensor]) -> Tensor:
-    query, key, value = tensors
-    return scaled_dot_product_attention(query, key, value)
 
 
 def learned(*tensors: Tensor) -> list[Tensor]:

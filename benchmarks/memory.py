@@ -4,12 +4,13 @@ import ctypes
 import multiprocessing
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 MIB = 2**20
 _WARM_UP_TOKENS = 64
@@ -22,6 +23,30 @@ def cuda_peak_mib(call: Callable[[], Any]) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def cpu_rise_mib(call: Callable[[], Any]) -> float:
+    """The rise of the peak resident size of this process."""
+    before = _settle()
+    result = call()
+    rise = (_peak_bytes() - before) / MIB
+    del result
+    return rise
+
+
+def saved_mib(call: Callable[[], Any], inputs: Sequence[Tensor]) -> tuple[float, Any]:
+    """What autograd keeps for the backward pass of what `call` does, each storage once and none of the `inputs`; and the result."""
+    found: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        result = call()
+    given = {x.untyped_storage().data_ptr() for x in inputs}
+    return sum(size for pointer, size in found.items() if pointer not in given) / MIB, result
 
 
 def cpu_peak_mib(provider: str, op_name: str, shape: tuple, dtype: torch.dtype, threads: int) -> float | None:
@@ -50,10 +75,7 @@ def _measure(sender: Connection, provider: str, op_name: str, shape: tuple, dtyp
     with torch.no_grad():
         build(provider, op, make_inputs(small, op.correlated, dtype, "cpu"))()
         call = build(provider, op, make_inputs(measured, op.correlated, dtype, "cpu"))
-        before = _settle()
-        result = call()
-        sender.send((_peak_bytes() - before) / MIB)
-    del result
+        sender.send(cpu_rise_mib(call))
 
 
 def _settle() -> int:

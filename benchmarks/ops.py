@@ -19,7 +19,8 @@ CHECKED_ROWS = 256
 
 
 class Op(NamedTuple):
-    """`run(inputs, backend)` is ours; `check(inputs, result, backend)` holds it against float64; FLOPs are of the definition, whoever runs it."""
+    """`run(inputs, backend)` is ours; `check(inputs, result, backend)` holds it against float64; FLOPs are of the definition, whoever runs it.
+    `learned`: it takes gradients, for which something is saved."""
 
     name: str
     run: Callable[[Inputs, str], Any]
@@ -28,6 +29,7 @@ class Op(NamedTuple):
     flops: Callable[[Shape], float] | None
     correlated: bool = False
     match_map: Callable[[Inputs, Any, str], Tensor] | None = None
+    learned: bool = False
 
 
 def sampled_rows(x: Inputs) -> Tensor:
@@ -252,8 +254,8 @@ OPS = [
         lambda x, output, backend: check_attention(x, output, _two_segments(x)),
         lambda shape: 2 * attention_flops(shape),
     ),
-    Op("attention_gradient", gradient, eager.attention_gradient, check_gradient, lambda shape: 3.5 * attention_flops(shape)),
-    Op("distillation_step", _distillation_step, eager.distillation_step, _check_step, lambda shape: 4.5 * attention_flops(shape)),
+    Op("attention_gradient", gradient, eager.attention_gradient, check_gradient, lambda shape: 3.5 * attention_flops(shape), learned=True),
+    Op("distillation_step", _distillation_step, eager.distillation_step, _check_step, lambda shape: 4.5 * attention_flops(shape), learned=True),
     Op(
         "label_mass",
         lambda x, backend: qk.label_mass(x.query, x.key, x.classes, NUM_LABELS, backend=backend),

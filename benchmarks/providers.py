@@ -23,7 +23,7 @@ FORCED_SDPA = {
 }
 EAGER_SDPA = "eager sdpa"
 PEERS = ("fa3", "sageattention", "flash_kmeans")
-FLEX_OPS = ("attention", "attention_counts", "attention_labels")
+FLEX_OPS = ("attention", "attention_counts", "attention_labels", "attention_gradient")
 COMPILED_OPS = ("attention", "similarity_argmax", "qalign_attention")
 MAIN_OPS = ("attention", "similarity_argmax", "qalign_attention", "qalign_attention_correlated")
 
@@ -95,6 +95,8 @@ def _flex(op_name: str, x: Inputs) -> Callable[[], Any]:
         batch, device = x.query.shape[0], str(x.query.device)
         mask = create_block_mask(lambda b, h, i, j: classes[b, i] == classes[b, j], batch, None, tokens, tokens, device=device)
         return lambda: compiled(x.query, x.key, x.value, block_mask=mask)
+    if op_name == "attention_gradient":
+        return lambda: eager.gradient(compiled, x)
     return lambda: compiled(x.query, x.key, x.value)
 
 

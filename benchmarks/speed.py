@@ -41,6 +41,7 @@ class Measured:
     call: Callable[[], Any]
     rounds: int
     peak_mib: float | None
+    saved_mib: float | None
     seconds: list[float] = field(default_factory=list)
 
 
@@ -109,11 +110,12 @@ class Plan:
             del result
             estimate = self._estimate(call)
             peak = self._peak(item, call)
+            saved = memory.saved_mib(call, self._inputs)[0] if item.op.learned and item.provider != providers.SDPA else None
         except Exception as error:  # a peer that cannot run here is a note, one of ours is a failure
             (self.failed if item.provider in providers.OURS else self.notes).append(f"{where}: {type(error).__name__}: {error}".splitlines()[0])
             return "did not run"
         rounds = int(self.seconds / REPEATS / estimate)
-        return Measured(call, max(1, min(rounds, MAX_ROUNDS)), peak)
+        return Measured(call, max(1, min(rounds, MAX_ROUNDS)), peak, saved)
 
     def _estimate(self, call: Callable[[], Any]) -> float:
         if self.device == "cuda":
@@ -153,30 +155,34 @@ class Plan:
         self._inputs = None  # type: ignore[assignment]
 
     def _row(self, provider: str, found: Measured, yardstick: float | None) -> dict[str, Any]:
-        where = (self._op, self._shape, self.dtype, self.device)
-        return result_row(*where, provider, found.seconds, yardstick, found.peak_mib, self._unique_fraction)
+        return result_row(
+            self._op.name, self._shape.size, self.dtype, self.device, provider, found.seconds, work=providers.flops(provider, self._op, self._shape),
+            yardstick=yardstick, peak_mib=found.peak_mib, saved_mib=found.saved_mib, unique_fraction=self._unique_fraction,
+        )  # fmt: skip
 
 
 def result_row(
-    op: Op,
-    shape: Shape,
+    op: str,
+    size: list[int],
     dtype: str,
     device: str,
     provider: str,
     seconds: list[float],
-    yardstick: float | None,
-    peak_mib: float | None,
-    unique_fraction: float | None,
+    *,
+    work: float | None = None,
+    yardstick: float | None = None,
+    peak_mib: float | None = None,
+    saved_mib: float | None = None,
+    unique_fraction: float | None = None,
 ) -> dict[str, Any]:
-    """What a file of results holds of one provider; `yardstick` is SDPA's median in seconds."""
+    """What a file of results holds of one provider; `work` is in FLOPs, `yardstick` SDPA's median in seconds."""
     p20, p50, p80 = percentiles(seconds)
-    work = providers.flops(provider, op, shape)
     return {
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": triton_version(),
-        "op": op.name,
-        "shape": shape.size,
+        "op": op,
+        "shape": size,
         "dtype": dtype,
         "provider": provider,
         "p20_ms": round(p20 * 1e3, 4),
@@ -184,6 +190,7 @@ def result_row(
         "p80_ms": round(p80 * 1e3, 4),
         "tflops": None if work is None else float(f"{work / p50 / 1e12:.4g}"),
         "peak_mib": None if peak_mib is None else round(peak_mib, 2),
+        "saved_mib": None if saved_mib is None else round(saved_mib, 2),
         "ratio_to_sdpa": None if yardstick is None else float(f"{p50 / yardstick:.4g}"),
         "unique_fraction": None if unique_fraction is None else round(unique_fraction, 4),
         "commit": commit(),
@@ -320,6 +327,6 @@ def _pytest_arguments() -> list[str]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = ("op", "shape", "dtype", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "peak MiB", "x SDPA", "U/N")
-    keys = ("op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "ratio_to_sdpa", "unique_fraction")
+    head = ("op", "shape", "dtype", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "peak MiB", "saved MiB", "x SDPA", "U/N")
+    keys = ("op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "saved_mib", "ratio_to_sdpa", "unique_fraction")
     return text_table.aligned(head, [["-" if row[key] is None else row[key] for key in keys] for row in rows])

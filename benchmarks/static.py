@@ -96,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="bf16: every case on sm_90 at d = 64, the core cases on sm_80 at 64 and gfx942 at 40")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="compile in N processes (default: one per core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--update", action="store_true", help="keep what FILE has of other cases, architectures, dtypes and head dims")
     parser.add_argument("--budgets", type=Path, default=BUDGETS, metavar="FILE", help="limits to hold (default benchmarks/budgets.json)")
     parser.add_argument("--cases", default="benchmarks.cases", metavar="MODULE", help="the module whose CASES are driven (default benchmarks.cases)")
 
@@ -108,13 +109,17 @@ def run(arguments: argparse.Namespace) -> int:
     cases = [case for case in importlib.import_module(arguments.cases).CASES if _named(case.name, arguments.op)]
     if not cases:
         raise ValueError(f"--op: expected part of a case name, got {' '.join(arguments.op)}")
-    jobs, rows = record(cases, list(_scope(arguments)), arguments.quick)
+    scope = list(_scope(arguments))
+    jobs, rows = record(cases, scope, arguments.quick)
     rows += compile_all(jobs, budgets, arguments.jobs)
     rows.sort(key=lambda row: (row.cases, row.kernel, row.target, row.dtype, row.head_dim))
     unmatched = hold_instruction_budgets(rows, budgets)
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text("[\n" + ",\n".join(json.dumps(result(row)) for row in rows) + "\n]\n")
+        results = [result(row) for row in rows]
+        if arguments.update and arguments.json.is_file():
+            results = merged(json.loads(arguments.json.read_text()), results, {case.name for case in cases}, set(scope))
+        arguments.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in results) + "\n]\n")
     broken = [f"{row.target} {row.dtype} d={row.head_dim} {row.cases[0]} ({row.kernel}): {problem}" for row in rows for problem in row.problems]
     broken += unmatched
     print(f"\n{len(rows)} compilations, {len(broken)} budgets broken")
@@ -316,6 +321,16 @@ def result(row: Row) -> dict[str, Any]:
 
     written = {name: value for name, value in asdict(row).items() if name not in ("constexprs", "seconds")}
     return {"triton": triton.__version__, **written, "tile": row.tile(), "flags": row.flags()}
+
+
+def merged(before: list[dict], results: list[dict], compiled: set[str], scope: set[tuple[str, str, int]]) -> list[dict]:
+    """`results` and what `before` has that was not compiled anew. A compilation that old cases and new ones share then has a row of each."""
+    kept = []
+    for row in before:
+        anew = compiled if (row["target"], row["dtype"], row["head_dim"]) in scope else set()
+        if cases := [name for name in row["cases"] if name not in anew]:
+            kept.append(row | {"cases": cases})
+    return sorted([*kept, *results], key=lambda row: (row["cases"], row["kernel"], row["target"], row["dtype"], row["head_dim"]))
 
 
 def table(rows: list[Row]) -> str:

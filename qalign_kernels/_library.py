@@ -25,6 +25,15 @@ def register(
     return getattr(torch.ops.qalign_kernels, name).default
 
 
+def no_second_derivative(op: str, reason: str) -> dict[str, Callable]:
+    """What `register` takes as the gradient of the gradient of `op`: it raises where it is asked for, instead of being silently zero."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{op}: expected one derivative, got a second: {reason}")
+
+    return {"setup_context": lambda ctx, inputs, output: None, "backward": refuse}
+
+
 def accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
     """In what scores, sums, log-sum-exps and probes are held: float32, or float64 for float64 input."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

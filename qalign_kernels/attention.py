@@ -76,7 +76,8 @@ def attention(
         [B, H, N_q, D_v] in the dtype of `query`, contiguous. A query with no key to look at gives zeros. NaN gives NaN.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here, or a second derivative of one that can
+        but for the reference.
 
     Precision: scores, softmax and sums in float32; probabilities are rounded to the input dtype before they meet the values.
     Memory: O(N), never N_q×N_k. Deterministic, gradients too. Differentiable in query, keys and values (once): from the saved output
@@ -262,6 +263,7 @@ _backward_op = _library.register(
     f"(Tensor grad_output, Tensor? grad_lse, Tensor? output, Tensor? lse, {_SEGMENT_SCHEMA}, bool[] needs, str backend) -> Tensor[]",
     _backward_implementation,
     _backward_fake,
+    **_library.no_second_derivative("attention", "only backend='reference' has every derivative"),
 )
 
 

@@ -150,15 +150,10 @@ _distillation_loss_op = _library.register(
 )
 
 
-def _refuse(ctx, grad):
-    raise RuntimeError("distillation_loss: expected one derivative, got a second: the signs of its gradient are constant")
-
-
 _distillation_loss_backward_op = _library.register(
     "distillation_loss_backward",
     "(Tensor grad_loss, Tensor signs, ScalarType dtype) -> Tensor",
     lambda grad_loss, signs, dtype: torch.mul(signs, grad_loss / signs.numel()).to(dtype),
     lambda grad_loss, signs, dtype: signs.new_empty(signs.shape, dtype=dtype),
-    setup_context=lambda ctx, inputs, output: None,
-    backward=_refuse,
+    **_library.no_second_derivative("distillation_loss", "the signs of its gradient are constant"),
 )

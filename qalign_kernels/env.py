@@ -84,7 +84,7 @@ def report() -> str:
         *(f"device          {line}" for line in _devices()),
         f"QALIGN_BACKEND  {_default_backend()}",
         "",
-        f'Backend that "auto" takes on {_device()} (gradients: the same for attention without contrast and distillation_loss, else tiled):',
+        f'Backend that "auto" takes on {_device()} (gradients: likewise for attention without contrast, distillation_loss, label_mass; else tiled):',
     ]
     lines += [f"{op:20s} {dtype:9s} {chosen:7s} {reason}" for (op, dtype), (chosen, reason) in choices(_device()).items()]
     return "\n".join(lines)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from . import _backends, _contracts, _library
-from .attention import Segment, attention
 from .reference import probe as reference
 
 
@@ -34,9 +33,11 @@ def label_mass(
         float32 [B, H, N_q, L] (float64 for float64 input); each row sums to 1 (0 where every key has multiplicity 0).
 
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here, or a second derivative of one that can
+        but for the reference.
 
-    Memory: O(N L). Deterministic. Differentiable in query and key.
+    Memory: O(N L). Deterministic, gradients too. Differentiable in query and key (once), on the backend of the call: as attention over the
+    indicator of the classes, from the saved mass.
     Source: Bounded Attention, arXiv 2403.16990 (region mass as attention over an indicator).
     """
     _check(query, key)
@@ -48,11 +49,6 @@ def label_mass(
     backend = _backends.requested(backend)
     if backend == "reference":
         return _backends.implementation("reference", "probe").label_mass(query, key, key_labels, num_labels, scale=scale, counts=counts)
-    if _library.wants_gradient(query, key):
-        accumulate = _library.accumulate_dtype(query)
-        members = (key_labels.unsqueeze(-1) == torch.arange(num_labels, device=key.device)).to(accumulate)
-        members = members.unsqueeze(1).expand(key.shape[0], key.shape[1], -1, -1)
-        return attention(query.to(accumulate), Segment(key.to(accumulate), members, counts=counts), scale=scale, backend=backend)
     return _label_mass_op(query, key, key_labels, num_labels, scale, counts, backend)
 
 
@@ -121,11 +117,46 @@ def _mean_map_fake(query, key, scale, backend):
     return query.new_empty((query.shape[0], query.shape[2], key.shape[2]), dtype=_library.accumulate_dtype(query))
 
 
+def _label_mass_backward_implementation(grad_mass, mass, query, key, key_labels, num_labels, scale, counts, needs, backend):
+    chosen = _backends.select("label_mass", backend, query, (query.shape[3],), num_labels=num_labels)
+    grads = _backends.implementation(chosen, "probe").label_mass_backward(
+        grad_mass, mass, query, key, key_labels, num_labels, scale=scale, counts=counts, needs=needs
+    )
+    return [query.new_empty(0) if grad is None else grad for grad in grads]
+
+
+def _label_mass_backward_fake(grad_mass, mass, query, key, key_labels, num_labels, scale, counts, needs, backend):
+    return [x.new_empty(x.shape if needed else 0) for x, needed in zip((query, key), needs)]
+
+
+_label_mass_backward_op = _library.register(
+    "label_mass_backward",
+    "(Tensor grad_mass, Tensor mass, Tensor query, Tensor key, Tensor key_labels, int num_labels, float scale, Tensor? counts, bool[] needs, "
+    "str backend) -> Tensor[]",
+    _label_mass_backward_implementation,
+    _label_mass_backward_fake,
+    **_library.no_second_derivative("label_mass", "only backend='reference' has every derivative"),
+)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, key_labels, ctx.num_labels, ctx.scale, counts, ctx.backend = inputs
+    ctx.save_for_backward(output, query, key, key_labels, counts)
+
+
+def _label_mass_backward(ctx, grad_mass):
+    (mass, query, key, key_labels, counts), needs = ctx.saved_tensors, list(ctx.needs_input_grad[:2])
+    grads = _label_mass_backward_op(grad_mass, mass, query, key, key_labels, ctx.num_labels, ctx.scale, counts, needs, ctx.backend)
+    return *(grad if needed else None for grad, needed in zip(grads, needs)), *[None] * 5
+
+
 _label_mass_op = _library.register(
     "label_mass",
     "(Tensor query, Tensor key, Tensor key_labels, int num_labels, float scale, Tensor? counts, str backend) -> Tensor",
     _label_mass_implementation,
     _label_mass_fake,
+    setup_context=_setup_context,
+    backward=_label_mass_backward,
 )
 _mean_map_op = _library.register(
     "mean_attention_map", "(Tensor query, Tensor key, float scale, str backend) -> Tensor", _mean_map_implementation, _mean_map_fake

@@ -220,11 +220,13 @@ def _attention_cases(draw: Draw, option: str) -> Iterator[Case]:
     yield Case(f"{shape} {option}".rstrip(), inputs, call if option else call_without_lse, max(shape.head_dim, shape.key_tokens))
 
 
-def _qalign_cases(draw: Draw, refinement: str, similarity: str = "cosine", strengths: tuple[float, ...] = (20.0, 5.0)) -> Iterator[Case]:
+def _qalign_cases(
+    draw: Draw, refinement: str, similarity: str = "cosine", strengths: tuple[float, ...] = (20.0, 5.0), contrast: float = CONTRAST
+) -> Iterator[Case]:
     shape = draw.shape
     reduction = max(shape.heads * shape.head_dim, shape.key_tokens, shape.query_tokens)
     unit = 1.0 if similarity == "cosine" else shape.head_dim**-0.5
-    settings = ("joint", 1.0, False, unit * strengths[0]), ("per_head", CONTRAST, True, unit * strengths[1])
+    settings = ("joint", 1.0, False, unit * strengths[0]), ("per_head", contrast, True, unit * strengths[1])
     for heads, contrast, labelled, strength in draw.share(settings):
         inputs = draw.matching(refinement)
         arguments = {
@@ -245,13 +247,18 @@ def _qalign_cases(draw: Draw, refinement: str, similarity: str = "cosine", stren
         yield Case(f"{shape} {heads} contrast={contrast}{' labels' if labelled else ''}", inputs, call, reduction)
 
 
-def _distillation_cases(draw: Draw, labelled: bool) -> Iterator[Case]:
+def _distillation_cases(draw: Draw, labelled: bool, apart: bool = False) -> Iterator[Case]:
+    """`apart`: the output is so far from the ideal one that no sign hangs on rounding."""
     shape = draw.shape
     inputs = draw.attention(1)
     inputs.output = draw.features(shape.batch, shape.query_tokens, shape.value_dim)
-    labels = dict.fromkeys(("query_labels", "ref_labels"))
+    labels: dict[str, Any] = dict.fromkeys(("query_labels", "ref_labels"))
     if labelled:
         labels = {"query_labels": draw.labels(shape.query_tokens), "ref_labels": draw.labels(shape.key_tokens)}
+    if apart:
+        whole = (x.expand(shape.batch, -1, -1, -1) for x in (inputs.key, inputs.value))
+        ideal = attention(inputs.query, Segment(*whole, labels=labels["ref_labels"]), query_labels=labels["query_labels"], backend="reference")
+        inputs.output = ideal + inputs.output + inputs.output.sign()
 
     def call(x, backend):
         # the ideal is of the inputs' precision, and so is the distance to it
@@ -313,7 +320,8 @@ def _rotated(start: int) -> tuple[Shape, ...]:
 
 
 TRITON_GRADIENTS = (
-    "attention_with_lse", "attention counts", "attention labels", "attention segments", "attention batch_index", "qalign_attention rearranged",
+    "attention", "attention_with_lse", "attention counts", "attention labels", "attention segments", "attention batch_index",
+    "qalign_attention rearranged", "distillation_loss", "distillation_loss labels", "label_mass",
 )  # fmt: skip
 
 
@@ -335,14 +343,17 @@ def _ops() -> dict[str, Op]:
         ops[name] = Op(partial(_distillation_cases, labelled=i == 1), _rotated(3 + i))
     ops["label_mass"] = Op(_mass_cases, _rotated(2))
     ops["mean_attention_map"] = Op(_map_cases, _rotated(4))
-    # a gradient of distillation_loss is signs, which may turn where the distance is all rounding
-    others = ("similarity_argmax packed", "similarity_topk", "match_counts", "attention", "distillation_loss", "distillation_loss labels")
-    differentiable = [name for name in ops if name not in others]
+    others, last = ("similarity_argmax packed", "similarity_topk", "match_counts"), ("attention", "distillation_loss", "distillation_loss labels")
+    differentiable = [name for name in ops if name not in (*others, *last)] + list(last)
     for i, name in enumerate(differentiable):
         cases = ops[name].cases
         if name in ("qalign_attention guided", "qalign_attention soft"):
             # weak, as a saturated softmax has no gradient to measure; dot, as cosine's takes out the radial part and leaves its rounding
             cases = partial(_qalign_cases, refinement=name.split()[1], similarity="dot", strengths=(0.3, 0.15))
+        if name == "qalign_attention rearranged":
+            cases = partial(_qalign_cases, refinement="rearranged", contrast=1.0)  # with a contrast it is not Triton's
+        if name.startswith("distillation_loss"):
+            cases = partial(_distillation_cases, labelled="labels" in name, apart=True)
         backends = ("triton", "tiled", "reference") if name in TRITON_GRADIENTS else ("tiled", "reference")
         ops[f"{name} gradient"] = Op(partial(_gradient_cases, cases=cases), _rotated(i)[:2], backends)
     return ops

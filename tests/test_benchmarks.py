@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 
 from benchmarks import bounded, distillation, memory, report, shapes, speed
+
+
+from benchmarks import distillation, distillation_step, memory, report, shapes, speed
 from benchmarks.ops import OPS
 from benchmarks.shapes import Shape, make_inputs
 from qalign.embedded import scenes
@@ -20,7 +23,7 @@ from qalign_kernels import similarity_argmax
 ROOT = Path(__file__).parents[1]
 SMALL = Shape("small", 2, 4, 300, 40)
 COLUMNS = [
-    "device", "torch", "triton", "op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "ratio_to_sdpa",
+    "device", "torch", "triton", "op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "saved_mib", "ratio_to_sdpa",
     "unique_fraction", "commit",
 ]  # fmt: skip
 
@@ -126,6 +129,25 @@ def test_memory_sees_the_scores_that_eager_holds():
     eager, tiled = (memory.cpu_peak_mib(provider, "attention", shape, torch.float32, 1) for provider in ("eager", "tiled"))
     assert scores_mib < eager < 4 * scores_mib
     assert 0 < tiled < scores_mib
+
+
+def test_a_distillation_step_saves_its_output_log_sum_exp_and_signs():
+    inputs = make_inputs(SMALL, False, torch.float32, "cpu")
+    step = next(op for op in OPS if op.name == "distillation_step")
+    elements, rows = inputs.query.numel(), inputs.query[..., 0].numel()
+    ours, peer = (memory.saved_mib(call, inputs)[0] for call in (lambda: step.run(inputs, "tiled"), lambda: step.eager(inputs)))
+    assert ours == (elements * 4 + rows * 4 + elements) / memory.MIB
+    assert peer == (elements * 4 + rows * 4 + elements * 4) / memory.MIB
+
+
+def test_an_optimisation_step_is_that_of_the_plain_pipeline():
+    rows = distillation_step.measure(distillation_step.make("embedded", torch.float32, "cpu"), "embedded", "fp32", "cpu", rounds=2)
+    ours, peer = rows
+    assert (ours["provider"], peer["provider"]) == ("tiled", "eager") and ours["shape"] == peer["shape"] == [1, 1, 1024, 32]
+    assert len(ours["layers"]) == 6 and 0 < ours["saved_mib"] < peer["saved_mib"]
+    assert ours["gradient_difference"] < 2e-5
+    assert all(row["p50_ms"] > 0 and row["op"] == "optimisation_step embedded" for row in rows)
+    assert "optimisation_step embedded" in distillation_step.table(rows)
 
 
 def _row(provider: str, tokens: int, p50_ms: float, **more) -> dict:

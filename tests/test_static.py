@@ -43,7 +43,7 @@ def test_every_case_is_driven():
     stems = {name.split()[0] for name in names}
     assert stems == {
         "similarity_argmax", "similarity_topk", "match_counts", "compact", "rearrange_kv", "attention", "label_mass", "mean_attention_map",
-        "topk_attention", "rearranged_attention", "attention_backward", "distillation_loss",
+        "topk_attention", "rearranged_attention", "attention_backward", "distillation_loss", "label_mass_backward",
     }  # fmt: skip
 
 
@@ -75,6 +75,15 @@ def test_budgets_are_held(tmp_path):
     assert " 2 budgets broken" in done.stdout
     assert "lane-instructions per score, at most 1.0 allowed for toy_good" in done.stdout
     assert "budget for toy_good on sm_90 matches no score loop" in done.stdout
+
+
+def test_update_keeps_what_was_not_compiled_anew():
+    def row(cases, head_dim, registers, target="sm_90"):
+        return {"cases": cases, "kernel": "k", "target": target, "dtype": "bf16", "head_dim": head_dim, "registers": registers}
+
+    before = [row(["a", "b"], 64, 1), row(["b"], 64, 2), row(["b"], 80, 3), row(["b"], 64, 4, "sm_80")]
+    after = static.merged(before, [row(["b"], 64, 5)], {"b"}, {("sm_90", "bf16", 64)})
+    assert [(r["cases"], r["head_dim"], r["registers"]) for r in after] == [(["a"], 64, 1), (["b"], 64, 4), (["b"], 64, 5), (["b"], 80, 3)]
 
 
 def test_interpreted_kernels_are_refused(monkeypatch):

@@ -213,8 +213,11 @@ def time_rounds(call: Callable[[], Any], rounds: int) -> list[float]:
 def _row(visit: Visit, group: Group, measured: Measured, yardstick: Measured | None) -> dict[str, Any]:
     op, provider = providers.op_named(visit[0]), visit[1]
     sdpa = percentiles(yardstick.eager_seconds)[1] if yardstick else None
-    row = result_row(op, group.shape, DTYPE, DEVICE, provider, measured.eager_seconds, sdpa, measured.peak_mib, measured.unique_fraction)
     work = providers.flops(provider, op, group.shape)
+    row = result_row(
+        op.name, group.shape.size, DTYPE, DEVICE, provider, measured.eager_seconds, work=work, yardstick=sdpa, peak_mib=measured.peak_mib,
+        unique_fraction=measured.unique_fraction,
+    )  # fmt: skip
     graph = percentiles(measured.graph_seconds) if measured.graph_seconds else (None, None, None)
     times = {f"graph_{name}_ms": None if value is None else round(value * 1e3, 5) for name, value in zip(("p20", "p50", "p80"), graph)}
     tflops = None if work is None or graph[1] is None else float(f"{work / graph[1] / 1e12:.4g}")

@@ -15,6 +15,23 @@ def advance(pointer, pitch):
 
 
 @triton.jit
+def open_tile(tokens, H, BLOCK: tl.constexpr):
+    """Of this program: its row b·H + h, its batch row b and head h, the int64 tokens of its tile, and which of them are inside."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = ((tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    return row, row // H, row % H, rows, rows < tokens
+
+
+@triton.jit
+def load(pointers, present, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointers, mask=present, other=0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
 def load_rows(pointer, rows, present, pitch, stride_d, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     """[rows, WIDTH]: channels FIRST .. FIRST + WIDTH of the int64 `rows`; zeros beyond D and, where MASKED, for rows that are not `present`."""
     channels = FIRST + tl.arange(0, WIDTH)
@@ -29,6 +46,24 @@ def load_rows(pointer, rows, present, pitch, stride_d, D: tl.constexpr, FIRST: t
             return tl.load(pointers, mask=present[:, None], other=0.0)
         else:
             return tl.load(pointers)
+
+
+@triton.jit
+def load_parts(pointer, batch, head, rows, present, pitch_b, pitch_h, pitch_n, stride_d, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """Both parts of a tile of rows; the main part again where there is no tail."""
+    pointer = advance(pointer, batch * pitch_b + head * pitch_h)
+    main = load_rows(pointer, rows, present, pitch_n, stride_d, D, 0, MAIN, True)
+    tail = main
+    if TAIL > 0:
+        tail = load_rows(pointer, rows, present, pitch_n, stride_d, D, MAIN, TAIL, True)
+    return main, tail
+
+
+@triton.jit
+def store_channels(output_ptrs, acc, inside, D_V: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    channels = FIRST + tl.arange(0, WIDTH)
+    mask = inside[:, None] & (channels < D_V)[None, :]
+    tl.store(output_ptrs[:, None] + channels[None, :], acc.to(output_ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit

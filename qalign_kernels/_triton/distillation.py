@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import launch_attention, segment_arguments
+from ._segments import segment_arguments
+from .attention import launch_attention
 
 
 def distillation_loss(

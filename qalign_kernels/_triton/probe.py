@@ -1,27 +1,50 @@
 """label_mass and mean_attention_map on Triton. B batch rows, H heads, N_Q queries, N_K keys, D channels."""
 
+from types import SimpleNamespace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ._configs import choose_tile, split_head_dim
 from ._launch import launch, target_of
+from ._segments import LOG2_E, pitch_arguments, segment_arguments
 from ._tile import advance, load_rows, split_scores
-from .attention import LOG2_E, launch_attention, log2_sum_exp, pitches, segment_arguments
+from .attention import launch_attention, log2_sum_exp
+from .attention_backward import attention_backward
 from .rearrange import compact
 
 
 def label_mass(query, key, key_labels, num_labels, *, scale, counts) -> Tensor:
     """Attention over the indicator of the classes, its probabilities unrounded."""
-    width = max(16, triton.next_power_of_2(num_labels))
-    members = key_labels.unsqueeze(-1) == torch.arange(width, device=key.device, dtype=torch.int32)
     exact = torch.float32 if target_of(query.device) == "interpreter" else torch.bfloat16  # the interpreter has no correct bfloat16
-    members = members.to(exact).unsqueeze(1).expand(*key.shape[:3], width)
-    mass = torch.empty((*query.shape[:3], width), device=query.device, dtype=torch.float32)
+    members = _indicator(key, key_labels, num_labels, exact)
+    mass = torch.empty((*query.shape[:3], members.shape[3]), device=query.device, dtype=torch.float32)
     multiplicity = None if counts is None else compact(counts)
     launch_attention(query, [segment_arguments(key, members, scale, multiplicity=multiplicity)], output=mass, lse=None, exact_weights=True)
     return mass[..., :num_labels].contiguous()
+
+
+def label_mass_backward(grad_mass, mass, query, key, key_labels, num_labels, *, scale, counts, needs) -> list[Tensor | None]:
+    """The gradients of query and key that are needed: those of attention over the indicator, after one launch for its log-sum-exp."""
+    members = _indicator(key, key_labels, num_labels, query.dtype, least=32)  # 16 would be one of them a thread in the smallest tiles: narrow loads
+    absent = members.shape[3] - num_labels
+    grad_output, output = pad(grad_mass, (0, absent)).to(query.dtype), pad(mass, (0, absent))
+    lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
+    launch_attention(query, [segment_arguments(key, None, scale, multiplicity=None if counts is None else compact(counts))], output=None, lse=lse)
+    segment = SimpleNamespace(key=key, value=members, counts=counts, labels=None, batch_index=None, logit_scale=1.0, logit_shift=0.0)
+    return attention_backward(
+        grad_output, None, output, lse, query, [segment], scale=scale, contrast=1.0, query_labels=None, guide=None, needs=[*needs, False]
+    )[:2]
+
+
+def _indicator(key: Tensor, key_labels: Tensor, num_labels: int, dtype: torch.dtype, least: int = 16) -> Tensor:
+    """[B, H, N_K, W] of ones and zeros: of which class each key is, W at least `least` and a power of two."""
+    width = max(least, triton.next_power_of_2(num_labels))
+    members = key_labels.unsqueeze(-1) == torch.arange(width, device=key.device, dtype=torch.int32)
+    return members.to(dtype).unsqueeze(1).expand(*key.shape[:3], width)
 
 
 def mean_attention_map(query, key, *, scale) -> Tensor:
@@ -30,14 +53,11 @@ def mean_attention_map(query, key, *, scale) -> Tensor:
     output = torch.empty((batch, tokens, key_tokens), device=query.device, dtype=torch.float32)
     tile = choose_tile("attention", "map", target_of(query.device), dim, query.dtype, tokens)
     main, tail = split_head_dim(dim)
-    query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d = pitches(query)
-    key_pitch_b, key_pitch_h, key_pitch_n, key_stride_d = pitches(key)
     launch(
         mean_attention_map_kernel, (triton.cdiv(tokens, tile.block_m) * triton.cdiv(key_tokens, tile.block_n) * batch,),
         num_warps=tile.num_warps, num_stages=tile.num_stages, query_ptr=query, key_ptr=key, lse_ptr=lse, output_ptr=output,
-        query_pitch_b=query_pitch_b, query_pitch_h=query_pitch_h, query_pitch_n=query_pitch_n, query_stride_d=query_stride_d,
-        key_pitch_b=key_pitch_b, key_pitch_h=key_pitch_h, key_pitch_n=key_pitch_n, key_stride_d=key_stride_d, H=heads, N_Q=tokens, N_K=key_tokens,
-        scale=scale * LOG2_E, D=dim, D_MAIN=main, D_TAIL=tail, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        **pitch_arguments("query", query), **pitch_arguments("key", key), H=heads, N_Q=tokens, N_K=key_tokens, scale=scale * LOG2_E, D=dim,
+        D_MAIN=main, D_TAIL=tail, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
     )  # fmt: skip
     return output
 

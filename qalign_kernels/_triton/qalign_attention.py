@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ._configs import choose_tile, split_head_dim
 from ._launch import launch, target_of
+from ._segments import segment_arguments
 from ._tile import advance, load_rows
-from .attention import launch_attention, log2_sum_exp, segment_arguments
+from .attention import launch_attention, log2_sum_exp
 from .rearrange import tally
 from .similarity import partial_argmax
 

@@ -10,9 +10,9 @@ def _weighted_probabilities(query: Tensor, key: Tensor, scale: float, counts: Te
     logits = scale * (query.to(accumulate) @ key.to(accumulate).mT)
     if counts is None:
         return logits.softmax(-1)
+    empty = (counts == 0).all(-1)[:, :, None, None]
     logits = logits + counts.to(accumulate).log().unsqueeze(2)
-    lse = logits.logsumexp(-1, keepdim=True)
-    return (logits - lse.masked_fill(lse == float("-inf"), 0)).exp()
+    return logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
 
 
 def label_mass(query: Tensor, key: Tensor, key_labels: Tensor, num_labels: int, *, scale: float, counts: Tensor | None = None) -> Tensor:

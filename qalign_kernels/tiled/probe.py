@@ -1,20 +1,45 @@
 """label_mass as attention over an indicator of the classes, mean_attention_map head by head into its result."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from ._blocks import accumulate_dtype, blocks
-from .attention import attention
+from .attention import attention, attention_backward
 
 
 def label_mass(query: Tensor, key: Tensor, key_labels: Tensor, num_labels: int, *, scale: float, counts: Tensor | None = None) -> Tensor:
-    dtype = accumulate_dtype(query)
-    members = (key_labels.unsqueeze(-1) == torch.arange(num_labels, device=key.device)).to(dtype)
+    segment = _indicator(key.to(accumulate_dtype(key)), key_labels, num_labels, counts)
+    query = query.to(segment.key.dtype)
+    return attention(query, [segment], scale=scale, contrast=1.0, query_labels=None, guide=None, need_lse=False)[0]
+
+
+def label_mass_backward(
+    grad_mass: Tensor,
+    mass: Tensor,
+    query: Tensor,
+    key: Tensor,
+    key_labels: Tensor,
+    num_labels: int,
+    *,
+    scale: float,
+    counts: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of query and key that are needed."""
+    segment = _indicator(key, key_labels, num_labels, counts)
+    return attention_backward(
+        grad_mass, None, mass, None, query, [segment], scale=scale, contrast=1.0, query_labels=None, guide=None, needs=[*needs, False]
+    )[:2]
+
+
+def _indicator(key: Tensor, key_labels: Tensor, num_labels: int, counts: Tensor | None) -> SimpleNamespace:
+    """The segment whose values say of which class a key is."""
+    members = (key_labels.unsqueeze(-1) == torch.arange(num_labels, device=key.device)).to(key.dtype)
     members = members.unsqueeze(1).expand(key.shape[0], key.shape[1], -1, -1)
-    segment = SimpleNamespace(key=key.to(dtype), value=members, counts=counts, labels=None, batch_index=None, logit_scale=1.0, logit_shift=0.0)
-    return attention(query.to(dtype), [segment], scale=scale, contrast=1.0, query_labels=None, guide=None, need_lse=False)[0]
+    return SimpleNamespace(key=key, value=members, counts=counts, labels=None, batch_index=None, logit_scale=1.0, logit_shift=0.0)
 
 
 def mean_attention_map(query: Tensor, key: Tensor, *, scale: float) -> Tensor:

@@ -327,6 +327,68 @@ def test_gradients_are_those_of_the_formula(contrast, with_lse, qkv):
         assert judge(actual, truth, truth, 40).passed
 
 
+def written_out(query, keys, values, bias):
+    """Attention over all keys at once, with a bias [.., N_q or 1, N_k] on the logits; a row without keys gives zeros."""
+    empty = (bias == float("-inf")).all(-1, keepdim=True)
+    logits = query @ torch.cat(keys, 2).mT / query.shape[3] ** 0.5 + bias.to(query.dtype)
+    return logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0) @ torch.cat(values, 2)
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 160])
+@pytest.mark.parametrize("case", ["plain", "labels", "counts", "segments"])
+def test_gradients_against_float64(backend, case, head_dim, device):
+    """Query 0 has a label that no key has, key 0 one that no query has and the count 0: nothing reaches them, and nothing is NaN."""
+    tokens = (35,) if case != "segments" else (21, 14)
+    query, *tensors = (random_features(1, 1, n, head_dim, seed=i, device=device) for i, n in enumerate((19, *tokens, *tokens)))
+    query_labels, key_labels = (1 << random_integers(0, 3, 1, n, seed=n, device=device) for n in (19, 35))
+    query_labels[:, 0], key_labels[:, 0] = 8, 16
+    counts = random_integers(0, 4, 1, 1, tokens[0], seed=5, device=device)
+    counts[..., 0] = 0
+    options: list[dict] = [{} for _ in tokens]
+    bias = torch.zeros(1, 1, 1, 35, dtype=torch.float64, device=device)
+    if case in ("labels", "segments"):
+        for part, labels in zip(options, key_labels.split(tokens, 1)):
+            part["labels"] = labels
+        bias = bias + ((query_labels.unsqueeze(-1) & key_labels.unsqueeze(-2)) != 0).double().log().unsqueeze(1)
+    if case in ("counts", "segments"):
+        options[0]["counts"] = counts
+        bias = bias + torch.cat([counts.double(), torch.ones(1, 1, 35 - tokens[0], dtype=torch.float64, device=device)], 2).log().unsqueeze(2)
+    weight = random_features(1, 1, 19, head_dim, seed=9, device=device)
+
+    def gradients(attend, dtype):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (query, *tensors)]
+        output = attend(leaves[0], leaves[1 : 1 + len(tokens)], leaves[1 + len(tokens) :])
+        return torch.autograd.grad((output * weight.to(dtype)).sum(), leaves)
+
+    def ours(query, keys, values):
+        segments = [Segment(*pair, **part) for *pair, part in zip(keys, values, options)]
+        return attention(query, segments, query_labels=query_labels if "labels" in options[0] else None, backend=backend)
+
+    yardstick, truth = (gradients(lambda *x: written_out(*x, bias), dtype) for dtype in (torch.float32, torch.float64))
+    actual = gradients(ours, torch.float32)
+    for gradient, same, right in zip(actual, yardstick, truth):
+        assert judge(gradient, same, right, 4 * head_dim).passed
+    if case in ("labels", "segments"):
+        assert (actual[0][:, :, 0] == 0).all()
+    if case != "plain":
+        assert all((x[:, :, 0] == 0).all() for x in (actual[1], actual[1 + len(tokens)]))
+
+
+@pytest.mark.parametrize("contrast", [1.0, 1.67])
+def test_a_second_derivative_is_refused_but_by_the_reference(backend, contrast, qkv):
+    if backend == "triton" and contrast != 1.0:
+        pytest.skip("no gradient at all")
+    query, key, value = (x.requires_grad_() for x in qkv)
+    output = attention(query, Segment(key, value), contrast=contrast, backend=backend)
+    gradients = torch.autograd.grad(output.square().sum(), (query, key, value), create_graph=True)
+    if backend == "reference":
+        assert all(x.norm() > 0 for x in torch.autograd.grad(sum(x.square().sum() for x in gradients), (query, key, value)))
+        return
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="attention: expected one derivative, got a second: only backend='reference'"):
+            gradient.sum().backward(retain_graph=True)
+
+
 def test_gradient_of_one_input_alone(qkv):
     query, key, value = qkv
     for wanted in range(3):

@@ -191,6 +191,7 @@ def calls(dtype):
         "topk_attention": (query, key, value, topk, 0.2, 1.0, rows, "tiled"),
         "rearranged_attention": (query, query, key, key, value, "cosine", "joint", 0.2, 1.0, query_labels, key_labels, rows, "tiled"),
         "label_mass": (query, key[:2], key_labels, 6, 0.2, counts, "tiled"),
+        "label_mass_backward": (lse[..., None], lse[..., None], query, key[:2], key_labels, 1, 0.2, counts, [True, False], "tiled"),
         "mean_attention_map": (query, key[:2], 0.2, "tiled"),
         "distillation_loss": (features(2, 4, 5, 64, dtype=dtype), query, [key[:1]], [value[:1]], [key_labels], query_labels, 0.2, True, "tiled"),
         "distillation_loss_backward": (torch.zeros((), dtype=score), torch.zeros(2, 4, 5, 64, dtype=torch.int8), dtype),
@@ -231,7 +232,7 @@ def test_the_public_path_runs_on_fake_cuda_tensors(refinement):
     assert output.shape == query.shape and output.dtype == torch.bfloat16 and output.device.type == "cuda"
 
 
-NOT_REPORTED = {"attention_backward", "distillation_loss_backward", "take_rows", "rearranged_attention"}
+NOT_REPORTED = {"attention_backward", "distillation_loss_backward", "label_mass_backward", "take_rows", "rearranged_attention"}
 
 
 def test_the_environment_report_says_what_auto_takes_on_a_gpu(monkeypatch):

@@ -46,7 +46,17 @@ def test_opcheck_of_probes(dtype):
     query, key = features(7, 9, dtype=dtype)
     checked(OPS.label_mass, query, key, random_integers(0, 4, 1, 9, seed=0), 4, 0.3, None, "auto")
     checked(OPS.label_mass, query, key, random_integers(0, 4, 2, 9, seed=0), 4, 0.3, random_integers(0, 3, 2, 1, 9, seed=1), "tiled")
+    checked(OPS.label_mass, *features(7, 9, dtype=dtype, learned=True), random_integers(0, 4, 1, 9, seed=0), 4, 0.3, None, "auto")
     checked(OPS.mean_attention_map, query, key, 0.3, "auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck_of_label_mass_backward(dtype):
+    query, key = features(7, 9, dtype=dtype)
+    labels = random_integers(0, 4, 1, 9, seed=0)
+    mass = OPS.label_mass(query, key, labels, 4, 0.3, None, "auto")
+    checked(OPS.label_mass_backward, mass.sin(), mass, query, key, labels, 4, 0.3, None, [True, True], "auto")
+    checked(OPS.label_mass_backward, mass.sin(), mass, query, key, labels, 4, 0.3, random_integers(0, 3, 2, 1, 9, seed=1), [False, True], "tiled")
 
 
 @pytest.mark.parametrize("batch_index", [None, ROWS])

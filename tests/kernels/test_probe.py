@@ -150,14 +150,71 @@ def test_repeats_are_equal_in_every_bit(backend, pair):
     assert torch.equal(*(mean_attention_map(*pair, backend=backend) for _ in range(2)))
 
 
-def test_gradients_are_those_of_the_formula(pair):
-    labels = random_integers(0, 3, 1, 41, seed=11, device=pair[0].device)
-    counts = random_integers(0, 3, 2, 1, 41, seed=12, device=pair[0].device)
+def mass_gradients(pair, labels, num_labels, counts, backend, dtype):
+    """Of query and key, for masses weighted by random numbers."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in pair]
+    mass = label_mass(*leaves, labels, num_labels, counts=counts, backend=backend)
+    weight = random_features(*mass.shape, seed=13, device=mass.device).to(mass.dtype)
+    return torch.autograd.grad((mass * weight).sum(), leaves)
 
+
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 160])
+@pytest.mark.parametrize(("num_labels", "counted"), [(4, False), (20, True)])
+def test_gradient_of_mass_is_that_of_the_formula(precision, head_dim, num_labels, counted, device):
+    backend, dtype = precision
+    pair = [random_features(1, 1, n, head_dim, seed=n, dtype=dtype, device=device) for n in (19, 35)]
+    labels = random_integers(-1, 5, 1, 35, seed=11, device=device)  # -1: of no class
+    counts = random_integers(0, 3, 1, 1, 35, seed=12, device=device) if counted else None
+    results = (
+        mass_gradients(pair, labels, num_labels, counts, name, precise)
+        for name, precise in ((backend, dtype), ("reference", dtype), ("reference", torch.float64))
+    )
+    for actual, same, truth in zip(*results):
+        assert actual.dtype == dtype and judge(actual, same, truth, 4 * head_dim).passed
+
+
+def test_mass_of_a_label_that_no_key_has_is_without_gradient(backend, pair):
+    query, key = (x.requires_grad_() for x in pair)
+    labels = random_integers(0, 3, 2, 41, seed=11, device=query.device)
+    mass = label_mass(query, key, labels, 5, backend=backend)
+    for gradient in torch.autograd.grad(mass[..., 3:].sum(), (query, key)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_mass_without_keys_is_without_gradient(backend, pair):
+    counts = torch.zeros(2, 1, 41, dtype=torch.int32, device=pair[0].device)
+    labels = torch.zeros(1, 41, dtype=torch.int32, device=pair[0].device)
+    for gradient in mass_gradients(pair, labels, 2, counts, backend, torch.float32):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_gradient_of_mass_is_attentions(backend, pair, monkeypatch):
+    """On Triton by the same kernels; the mass is what is saved beside the inputs."""
+    if backend != "triton":
+        pytest.skip("kernels")
+    from qalign_kernels._triton import attention_backward as kernels
+
+    names, launch = [], kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda kernel, *grid, **how: (names.append(kernel.fn.__name__), launch(kernel, *grid, **how)))
+    mass_gradients(pair, random_integers(0, 3, 1, 41, seed=11, device=pair[0].device), 3, None, backend, torch.float32)
+    assert names == ["gradient_rows_kernel", "query_gradient_kernel", "key_gradient_kernel"]
+
+
+def test_a_second_derivative_of_mass_is_refused_but_by_the_reference(backend, pair):
+    query, key = (x.requires_grad_() for x in pair)
+    labels = random_integers(0, 3, 1, 41, seed=11, device=query.device)
+    (gradient,) = torch.autograd.grad(label_mass(query, key, labels, 3, backend=backend).square().sum(), query, create_graph=True)
+    if backend == "reference":
+        assert torch.autograd.grad(gradient.square().sum(), query)[0].norm() > 0
+        return
+    with pytest.raises(RuntimeError, match="label_mass: expected one derivative, got a second"):
+        gradient.sum().backward()
+
+
+def test_gradient_of_the_mean_map_is_that_of_the_formula(pair):
     def gradients(dtype, backend):
         leaves = [x.detach().to(dtype).requires_grad_() for x in pair]
-        mass = label_mass(*leaves, labels, 3, counts=counts, backend=backend)
-        return torch.autograd.grad(mass.sin().sum() + mean_attention_map(*leaves, backend=backend).cos().sum() * 10, leaves)
+        return torch.autograd.grad(mean_attention_map(*leaves, backend=backend).cos().sum(), leaves)
 
     cases = gradients(torch.float32, "tiled"), gradients(torch.float32, "reference"), gradients(torch.float64, "reference")
     for actual, same, truth in zip(*cases):

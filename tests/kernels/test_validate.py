@@ -174,7 +174,8 @@ def test_every_public_op_has_its_rows():
 
     ops = [name for name in qalign_kernels.__all__ if name[0].islower() and name != "use_backend"]
     assert all(any(row.split()[0] == name for row in validate.OPS) for name in ops)
-    assert all(f"{name} gradient" in validate.OPS for name in ("rearrange_kv", "attention_with_lse", "label_mass", "mean_attention_map"))
+    learned = ("rearrange_kv", "attention", "attention_with_lse", "distillation_loss", "label_mass", "mean_attention_map")
+    assert all(f"{name} gradient" in validate.OPS for name in learned)
 
 
 def test_triton_runs_in_its_interpreter_where_there_is_no_gpu(capsys):
