@@ -11,10 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bounded, distillation, memory, report, shapes, speed
-
-
-from benchmarks import distillation, distillation_step, memory, report, shapes, speed
+from benchmarks import bounded, distillation, distillation_step, memory, report, shapes, speed
 from benchmarks.ops import OPS
 from benchmarks.shapes import Shape, make_inputs
 from qalign.embedded import scenes
