@@ -1,5 +1,6 @@
 """The other kinds of result files: tables of what `validate --json` and `static --json` wrote."""
 
+import fnmatch
 from typing import Any
 
 from .text_table import markdown
@@ -50,7 +51,14 @@ def machine_code(rows: list[Row], budgets: Row) -> str:
     ]  # fmt: skip
     head = ("architecture", "dtype", "Triton", "kernels compiled", "most registers", "with spills", "most shared KiB", "budgets broken")
     held = [
-        [budget["case"], budget["target"], row["tile"], row["registers"], row["lane_instructions"], budget["limit"]]
+        [
+            " ".join([budget["case"], *([budget["kernel"]] if "kernel" in budget else [])]),
+            budget["target"],
+            row["tile"],
+            row["registers"],
+            row["lane_instructions"],
+            budget["limit"],
+        ]
         for budget in budgets["lane_instructions"]
         for row in rows
         if _is_budgeted(row, budget)
@@ -60,6 +68,7 @@ def machine_code(rows: list[Row], budgets: Row) -> str:
 
 
 def _is_budgeted(row: Row, budget: Row) -> bool:
-    wanted = [flag for flag, value in budget.get("constexprs", {}).items() if value]
     same = all(row[name] == budget[name] for name in ("target", "dtype", "head_dim")) and row["triton"].startswith(budget["triton"])
-    return same and budget["case"] in row["cases"] and row["lane_instructions"] is not None and all(flag in row["flags"] for flag in wanted)
+    held = fnmatch.fnmatch(row["kernel"], budget.get("kernel", "*"))
+    flags = all((flag in row["flags"]) == value for flag, value in budget.get("constexprs", {}).items())
+    return same and held and flags and budget["case"] in row["cases"] and row["lane_instructions"] is not None
