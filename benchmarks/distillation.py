@@ -24,7 +24,7 @@ INJECTIONS = {"injection": {}, "injection, plain": {"swap_guidance_scale": 1.0}}
 DISTILLATIONS: dict[str, dict[str, Any]] = {
     "optimise, as published": {},
     "optimise, rate 0.1, annealed": {"learning_rate": 0.1, "anneal": True},
-    "optimise at one timestep, rate 0.3, annealed, no content": {"learning_rate": 0.3, "anneal": True, "content_weight": 0.0, "one": True},
+    "one timestep, no content, annealed": {"learning_rate": 0.3, "anneal": True, "content_weight": 0.0, "one": True},
     "sample, rate 0.05, once a step": {"mode": "sample", "learning_rate": 0.05, "iterations": 1, "guidance_scale": 1.0, "adain": False},
 }
 METHODS = ("untouched", *INJECTIONS, *DISTILLATIONS)
@@ -50,13 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
         for name in METHODS:
             if name not in found:
                 found[name], picture = measure(pair, name, **settings)
-                pictures[name.replace(", ", "\n")] = picture
+                pictures[name.replace(", ", "\n", 1)] = picture
                 report.save()
         if len(pictures) == 1 + len(METHODS):
             rows.append(pictures)
     if arguments.sheet is not None and rows:
         with replacing(arguments.sheet) as unfinished:
-            transfer_grid(rows).savefig(unfinished, format="png")
+            transfer_grid(rows).savefig(unfinished, format="png", dpi=60, bbox_inches="tight")
     print(report.table(METHODS, FIGURES))
     return 0
 
