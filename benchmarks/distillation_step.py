@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, scaled_dot_product_attention
 
+from qalign.files import replacing
+
 from . import memory, speed, text_table
 
 MODELS = ("embedded", "sd15")
@@ -44,13 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help="embedded, or sd15: its geometry, random weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=speed.DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=6,
-        metavar="N",
-        help="steps of each pipeline (default: %(default)s)",
-    )
+    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="steps of each pipeline (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
 
 
@@ -63,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.model:
         rows += measure(make(name, speed.DTYPES[dtype], device), name, dtype, device, arguments.rounds)
         if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+            with replacing(arguments.json) as unfinished:
+                unfinished.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     print(table(rows))
     return 0
 
