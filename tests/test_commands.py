@@ -3,7 +3,6 @@
 import importlib
 import json
 import shlex
-import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -458,7 +457,7 @@ def test_an_interrupted_run_writes_the_best_picture_so_far(folder, tmp_path, cap
 
     def interrupted(*given):
         if len(losses) == 2:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         losses.append(descend(*given))
         return losses[-1]
 
