@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import split_head_dim
+from ._labels import CLASSES, label_strides, sort_tokens
 from ._tile import advance, load, split_scores
 from .rearrange import Multiplicity
 
@@ -20,7 +21,8 @@ class SegmentArguments(NamedTuple):
 
     A pitch is a stride in bytes: that of a head is then a multiple of 16 also at head dim 40, and the loads stay wide.
 
-    A segment with counts is read through `order`, its keys with a count above zero, which are `unique` many and weigh `weights`.
+    A segment with counts is read through `order`, its keys with a count above zero, which are `unique` many and weigh `weights`. One whose
+    keys are sorted by their labels is read through it too; its classes begin at `starts`.
     """
 
     key_ptr: Tensor
@@ -51,7 +53,9 @@ class SegmentArguments(NamedTuple):
     unique_ptr: Tensor | None
     headroom_ptr: Tensor | None
     total_ptr: Tensor | None
+    starts_ptr: Tensor | None
     maps: int
+    order_stride_b: int
 
 
 def segment_arguments(
@@ -63,19 +67,24 @@ def segment_arguments(
     labels: Tensor | None = None,
     batch_index: Tensor | None = None,
     guide_key: Tensor | None = None,
+    by_label: bool = False,
 ) -> SegmentArguments:
-    """One segment as the kernel takes it."""
+    """One segment as the kernel takes it, its keys sorted `by_label` where it has labels: a launch more."""
     order, weights, unique, headroom, total = (None,) * 5 if multiplicity is None else multiplicity
+    starts = None
+    if by_label and labels is not None:
+        order, weights, starts = sort_tokens(labels, multiplicity)
+    rows, maps = (0, 0) if order is None else order.shape[:2]
     return SegmentArguments(
         key, *pitches(key), value, *pitches(value), guide_key, *pitches(guide_key), key.shape[2], scale * LOG2_E, shift * LOG2_E,
-        batch_index, 0 if batch_index is None else batch_index.stride(0), labels, *_label_strides(labels), order, weights, unique, headroom, total,
-        0 if unique is None else unique.shape[1],
+        batch_index, 0 if batch_index is None else batch_index.stride(0), labels, *label_strides(labels), order, weights, unique, headroom, total,
+        starts, maps, maps if rows > 1 else 0,
     )  # fmt: skip
 
 
 def query_arguments(query: Tensor, labels: Tensor | None) -> dict[str, Any]:
     """The queries and their labels as every kernel names them."""
-    strides = dict(zip(("query_labels_stride_b", "query_labels_stride_n"), _label_strides(labels)))
+    strides = dict(zip(("query_labels_stride_b", "query_labels_stride_n"), label_strides(labels)))
     sizes = {"H": query.shape[1], "N_Q": query.shape[2]}
     return {"query_ptr": query, "query_labels_ptr": labels, **pitch_arguments("query", query), **strides, **sizes}
 
@@ -113,12 +122,6 @@ def width_arguments(dim: int, value_dim: int) -> dict[str, int]:
     return dict(zip(names, (dim, *split_head_dim(dim), value_dim, *split_head_dim(value_dim))))
 
 
-def _label_strides(labels: Tensor | None) -> tuple[int, int]:
-    if labels is None:
-        return 0, 0
-    return labels.stride(0) if labels.shape[0] > 1 else 0, labels.stride(1)
-
-
 @triton.jit
 def load_query_labels(query_labels_ptr, batch, queries, inside, stride_b, stride_n):
     """The bit sets of a tile of queries; the queries themselves, which nobody reads then, where there are none."""
@@ -130,14 +133,13 @@ def load_query_labels(query_labels_ptr, batch, queries, inside, stride_b, stride
 
 @triton.jit
 def score_tile(
-    start, limit, query, segment, pointers, strength, KEY_PITCH: tl.constexpr, VALUE_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr,
-    MASKED: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+    start, columns, present, query, segment, pointers, strength, KEY_PITCH: tl.constexpr, VALUE_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr,
+    MASKED: tl.constexpr, COMPARED: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BLOCK_M, BLOCK_N] of the keys start .. start + BLOCK_N, -inf where unseen; what makes logits of them; where keys and values are."""
+    """Scores [BLOCK_M, BLOCK_N] of the keys in `columns`, which in a segment without an order begin at `start`, -inf where unseen: not `present`
+    if MASKED, of other labels if COMPARED. Also what makes logits of them, and where keys and values are."""
     query_main, query_tail, guide_main, guide_tail, query_labels = query
-    key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr = pointers
-    columns = start + tl.arange(0, BLOCK_N)
-    present = columns < limit
+    key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr, starts_ptr = pointers
     if segment.order_ptr is None:
         # the offsets inside a tile stay as they are from tile to tile, only the base moves
         rows = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -159,9 +161,9 @@ def score_tile(
         scores = tl.fma(scores, segment.scale, guided * strength)
         factor = 1.0
     seen = present[None, :]
-    if segment.labels_ptr is not None:
+    if COMPARED:
         key_labels = load(labels_ptr + rows * segment.labels_stride_n, present, MASKED)
-        seen = (query_labels[:, None] & key_labels[None, :]) != 0
+        seen = (query_labels[:, None] & key_labels[None, :]) != 0  # 0 where not present
         scores = tl.where(seen, scores, float("-inf"))
     elif MASKED:
         scores = tl.where(seen, scores, float("-inf"))
@@ -170,12 +172,12 @@ def score_tile(
 
 @triton.jit
 def open_segment(segment, batch, head, HAS_VALUES: tl.constexpr):
-    """Pointers to a segment's (keys, values, guide, labels, order, weights) for one row, how many keys there are, and the headroom."""
+    """Pointers to a segment's (keys, values, guide, labels, order, weights, starts) for one row, how many keys there are, and the headroom."""
     key_row = batch
     if segment.rows_ptr is not None:
         key_row = tl.load(segment.rows_ptr + batch * segment.rows_stride).to(tl.int64)
     key_ptr = advance(segment.key_ptr, key_row * segment.key_pitch_b + head * segment.key_pitch_h)
-    value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr = key_ptr, key_ptr, key_ptr, key_ptr, key_ptr
+    value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr, starts_ptr = key_ptr, key_ptr, key_ptr, key_ptr, key_ptr, key_ptr
     limit, headroom = segment.N_K, 0.0
     if HAS_VALUES:
         value_ptr = advance(segment.value_ptr, key_row * segment.value_pitch_b + head * segment.value_pitch_h)
@@ -184,9 +186,12 @@ def open_segment(segment, batch, head, HAS_VALUES: tl.constexpr):
     if segment.labels_ptr is not None:
         labels_ptr = segment.labels_ptr + batch * segment.labels_stride_b
     if segment.order_ptr is not None:
-        counts_row = batch * segment.maps + head % segment.maps
-        order_ptr = segment.order_ptr + counts_row * segment.N_K
-        weights_ptr = segment.weights_ptr + counts_row * segment.N_K
-        headroom = tl.load(segment.headroom_ptr + counts_row)
-        limit = tl.load(segment.unique_ptr + counts_row)
-    return (key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr), limit, headroom
+        order_row = batch * segment.order_stride_b + head % segment.maps
+        order_ptr = segment.order_ptr + order_row * segment.N_K
+        if segment.weights_ptr is not None:
+            weights_ptr = segment.weights_ptr + order_row * segment.N_K
+            headroom = tl.load(segment.headroom_ptr + order_row)
+            limit = tl.load(segment.unique_ptr + order_row)
+        if segment.starts_ptr is not None:
+            starts_ptr = segment.starts_ptr + order_row * (CLASSES + 1)
+    return (key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr, starts_ptr), limit, headroom

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import choose_tile
+from ._labels import compared_slots, free_slot, label_class, sort_queries, visible_spans
 from ._launch import launch, target_of
 from ._segments import (
     LOG2_E,
@@ -33,24 +34,26 @@ FIXED_LIMIT = tl.constexpr(2.0**64)  # of a row sum whose weights the first tile
 
 
 def attention(query, segments, *, scale, contrast, query_labels, guide, need_lse) -> tuple[Tensor, Tensor | None]:
+    query_order = sort_queries(query_labels, [s.labels for s in segments])
     arguments = [
         segment_arguments(
             s.key, s.value, s.logit_scale * scale, s.logit_shift, None if s.counts is None else compact(s.counts), s.labels, s.batch_index,
-            None if guide is None else guide.key,
+            None if guide is None else guide.key, query_order is not None,
         )
         for s in segments
     ]  # fmt: skip
     output = torch.empty((*query.shape[:3], segments[0].value.shape[3]), device=query.device, dtype=query.dtype)
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32) if need_lse else None
-    known = None if contrast == 1.0 else log2_sum_exp(query, arguments, query_labels, guide)
-    launch_attention(query, arguments, output=output, lse=lse, query_labels=query_labels, guide=guide, contrast=contrast, known=known)
+    asked: dict[str, Any] = {"query_labels": query_labels, "query_order": query_order, "guide": guide}
+    known = None if contrast == 1.0 else log2_sum_exp(query, arguments, **asked)
+    launch_attention(query, arguments, output=output, lse=lse, contrast=contrast, known=known, **asked)
     return output, lse
 
 
-def log2_sum_exp(query: Tensor, segments: Sequence[SegmentArguments], query_labels: Tensor | None = None, guide: Any = None) -> Tensor:
-    """log2 of the sum of the exponentials of the logits, fp32 [B, H, N_Q]; no values are read."""
+def log2_sum_exp(query: Tensor, segments: Sequence[SegmentArguments], **asked: Any) -> Tensor:
+    """log2 of the sum of the exponentials of the logits, fp32 [B, H, N_Q]; no values are read. `asked` as `launch_attention` takes it."""
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
-    launch_attention(query, segments, output=None, lse=lse, lse_unit=1.0, query_labels=query_labels, guide=guide)
+    launch_attention(query, segments, output=None, lse=lse, lse_unit=1.0, **asked)
     return lse
 
 
@@ -62,6 +65,7 @@ def launch_attention(
     lse: Tensor | None,
     lse_unit: float = LN_2,
     query_labels: Tensor | None = None,
+    query_order: Tensor | None = None,
     guide: Any = None,
     contrast: float = 1.0,
     known: Tensor | None = None,
@@ -75,14 +79,16 @@ def launch_attention(
     With a `distance`, float32 [B, H, N_Q], `output` is not written but compared, any strides: the mean of |output - attention| over the
     channels of each query goes there, and where asked for the signs, int8 [B, H, N_Q, D_V], contiguous. `lse` is written in `lse_unit`: ln 2
     for natural logarithms, 1 for base 2. Queries whose `match_score` [B, G, N_Q], of the maps of the first segment's counts, is NaN give NaN.
+    Tiles take queries by `query_order`, int32 [B or 1, 1, N_Q], where segments are sorted by label.
     """
     (batch, heads, tokens, dim), value_dim = query.shape, 16 if output is None else output.shape[3]
     mode = _tile_mode(segments, output, guide, known, exact_weights, distance)
     tile = choose_tile("attention", mode, target_of(query.device), max(dim, value_dim), query.dtype, tokens)
     launch(
         attention_kernel, (triton.cdiv(tokens, tile.block_m) * batch * heads,), num_warps=tile.num_warps, num_stages=tile.num_stages,
-        guide_query_ptr=None if guide is None else guide.query, output_ptr=output, lse_ptr=lse, known_ptr=known, match_score_ptr=match_score,
-        distance_ptr=distance, signs_ptr=signs, lse_unit=lse_unit, contrast=contrast, strength=0.0 if guide is None else guide.strength * LOG2_E,
+        guide_query_ptr=None if guide is None else guide.query, query_order_ptr=query_order,
+        query_order_stride_b=0 if query_order is None or query_order.shape[0] == 1 else tokens, output_ptr=output, lse_ptr=lse, known_ptr=known,
+        match_score_ptr=match_score, distance_ptr=distance, signs_ptr=signs, lse_unit=lse_unit, contrast=contrast, strength=0.0 if guide is None else guide.strength * LOG2_E,
         **query_arguments(query, query_labels), **pitch_arguments("guide_query", None if guide is None else guide.query),
         **pitch_arguments("output", None if distance is None else output), **walk_arguments(segments, tile.block_n, guided=guide is not None),
         FIXED=_fixed(query, segments, output, known, exact_weights, distance), HAS_VALUES=output is not None, KNOWN_LSE=known is not None,
@@ -97,7 +103,7 @@ def _tile_mode(
         return "guided" if guide is not None else "exact"
     if output is None:
         return "lse"
-    counted = any(s.order_ptr is not None for s in segments)
+    counted = any(s.weights_ptr is not None for s in segments)
     busy = any(s.labels_ptr is not None for s in segments) or (counted and len(segments) > 1) or distance is not None
     return ("busy " if busy else "") + ("softmax" if known is None else "contrast")
 
@@ -105,43 +111,44 @@ def _tile_mode(
 def _fixed(
     query: Tensor, segments: Sequence[SegmentArguments], output: Tensor | None, known: Tensor | None, exact_weights: bool, distance: Tensor | None
 ) -> bool:
-    """Whether the maximum of the first tile may stabilise all of them: where weights have float32's range, and every query sees a key there."""
-    if known is not None or exact_weights or query.dtype == torch.float16 or any(s.labels_ptr is not None for s in segments):
+    """Whether the maximum of the first tile may stabilise all of them: where weights have float32's range, and queries see a key there."""
+    if known is not None or exact_weights or query.dtype == torch.float16 or any(s.labels_ptr is not None and s.starts_ptr is None for s in segments):
         return False
-    width = FIXED_WIDTHS["distance" if distance is not None else "plain" if segments[0].order_ptr is None else "counts"]
+    width = FIXED_WIDTHS["distance" if distance is not None else "plain" if segments[0].weights_ptr is None else "counts"]
     fits = output is None or (len(segments) == 1 and max(query.shape[3], output.shape[3]) <= width)
     return fits and target_of(query.device) in FIXED_TARGETS
 
 
 @triton.jit
 def _attend_tile(
-    state, start, limit, query, segment, pointers, headroom, known, floor, contrast, strength, KEY_PITCH: tl.constexpr, VALUE_PITCH: tl.constexpr,
-    GUIDE_PITCH: tl.constexpr, MASKED: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
-    EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
-    V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+    state, start, columns, present, query, segment, pointers, headroom, known, floor, contrast, strength, KEY_PITCH: tl.constexpr,
+    VALUE_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr, MASKED: tl.constexpr, COMPARED: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr,
+    KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr,
+    V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One query tile meets the keys start .. start + BLOCK_N of a segment; MASKED where some are beyond `limit`, FIXED where the maximum stays."""
+    """One query tile meets the keys of a segment in `columns`; MASKED where some are not `present`, COMPARED where labels may differ, FIXED where the
+    maximum stays."""
     running_max, row_sum, acc_main, acc_tail = state
     scores, factor, seen, rows, present, key_ptr, key_pitch_n, value_ptr, value_pitch_n = score_tile(
-        start, limit, query, segment, pointers, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, MASKED, D, D_MAIN, D_TAIL, BLOCK_N
+        start, columns, present, query, segment, pointers, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, MASKED, COMPARED, D, D_MAIN, D_TAIL, BLOCK_N
     )
     if KNOWN_LSE:
         weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - known)[:, None]))
         weights = tl.clamp(tl.fma(weights, contrast, floor), 0.0, 1.0)
-        if MASKED or segment.labels_ptr is not None:
+        if MASKED or COMPARED:
             weights = tl.where(seen, weights, 0.0)
     elif FIXED:
         weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - running_max)[:, None]))
     else:
         new_max = tl.maximum(running_max, tl.max(scores, 1) * factor + (segment.shift + headroom))
         stabiliser = new_max
-        if MASKED or segment.labels_ptr is not None:
+        if MASKED or COMPARED:
             stabiliser = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - stabiliser)[:, None]))
         rescale = tl.math.exp2(running_max - stabiliser)
         running_max = new_max
-    if segment.order_ptr is not None:
-        weights *= load(pointers[5] + start + tl.arange(0, BLOCK_N), present, MASKED)[None, :]
+    if segment.weights_ptr is not None:
+        weights *= load(pointers[5] + columns, present, MASKED)[None, :]
 
     if FIXED:
         row_sum += tl.sum(weights, 1)
@@ -168,8 +175,53 @@ def _attend_tile(
 
 
 @triton.jit
+def _attend_segment(
+    state, segment, query, classes, batch, head, known, floor, contrast, strength, RAGGED: tl.constexpr, KEY_PITCH: tl.constexpr,
+    VALUE_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
+    EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
+    V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One query tile, of the `classes` from the first to the second, meets the keys of a segment: whole tiles of them, then the others."""
+    running_max, row_sum, acc_main, acc_tail = state
+    SORTED: tl.constexpr = segment.starts_ptr is not None
+    COMPARED: tl.constexpr = segment.labels_ptr is not None and segment.starts_ptr is None
+    pointers, limit, headroom = open_segment(segment, batch, head, HAS_VALUES)
+    if SORTED:
+        whole, compared, spans = visible_spans(pointers[6], classes[0], classes[1], BLOCK_N)
+    else:
+        whole = limit // BLOCK_N * BLOCK_N
+    for start in tl.range(0, whole, BLOCK_N):
+        slot = start
+        if SORTED:
+            slot = free_slot(start, spans)
+        columns = slot + tl.arange(0, BLOCK_N)
+        running_max, row_sum, acc_main, acc_tail = _attend_tile(
+            (running_max, row_sum, acc_main, acc_tail), start, columns, columns < limit, query, segment, pointers, headroom, known, floor, contrast,
+            strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, False, COMPARED, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V,
+            V_MAIN, V_TAIL, BLOCK_N,
+        )  # fmt: skip
+    if SORTED:
+        for start in tl.range(0, compared, BLOCK_N):
+            positions = start + tl.arange(0, BLOCK_N)
+            running_max, row_sum, acc_main, acc_tail = _attend_tile(
+                (running_max, row_sum, acc_main, acc_tail), start, compared_slots(positions, spans), positions < compared, query, segment, pointers,
+                headroom, known, floor, contrast, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, True, True, FIXED, HAS_VALUES, KNOWN_LSE,
+                EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
+            )  # fmt: skip
+    elif RAGGED:
+        if whole < limit:
+            columns = whole + tl.arange(0, BLOCK_N)
+            running_max, row_sum, acc_main, acc_tail = _attend_tile(
+                (running_max, row_sum, acc_main, acc_tail), whole, columns, columns < limit, query, segment, pointers, headroom, known, floor,
+                contrast, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, True, COMPARED, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN,
+                D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
+            )  # fmt: skip
+    return running_max, row_sum, acc_main, acc_tail
+
+
+@triton.jit
 def _attend(
-    state, segments, query, opposite, batch, head, known, floor, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr,
+    state, segments, query, opposite, classes, batch, head, known, floor, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr,
     RAGGED: tl.constexpr, PITCHES: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
     EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
     V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -177,35 +229,39 @@ def _attend(
     """One query tile meets every key of every segment."""
     running_max, row_sum, acc_main, acc_tail = state
     for s in tl.static_range(SEGMENTS):
-        segment = segments[s]
-        pointers, limit, headroom = open_segment(segment, batch, head, HAS_VALUES)
-        asked = opposite if NEGATIVE[s] else query
-        whole = limit // BLOCK_N * BLOCK_N
-        for start in tl.range(0, whole, BLOCK_N):
-            running_max, row_sum, acc_main, acc_tail = _attend_tile(
-                (running_max, row_sum, acc_main, acc_tail), start, limit, asked, segment, pointers, headroom, known, floor, contrast, strength,
-                PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], False, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V,
-                V_MAIN, V_TAIL, BLOCK_N,
-            )  # fmt: skip
-        if RAGGED[s]:
-            if whole < limit:
-                running_max, row_sum, acc_main, acc_tail = _attend_tile(
-                    (running_max, row_sum, acc_main, acc_tail), whole, limit, asked, segment, pointers, headroom, known, floor, contrast, strength,
-                    PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], True, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL,
-                    D_V, V_MAIN, V_TAIL, BLOCK_N,
-                )  # fmt: skip
+        running_max, row_sum, acc_main, acc_tail = _attend_segment(
+            (running_max, row_sum, acc_main, acc_tail), segments[s], opposite if NEGATIVE[s] else query, classes, batch, head, known, floor,
+            contrast, strength, RAGGED[s], PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D,
+            D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
+        )  # fmt: skip
     return running_max, row_sum, acc_main, acc_tail
 
 
 @triton.jit
+def _has_first_tile(segment, classes, batch, head, BLOCK_N: tl.constexpr):
+    """Whether every query of a tile sees a whole tile of keys, which then comes first. Without labels it does, or sees all keys there are."""
+    if segment.starts_ptr is None:
+        return True
+    else:
+        pointers, limit, headroom = open_segment(segment, batch, head, False)
+        whole, compared, spans = visible_spans(pointers[6], classes[0], classes[1], BLOCK_N)
+        return whole > 0
+
+
+@triton.jit
 def _first_max(
-    segment, query, batch, head, strength, RAGGED: tl.constexpr, KEY_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr, D: tl.constexpr,
+    segment, query, classes, batch, head, strength, RAGGED: tl.constexpr, KEY_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr, D: tl.constexpr,
     D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of each query among the first tile of keys: [BLOCK_M]."""
     pointers, limit, headroom = open_segment(segment, batch, head, False)
+    columns = tl.arange(0, BLOCK_N)
+    present = columns < limit
+    if segment.starts_ptr is not None:
+        whole, compared, spans = visible_spans(pointers[6], classes[0], classes[1], BLOCK_N)
+        columns += free_slot(0, spans)
     scores, factor, seen, rows, present, key_ptr, key_pitch_n, value_ptr, value_pitch_n = score_tile(
-        0, limit, query, segment, pointers, strength, KEY_PITCH, 0, GUIDE_PITCH, RAGGED, D, D_MAIN, D_TAIL, BLOCK_N
+        0, columns, present, query, segment, pointers, strength, KEY_PITCH, 0, GUIDE_PITCH, RAGGED, False, D, D_MAIN, D_TAIL, BLOCK_N
     )
     return tl.max(scores, 1) * factor + segment.shift
 
@@ -224,14 +280,16 @@ def _compare_channels(output_ptr, signs_ptrs, ideal, queries, inside, pitch_n, s
 
 @triton.jit
 def attention_kernel(
-    query_ptr, guide_query_ptr, query_labels_ptr, output_ptr, lse_ptr, known_ptr, match_score_ptr, distance_ptr, signs_ptr, segments, query_pitch_b,
-    query_pitch_h, query_pitch_n, query_stride_d, output_pitch_b, output_pitch_h, output_pitch_n, output_stride_d, guide_query_pitch_b,
-    guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d, query_labels_stride_b, query_labels_stride_n, H, N_Q, lse_unit, contrast,
-    strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr, RAGGED: tl.constexpr, PITCHES: tl.constexpr, FIXED: tl.constexpr,
-    HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
+    query_ptr, guide_query_ptr, query_labels_ptr, query_order_ptr, output_ptr, lse_ptr, known_ptr, match_score_ptr, distance_ptr, signs_ptr,
+    segments, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, output_pitch_b, output_pitch_h, output_pitch_n, output_stride_d,
+    guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d, query_labels_stride_b, query_labels_stride_n,
+    query_order_stride_b, H, N_Q, lse_unit, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr, RAGGED: tl.constexpr,
+    PITCHES: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
     D_V: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row, batch, head, queries, inside = open_tile(N_Q, H, BLOCK_M)
+    if query_order_ptr is not None:  # beyond the end the last query, for its class
+        queries = tl.load(query_order_ptr + batch * query_order_stride_b + tl.minimum(queries, N_Q - 1)).to(tl.int64)
     query_main, query_tail = load_parts(
         query_ptr, batch, head, queries, inside, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, D, D_MAIN, D_TAIL
     )  # fmt: skip
@@ -241,7 +299,11 @@ def attention_kernel(
             guide_query_ptr, batch, head, queries, inside, guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d, D,
             D_MAIN, D_TAIL,
         )  # fmt: skip
-    query_labels = load_query_labels(query_labels_ptr, batch, queries, inside, query_labels_stride_b, query_labels_stride_n)
+    query_labels = load_query_labels(query_labels_ptr, batch, queries, queries < N_Q, query_labels_stride_b, query_labels_stride_n)
+    classes = (0, 0)
+    if query_order_ptr is not None:
+        of_queries = label_class(query_labels)
+        classes = (tl.min(of_queries, 0), tl.max(of_queries, 0))
 
     running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -254,7 +316,7 @@ def attention_kernel(
         known = tl.where(lse == float("-inf"), float("inf"), lse)
         total = 0.0
         for s in tl.static_range(SEGMENTS):
-            if segments[s].order_ptr is None:
+            if segments[s].weights_ptr is None:
                 total += segments[s].N_K
             else:
                 total += tl.load(segments[s].total_ptr + batch * segments[s].maps + head % segments[s].maps)
@@ -263,13 +325,22 @@ def attention_kernel(
     query = (query_main, query_tail, guide_main, guide_tail, query_labels)
     opposite = (-query_main, -query_tail, guide_main, guide_tail, query_labels)
     if FIXED:
-        running_max = _first_max(
-            segments[0], opposite if NEGATIVE[0] else query, batch, head, strength, RAGGED[0], PITCHES[0], PITCHES[2], D, D_MAIN, D_TAIL, BLOCK_N
+        if _has_first_tile(segments[0], classes, batch, head, BLOCK_N):
+            running_max = _first_max(
+                segments[0], opposite if NEGATIVE[0] else query, classes, batch, head, strength, RAGGED[0], PITCHES[0], PITCHES[2], D, D_MAIN,
+                D_TAIL, BLOCK_N,
+            )  # fmt: skip
+            running_max, row_sum, acc_main, acc_tail = _attend(
+                (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength,
+                SEGMENTS, NEGATIVE, RAGGED, PITCHES, True, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
+            )  # fmt: skip
+        else:
+            row_sum = tl.full((BLOCK_M,), float("inf"), tl.float32)
+    else:
+        running_max, row_sum, acc_main, acc_tail = _attend(
+            (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength, SEGMENTS,
+            NEGATIVE, RAGGED, PITCHES, False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
         )  # fmt: skip
-    running_max, row_sum, acc_main, acc_tail = _attend(
-        (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, batch, head, known, floor, contrast, strength, SEGMENTS, NEGATIVE,
-        RAGGED, PITCHES, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
-    )  # fmt: skip
     if FIXED:
         if not tl.max(row_sum, 0) < FIXED_LIMIT:
             running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -277,8 +348,8 @@ def attention_kernel(
             acc_main = tl.zeros((BLOCK_M, V_MAIN), tl.float32)
             acc_tail = tl.zeros((BLOCK_M, V_TAIL if V_TAIL > 0 else 1), tl.float32)
             running_max, row_sum, acc_main, acc_tail = _attend(
-                (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, batch, head, known, floor, contrast, strength, SEGMENTS,
-                NEGATIVE, RAGGED, PITCHES, False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
+                (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength,
+                SEGMENTS, NEGATIVE, RAGGED, PITCHES, False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
             )  # fmt: skip
 
     if KNOWN_LSE:

@@ -138,12 +138,14 @@ def _query_gradient_tile(
 ):  # fmt: skip
     """What the keys start .. start + BLOCK_N of a segment add to the gradient of a query tile."""
     acc_main, acc_tail = acc
+    columns = start + tl.arange(0, BLOCK_N)
     scores, factor, seen, rows, present, key_ptr, key_pitch_n, value_ptr, value_pitch_n = score_tile(
-        start, limit, query, segment, pointers, 0.0, KEY_PITCH, VALUE_PITCH, 0, MASKED, D, D_MAIN, D_TAIL, BLOCK_N
-    )
+        start, columns, columns < limit, query, segment, pointers, 0.0, KEY_PITCH, VALUE_PITCH, 0, MASKED, segment.labels_ptr is not None, D, D_MAIN,
+        D_TAIL, BLOCK_N,
+    )  # fmt: skip
     mass = tl.math.exp2(tl.fma(scores, factor, (segment.shift - known)[:, None]))
     if segment.order_ptr is not None:
-        mass *= load(pointers[5] + start + tl.arange(0, BLOCK_N), present, MASKED)[None, :]
+        mass *= load(pointers[5] + columns, present, MASKED)[None, :]
     gains = split_scores(grad[0], grad[1], value_ptr, rows, present, value_pitch_n, segment.value_stride_d, D_V, V_MAIN, V_TAIL, MASKED)
     grad_logits = (mass * (gains - delta[:, None]) * scale).to(query[0].dtype)
     key = load_rows(key_ptr, rows, present, key_pitch_n, segment.key_stride_d, D, 0, D_MAIN, MASKED)

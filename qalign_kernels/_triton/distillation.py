@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._labels import sort_queries
 from ._segments import segment_arguments
 from .attention import launch_attention
 
@@ -15,6 +16,9 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor | None]:
     distance = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
     signs = torch.empty(output.shape, device=query.device, dtype=torch.int8) if need_signs else None
-    arguments = [segment_arguments(s.key, s.value, scale, labels=s.labels) for s in segments]
-    launch_attention(query, arguments, output=output, lse=None, query_labels=query_labels, distance=distance, signs=signs)
+    query_order = sort_queries(query_labels, [s.labels for s in segments])
+    arguments = [segment_arguments(s.key, s.value, scale, labels=s.labels, by_label=query_order is not None) for s in segments]
+    launch_attention(
+        query, arguments, output=output, lse=None, query_labels=query_labels, query_order=query_order, distance=distance, signs=signs
+    )  # fmt: skip
     return distance.mean(), signs

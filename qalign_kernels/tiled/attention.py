@@ -1,10 +1,11 @@
 """attention and its gradient by blocks of heads and query rows; torch's fused attention where a call asks for nothing more.
 
-Each batch row is prepared once: its keys and values in the accumulate dtype, on the CPU only those with a multiplicity. A block then
-holds one score tensor per segment, so that segments are never concatenated. A guide is more columns of query and key. "Mass" is
-m_j p_ij, the probability with multiplicity.
+On the CPU the queries of one label set go together with the keys that they see, and nothing has labels then. Each batch row is prepared
+once: its keys and values in the accumulate dtype, on the CPU only those with a multiplicity. A block then holds one score tensor per segment,
+so that segments are never concatenated. A guide is more columns of query and key. "Mass" is m_j p_ij, the probability with multiplicity.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ._blocks import accumulate_dtype, batch_row, blocks, on_host
+from ._labels import Group, group_queries, rows_read
 
 
 class _Part(NamedTuple):
@@ -41,6 +43,51 @@ class _Tile(NamedTuple):
 def attention(
     query: Tensor, segments: Sequence[Any], *, scale: float, contrast: float, query_labels: Tensor | None, guide: Any, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
+    groups = group_queries(query_labels, [s.labels for s in segments], query.shape[0])
+    if groups is None:
+        return _attend(query, segments, segments, scale, contrast, query_labels, guide, need_lse)
+    output = query.new_empty((*query.shape[:3], segments[0].value.shape[3]))
+    lse = query.new_empty(query.shape[:3], dtype=accumulate_dtype(query)) if need_lse else None
+    for group in groups:
+        rows, seen, part_guide = _of_group(group, segments, guide)
+        part = group.of(query)
+        if seen:
+            part_output, part_lse = _attend(part, [s for _, s in seen], rows, scale, contrast, None, part_guide, need_lse)
+        else:
+            part_output, part_lse = output.new_zeros((*part.shape[:3], output.shape[3])), part.new_full(part.shape[:3], float("-inf"))
+        output[group.batch].index_copy_(2, group.queries, part_output)
+        if lse is not None and part_lse is not None:
+            lse[group.batch].index_copy_(2, group.queries, part_lse.to(lse.dtype))
+    return output, lse
+
+
+def _of_group(group: Group, segments: Sequence[Any], guide: Any) -> tuple[list[Any], list[tuple[int, Any]], Any]:
+    """The segments as the group's batch rows read them; what its queries see of each that shows them something, by position and without labels;
+    the guide to match."""
+    rows = [_of_rows(segment, group.batch) for segment in segments]
+    seen = []
+    for position, (segment, kept) in enumerate(zip(rows, group.keys)):
+        key, value, counts = (x if x is None or kept is None else x.index_select(2, kept) for x in (segment.key, segment.value, segment.counts))
+        if key.shape[2]:
+            seen.append((position, dataclasses.replace(segment, key=key, value=value, counts=counts, labels=None)))
+    if guide is not None:
+        key = _of_rows(dataclasses.replace(segments[0], key=guide.key), group.batch).key
+        guide = guide._replace(query=group.of(guide.query), key=key if group.keys[0] is None else key.index_select(2, group.keys[0]))
+    return rows, seen, guide
+
+
+def _of_rows(segment: Any, batch: slice) -> Any:
+    """What one query row, or all of them, read of a segment."""
+    keys, index = rows_read(batch, segment.batch_index)
+    counts = None if segment.counts is None else segment.counts[batch]
+    return dataclasses.replace(segment, key=segment.key[keys], value=segment.value[keys], counts=counts, batch_index=index)
+
+
+def _attend(
+    query: Tensor, segments: Sequence[Any], counted: Sequence[Any], scale: float, contrast: float, query_labels: Tensor | None, guide: Any,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention over `segments`; a contrast counts the keys of all that are `counted`."""
     fused = guide is None and contrast == 1.0 and len(segments) == 1 and _fused_serves(query, segments[0])
     if fused and (not need_lse or _has_lse(query)):
         return _fused(query, segments[0], scale * segments[0].logit_scale, need_lse)
@@ -49,7 +96,7 @@ def attention(
     lse = query.new_empty(query.shape[:3], dtype=dtype)
     for b in range(query.shape[0]):
         parts = [_prepare(segment, guide, scale, b, dtype) for segment in segments]
-        total = _total(segments, b, dtype)
+        total = _total(counted, b, dtype)
         for heads, rows in _blocks_of(query, parts, score_tensors=2):
             tiles = [_tile(part, query, guide, query_labels, b, heads, rows) for part in parts]
             mass, lse[b, heads, rows] = _masses(tiles)
@@ -78,16 +125,46 @@ def attention_backward(
 
     With g_ij = dO_i·v_j (contrasted: times c inside the clip): dl_ij = m_j p_ij (g_ij - Σ_k m_k p_ik g_ik + dlse_i), dv_j = Σ_i m_j w_ij dO_i.
     """
+    groups = group_queries(query_labels, [s.labels for s in segments], query.shape[0])
+    if groups is None:
+        grads = _backward(grad_output, grad_lse, output, lse, query, segments, segments, scale, contrast, query_labels, guide)
+        return [grad.to(query.dtype) if needed else None for grad, needed in zip(grads, needs)]
+    tensors = [query, *(s.key for s in segments), *(s.value for s in segments), *(() if guide is None else guide[:2])]
+    sums = [x.new_zeros(x.shape, dtype=accumulate_dtype(query)) for x in tensors]
+    for group in groups:
+        rows, seen, part_guide = _of_group(group, segments, guide)
+        if not seen:
+            continue
+        grad, part_grad_lse, part_output, part_lse = (None if x is None else group.of(x) for x in (grad_output, grad_lse, output, lse))
+        segments_seen = [segment for _, segment in seen]
+        grads = _backward(grad, part_grad_lse, part_output, part_lse, group.of(query), segments_seen, rows, scale, contrast, None, part_guide)
+        sums[0][group.batch].index_copy_(2, group.queries, grads[0])
+        places = [first + position for first in (1, 1 + len(segments)) for position, _ in seen]
+        if guide is not None:
+            sums[3][group.batch].index_copy_(2, group.queries, grads[3])
+            places.append(4)
+            del grads[3]
+        for place, grad in zip(places, grads[1:]):
+            position = 0 if guide is not None else (place - 1) % len(segments)
+            target, kept = sums[place][rows_read(group.batch, segments[position].batch_index)[0]], group.keys[position]
+            target.add_(grad) if kept is None else target.index_add_(2, kept, grad)
+    return [x.to(query.dtype) if needed else None for x, needed in zip(sums, needs)]
+
+
+def _backward(
+    grad_output: Any, grad_lse: Any, output: Any, lse: Any, query: Tensor, segments: Sequence[Any], counted: Sequence[Any], scale: float,
+    contrast: float, query_labels: Tensor | None, guide: Any,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of query, keys, values and guide, in the accumulate dtype or that of the query."""
     if lse is not None and grad_lse is None and len(segments) == 1 and _has_lse(query) and _fused_serves(query, segments[0]):
-        grads = _fused_backward(grad_output, output, lse, query, segments[0], scale * segments[0].logit_scale)
-        return [grad if needed else None for grad, needed in zip(grads, needs)]
+        return _fused_backward(grad_output, output, lse, query, segments[0], scale * segments[0].logit_scale)
     dtype, head_dim = accumulate_dtype(query), query.shape[3]
     guides = () if guide is None else (guide.query, guide.key)
     grad_query, *grad_guides = (x.new_zeros(x.shape, dtype=dtype) for x in (query, *guides))
     grad_keys, grad_values = ([x.new_zeros(x.shape, dtype=dtype) for x in tensors] for tensors in zip(*((s.key, s.value) for s in segments)))
     for b in range(query.shape[0]):
         parts = [_prepare(segment, guide, scale, b, dtype) for segment in segments]
-        total = _total(segments, b, dtype)
+        total = _total(counted, b, dtype)
         sums = [(torch.zeros_like(part.key), torch.zeros_like(part.value)) for part in parts]
         for heads, rows in _blocks_of(query, parts, score_tensors=5):
             tiles = [_tile(part, query, guide, query_labels, b, heads, rows) for part in parts]
@@ -116,7 +193,7 @@ def attention_backward(
             _add_batch_row(values, grad_value, b, segment.batch_index, part.kept)
             if guide is not None:
                 _add_batch_row(grad_guides[1], grad_key[..., head_dim:], b, segment.batch_index, part.kept)
-    return [x.to(query.dtype) if needed else None for x, needed in zip((grad_query, *grad_keys, *grad_values, *grad_guides), needs)]
+    return [grad_query, *grad_keys, *grad_values, *grad_guides]
 
 
 def _fused_serves(query: Tensor, segment: Any) -> bool:

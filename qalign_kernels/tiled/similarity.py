@@ -2,13 +2,14 @@
 
 The scores of a block lie as [reference tokens, query rows], so that every reduction runs over contiguous rows. torch scans for an
 argmax many times slower than for a maximum: the maximum of each window of reference tokens comes first, the argmax only looks at
-those and at the winning window.
+those and at the winning window. On the CPU queries that see the same reference tokens go together.
 """
 
 import torch
 from torch import Tensor
 
 from ._blocks import accumulate_dtype, batch_row, blocks
+from ._labels import group_queries, rows_read
 
 WINDOW = 32
 MAX_EXTRACTED = 32  # above, sorting a block beats taking its best tokens one after the other
@@ -36,6 +37,36 @@ def similarity_topk(
     query_labels: Tensor | None = None,
     reference_labels: Tensor | None = None,
     batch_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    groups = group_queries(query_labels, [reference_labels], query.shape[0])
+    if groups is None:
+        return _topk(query, reference, k, similarity, joint, query_labels, reference_labels, batch_index)
+    shape = (query.shape[0], 1 if joint else query.shape[1], query.shape[2], k)
+    index = query.new_full(shape, -1, dtype=torch.int32)
+    score = query.new_full(shape, float("-inf"), dtype=accumulate_dtype(query))
+    for group in groups:
+        rows, left = rows_read(group.batch, batch_index)
+        kept = group.keys[0]
+        seen = reference[rows] if kept is None else reference[rows].index_select(2, kept)
+        if seen.shape[2]:
+            few = min(k, seen.shape[2])
+            found, best = _topk(group.of(query), seen, few, similarity, joint, None, None, left)
+            if kept is not None:
+                found = torch.where(found < 0, found, kept.int()[found.clamp(min=0).long()])
+            index[group.batch, :, :, :few].index_copy_(2, group.queries, found)
+            score[group.batch, :, :, :few].index_copy_(2, group.queries, best)
+    return index, score
+
+
+def _topk(
+    query: Tensor,
+    reference: Tensor,
+    k: int,
+    similarity: str,
+    joint: bool,
+    query_labels: Tensor | None,
+    reference_labels: Tensor | None,
+    batch_index: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, tokens = *query.shape[:3], reference.shape[2]
     groups, padded = 1 if joint else heads, -(-tokens // WINDOW) * WINDOW

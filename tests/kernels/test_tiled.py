@@ -13,6 +13,7 @@ from qalign_kernels.attention import Guide, guided_attention
 from qalign_kernels.qalign_attention import topk_attention
 from qalign_kernels.testing import judge, judge_exact, random_features, random_integers
 from qalign_kernels.tiled import _blocks
+from qalign_kernels.tiled import _labels as tiled_labels
 from qalign_kernels.tiled import attention as tiled_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -30,7 +31,7 @@ def block_bytes(request, monkeypatch):
 def route(request, monkeypatch):
     """The device route, which never reads a value, runs on the CPU as well."""
     if request.param == "device":
-        for module in (_blocks, tiled_attention):
+        for module in (_blocks, tiled_attention, tiled_labels):
             monkeypatch.setattr(module, "on_host", lambda x: False)
 
 
@@ -329,3 +330,30 @@ def measured_mib(statement, heads):
     """By how much a call at 4096 tokens raises the peak memory of a fresh process."""
     program = MEASURE.format(statement=statement, learned=".requires_grad_()" if "grad" in statement else "", heads=heads, tokens=4096)
     return float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+
+def test_queries_of_one_label_set_go_together(monkeypatch):
+    labels, keys = torch.tensor([[1, 2, 1, 4, 0]], dtype=torch.int32), torch.tensor([[2, 3, 2], [1, 1, 1]], dtype=torch.int32)
+    first, *others = tiled_labels.group_queries(labels, [keys, None], 2)
+    assert (first.batch, first.queries.tolist(), [None if x is None else x.tolist() for x in first.keys]) == (slice(0, 1), [4], [[], None])
+    assert [(group.batch.start, group.queries.tolist()) for group in others] == [(0, [0, 2]), (0, [1]), (0, [3])] + [
+        (1, queries) for queries in ([4], [0, 2], [1], [3])
+    ]
+    assert others[4].keys[0] is None  # it sees all
+    monkeypatch.setattr(tiled_labels, "MOST_GROUPS", 3)
+    assert tiled_labels.group_queries(labels, [keys], 2) is None
+    assert tiled_labels.group_queries(None, [None], 2) is tiled_labels.group_queries(labels, [None], 2) is None
+
+
+def test_two_equal_labels_cost_half(monkeypatch):
+    query, key, value = features((1, 2, 512, 16), (1, 2, 512, 16), (1, 2, 512, 16), dtype=torch.float32)
+    labels = 1 + (torch.arange(512) * 7 // 3 % 2 == 0).int().unsqueeze(0)
+    scores, attend = [], tiled_attention.scaled_dot_product_attention
+
+    def count(query, key, *arguments, **settings):
+        scores.append(query.shape[2] * key.shape[2])
+        return attend(query, key, *arguments, **settings)
+
+    monkeypatch.setattr(tiled_attention, "scaled_dot_product_attention", count)
+    qk.attention(query, qk.Segment(key, value, labels=labels), query_labels=labels, backend="tiled")
+    assert len(scores) == 2 and sum(scores) < 0.52 * 512**2

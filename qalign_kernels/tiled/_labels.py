@@ -1,0 +1,55 @@
+"""Queries grouped by their label sets: each group sees some of the keys, all of them alike, and nothing is left to compare."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ._blocks import on_host
+
+MOST_GROUPS = 32  # of label sets in a batch row; beyond, small groups cost more than comparing
+
+
+class Group(NamedTuple):
+    """Queries of the same label set in a batch row, or in all of them where labels have one row."""
+
+    batch: slice
+    queries: Tensor  # [n], ascending
+    keys: tuple[Tensor | None, ...]  # [U] of each segment, ascending; None: all
+
+    def of(self, x: Tensor) -> Tensor:
+        """The group's rows of [B, H, N_q, ...]."""
+        return x[self.batch].index_select(2, self.queries)
+
+
+def group_queries(query_labels: Tensor | None, key_labels: Sequence[Tensor | None], batch: int) -> list[Group] | None:
+    """The groups of labels [B or 1, N]; None where there are no labels, too many sets, or a device that would have to wait for them."""
+    if query_labels is None or not on_host(query_labels) or all(labels is None for labels in key_labels):
+        return None
+    rows = max(x.shape[0] for x in (query_labels, *key_labels) if x is not None)
+    groups: list[Group] = []
+    for row in range(rows):
+        own = query_labels[min(row, query_labels.shape[0] - 1)]
+        sets, member = own.unique(return_inverse=True)
+        if sets.numel() > MOST_GROUPS:
+            return None
+        where = slice(row, row + 1) if rows > 1 else slice(0, batch)
+        for position, labels in enumerate(sets):
+            keys = tuple(None if x is None else _meeting(x[min(row, x.shape[0] - 1)], labels) for x in key_labels)
+            groups.append(Group(where, (member == position).nonzero().squeeze(1), keys))
+    return groups
+
+
+def _meeting(labels: Tensor, asked: Tensor) -> Tensor | None:
+    kept = ((labels & asked) != 0).nonzero().squeeze(1)
+    return None if kept.numel() == labels.numel() else kept
+
+
+def rows_read(batch: slice, batch_index: Tensor | None) -> tuple[slice, Tensor | None]:
+    """Which rows of the keys a group's batch rows read, and the index into those that is left."""
+    if batch_index is None:
+        return batch, None
+    if batch.stop - batch.start == batch_index.shape[0]:
+        return slice(None), batch_index
+    row = int(batch_index[batch.start])
+    return slice(row, row + 1), None
