@@ -88,7 +88,8 @@ def launch_attention(
         attention_kernel, (triton.cdiv(tokens, tile.block_m) * batch * heads,), num_warps=tile.num_warps, num_stages=tile.num_stages,
         guide_query_ptr=None if guide is None else guide.query, query_order_ptr=query_order,
         query_order_stride_b=0 if query_order is None or query_order.shape[0] == 1 else tokens, output_ptr=output, lse_ptr=lse, known_ptr=known,
-        match_score_ptr=match_score, distance_ptr=distance, signs_ptr=signs, lse_unit=lse_unit, contrast=contrast, strength=0.0 if guide is None else guide.strength * LOG2_E,
+        match_score_ptr=match_score, distance_ptr=distance, signs_ptr=signs, lse_unit=lse_unit, contrast=contrast,
+        strength=0.0 if guide is None else guide.strength * LOG2_E,
         **query_arguments(query, query_labels), **pitch_arguments("guide_query", None if guide is None else guide.query),
         **pitch_arguments("output", None if distance is None else output), **walk_arguments(segments, tile.block_n, guided=guide is not None),
         FIXED=_fixed(query, segments, output, known, exact_weights, distance), HAS_VALUES=output is not None, KNOWN_LSE=known is not None,
@@ -284,8 +285,9 @@ def attention_kernel(
     segments, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, output_pitch_b, output_pitch_h, output_pitch_n, output_stride_d,
     guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d, query_labels_stride_b, query_labels_stride_n,
     query_order_stride_b, H, N_Q, lse_unit, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr, RAGGED: tl.constexpr,
-    PITCHES: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
-    D_V: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PITCHES: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr,
+    D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row, batch, head, queries, inside = open_tile(N_Q, H, BLOCK_M)
     if query_order_ptr is not None:  # beyond the end the last query, for its class
