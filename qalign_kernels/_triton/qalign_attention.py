@@ -13,8 +13,8 @@ from ._launch import launch, target_of
 from ._segments import segment_arguments
 from ._tile import advance, load_rows
 from .attention import launch_attention, log2_sum_exp
-from .rearrange import tally
-from .similarity import partial_argmax
+from .rearrange import compact
+from .similarity import counted_argmax
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -22,13 +22,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def rearranged_attention(
     query, asking, ref_query, ref_key, ref_value, similarity, joint, *, scale, contrast, query_labels=None, ref_labels=None, batch_index=None
 ) -> Tensor:
-    """Norms, argmax, tally, attention: four launches, one more with a contrast, none for the norms of dot products."""
-    matches = partial_argmax(asking, ref_query, similarity, joint, query_labels, ref_labels, batch_index)
-    multiplicity, score = tally(*matches, ref_key.shape[2])
-    segments = [segment_arguments(ref_key, ref_value, scale, multiplicity=multiplicity, labels=ref_labels, batch_index=batch_index)]
+    """Norms, argmax with its counts, compaction, attention: four launches, one more with a contrast."""
+    match, counts = counted_argmax(asking, ref_query, similarity, joint, query_labels, ref_labels, batch_index)
+    segments = [segment_arguments(ref_key, ref_value, scale, multiplicity=compact(counts), labels=ref_labels, batch_index=batch_index)]
     output = torch.empty((*query.shape[:3], ref_value.shape[3]), device=query.device, dtype=query.dtype)
     known = None if contrast == 1.0 else log2_sum_exp(query, segments, query_labels)
-    launch_attention(query, segments, output=output, lse=None, query_labels=query_labels, contrast=contrast, known=known, match_score=score)
+    launch_attention(query, segments, output=output, lse=None, query_labels=query_labels, contrast=contrast, known=known, match=match)
     return output
 
 
