@@ -2,6 +2,8 @@
 
 The best score and its tile are kept for every column of a tile apart and meet once, after the last tile: three instructions for a
 score, no reduction in the loop. The last tile is moved back to end at N_K, so that no tile has columns to mask.
+
+Where several programs share the keys of a query, their matches meet in one 64-bit atomic maximum of (score, lowest index): exact, in any order.
 """
 
 from typing import Any, NamedTuple
@@ -66,7 +68,8 @@ def similarity_argmax(
 def counted_argmax(query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None) -> tuple[Tensor, Tensor]:
     """The best matches int64 [B, G, N_Q] as `_tile.pack_match` has them, and how often each reference token is one, int32 [B, G, N_K]."""
     counts = query.new_empty((query.shape[0], 1 if joint else query.shape[1], reference.shape[2]), dtype=torch.int32)
-    match = _argmax(query, reference, similarity, joint, query_labels, reference_labels, batch_index, True, counts=counts)
+    match = _per_token(query, joint, torch.int64)
+    _argmax(query, reference, similarity, joint, query_labels, reference_labels, batch_index, True, match=match, counts=counts)
     return match, counts
 
 
@@ -76,9 +79,9 @@ def _per_token(x: Tensor, joint: bool, dtype: torch.dtype) -> Tensor:
 
 
 def _argmax(
-    query, reference, similarity, joint, query_labels, reference_labels, batch_index, exact, *, index=None, score=None, counts=None
+    query, reference, similarity, joint, query_labels, reference_labels, batch_index, exact, *, index=None, score=None, match=None, counts=None
 ) -> Tensor | None:
-    """Index and score are stored where one program has all keys of a query; else, or to be counted, the best matches are returned."""
+    """Without a `match` to write to, index and score are written where one program has all keys of a query, else matches to unpack are returned."""
     pair, constants = _pair(query, reference, joint, query_labels, reference_labels, batch_index)
     packed = not exact and not joint and query_labels is None  # it pays only where little else is done for a score
     target = target_of(query.device)
@@ -87,7 +90,8 @@ def _argmax(
     rows = query.shape[0] * (1 if joint else query.shape[1])
     programs, key_tiles = rows * triton.cdiv(pair.N_Q, tile.block_m), triton.cdiv(pair.N_K, tile.block_n)
     splits, tiles_per_split = split_keys(programs, key_tiles, PACKED_TILES.value if packed else key_tiles)
-    match = None if splits == 1 and counts is None else _per_token(query, joint, torch.int64)
+    if match is None and splits > 1:
+        match = _per_token(query, joint, torch.int64)
     pair = _prepare(pair, query, reference, similarity, joint, match, counts)
     launch(
         _similarity_argmax_kernel, (programs * splits,), num_warps=tile.num_warps, num_stages=tile.num_stages, pair=pair, index_ptr=index,
