@@ -17,7 +17,8 @@ from ._configs import Tile, choose_tile, split_head_dim, split_keys
 from ._launch import launch, target_of
 from ._tile import FAR, advance, load_rows, ordered, pack_match, split_scores, unordered, unpack_match
 
-PREPARE_BLOCK = 64
+PREPARED_ROWS = 64  # heads of tokens that are loaded at once, by which fewer loads wait for one another
+PREPARED_HEADS = 16  # the most of them that are one token's
 UNPACK_BLOCK = 256
 FOLDED_HEAD_DIM = 64
 PACKED_TILES = tl.constexpr(128)  # tiles that seven bits tell apart
@@ -155,7 +156,9 @@ def _prepare(
         return pair
     heads, dim = query.shape[1], query.shape[3]
     maps = 1 if joint else heads
-    query_programs, reference_programs = (x.shape[0] * maps * triton.cdiv(x.shape[2], PREPARE_BLOCK) for x in (query, reference))
+    heads_at_once = min(triton.next_power_of_2(heads // maps), PREPARED_HEADS)
+    block = PREPARED_ROWS // heads_at_once
+    query_programs, reference_programs = (x.shape[0] * maps * triton.cdiv(x.shape[2], block) for x in (query, reference))
     launch(
         _prepare_kernel, (query_programs + (reference_programs if similarity == "cosine" else 0),), num_warps=4, num_stages=1, query_ptr=query,
         reference_ptr=reference, query_norm_ptr=pair.query_norm_ptr, reference_norm_ptr=pair.reference_norm_ptr, match_ptr=match,
@@ -167,7 +170,7 @@ def _prepare(
         },
         query_stride_d=query.stride(3), reference_stride_d=reference.stride(3),
         QUERY_PROGRAMS=query_programs, MAPS=maps, HEADS_PER_MAP=heads // maps, N_Q=query.shape[2], N_K=reference.shape[2], D=dim,
-        WIDTH=triton.next_power_of_2(dim), BLOCK=PREPARE_BLOCK,
+        WIDTH=triton.next_power_of_2(dim), HEADS=heads_at_once, BLOCK=block,
     )  # fmt: skip
     return pair
 
@@ -175,18 +178,22 @@ def _prepare(
 @triton.jit
 def _store_inverse_norms(
     source_ptr, norm_ptr, pitch_b, pitch_h, pitch_n, stride_d, program, MAPS, HEADS_PER_MAP, N, D: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK)
-    row = (program // blocks).to(tl.int64)
-    tokens = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row, start = (program // blocks).to(tl.int64), (program % blocks) * BLOCK
     source_ptr = advance(source_ptr, (row // MAPS) * pitch_b + (row % MAPS) * HEADS_PER_MAP * pitch_h)
-    total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(HEADS_PER_MAP):
-        tile = load_rows(source_ptr, tokens.to(tl.int64), tokens < N, pitch_n, stride_d, D, 0, WIDTH, True)
+    places = tl.arange(0, BLOCK * HEADS)
+    tokens, heads = start + places // HEADS, places % HEADS
+    offsets = tokens.to(tl.int64) * pitch_n + heads.to(tl.int64) * pitch_h
+    total = tl.zeros([BLOCK * HEADS], tl.float32)
+    for head in range(0, HEADS_PER_MAP, HEADS):
+        present = (tokens < N) & (heads < HEADS_PER_MAP - head)
+        tile = load_rows(source_ptr, offsets, present, 1, stride_d, D, 0, WIDTH, True)
         total += tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
-        source_ptr = advance(source_ptr, pitch_h)
-    norm = tl.maximum(tl.sqrt_rn(total), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+        source_ptr = advance(source_ptr, HEADS * tl.cast(pitch_h, tl.int64))
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(tl.reshape(total, (BLOCK, HEADS)), 1)), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+    tokens = start + tl.arange(0, BLOCK)
     tl.store(norm_ptr + row * N + tokens, 1.0 / norm, mask=tokens < N)
 
 
@@ -207,7 +214,7 @@ def _clear_matches(match_ptr, counts_ptr, program, N_Q, N_K, BLOCK: tl.constexpr
 def _prepare_kernel(
     query_ptr, reference_ptr, query_norm_ptr, reference_norm_ptr, match_ptr, counts_ptr, query_pitch_b, query_pitch_h, query_pitch_n,
     query_stride_d, reference_pitch_b, reference_pitch_h, reference_pitch_n, reference_stride_d, QUERY_PROGRAMS, MAPS, HEADS_PER_MAP, N_Q, N_K,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < QUERY_PROGRAMS:
@@ -216,12 +223,12 @@ def _prepare_kernel(
         if query_norm_ptr is not None:
             _store_inverse_norms(
                 query_ptr, query_norm_ptr, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, program, MAPS, HEADS_PER_MAP, N_Q, D,
-                WIDTH, BLOCK,
+                WIDTH, HEADS, BLOCK,
             )  # fmt: skip
     elif reference_norm_ptr is not None:
         _store_inverse_norms(
             reference_ptr, reference_norm_ptr, reference_pitch_b, reference_pitch_h, reference_pitch_n, reference_stride_d,
-            program - QUERY_PROGRAMS, MAPS, HEADS_PER_MAP, N_K, D, WIDTH, BLOCK,
+            program - QUERY_PROGRAMS, MAPS, HEADS_PER_MAP, N_K, D, WIDTH, HEADS, BLOCK,
         )  # fmt: skip
 
 

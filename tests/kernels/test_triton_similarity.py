@@ -102,6 +102,13 @@ def test_joint_argmax_of_channels_in_a_row():
     _hold(similarity.similarity_argmax(query, keys, "cosine", True), query, keys, "cosine", True)
 
 
+@pytest.mark.parametrize("heads", [3, 19])
+def test_joint_argmax_of_any_number_of_heads(heads):
+    query, keys = _features((1, heads, 7, 24), 33)
+    keys[:, -1] *= 5  # the last head counts
+    _hold(similarity.similarity_argmax(query, keys, "cosine", True), query, keys, "cosine", True)
+
+
 def test_split_keys_covers_the_keys():
     for programs in (1, 32, 300):
         for key_tiles in (1, 3, 64, 1000):
