@@ -67,7 +67,10 @@ def similarity_argmax(
 
 
 def counted_argmax(query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None) -> tuple[Tensor, Tensor]:
-    """The best matches int64 [B, G, N_Q] as `_tile.pack_match` has them, and how often each reference token is one, int32 [B, G, N_K]."""
+    """The best matches int64 [B, G, N_Q] as `_tile.pack_match` has them, and how often each reference token is one, int32 [B, G, N_K].
+
+    The scores of the cosine lack the query's norm, which changes no match.
+    """
     counts = query.new_empty((query.shape[0], 1 if joint else query.shape[1], reference.shape[2]), dtype=torch.int32)
     match = _per_token(query, joint, torch.int64)
     _argmax(query, reference, similarity, joint, query_labels, reference_labels, batch_index, True, match=match, counts=counts)
@@ -145,13 +148,13 @@ def _row_stride(labels: Tensor | None) -> int:
 def _prepare(
     pair: Pair, query: Tensor, reference: Tensor, similarity: str, joint: bool, match: Tensor | None = None, counts: Tensor | None = None
 ) -> Pair:
-    """In one launch, or none: the norms that the cosine needs, no match yet for every query, and no counts.
+    """In one launch, or none: the norms that the cosine needs, those of the queries only without counts; no match yet for every query; no counts.
 
     The pair with its inverse norms, 1 / max(|x|, 1e-12) of each token, fp32 [B, G, N], over its head or over all of them.
     """
     if similarity == "cosine":
-        query_norm, reference_norm = (_per_token(x, joint, torch.float32) for x in (query, reference))
-        pair = pair._replace(query_norm_ptr=query_norm, reference_norm_ptr=reference_norm)
+        query_norm = _per_token(query, joint, torch.float32) if counts is None else None
+        pair = pair._replace(query_norm_ptr=query_norm, reference_norm_ptr=_per_token(reference, joint, torch.float32))
     elif match is None:
         return pair
     heads, dim = query.shape[1], query.shape[3]
@@ -357,6 +360,8 @@ def _similarity_argmax_kernel(
         score = ((score.to(tl.int32, bitcast=True) & -PACKED_TILES) | PACKED_TILES // 2).to(tl.float32, bitcast=True)
     if pair.query_norm_ptr is not None:
         score *= tl.load(pair.query_norm_ptr + row * pair.N_Q + opened[0])
+    elif pair.reference_norm_ptr is not None:  # the cosine of an infinite query
+        score = tl.where(score == float("inf"), float("nan"), score)
     tokens = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = tokens < pair.N_Q
     out = row * pair.N_Q + tokens

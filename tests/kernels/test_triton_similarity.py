@@ -153,11 +153,15 @@ def test_packed_matches_are_in_order():
 
 
 def _counted(query, keys, similarity_kind, joint, labels=(None, None, None)):
-    """The matches of `counted_argmax`, unpacked, whose counts must be theirs."""
+    """The matches of `counted_argmax`, unpacked and with the query's norm, whose counts must be theirs."""
     match, counts = similarity.counted_argmax(query, keys, similarity_kind, joint, *labels)
     order, index = (match >> 32).int(), (~match).int()
     assert counts.dtype == torch.int32 and torch.equal(counts, reference_rearrange.match_counts(index, keys.shape[2]))
-    return index, (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    score = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    if similarity_kind == "cosine":
+        squares = query.double().square().sum(-1)
+        score = (score / (squares.sum(1, keepdim=True) if joint else squares).sqrt()).float().masked_fill(index < 0, float("-inf"))
+    return index, score
 
 
 @pytest.mark.parametrize("similarity_kind", ["dot", "cosine"])
@@ -200,6 +204,9 @@ def test_counted_argmax_of_nan(joint):
     query[0, 0, 3, 2] = float("nan")
     index, score = _counted(query, keys, "cosine", joint)
     assert score.isnan().sum() == 1 and score[0, 0, 3].isnan() and index[0, 0, 3] == 0
+    query[0, 0, 7, 2] = float("inf")  # which the cosine cannot tell from it
+    index, score = _counted(query, keys, "cosine", joint)
+    assert score.isnan().sum() == 2 and score[0, 0, [3, 7]].isnan().all() and (index[0, 0, [3, 7]] == 0).all()
     keys[0, 0, 70, 5] = float("nan")
     index, score = _counted(query, keys, "cosine", joint)
     assert score.isnan().all() and (index == 0).all()
