@@ -229,14 +229,13 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
 CONCURRENT_PROGRAMS = 264  # two on each multiprocessor of a large GPU
 PROGRAM_OVERHEAD_TILES = 2  # what a program does before its first tile and after its last, in tiles
-MOST_SPLITS = 16
 
 
 @functools.cache
 def split_keys(programs: int, key_tiles: int, most_tiles: int) -> tuple[int, int]:
     """Over how many programs the key tiles of a row tile are split, and how many tiles each takes, at most `most_tiles`: the shortest schedule."""
     schedules = []
-    for wanted in range(1, min(key_tiles, MOST_SPLITS) + 1):
+    for wanted in range(1, key_tiles + 1):
         tiles = min(-(-key_tiles // wanted), most_tiles)
         splits = -(-key_tiles // tiles)
         waves = -(-programs * splits // CONCURRENT_PROGRAMS)

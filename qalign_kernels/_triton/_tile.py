@@ -7,6 +7,8 @@ an address of it.
 import triton
 import triton.language as tl
 
+FAR = tl.constexpr(0x7FFFFFFF)  # beyond every index, and NaN where scores are `ordered`
+
 
 @triton.jit
 def advance(pointer, pitch):
@@ -79,15 +81,25 @@ def split_scores(
 
 
 @triton.jit
-def merge_splits(partial_score_ptr, partial_index_ptr, rows, inside, ROWS, SPLITS):
-    """The best of each row over the splits, which lie ROWS apart, with its index: the earlier one, whose indices are lower, wins among equals."""
-    best = tl.full(rows.shape, float("-inf"), tl.float32)
-    best_index = tl.full(rows.shape, -1, tl.int32)
-    for _ in range(SPLITS):
-        score = tl.load(partial_score_ptr + rows, mask=inside, other=float("-inf"))
-        index = tl.load(partial_index_ptr + rows, mask=inside, other=-1)
-        best_index = tl.where((score > best) | (score != score), index, best_index)
-        best = tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
-        partial_score_ptr += ROWS
-        partial_index_ptr += ROWS
-    return best, best_index
+def ordered(scores):
+    """int32 in the order of the float32 scores, with NaN above infinity."""
+    bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
+    return tl.where(scores != scores, FAR, bits ^ ((bits >> 31) & FAR))
+
+
+@triton.jit
+def unordered(order):
+    """The float32 scores of `ordered`."""
+    return (order ^ ((order >> 31) & FAR)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pack_match(score, index):
+    """int64 whose largest is the best match, among equal scores that of the lowest index; no match, -inf and -1, is below all others."""
+    return (ordered(score).to(tl.int64) << 32) | ((~index).to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def unpack_match(match):
+    """The score, float32, and the index, int32."""
+    return unordered((match >> 32).to(tl.int32)), ~match.to(tl.int32)

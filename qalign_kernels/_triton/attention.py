@@ -23,7 +23,7 @@ from ._segments import (
     walk_arguments,
     width_arguments,
 )
-from ._tile import advance, load, load_parts, load_rows, open_tile, store_channels
+from ._tile import advance, load, load_parts, load_rows, open_tile, store_channels, unpack_match
 from .attention_backward import attention_backward as attention_backward
 from .rearrange import compact
 
@@ -70,7 +70,7 @@ def launch_attention(
     contrast: float = 1.0,
     known: Tensor | None = None,
     exact_weights: bool = False,
-    match_score: Tensor | None = None,
+    match: Tensor | None = None,
     distance: Tensor | None = None,
     signs: Tensor | None = None,
 ) -> None:
@@ -78,7 +78,8 @@ def launch_attention(
 
     With a `distance`, float32 [B, H, N_Q], `output` is not written but compared, any strides: the mean of |output - attention| over the
     channels of each query goes there, and where asked for the signs, int8 [B, H, N_Q, D_V], contiguous. `lse` is written in `lse_unit`: ln 2
-    for natural logarithms, 1 for base 2. Queries whose `match_score` [B, G, N_Q], of the maps of the first segment's counts, is NaN give NaN.
+    for natural logarithms, 1 for base 2. Queries whose `match` has score NaN, int64
+    [B, G, N_Q] as `_tile.pack_match` has it, G the maps of the first segment's counts, give NaN.
     Tiles take queries by `query_order`, int32 [B or 1, 1, N_Q], where segments are sorted by label.
     """
     (batch, heads, tokens, dim), value_dim = query.shape, 16 if output is None else output.shape[3]
@@ -88,7 +89,7 @@ def launch_attention(
         attention_kernel, (triton.cdiv(tokens, tile.block_m) * batch * heads,), num_warps=tile.num_warps, num_stages=tile.num_stages,
         guide_query_ptr=None if guide is None else guide.query, query_order_ptr=query_order,
         query_order_stride_b=0 if query_order is None or query_order.shape[0] == 1 else tokens, output_ptr=output, lse_ptr=lse, known_ptr=known,
-        match_score_ptr=match_score, distance_ptr=distance, signs_ptr=signs, lse_unit=lse_unit, contrast=contrast,
+        match_ptr=match, distance_ptr=distance, signs_ptr=signs, lse_unit=lse_unit, contrast=contrast,
         strength=0.0 if guide is None else guide.strength * LOG2_E,
         **query_arguments(query, query_labels), **pitch_arguments("guide_query", None if guide is None else guide.query),
         **pitch_arguments("output", None if distance is None else output), **walk_arguments(segments, tile.block_n, guided=guide is not None),
@@ -281,7 +282,7 @@ def _compare_channels(output_ptr, signs_ptrs, ideal, queries, inside, pitch_n, s
 
 @triton.jit
 def attention_kernel(
-    query_ptr, guide_query_ptr, query_labels_ptr, query_order_ptr, output_ptr, lse_ptr, known_ptr, match_score_ptr, distance_ptr, signs_ptr,
+    query_ptr, guide_query_ptr, query_labels_ptr, query_order_ptr, output_ptr, lse_ptr, known_ptr, match_ptr, distance_ptr, signs_ptr,
     segments, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, output_pitch_b, output_pitch_h, output_pitch_n, output_stride_d,
     guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d, query_labels_stride_b, query_labels_stride_n,
     query_order_stride_b, H, N_Q, lse_unit, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr, RAGGED: tl.constexpr,
@@ -361,9 +362,9 @@ def attention_kernel(
         row_sum = tl.where(empty, 1.0, row_sum)
         factor = tl.where(empty, 0.0, 1.0 / row_sum)
         lse = tl.where(empty, float("-inf"), running_max + tl.math.log2(row_sum))
-    if match_score_ptr is not None:
+    if match_ptr is not None:
         match_row = batch * segments[0].maps + head % segments[0].maps
-        match_score = tl.load(match_score_ptr + match_row * N_Q + queries, mask=inside, other=0.0)
+        match_score, match_index = unpack_match(tl.load(match_ptr + match_row * N_Q + queries, mask=inside, other=0))
         factor = tl.where(match_score == match_score, factor, float("nan"))
     if lse_ptr is not None:
         tl.store(lse_ptr + row * N_Q + queries, lse * lse_unit, mask=inside)

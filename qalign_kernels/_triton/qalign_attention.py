@@ -14,8 +14,8 @@ from ._launch import launch, target_of
 from ._segments import segment_arguments
 from ._tile import advance, load_rows
 from .attention import launch_attention, log2_sum_exp
-from .rearrange import tally
-from .similarity import partial_argmax
+from .rearrange import compact
+from .similarity import counted_argmax
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -23,16 +23,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def rearranged_attention(
     query, asking, ref_query, ref_key, ref_value, similarity, joint, *, scale, contrast, query_labels=None, ref_labels=None, batch_index=None
 ) -> Tensor:
-    """Norms, argmax, tally, attention: four launches, one more with a contrast, none for the norms of dot products, two where labels are sorted."""
-    matches = partial_argmax(asking, ref_query, similarity, joint, query_labels, ref_labels, batch_index)
-    multiplicity, score = tally(*matches, ref_key.shape[2])
+    """Norms, argmax with its counts, compaction, attention: four launches, one more with a contrast, two where labels are sorted."""
+    match, counts = counted_argmax(asking, ref_query, similarity, joint, query_labels, ref_labels, batch_index)
     query_order = None if ref_labels is None else sort_queries(query_labels, [ref_labels])
-    settings = {"multiplicity": multiplicity, "labels": ref_labels, "batch_index": batch_index, "by_label": query_order is not None}
+    settings = {"multiplicity": compact(counts), "labels": ref_labels, "batch_index": batch_index, "by_label": query_order is not None}
     segments = [segment_arguments(ref_key, ref_value, scale, **settings)]
     output = torch.empty((*query.shape[:3], ref_value.shape[3]), device=query.device, dtype=query.dtype)
     asked = {"query_labels": query_labels, "query_order": query_order}
     known = None if contrast == 1.0 else log2_sum_exp(query, segments, **asked)
-    launch_attention(query, segments, output=output, lse=None, contrast=contrast, known=known, match_score=score, **asked)
+    launch_attention(query, segments, output=output, lse=None, contrast=contrast, known=known, match=match, **asked)
     return output
 
 

@@ -1,4 +1,4 @@
-"""match_counts, compact, tally and take_rows on Triton. B batch rows, G maps (1 or H), H heads, N tokens, D channels."""
+"""match_counts, compact and take_rows on Triton. B batch rows, G maps (1 or H), H heads, N tokens, D channels."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from ._tile import advance, load_rows, merge_splits
+from ._tile import advance, load_rows
 
 COUNT_BLOCK = 1024
-COMPACT_BLOCK = 2048
+COMPACT_BLOCKS = (1024, 4096)  # the least and the most tokens at a time, eight a thread
 GATHER_BLOCK_M = 64
 GATHER_WIDTH = 128
 
@@ -39,39 +39,17 @@ class Multiplicity(NamedTuple):
 
 def compact(counts: Tensor) -> Multiplicity:
     """Deterministic, no host synchronisation; counts int32 [B, G, N], any strides."""
-    multiplicity = _empty_multiplicity(counts.shape, counts.device)
-    _launch_compact(counts, multiplicity, num_warps=8)
-    return multiplicity
-
-
-def tally(partial_index: Tensor, partial_score: Tensor, num_tokens: int) -> tuple[Multiplicity, Tensor]:
-    """Merge the partial matches [splits, B, G, N_Q] of `similarity.partial_argmax`, count and compact them in one launch.
-
-    Returns:
-        The multiplicity of the `num_tokens` reference tokens, and the best scores float32 [B, G, N_Q].
-    """
-    _, batch, maps, _ = partial_index.shape
-    counts = torch.empty((batch, maps, num_tokens), device=partial_index.device, dtype=torch.int32)
-    multiplicity, score = _empty_multiplicity(counts.shape, counts.device), torch.empty_like(partial_score[0])
-    _launch_compact(counts, multiplicity, partial_index, partial_score, score, num_warps=16)
-    return multiplicity, score
-
-
-def _empty_multiplicity(shape: torch.Size, device: torch.device) -> Multiplicity:
-    shapes = [shape] * 2 + [shape[:2]] * 3
-    dtypes = (torch.int32, torch.float32, torch.int32, torch.float32, torch.float32)
-    return Multiplicity(*(torch.empty(shape, device=device, dtype=dtype) for shape, dtype in zip(shapes, dtypes)))
-
-
-def _launch_compact(counts, multiplicity, partial_index=None, partial_score=None, score=None, *, num_warps: int) -> None:
     batch, maps, tokens = counts.shape
+    block = min(max(triton.next_power_of_2(tokens), COMPACT_BLOCKS[0]), COMPACT_BLOCKS[1])
+    shapes = [counts.shape] * 2 + [counts.shape[:2]] * 3
+    dtypes = (torch.int32, torch.float32, torch.int32, torch.float32, torch.float32)
+    multiplicity = Multiplicity(*(torch.empty(shape, device=counts.device, dtype=dtype) for shape, dtype in zip(shapes, dtypes)))
     launch(
-        _compact_kernel, (batch * maps,), num_warps=num_warps, num_stages=1, counts_ptr=counts, partial_index_ptr=partial_index,
-        partial_score_ptr=partial_score, score_ptr=score, **{f"{name}_ptr": x for name, x in multiplicity._asdict().items()},
-        counts_stride_b=counts.stride(0), counts_stride_g=counts.stride(1), counts_stride_n=counts.stride(2), G=maps,
-        SPLITS=0 if partial_index is None else partial_index.shape[0], N_Q=0 if score is None else score.shape[2], N_K=tokens,
-        BLOCK=COMPACT_BLOCK,
+        _compact_kernel, (batch * maps,), num_warps=block // 256, num_stages=1, counts_ptr=counts,
+        **{f"{name}_ptr": x for name, x in multiplicity._asdict().items()}, counts_stride_b=counts.stride(0), counts_stride_g=counts.stride(1),
+        counts_stride_n=counts.stride(2), G=maps, N_K=tokens, BLOCK=block,
     )  # fmt: skip
+    return multiplicity
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -100,40 +78,21 @@ def _match_counts_kernel(
 
 
 @triton.jit
-def _count_matches(counts_ptr, partial_index_ptr, partial_score_ptr, score_ptr, row, SPLITS, N_Q, N_K, BLOCK: tl.constexpr):
-    """The histogram of one row's merged matches, by the one program that owns its counts."""
-    for start in range(0, N_K, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        tl.store(counts_ptr + tokens, tl.zeros((BLOCK,), tl.int32), mask=tokens < N_K)
-    tl.debug_barrier()
-    for start in range(0, N_Q, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        inside = tokens < N_Q
-        score, index = merge_splits(partial_score_ptr, partial_index_ptr, row * N_Q + tokens, inside, tl.num_programs(0) * N_Q, SPLITS)
-        tl.store(score_ptr + row * N_Q + tokens, score, mask=inside)
-        tl.atomic_add(counts_ptr + index, 1, mask=inside & (index >= 0), sem="relaxed")
-    tl.debug_barrier()
-
-
-@triton.jit
 def _compact_kernel(
-    counts_ptr, partial_index_ptr, partial_score_ptr, score_ptr, order_ptr, weights_ptr, unique_ptr, headroom_ptr, total_ptr, counts_stride_b,
-    counts_stride_g, counts_stride_n, G, SPLITS, N_Q, N_K, BLOCK: tl.constexpr,
+    counts_ptr, order_ptr, weights_ptr, unique_ptr, headroom_ptr, total_ptr, counts_stride_b, counts_stride_g, counts_stride_n, G, N_K,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     counts_ptr += (row // G) * counts_stride_b + (row % G) * counts_stride_g
     order_ptr += row * N_K
     weights_ptr += row * N_K
-    if partial_index_ptr is not None:
-        _count_matches(counts_ptr, partial_index_ptr, partial_score_ptr, score_ptr, row, SPLITS, N_Q, N_K, BLOCK)
     unique = 0
     largest = tl.zeros((BLOCK,), tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, N_K, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         pointers = counts_ptr + tokens.to(tl.int64) * counts_stride_n
-        counts = tl.load(pointers, mask=tokens < N_K, other=0, cache_modifier=".cg")  # the atomics have passed the first-level cache by
-        counts = tl.maximum(counts, 0)
+        counts = tl.maximum(tl.load(pointers, mask=tokens < N_K, other=0), 0)
         chosen = (counts > 0).to(tl.int32)
         chosen_before = unique + tl.cumsum(chosen, 0) - chosen
         # chosen tokens fill the row from the front, the zeros of the others from the back

@@ -2,6 +2,8 @@
 
 The best score and its tile are kept for every column of a tile apart and meet once, after the last tile: three instructions for a
 score, no reduction in the loop. The last tile is moved back to end at N_K, so that no tile has columns to mask.
+
+Where several programs share the keys of a query, their matches meet in one 64-bit atomic maximum of (score, lowest index): exact, in any order.
 """
 
 from typing import Any, NamedTuple
@@ -13,14 +15,14 @@ from torch import Tensor
 
 from ._configs import Tile, choose_tile, split_head_dim, split_keys
 from ._launch import launch, target_of
-from ._tile import advance, load_rows, merge_splits, split_scores
+from ._tile import FAR, advance, load_rows, ordered, pack_match, split_scores, unordered, unpack_match
 
-NORM_BLOCK = 64
-MERGE_BLOCK = 256
+PREPARED_ROWS = 64  # heads of tokens that are loaded at once, by which fewer loads wait for one another
+PREPARED_HEADS = 16  # the most of them that are one token's
+UNPACK_BLOCK = 256
 FOLDED_HEAD_DIM = 64
 PACKED_TILES = tl.constexpr(128)  # tiles that seven bits tell apart
-FAR = tl.constexpr(0x7FFFFFFF)
-NOTHING = tl.constexpr(-0x7F800001)  # -inf as `_ordered` gives it
+NOTHING = tl.constexpr(-0x7F800001)  # -inf as `ordered` gives it
 
 
 class Pair(NamedTuple):
@@ -54,41 +56,60 @@ class Pair(NamedTuple):
 def similarity_argmax(
     query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None, *, exact=True
 ) -> tuple[Tensor, Tensor]:
-    partial_index, partial_score = partial_argmax(query, reference, similarity, joint, query_labels, reference_labels, batch_index, exact=exact)
-    if partial_index.shape[0] == 1:
-        return partial_index[0], partial_score[0]
-    index, score = torch.empty_like(partial_index[0]), torch.empty_like(partial_score[0])
-    launch(
-        _merge_splits_kernel, (triton.cdiv(index.numel(), MERGE_BLOCK),), num_warps=4, num_stages=1, partial_index_ptr=partial_index,
-        partial_score_ptr=partial_score, index_ptr=index, score_ptr=score, ROWS=index.numel(), SPLITS=partial_index.shape[0], BLOCK=MERGE_BLOCK,
-    )  # fmt: skip
+    index, score = _per_token(query, joint, torch.int32), _per_token(query, joint, torch.float32)
+    match = _argmax(query, reference, similarity, joint, query_labels, reference_labels, batch_index, exact, index=index, score=score)
+    if match is not None:
+        launch(
+            _unpack_matches_kernel, (triton.cdiv(match.numel(), UNPACK_BLOCK),), num_warps=4, num_stages=1, match_ptr=match, index_ptr=index,
+            score_ptr=score, ROWS=match.numel(), BLOCK=UNPACK_BLOCK,
+        )  # fmt: skip
     return index, score
 
 
-def partial_argmax(
-    query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None, *, exact=True
-) -> tuple[Tensor, Tensor]:
-    """The best of each split of the reference tokens: index int32 and score fp32 [splits, B, G, N_Q]; -1 and -inf where a split has none."""
-    shape = (query.shape[0], 1 if joint else query.shape[1], query.shape[2])
-    pair, constants = _pair(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
+def counted_argmax(query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None) -> tuple[Tensor, Tensor]:
+    """The best matches int64 [B, G, N_Q] as `_tile.pack_match` has them, and how often each reference token is one, int32 [B, G, N_K].
+
+    The scores of the cosine lack the query's norm, which changes no match.
+    """
+    counts = query.new_empty((query.shape[0], 1 if joint else query.shape[1], reference.shape[2]), dtype=torch.int32)
+    match = _per_token(query, joint, torch.int64)
+    _argmax(query, reference, similarity, joint, query_labels, reference_labels, batch_index, True, match=match, counts=counts)
+    return match, counts
+
+
+def _per_token(x: Tensor, joint: bool, dtype: torch.dtype) -> Tensor:
+    """Uninitialised, a number for each map and token of `x`: [B, G, N]."""
+    return x.new_empty((x.shape[0], 1 if joint else x.shape[1], x.shape[2]), dtype=dtype)
+
+
+def _argmax(
+    query, reference, similarity, joint, query_labels, reference_labels, batch_index, exact, *, index=None, score=None, match=None, counts=None
+) -> Tensor | None:
+    """Without a `match` to write to, index and score are written where one program has all keys of a query, else matches to unpack are returned."""
+    pair, constants = _pair(query, reference, joint, query_labels, reference_labels, batch_index)
     packed = not exact and not joint and query_labels is None  # it pays only where little else is done for a score
     target = target_of(query.device)
     mode = "joint" if joint else "packed" if packed else "exact"
-    tile = choose_tile("similarity", mode, target, constants["D"], query.dtype, shape[2])
-    programs, key_tiles = shape[0] * shape[1] * triton.cdiv(shape[2], tile.block_m), triton.cdiv(pair.N_K, tile.block_n)
+    tile = choose_tile("similarity", mode, target, constants["D"], query.dtype, pair.N_Q)
+    rows = query.shape[0] * (1 if joint else query.shape[1])
+    programs, key_tiles = rows * triton.cdiv(pair.N_Q, tile.block_m), triton.cdiv(pair.N_K, tile.block_n)
     splits, tiles_per_split = split_keys(programs, key_tiles, PACKED_TILES.value if packed else key_tiles)
-    index, score = (torch.empty((splits, *shape), device=query.device, dtype=dtype) for dtype in (torch.int32, torch.float32))
+    if match is None and splits > 1:
+        match = _per_token(query, joint, torch.int64)
+    pair = _prepare(pair, query, reference, similarity, joint, match, counts)
     launch(
         _similarity_argmax_kernel, (programs * splits,), num_warps=tile.num_warps, num_stages=tile.num_stages, pair=pair, index_ptr=index,
-        score_ptr=score, SPLITS=splits, TILES_PER_SPLIT=tiles_per_split, PACKED=packed, LOP3=target == "sm_90", **constants, **_tiled(pair, tile),
+        score_ptr=score, match_ptr=match, counts_ptr=counts, SPLITS=splits, TILES_PER_SPLIT=tiles_per_split, PACKED=packed, LOP3=target == "sm_90",
+        **constants, **_tiled(pair, tile),
     )  # fmt: skip
-    return index, score
+    return match
 
 
 def similarity_topk(query, reference, k, similarity, joint, query_labels=None, reference_labels=None, batch_index=None) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], 1 if joint else query.shape[1], query.shape[2])
     index, score = (torch.empty((*shape, k), device=query.device, dtype=dtype) for dtype in (torch.int32, torch.float32))
-    pair, constants = _pair(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
+    pair, constants = _pair(query, reference, joint, query_labels, reference_labels, batch_index)
+    pair = _prepare(pair, query, reference, similarity, joint)
     tile = choose_tile("similarity", "topk", target_of(query.device), constants["D"], query.dtype, shape[2])
     launch(
         _similarity_topk_kernel, (shape[0] * shape[1] * triton.cdiv(shape[2], tile.block_m),), num_warps=tile.num_warps,
@@ -102,12 +123,9 @@ def _tiled(pair: Pair, tile: Tile) -> dict[str, Any]:
     return {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SHORT": pair.N_K < tile.block_n}
 
 
-def _pair(query, reference, similarity, joint, query_labels, reference_labels, batch_index) -> tuple[Pair, dict[str, Any]]:
-    """What both kernels read and their constants; launches the norms that the cosine needs."""
+def _pair(query, reference, joint, query_labels, reference_labels, batch_index) -> tuple[Pair, dict[str, Any]]:
+    """What both kernels read, the norms apart, and their constants."""
     heads, dim = query.shape[1], query.shape[3]
-    query_norm = reference_norm = None
-    if similarity == "cosine":
-        query_norm, reference_norm = _inverse_norms(query, reference, joint)
     strides = [list(x.stride()) for x in (query, reference)]
     heads_in_a_row = all(x.stride(1) == dim * x.stride(3) for x in (query, reference))
     if joint and heads_in_a_row and heads * dim % FOLDED_HEAD_DIM == 0:  # the same channels as heads without padding
@@ -117,7 +135,7 @@ def _pair(query, reference, similarity, joint, query_labels, reference_labels, b
     main, tail = split_head_dim(dim)
     pitches = [[*(x * query.element_size() for x in stride[:3]), stride[3]] for stride in strides]
     labels = [0 if x is None else stride for x in (query_labels, reference_labels) for stride in (_row_stride(x), 0 if x is None else x.stride(1))]
-    tensors = [query, reference, query_norm, reference_norm, query_labels, reference_labels, batch_index]
+    tensors = [query, reference, None, None, query_labels, reference_labels, batch_index]
     rows_stride = 0 if batch_index is None else batch_index.stride(0)
     pair = Pair._make([*tensors, *pitches[0], *pitches[1], *labels, rows_stride, heads, query.shape[2], reference.shape[2]])
     return pair, {"D": dim, "MAIN": main, "TAIL": tail, "JOINT": joint}
@@ -127,15 +145,27 @@ def _row_stride(labels: Tensor | None) -> int:
     return labels.stride(0) if labels is not None and labels.shape[0] > 1 else 0
 
 
-def _inverse_norms(query: Tensor, reference: Tensor, joint: bool) -> tuple[Tensor, Tensor]:
-    """1 / max(|x|, 1e-12) of each token, fp32 [B, G, N], over its head or over all of them."""
+def _prepare(
+    pair: Pair, query: Tensor, reference: Tensor, similarity: str, joint: bool, match: Tensor | None = None, counts: Tensor | None = None
+) -> Pair:
+    """In one launch, or none: the norms that the cosine needs, those of the queries only without counts; no match yet for every query; no counts.
+
+    The pair with its inverse norms, 1 / max(|x|, 1e-12) of each token, fp32 [B, G, N], over its head or over all of them.
+    """
+    if similarity == "cosine":
+        query_norm = _per_token(query, joint, torch.float32) if counts is None else None
+        pair = pair._replace(query_norm_ptr=query_norm, reference_norm_ptr=_per_token(reference, joint, torch.float32))
+    elif match is None:
+        return pair
     heads, dim = query.shape[1], query.shape[3]
     maps = 1 if joint else heads
-    norms = [torch.empty((x.shape[0], maps, x.shape[2]), device=x.device, dtype=torch.float32) for x in (query, reference)]
-    query_programs, reference_programs = (norm.shape[0] * maps * triton.cdiv(norm.shape[2], NORM_BLOCK) for norm in norms)
+    heads_at_once = min(triton.next_power_of_2(heads // maps), PREPARED_HEADS)
+    block = PREPARED_ROWS // heads_at_once
+    query_programs, reference_programs = (x.shape[0] * maps * triton.cdiv(x.shape[2], block) for x in (query, reference))
     launch(
-        _inverse_norms_kernel, (query_programs + reference_programs,), num_warps=4, num_stages=1, query_ptr=query, reference_ptr=reference,
-        query_norm_ptr=norms[0], reference_norm_ptr=norms[1],
+        _prepare_kernel, (query_programs + (reference_programs if similarity == "cosine" else 0),), num_warps=4, num_stages=1, query_ptr=query,
+        reference_ptr=reference, query_norm_ptr=pair.query_norm_ptr, reference_norm_ptr=pair.reference_norm_ptr, match_ptr=match,
+        counts_ptr=counts,
         **{
             f"{name}_pitch_{axis}": x.stride(i) * x.element_size()
             for name, x in (("query", query), ("reference", reference))
@@ -143,45 +173,65 @@ def _inverse_norms(query: Tensor, reference: Tensor, joint: bool) -> tuple[Tenso
         },
         query_stride_d=query.stride(3), reference_stride_d=reference.stride(3),
         QUERY_PROGRAMS=query_programs, MAPS=maps, HEADS_PER_MAP=heads // maps, N_Q=query.shape[2], N_K=reference.shape[2], D=dim,
-        WIDTH=triton.next_power_of_2(dim), BLOCK=NORM_BLOCK,
+        WIDTH=triton.next_power_of_2(dim), HEADS=heads_at_once, BLOCK=block,
     )  # fmt: skip
-    return norms[0], norms[1]
+    return pair
 
 
 @triton.jit
 def _store_inverse_norms(
     source_ptr, norm_ptr, pitch_b, pitch_h, pitch_n, stride_d, program, MAPS, HEADS_PER_MAP, N, D: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK)
-    row = (program // blocks).to(tl.int64)
-    tokens = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row, start = (program // blocks).to(tl.int64), (program % blocks) * BLOCK
     source_ptr = advance(source_ptr, (row // MAPS) * pitch_b + (row % MAPS) * HEADS_PER_MAP * pitch_h)
-    total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(HEADS_PER_MAP):
-        tile = load_rows(source_ptr, tokens.to(tl.int64), tokens < N, pitch_n, stride_d, D, 0, WIDTH, True)
+    places = tl.arange(0, BLOCK * HEADS)
+    tokens, heads = start + places // HEADS, places % HEADS
+    offsets = tokens.to(tl.int64) * pitch_n + heads.to(tl.int64) * pitch_h
+    total = tl.zeros([BLOCK * HEADS], tl.float32)
+    for head in range(0, HEADS_PER_MAP, HEADS):
+        present = (tokens < N) & (heads < HEADS_PER_MAP - head)
+        tile = load_rows(source_ptr, offsets, present, 1, stride_d, D, 0, WIDTH, True)
         total += tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
-        source_ptr = advance(source_ptr, pitch_h)
-    norm = tl.maximum(tl.sqrt_rn(total), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+        source_ptr = advance(source_ptr, HEADS * tl.cast(pitch_h, tl.int64))
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(tl.reshape(total, (BLOCK, HEADS)), 1)), 1e-12, propagate_nan=tl.PropagateNan.ALL)
+    tokens = start + tl.arange(0, BLOCK)
     tl.store(norm_ptr + row * N + tokens, 1.0 / norm, mask=tokens < N)
 
 
 @triton.jit
-def _inverse_norms_kernel(
-    query_ptr, reference_ptr, query_norm_ptr, reference_norm_ptr, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d,
-    reference_pitch_b, reference_pitch_h, reference_pitch_n, reference_stride_d, QUERY_PROGRAMS, MAPS, HEADS_PER_MAP, N_Q, N_K,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+def _clear_matches(match_ptr, counts_ptr, program, N_Q, N_K, BLOCK: tl.constexpr):
+    """No match for a block of queries, and no counts for this block's share of the reference tokens."""
+    blocks = tl.cdiv(N_Q, BLOCK)
+    row, block = (program // blocks).to(tl.int64), program % blocks
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(match_ptr + row * N_Q + tokens, tl.full((BLOCK,), NOTHING, tl.int64) << 32, mask=tokens < N_Q)
+    if counts_ptr is not None:
+        for start in range(block * BLOCK, N_K, blocks * BLOCK):
+            keys = start + tl.arange(0, BLOCK)
+            tl.store(counts_ptr + row * N_K + keys, tl.zeros((BLOCK,), tl.int32), mask=keys < N_K)
+
+
+@triton.jit
+def _prepare_kernel(
+    query_ptr, reference_ptr, query_norm_ptr, reference_norm_ptr, match_ptr, counts_ptr, query_pitch_b, query_pitch_h, query_pitch_n,
+    query_stride_d, reference_pitch_b, reference_pitch_h, reference_pitch_n, reference_stride_d, QUERY_PROGRAMS, MAPS, HEADS_PER_MAP, N_Q, N_K,
+    D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < QUERY_PROGRAMS:
-        _store_inverse_norms(
-            query_ptr, query_norm_ptr, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, program, MAPS, HEADS_PER_MAP, N_Q, D,
-            WIDTH, BLOCK,
-        )  # fmt: skip
-    else:
+        if match_ptr is not None:
+            _clear_matches(match_ptr, counts_ptr, program, N_Q, N_K, BLOCK)
+        if query_norm_ptr is not None:
+            _store_inverse_norms(
+                query_ptr, query_norm_ptr, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, program, MAPS, HEADS_PER_MAP, N_Q, D,
+                WIDTH, HEADS, BLOCK,
+            )  # fmt: skip
+    elif reference_norm_ptr is not None:
         _store_inverse_norms(
             reference_ptr, reference_norm_ptr, reference_pitch_b, reference_pitch_h, reference_pitch_n, reference_stride_d,
-            program - QUERY_PROGRAMS, MAPS, HEADS_PER_MAP, N_K, D, WIDTH, BLOCK,
+            program - QUERY_PROGRAMS, MAPS, HEADS_PER_MAP, N_K, D, WIDTH, HEADS, BLOCK,
         )  # fmt: skip
 
 
@@ -271,7 +321,7 @@ def _pack(scores, code, LOP3: tl.constexpr):
 
 @triton.jit
 def _similarity_argmax_kernel(
-    pair, index_ptr, score_ptr, SPLITS, TILES_PER_SPLIT, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    pair, index_ptr, score_ptr, match_ptr, counts_ptr, SPLITS, TILES_PER_SPLIT, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     JOINT: tl.constexpr, PACKED: tl.constexpr, LOP3: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(pair.N_Q, BLOCK_M)
@@ -310,28 +360,33 @@ def _similarity_argmax_kernel(
         score = ((score.to(tl.int32, bitcast=True) & -PACKED_TILES) | PACKED_TILES // 2).to(tl.float32, bitcast=True)
     if pair.query_norm_ptr is not None:
         score *= tl.load(pair.query_norm_ptr + row * pair.N_Q + opened[0])
+    elif pair.reference_norm_ptr is not None:  # the cosine of an infinite query
+        score = tl.where(score == float("inf"), float("nan"), score)
     tokens = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.num_programs(0) // row_tiles // SPLITS
-    out = (split * rows.to(tl.int64) + row) * pair.N_Q + tokens
+    inside = tokens < pair.N_Q
+    out = row * pair.N_Q + tokens
     score = tl.where(found, score, float("-inf"))
     index = tl.where(score != score, 0, tl.where(found, tl.minimum(index, pair.N_K - 1), -1))
-    tl.store(index_ptr + out, index, mask=tokens < pair.N_Q)
-    tl.store(score_ptr + out, score, mask=tokens < pair.N_Q)
+    if match_ptr is None:
+        tl.store(index_ptr + out, index, mask=inside)
+        tl.store(score_ptr + out, score, mask=inside)
+    else:
+        match = pack_match(score, index)
+        before = tl.atomic_max(match_ptr + out, match, mask=inside, sem="relaxed")
+        if counts_ptr is not None:  # in whatever order the splits come, each takes from the last what it won over, and the best one keeps it
+            counts_ptr += row * pair.N_K
+            won = inside & (match > before)
+            lost_score, lost = unpack_match(before)
+            tl.atomic_add(counts_ptr + index, 1, mask=won, sem="relaxed")
+            tl.atomic_add(counts_ptr + lost, -1, mask=won & (lost >= 0), sem="relaxed")
 
 
 @triton.jit
-def _merge_splits_kernel(partial_index_ptr, partial_score_ptr, index_ptr, score_ptr, ROWS, SPLITS, BLOCK: tl.constexpr):
+def _unpack_matches_kernel(match_ptr, index_ptr, score_ptr, ROWS, BLOCK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    score, index = merge_splits(partial_score_ptr, partial_index_ptr, rows, rows < ROWS, ROWS, SPLITS)
+    score, index = unpack_match(tl.load(match_ptr + rows, mask=rows < ROWS, other=0))
     tl.store(index_ptr + rows, index, mask=rows < ROWS)
     tl.store(score_ptr + rows, score, mask=rows < ROWS)
-
-
-@triton.jit
-def _ordered(scores):
-    """int32 in the order of the float32 scores, with NaN above infinity."""
-    bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
-    return tl.where(scores != scores, FAR, bits ^ ((bits >> 31) & FAR))
 
 
 @triton.jit
@@ -351,17 +406,17 @@ def _similarity_topk_kernel(
         scores = _score_tile(pair, opened, start, D, MAIN, TAIL, JOINT, SHORT, BLOCK_M, BLOCK_N)
         columns = start + tl.arange(0, BLOCK_N)
         unseen = (columns >= tile * BLOCK_N) & (columns < pair.N_K)
-        ordered = tl.where(unseen[None, :], _ordered(scores), NOTHING)
-        strongest = tl.max(ordered, 1)
+        order = tl.where(unseen[None, :], ordered(scores), NOTHING)
+        strongest = tl.max(order, 1)
         while tl.max((strongest > weakest).to(tl.int32), 0) > 0:
-            column = tl.min(tl.where(ordered == strongest[:, None], columns[None, :], FAR), 1)
+            column = tl.min(tl.where(order == strongest[:, None], columns[None, :], FAR), 1)
             # of equally weak ones the highest index leaves; empty slots have negative indices of their own
             leaving = tl.max(tl.where(kept == weakest[:, None], kept_index, -FAR), 1)
             replaced = kept_index == tl.where(strongest > weakest, leaving, FAR)[:, None]
             kept = tl.where(replaced, strongest[:, None], kept)
             kept_index = tl.where(replaced, column[:, None], kept_index)
-            ordered = tl.where(columns[None, :] == column[:, None], NOTHING, ordered)
-            strongest = tl.max(ordered, 1)
+            order = tl.where(columns[None, :] == column[:, None], NOTHING, order)
+            strongest = tl.max(order, 1)
             weakest = tl.min(kept, 1)
 
     tokens = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -370,7 +425,7 @@ def _similarity_topk_kernel(
         strongest = tl.max(kept, 1)
         index = tl.min(tl.where(kept == strongest[:, None], kept_index, FAR), 1)
         kept = tl.where(kept_index == index[:, None], -FAR - 1, kept)
-        score = (strongest ^ ((strongest >> 31) & FAR)).to(tl.float32, bitcast=True)
+        score = unordered(strongest)
         if pair.query_norm_ptr is not None:
             score *= tl.load(pair.query_norm_ptr + row * pair.N_Q + opened[0])
         tl.store(index_ptr + out + rank, tl.maximum(index, -1), mask=tokens < pair.N_Q)

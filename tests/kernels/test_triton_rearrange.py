@@ -1,4 +1,4 @@
-"""match_counts, compact, tally and take_rows on Triton, in the interpreter, against the reference: all of them are exact."""
+"""match_counts, compact and take_rows on Triton, in the interpreter, against the reference: all of them are exact."""
 
 import pytest
 import torch
@@ -70,22 +70,6 @@ def test_compact_of_strided_counts():
     counts = (_index((60, 2, 3), 4) + 1).permute(2, 1, 0)
     expected = rearrange.compact(counts.contiguous())
     assert all(torch.equal(actual, wanted) for actual, wanted in zip(rearrange.compact(counts), expected))
-
-
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("shape,num_tokens", [((2, 3, 70), 41), ((1, 1, 2100), 2500), ((1, 2, 33), 1)])
-def test_tally_merges_counts_and_compacts(splits, shape, num_tokens):
-    """The split with the best score wins, the earlier one among equals; a token without a match counts nowhere, one with NaN as its index says."""
-    generator = torch.Generator().manual_seed(4)
-    index = _index((splits, *shape), num_tokens, seed=5)
-    score = torch.randint(0, 3, index.shape, generator=generator).float().masked_fill(index < 0, float("-inf"))
-    score[-1, 0, 0, 7] = float("nan")
-    best = score.masked_fill(score.isnan(), float("inf")).max(0)
-    merged = index.gather(0, best.indices.unsqueeze(0))[0].masked_fill(best.values == float("-inf"), -1)
-    found, found_score = rearrange.tally(index, score, num_tokens)
-    assert found_score[0, 0, 7].isnan()
-    assert torch.equal(found_score.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf")), best.values)
-    _check_multiplicity(found, truth.match_counts(merged, num_tokens))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

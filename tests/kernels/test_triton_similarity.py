@@ -5,10 +5,13 @@ Random scores leave the best and the second best clearly apart, so indices are c
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from qalign_kernels import testing
-from qalign_kernels._triton import similarity
+from qalign_kernels._triton import _tile, similarity
 from qalign_kernels._triton._configs import split_keys
+from qalign_kernels.reference import rearrange as reference_rearrange
 from qalign_kernels.reference import similarity as reference
 
 DTYPES = [torch.float32, torch.float16]
@@ -99,6 +102,13 @@ def test_joint_argmax_of_channels_in_a_row():
     _hold(similarity.similarity_argmax(query, keys, "cosine", True), query, keys, "cosine", True)
 
 
+@pytest.mark.parametrize("heads", [3, 19])
+def test_joint_argmax_of_any_number_of_heads(heads):
+    query, keys = _features((1, heads, 7, 24), 33)
+    keys[:, -1] *= 5  # the last head counts
+    _hold(similarity.similarity_argmax(query, keys, "cosine", True), query, keys, "cosine", True)
+
+
 def test_split_keys_covers_the_keys():
     for programs in (1, 32, 300):
         for key_tiles in (1, 3, 64, 1000):
@@ -116,6 +126,90 @@ def test_argmax_ties_go_to_the_lowest_index(exact, joint):
     assert (index == 40).all()
     index, _ = similarity.similarity_argmax(query, -keys, "dot", joint)
     assert (index == 0).all()
+
+
+@triton.jit
+def _pack_kernel(score_ptr, index_ptr, match_ptr, unpacked_score_ptr, unpacked_index_ptr, COUNT: tl.constexpr):
+    places = tl.arange(0, COUNT)
+    match = _tile.pack_match(tl.load(score_ptr + places), tl.load(index_ptr + places))
+    score, index = _tile.unpack_match(match)
+    tl.store(match_ptr + places, match)
+    tl.store(unpacked_score_ptr + places, score)
+    tl.store(unpacked_index_ptr + places, index)
+
+
+def test_packed_matches_are_in_order():
+    """Of no match, then of ever better ones, a lower index before a higher one; zeros are equal, whatever their signs."""
+    ascending = [(float("-inf"), -1), (float("-inf"), 3), (-3e38, 0), (-1.0, 2**31 - 1), (-1.0, 7), (-1e-45, 1), (-0.0, 8), (0.0, 4), (-0.0, 3)]
+    ascending += [(2e-45, 6), (1.0, 2), (1.5, 12), (1.5, 11), (float("inf"), 9), (float("inf"), 5), (float("nan"), 0)]
+    score = torch.tensor([pair[0] for pair in ascending])
+    index = torch.tensor([pair[1] for pair in ascending], dtype=torch.int32)
+    match, unpacked_score, unpacked_index = torch.empty(16, dtype=torch.int64), torch.empty_like(score), torch.empty_like(index)
+    _pack_kernel[(1,)](score, index, match, unpacked_score, unpacked_index, 16)
+    assert (match.diff() > 0).all()
+    assert torch.equal(unpacked_index, index)
+    torch.testing.assert_close(unpacked_score, score, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(match[:1] >> 32, torch.tensor([similarity.NOTHING.value])) and match[0] & 0xFFFFFFFF == 0
+
+
+def _counted(query, keys, similarity_kind, joint, labels=(None, None, None)):
+    """The matches of `counted_argmax`, unpacked and with the query's norm, whose counts must be theirs."""
+    match, counts = similarity.counted_argmax(query, keys, similarity_kind, joint, *labels)
+    order, index = (match >> 32).int(), (~match).int()
+    assert counts.dtype == torch.int32 and torch.equal(counts, reference_rearrange.match_counts(index, keys.shape[2]))
+    score = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    if similarity_kind == "cosine":
+        squares = query.double().square().sum(-1)
+        score = (score / (squares.sum(1, keepdim=True) if joint else squares).sqrt()).float().masked_fill(index < 0, float("-inf"))
+    return index, score
+
+
+@pytest.mark.parametrize("similarity_kind", ["dot", "cosine"])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("rows,tokens", [(5, 130), (70, 20)])  # several splits, fewer queries than keys; one, more queries than keys
+def test_counted_argmax(similarity_kind, joint, rows, tokens):
+    query, keys = _features((2, 2 if joint else 1, rows, 16), tokens, reference_batch=3)
+    labels = (None, None, torch.tensor([2, 0], dtype=torch.int32))
+    _hold(_counted(query, keys, similarity_kind, joint, labels), query, keys, similarity_kind, joint, labels)
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_a_better_split_takes_its_count_from_the_one_before(rising):
+    """Five splits of negative scores, each better than all before or worse, and a tie between two of them."""
+    keys = torch.arange(-150.0, 0.0) if rising else -torch.arange(1.0, 151.0)
+    keys[70] = keys[149 if rising else 0] = -0.5
+    query, keys = torch.ones((1, 1, 30, 1)), keys.reshape(1, 1, -1, 1)
+    query[:, :, 20] = 2
+    index, score = _counted(query.expand(-1, -1, -1, 16), keys.expand(-1, -1, -1, 16) / 16, "dot", False)
+    assert (index == (70 if rising else 0)).all()
+    assert torch.equal(score, (-0.5 * query).squeeze(-1))
+
+
+@pytest.mark.parametrize("similarity_kind", ["dot", "cosine"])
+def test_counted_argmax_of_a_split_without_admissible_keys(similarity_kind):
+    query, keys = _features((2, 1, 17, 16), 100)
+    labels = (_labels(2, 17, 1), _labels(2, 100, 2), None)
+    labels[0][:, 5] = 0
+    labels[1][0, 32:64], labels[1][1, :96] = 0, 0  # the second of four splits; all but the last
+    actual = _counted(query, keys, similarity_kind, True, labels)
+    _hold(actual, query, keys, similarity_kind, True, labels)
+    assert (actual[0][:, :, 5] == -1).all() and (actual[1][:, :, 5] == float("-inf")).all()
+    assert set(actual[0][1].unique().tolist()) <= {-1, 96, 97, 98, 99}
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_counted_argmax_of_nan(joint):
+    """A NaN in any split is the score, of the first token, as in the counts."""
+    query, keys = _features((1, 1, 20, 16), 130)
+    query[0, 0, 3, 2] = float("nan")
+    index, score = _counted(query, keys, "cosine", joint)
+    assert score.isnan().sum() == 1 and score[0, 0, 3].isnan() and index[0, 0, 3] == 0
+    query[0, 0, 7, 2] = float("inf")  # which the cosine cannot tell from it
+    index, score = _counted(query, keys, "cosine", joint)
+    assert score.isnan().sum() == 2 and score[0, 0, [3, 7]].isnan().all() and (index[0, 0, [3, 7]] == 0).all()
+    keys[0, 0, 70, 5] = float("nan")
+    index, score = _counted(query, keys, "cosine", joint)
+    assert score.isnan().all() and (index == 0).all()
 
 
 @pytest.mark.parametrize("similarity_kind", ["dot", "cosine"])
