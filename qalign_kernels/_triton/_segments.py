@@ -20,7 +20,7 @@ class SegmentArguments(NamedTuple):
 
     A pitch is a stride in bytes: that of a head is then a multiple of 16 also at head dim 40, and the loads stay wide.
 
-    A segment with counts is read through `order`, its keys with a count above zero, which are `unique` many and weigh `weights`.
+    A segment with counts is read through `order`, its keys with a count above zero, which are `unique` many and weigh `weights`, 2^`log_weights`.
     """
 
     key_ptr: Tensor
@@ -48,6 +48,7 @@ class SegmentArguments(NamedTuple):
     labels_stride_n: int
     order_ptr: Tensor | None
     weights_ptr: Tensor | None
+    log_weights_ptr: Tensor | None
     unique_ptr: Tensor | None
     headroom_ptr: Tensor | None
     total_ptr: Tensor | None
@@ -65,11 +66,11 @@ def segment_arguments(
     guide_key: Tensor | None = None,
 ) -> SegmentArguments:
     """One segment as the kernel takes it."""
-    order, weights, unique, headroom, total = (None,) * 5 if multiplicity is None else multiplicity
+    order, weights, log_weights, unique, headroom, total = (None,) * 6 if multiplicity is None else multiplicity
     return SegmentArguments(
         key, *pitches(key), value, *pitches(value), guide_key, *pitches(guide_key), key.shape[2], scale * LOG2_E, shift * LOG2_E,
-        batch_index, 0 if batch_index is None else batch_index.stride(0), labels, *_label_strides(labels), order, weights, unique, headroom, total,
-        0 if unique is None else unique.shape[1],
+        batch_index, 0 if batch_index is None else batch_index.stride(0), labels, *_label_strides(labels), order, weights, log_weights, unique,
+        headroom, total, 0 if unique is None else unique.shape[1],
     )  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def score_tile(
 ):  # fmt: skip
     """Scores [BLOCK_M, BLOCK_N] of the keys start .. start + BLOCK_N, -inf where unseen; what makes logits of them; where keys and values are."""
     query_main, query_tail, guide_main, guide_tail, query_labels = query
-    key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr = pointers
+    key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr, log_weights_ptr = pointers
     columns = start + tl.arange(0, BLOCK_N)
     present = columns < limit
     if segment.order_ptr is None:
@@ -170,12 +171,12 @@ def score_tile(
 
 @triton.jit
 def open_segment(segment, batch, head, HAS_VALUES: tl.constexpr):
-    """Pointers to a segment's (keys, values, guide, labels, order, weights) for one row, how many keys there are, and the headroom."""
+    """Pointers to a segment's (keys, values, guide, labels, order, weights, log_weights) for one row, how many keys there are, and the headroom."""
     key_row = batch
     if segment.rows_ptr is not None:
         key_row = tl.load(segment.rows_ptr + batch * segment.rows_stride).to(tl.int64)
     key_ptr = advance(segment.key_ptr, key_row * segment.key_pitch_b + head * segment.key_pitch_h)
-    value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr = key_ptr, key_ptr, key_ptr, key_ptr, key_ptr
+    value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr, log_weights_ptr = key_ptr, key_ptr, key_ptr, key_ptr, key_ptr, key_ptr
     limit, headroom = segment.N_K, 0.0
     if HAS_VALUES:
         value_ptr = advance(segment.value_ptr, key_row * segment.value_pitch_b + head * segment.value_pitch_h)
@@ -187,6 +188,7 @@ def open_segment(segment, batch, head, HAS_VALUES: tl.constexpr):
         counts_row = batch * segment.maps + head % segment.maps
         order_ptr = segment.order_ptr + counts_row * segment.N_K
         weights_ptr = segment.weights_ptr + counts_row * segment.N_K
+        log_weights_ptr = segment.log_weights_ptr + counts_row * segment.N_K
         headroom = tl.load(segment.headroom_ptr + counts_row)
         limit = tl.load(segment.unique_ptr + counts_row)
-    return (key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr), limit, headroom
+    return (key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr, log_weights_ptr), limit, headroom

@@ -29,7 +29,8 @@ from .rearrange import compact
 LN_2 = 0.6931471805599453
 FIXED_TARGETS = ("sm_90", "interpreter")
 FIXED_WIDTHS = {"plain": 128, "counts": 64, "distance": 64}  # head dims up to which the kernel with both loops is known not to spill there
-FIXED_LIMIT = tl.constexpr(2.0**64)  # of a row sum whose weights the first tile alone stabilised: beyond it, they or what they weigh may overflow
+PARTS = tl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
+FIXED_LIMIT = tl.constexpr(2.0**64)  # of a row sum, and of its inverse, whose weights the first tile alone stabilised: beyond it, they may overflow
 
 
 def attention(query, segments, *, scale, contrast, query_labels, guide, need_lse) -> tuple[Tensor, Tensor | None]:
@@ -115,12 +116,14 @@ def _fixed(
 
 @triton.jit
 def _attend_tile(
-    state, start, limit, query, segment, pointers, headroom, known, floor, contrast, strength, KEY_PITCH: tl.constexpr, VALUE_PITCH: tl.constexpr,
-    GUIDE_PITCH: tl.constexpr, MASKED: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
-    EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
-    V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+    state, start, limit, query, segment, pointers, headroom, common_max, known, floor, contrast, strength, KEY_PITCH: tl.constexpr,
+    VALUE_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr, MASKED: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr,
+    KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr,
+    V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One query tile meets the keys start .. start + BLOCK_N of a segment; MASKED where some are beyond `limit`, FIXED where the maximum stays."""
+    """One query tile meets the keys start .. start + BLOCK_N of a segment; MASKED where some are beyond `limit`, FIXED where the maximum stays,
+    which is the same one, `common_max`, for all queries where there are counts: both then cost an addition for a key, not one for a score.
+    """
     running_max, row_sum, acc_main, acc_tail = state
     scores, factor, seen, rows, present, key_ptr, key_pitch_n, value_ptr, value_pitch_n = score_tile(
         start, limit, query, segment, pointers, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, MASKED, D, D_MAIN, D_TAIL, BLOCK_N
@@ -131,7 +134,12 @@ def _attend_tile(
         if MASKED or segment.labels_ptr is not None:
             weights = tl.where(seen, weights, 0.0)
     elif FIXED:
-        weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - running_max)[:, None]))
+        if segment.order_ptr is None:
+            shift = (segment.shift - running_max)[:, None]
+        else:
+            log_weights = load(pointers[6] + start + tl.arange(0, BLOCK_N), present, MASKED)
+            shift = (log_weights + (segment.shift - common_max))[None, :]
+        weights = tl.math.exp2(tl.fma(scores, factor, shift))
     else:
         new_max = tl.maximum(running_max, tl.max(scores, 1) * factor + (segment.shift + headroom))
         stabiliser = new_max
@@ -140,11 +148,11 @@ def _attend_tile(
         weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - stabiliser)[:, None]))
         rescale = tl.math.exp2(running_max - stabiliser)
         running_max = new_max
-    if segment.order_ptr is not None:
+    if segment.order_ptr is not None and not FIXED:
         weights *= load(pointers[5] + start + tl.arange(0, BLOCK_N), present, MASKED)[None, :]
 
     if FIXED:
-        row_sum += tl.sum(weights, 1)
+        row_sum += tl.sum(tl.reshape(weights, (weights.shape[0], BLOCK_N // PARTS, PARTS)), 1)
     elif not KNOWN_LSE:
         row_sum = tl.fma(row_sum, rescale, tl.sum(weights, 1))
         if HAS_VALUES:
@@ -174,8 +182,9 @@ def _attend(
     EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
     V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One query tile meets every key of every segment."""
+    """One query tile meets every key of every segment. Where FIXED, the row sum comes and goes in PARTS."""
     running_max, row_sum, acc_main, acc_tail = state
+    common_max = tl.max(running_max, 0)
     for s in tl.static_range(SEGMENTS):
         segment = segments[s]
         pointers, limit, headroom = open_segment(segment, batch, head, HAS_VALUES)
@@ -183,16 +192,16 @@ def _attend(
         whole = limit // BLOCK_N * BLOCK_N
         for start in tl.range(0, whole, BLOCK_N):
             running_max, row_sum, acc_main, acc_tail = _attend_tile(
-                (running_max, row_sum, acc_main, acc_tail), start, limit, asked, segment, pointers, headroom, known, floor, contrast, strength,
-                PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], False, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V,
-                V_MAIN, V_TAIL, BLOCK_N,
+                (running_max, row_sum, acc_main, acc_tail), start, limit, asked, segment, pointers, headroom, common_max, known, floor, contrast,
+                strength, PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], False, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN,
+                D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
             )  # fmt: skip
         if RAGGED[s]:
             if whole < limit:
                 running_max, row_sum, acc_main, acc_tail = _attend_tile(
-                    (running_max, row_sum, acc_main, acc_tail), whole, limit, asked, segment, pointers, headroom, known, floor, contrast, strength,
-                    PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], True, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL,
-                    D_V, V_MAIN, V_TAIL, BLOCK_N,
+                    (running_max, row_sum, acc_main, acc_tail), whole, limit, asked, segment, pointers, headroom, common_max, known, floor, contrast,
+                    strength, PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], True, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN,
+                    D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
                 )  # fmt: skip
     return running_max, row_sum, acc_main, acc_tail
 
@@ -266,12 +275,18 @@ def attention_kernel(
         running_max = _first_max(
             segments[0], opposite if NEGATIVE[0] else query, batch, head, strength, RAGGED[0], PITCHES[0], PITCHES[2], D, D_MAIN, D_TAIL, BLOCK_N
         )  # fmt: skip
+        for s in tl.static_range(SEGMENTS):
+            if segments[s].order_ptr is not None:
+                running_max = tl.zeros((BLOCK_M,), tl.float32) + tl.max(running_max, 0)
+        row_sum = tl.zeros((BLOCK_M, PARTS), tl.float32)
     running_max, row_sum, acc_main, acc_tail = _attend(
         (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, batch, head, known, floor, contrast, strength, SEGMENTS, NEGATIVE,
         RAGGED, PITCHES, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
     )  # fmt: skip
     if FIXED:
-        if not tl.max(row_sum, 0) < FIXED_LIMIT:
+        row_sum = tl.sum(row_sum, 1)
+        least = tl.min(tl.where(inside, row_sum, 1.0), 0)
+        if not ((tl.max(row_sum, 0) < FIXED_LIMIT) & (least > 1 / FIXED_LIMIT)):
             running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
             row_sum = tl.zeros((BLOCK_M,), tl.float32)
             acc_main = tl.zeros((BLOCK_M, V_MAIN), tl.float32)

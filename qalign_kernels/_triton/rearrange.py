@@ -32,6 +32,7 @@ class Multiplicity(NamedTuple):
 
     order: Tensor  # int32 [B, G, N], ascending, zeros behind
     weights: Tensor  # float32 [B, G, N], the counts in this order, zeros behind
+    log_weights: Tensor  # float32 [B, G, N], log2 of the counts, zeros behind
     unique: Tensor  # int32 [B, G]
     headroom: Tensor  # float32 [B, G], log2 of what the largest count exceeds 2^15 by, for fp16
     total: Tensor  # float32 [B, G], the sum of the counts
@@ -58,8 +59,8 @@ def tally(partial_index: Tensor, partial_score: Tensor, num_tokens: int) -> tupl
 
 
 def _empty_multiplicity(shape: torch.Size, device: torch.device) -> Multiplicity:
-    shapes = [shape] * 2 + [shape[:2]] * 3
-    dtypes = (torch.int32, torch.float32, torch.int32, torch.float32, torch.float32)
+    shapes = [shape] * 3 + [shape[:2]] * 3
+    dtypes = (torch.int32, torch.float32, torch.float32, torch.int32, torch.float32, torch.float32)
     return Multiplicity(*(torch.empty(shape, device=device, dtype=dtype) for shape, dtype in zip(shapes, dtypes)))
 
 
@@ -117,13 +118,14 @@ def _count_matches(counts_ptr, partial_index_ptr, partial_score_ptr, score_ptr, 
 
 @triton.jit
 def _compact_kernel(
-    counts_ptr, partial_index_ptr, partial_score_ptr, score_ptr, order_ptr, weights_ptr, unique_ptr, headroom_ptr, total_ptr, counts_stride_b,
-    counts_stride_g, counts_stride_n, G, SPLITS, N_Q, N_K, BLOCK: tl.constexpr,
+    counts_ptr, partial_index_ptr, partial_score_ptr, score_ptr, order_ptr, weights_ptr, log_weights_ptr, unique_ptr, headroom_ptr, total_ptr,
+    counts_stride_b, counts_stride_g, counts_stride_n, G, SPLITS, N_Q, N_K, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     counts_ptr += (row // G) * counts_stride_b + (row % G) * counts_stride_g
     order_ptr += row * N_K
     weights_ptr += row * N_K
+    log_weights_ptr += row * N_K
     if partial_index_ptr is not None:
         _count_matches(counts_ptr, partial_index_ptr, partial_score_ptr, score_ptr, row, SPLITS, N_Q, N_K, BLOCK)
     unique = 0
@@ -140,6 +142,7 @@ def _compact_kernel(
         slot = tl.where(chosen != 0, chosen_before, N_K - 1 - (tokens - chosen_before))
         tl.store(order_ptr + slot, tl.where(chosen != 0, tokens, 0), mask=tokens < N_K)
         tl.store(weights_ptr + slot, counts.to(tl.float32), mask=tokens < N_K)
+        tl.store(log_weights_ptr + slot, tl.math.log2(tl.maximum(counts, 1).to(tl.float32)), mask=tokens < N_K)
         unique += tl.sum(chosen, 0)
         largest = tl.maximum(largest, counts)
         total += counts.to(tl.float32)
