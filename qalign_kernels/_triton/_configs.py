@@ -18,8 +18,7 @@ import torch
 FILE = Path(__file__).with_name("tiles.json")
 TOKEN_BUCKETS = (256, 1024, 4096, 16384)  # the most query tokens of each; the last takes all that have more
 FAMILIES = {
-    "sm_80": "ampere", "sm_86": "ampere", "sm_89": "ampere", "sm_90": "hopper", "sm_100": "hopper", "sm_103": "hopper", "sm_120": "ampere",
-    "gfx942": "cdna",
+    "sm_80": "ampere", "sm_86": "ampere", "sm_89": "ampere", "sm_90": "hopper", "sm_100": "hopper", "sm_120": "ampere", "gfx942": "cdna",
 }  # fmt: skip
 
 

@@ -20,26 +20,28 @@ CLASSES = tl.constexpr(35)
 NONE = tl.constexpr(34)  # the class of the empty set
 
 
-def sort_tokens(labels: Tensor, multiplicity: Multiplicity | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+def sort_tokens(labels: Tensor, multiplicity: Multiplicity | None = None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """The tokens of each row, or the chosen ones of a multiplicity, by the class of their labels int32 [B_l, N].
 
     Returns:
-        Their order int32 [B_l, 1, N] or as that of the multiplicity, its weights in this order, and where each class starts int32 [..., 36]:
-        the last entry is the number of tokens.
+        Their order int32 [B_l, 1, N] or as that of the multiplicity, its weights and their logarithms in this order, and where each class starts,
+        int32 [..., 36]: the last entry is the number of tokens.
     """
     tokens = labels.shape[1]
     shape = (labels.shape[0], 1, tokens) if multiplicity is None else multiplicity.order.shape
     order = torch.empty(shape, device=labels.device, dtype=torch.int32)
-    weights = None if multiplicity is None else torch.empty(shape, device=labels.device, dtype=torch.float32)
+    weights = log_weights = given_order = given_weights = given_unique = None
+    if multiplicity is not None:
+        weights, log_weights = (torch.empty(shape, device=labels.device, dtype=torch.float32) for _ in range(2))
+        given_order, given_weights, given_unique = multiplicity.order, multiplicity.weights, multiplicity.unique
     starts = torch.empty((*shape[:2], CLASSES.value + 1), device=labels.device, dtype=torch.int32)
-    given_order, given_weights, given_unique = (None,) * 3 if multiplicity is None else multiplicity[:3]
     stride_b, stride_n = label_strides(labels)
     launch(
         _sort_tokens_kernel, (shape[0] * shape[1],), num_warps=8, num_stages=1, labels_ptr=labels, labels_stride_b=stride_b,
         labels_stride_n=stride_n, given_order_ptr=given_order, given_weights_ptr=given_weights, given_unique_ptr=given_unique, order_ptr=order,
-        weights_ptr=weights, starts_ptr=starts, G=shape[1], N=tokens, BLOCK=SORT_BLOCK,
+        weights_ptr=weights, log_weights_ptr=log_weights, starts_ptr=starts, G=shape[1], N=tokens, BLOCK=SORT_BLOCK,
     )  # fmt: skip
-    return order, weights, starts
+    return order, weights, log_weights, starts
 
 
 def sort_queries(query_labels: Tensor | None, key_labels: Iterable[Tensor | None]) -> Tensor | None:
@@ -75,8 +77,8 @@ def _or(left, right):
 
 @triton.jit
 def _sort_tokens_kernel(
-    labels_ptr, labels_stride_b, labels_stride_n, given_order_ptr, given_weights_ptr, given_unique_ptr, order_ptr, weights_ptr, starts_ptr, G, N,
-    BLOCK: tl.constexpr,
+    labels_ptr, labels_stride_b, labels_stride_n, given_order_ptr, given_weights_ptr, given_unique_ptr, order_ptr, weights_ptr,
+    log_weights_ptr, starts_ptr, G, N, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     labels_ptr += (row // G) * labels_stride_b
@@ -87,6 +89,7 @@ def _sort_tokens_kernel(
         given_order_ptr += row * N
         given_weights_ptr += row * N
         weights_ptr += row * N
+        log_weights_ptr += row * N
         tokens_here = tl.load(given_unique_ptr + row)
     occurring = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, tokens_here, BLOCK):
@@ -111,7 +114,9 @@ def _sort_tokens_kernel(
             target = sorted_before + tl.cumsum(member.to(tl.int32), 0) - 1
             tl.store(order_ptr + target, tokens, mask=member)
             if given_weights_ptr is not None:
-                tl.store(weights_ptr + target, tl.load(given_weights_ptr + slots, mask=member, other=0.0), mask=member)
+                weights = tl.load(given_weights_ptr + slots, mask=member, other=1.0)
+                tl.store(weights_ptr + target, weights, mask=member)
+                tl.store(log_weights_ptr + target, tl.math.log2(weights), mask=member)
             sorted_before += tl.sum(member.to(tl.int32), 0)
     tl.store(starts_ptr + CLASSES, sorted_before)
 

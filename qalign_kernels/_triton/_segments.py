@@ -21,8 +21,8 @@ class SegmentArguments(NamedTuple):
 
     A pitch is a stride in bytes: that of a head is then a multiple of 16 also at head dim 40, and the loads stay wide.
 
-    A segment with counts is read through `order`, its keys with a count above zero, which are `unique` many and weigh `weights`. One whose
-    keys are sorted by their labels is read through it too; its classes begin at `starts`.
+    A segment with counts is read through `order`, its keys with a count above zero, which are `unique` many and weigh `weights`, 2^`log_weights`.
+    One whose keys are sorted by their labels is read through it too; its classes begin at `starts`.
     """
 
     key_ptr: Tensor
@@ -50,6 +50,7 @@ class SegmentArguments(NamedTuple):
     labels_stride_n: int
     order_ptr: Tensor | None
     weights_ptr: Tensor | None
+    log_weights_ptr: Tensor | None
     unique_ptr: Tensor | None
     headroom_ptr: Tensor | None
     total_ptr: Tensor | None
@@ -70,15 +71,15 @@ def segment_arguments(
     by_label: bool = False,
 ) -> SegmentArguments:
     """One segment as the kernel takes it, its keys sorted `by_label` where it has labels: a launch more."""
-    order, weights, unique, headroom, total = (None,) * 5 if multiplicity is None else multiplicity
+    order, weights, log_weights, unique, headroom, total = (None,) * 6 if multiplicity is None else multiplicity
     starts = None
     if by_label and labels is not None:
-        order, weights, starts = sort_tokens(labels, multiplicity)
+        order, weights, log_weights, starts = sort_tokens(labels, multiplicity)
     rows, maps = (0, 0) if order is None else order.shape[:2]
     return SegmentArguments(
         key, *pitches(key), value, *pitches(value), guide_key, *pitches(guide_key), key.shape[2], scale * LOG2_E, shift * LOG2_E,
-        batch_index, 0 if batch_index is None else batch_index.stride(0), labels, *label_strides(labels), order, weights, unique, headroom, total,
-        starts, maps, maps if rows > 1 else 0,
+        batch_index, 0 if batch_index is None else batch_index.stride(0), labels, *label_strides(labels), order, weights, log_weights, unique,
+        headroom, total, starts, maps, maps if rows > 1 else 0,
     )  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def score_tile(
     """Scores [BLOCK_M, BLOCK_N] of the keys in `columns`, which in a segment without an order begin at `start`, -inf where unseen: not `present`
     if MASKED, of other labels if COMPARED. Also what makes logits of them, and where keys and values are."""
     query_main, query_tail, guide_main, guide_tail, query_labels = query
-    key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr, starts_ptr = pointers
+    key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr, log_weights_ptr, starts_ptr = pointers
     if segment.order_ptr is None:
         # the offsets inside a tile stay as they are from tile to tile, only the base moves
         rows = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -172,12 +173,14 @@ def score_tile(
 
 @triton.jit
 def open_segment(segment, batch, head, HAS_VALUES: tl.constexpr):
-    """Pointers to a segment's (keys, values, guide, labels, order, weights, starts) for one row, how many keys there are, and the headroom."""
+    """Pointers to a segment's (keys, values, guide, labels, order, weights, log_weights, starts) for one row, how many keys there are, and the
+    headroom."""
     key_row = batch
     if segment.rows_ptr is not None:
         key_row = tl.load(segment.rows_ptr + batch * segment.rows_stride).to(tl.int64)
     key_ptr = advance(segment.key_ptr, key_row * segment.key_pitch_b + head * segment.key_pitch_h)
-    value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr, starts_ptr = key_ptr, key_ptr, key_ptr, key_ptr, key_ptr, key_ptr
+    value_ptr, guide_ptr, labels_ptr, order_ptr = key_ptr, key_ptr, key_ptr, key_ptr
+    weights_ptr, log_weights_ptr, starts_ptr = key_ptr, key_ptr, key_ptr
     limit, headroom = segment.N_K, 0.0
     if HAS_VALUES:
         value_ptr = advance(segment.value_ptr, key_row * segment.value_pitch_b + head * segment.value_pitch_h)
@@ -190,8 +193,9 @@ def open_segment(segment, batch, head, HAS_VALUES: tl.constexpr):
         order_ptr = segment.order_ptr + order_row * segment.N_K
         if segment.weights_ptr is not None:
             weights_ptr = segment.weights_ptr + order_row * segment.N_K
+            log_weights_ptr = segment.log_weights_ptr + order_row * segment.N_K
             headroom = tl.load(segment.headroom_ptr + order_row)
             limit = tl.load(segment.unique_ptr + order_row)
         if segment.starts_ptr is not None:
             starts_ptr = segment.starts_ptr + order_row * (CLASSES + 1)
-    return (key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr, starts_ptr), limit, headroom
+    return (key_ptr, value_ptr, guide_ptr, labels_ptr, order_ptr, weights_ptr, log_weights_ptr, starts_ptr), limit, headroom

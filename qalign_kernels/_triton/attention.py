@@ -30,7 +30,8 @@ from .rearrange import compact
 LN_2 = 0.6931471805599453
 FIXED_TARGETS = ("sm_90", "interpreter")
 FIXED_WIDTHS = {"plain": 128, "counts": 64, "distance": 64}  # head dims up to which the kernel with both loops is known not to spill there
-FIXED_LIMIT = tl.constexpr(2.0**64)  # of a row sum whose weights the first tile alone stabilised: beyond it, they or what they weigh may overflow
+PARTS = tl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
+FIXED_LIMIT = tl.constexpr(2.0**64)  # of a row sum, and of its inverse, whose weights the first tile alone stabilised: beyond it, they may overflow
 
 
 def attention(query, segments, *, scale, contrast, query_labels, guide, need_lse) -> tuple[Tensor, Tensor | None]:
@@ -123,13 +124,15 @@ def _fixed(
 
 @triton.jit
 def _attend_tile(
-    state, start, columns, present, query, segment, pointers, headroom, known, floor, contrast, strength, KEY_PITCH: tl.constexpr,
+    state, start, columns, present, query, segment, pointers, headroom, common_max, known, floor, contrast, strength, KEY_PITCH: tl.constexpr,
     VALUE_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr, MASKED: tl.constexpr, COMPARED: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr,
     KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr,
     V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One query tile meets the keys of a segment in `columns`; MASKED where some are not `present`, COMPARED where labels may differ, FIXED where the
-    maximum stays."""
+    maximum stays, which is the same one, `common_max`, for all queries where there are counts: both then cost an addition for a key, not one for a
+    score.
+    """
     running_max, row_sum, acc_main, acc_tail = state
     scores, factor, seen, rows, present, key_ptr, key_pitch_n, value_ptr, value_pitch_n = score_tile(
         start, columns, present, query, segment, pointers, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, MASKED, COMPARED, D, D_MAIN, D_TAIL, BLOCK_N
@@ -140,7 +143,12 @@ def _attend_tile(
         if MASKED or COMPARED:
             weights = tl.where(seen, weights, 0.0)
     elif FIXED:
-        weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - running_max)[:, None]))
+        if segment.weights_ptr is None:
+            shift = (segment.shift - running_max)[:, None]
+        else:
+            log_weights = load(pointers[6] + columns, present, MASKED)
+            shift = (log_weights + (segment.shift - common_max))[None, :]
+        weights = tl.math.exp2(tl.fma(scores, factor, shift))
     else:
         new_max = tl.maximum(running_max, tl.max(scores, 1) * factor + (segment.shift + headroom))
         stabiliser = new_max
@@ -149,11 +157,11 @@ def _attend_tile(
         weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - stabiliser)[:, None]))
         rescale = tl.math.exp2(running_max - stabiliser)
         running_max = new_max
-    if segment.weights_ptr is not None:
+    if segment.weights_ptr is not None and not FIXED:
         weights *= load(pointers[5] + columns, present, MASKED)[None, :]
 
     if FIXED:
-        row_sum += tl.sum(weights, 1)
+        row_sum += tl.sum(tl.reshape(weights, (weights.shape[0], BLOCK_N // PARTS, PARTS)), 1)
     elif not KNOWN_LSE:
         row_sum = tl.fma(row_sum, rescale, tl.sum(weights, 1))
         if HAS_VALUES:
@@ -178,7 +186,7 @@ def _attend_tile(
 
 @triton.jit
 def _attend_segment(
-    state, segment, query, classes, batch, head, known, floor, contrast, strength, RAGGED: tl.constexpr, KEY_PITCH: tl.constexpr,
+    state, segment, query, classes, batch, head, common_max, known, floor, contrast, strength, RAGGED: tl.constexpr, KEY_PITCH: tl.constexpr,
     VALUE_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
     EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
     V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -189,7 +197,7 @@ def _attend_segment(
     COMPARED: tl.constexpr = segment.labels_ptr is not None and segment.starts_ptr is None
     pointers, limit, headroom = open_segment(segment, batch, head, HAS_VALUES)
     if SORTED:
-        whole, compared, spans = visible_spans(pointers[6], classes[0], classes[1], BLOCK_N)
+        whole, compared, spans = visible_spans(pointers[7], classes[0], classes[1], BLOCK_N)
     else:
         whole = limit // BLOCK_N * BLOCK_N
     for start in tl.range(0, whole, BLOCK_N):
@@ -198,25 +206,25 @@ def _attend_segment(
             slot = free_slot(start, spans)
         columns = slot + tl.arange(0, BLOCK_N)
         running_max, row_sum, acc_main, acc_tail = _attend_tile(
-            (running_max, row_sum, acc_main, acc_tail), start, columns, columns < limit, query, segment, pointers, headroom, known, floor, contrast,
-            strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, False, COMPARED, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V,
-            V_MAIN, V_TAIL, BLOCK_N,
+            (running_max, row_sum, acc_main, acc_tail), start, columns, columns < limit, query, segment, pointers, headroom, common_max, known, floor,
+            contrast, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, False, COMPARED, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL,
+            D_V, V_MAIN, V_TAIL, BLOCK_N,
         )  # fmt: skip
     if SORTED:
         for start in tl.range(0, compared, BLOCK_N):
             positions = start + tl.arange(0, BLOCK_N)
             running_max, row_sum, acc_main, acc_tail = _attend_tile(
                 (running_max, row_sum, acc_main, acc_tail), start, compared_slots(positions, spans), positions < compared, query, segment, pointers,
-                headroom, known, floor, contrast, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, True, True, FIXED, HAS_VALUES, KNOWN_LSE,
+                headroom, common_max, known, floor, contrast, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, True, True, FIXED, HAS_VALUES, KNOWN_LSE,
                 EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
             )  # fmt: skip
     elif RAGGED:
         if whole < limit:
             columns = whole + tl.arange(0, BLOCK_N)
             running_max, row_sum, acc_main, acc_tail = _attend_tile(
-                (running_max, row_sum, acc_main, acc_tail), whole, columns, columns < limit, query, segment, pointers, headroom, known, floor,
-                contrast, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, True, COMPARED, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN,
-                D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
+                (running_max, row_sum, acc_main, acc_tail), whole, columns, columns < limit, query, segment, pointers, headroom, common_max, known,
+                floor, contrast, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, True, COMPARED, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D,
+                D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
             )  # fmt: skip
     return running_max, row_sum, acc_main, acc_tail
 
@@ -228,13 +236,14 @@ def _attend(
     EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
     V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One query tile meets every key of every segment."""
+    """One query tile meets every key of every segment. Where FIXED, the row sum comes and goes in PARTS."""
     running_max, row_sum, acc_main, acc_tail = state
+    common_max = tl.max(running_max, 0)
     for s in tl.static_range(SEGMENTS):
         running_max, row_sum, acc_main, acc_tail = _attend_segment(
-            (running_max, row_sum, acc_main, acc_tail), segments[s], opposite if NEGATIVE[s] else query, classes, batch, head, known, floor,
-            contrast, strength, RAGGED[s], PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D,
-            D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
+            (running_max, row_sum, acc_main, acc_tail), segments[s], opposite if NEGATIVE[s] else query, classes, batch, head, common_max, known,
+            floor, contrast, strength, RAGGED[s], PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS,
+            D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
         )  # fmt: skip
     return running_max, row_sum, acc_main, acc_tail
 
@@ -246,7 +255,7 @@ def _has_first_tile(segment, classes, batch, head, BLOCK_N: tl.constexpr):
         return True
     else:
         pointers, limit, headroom = open_segment(segment, batch, head, False)
-        whole, compared, spans = visible_spans(pointers[6], classes[0], classes[1], BLOCK_N)
+        whole, compared, spans = visible_spans(pointers[7], classes[0], classes[1], BLOCK_N)
         return whole > 0
 
 
@@ -260,7 +269,7 @@ def _first_max(
     columns = tl.arange(0, BLOCK_N)
     present = columns < limit
     if segment.starts_ptr is not None:
-        whole, compared, spans = visible_spans(pointers[6], classes[0], classes[1], BLOCK_N)
+        whole, compared, spans = visible_spans(pointers[7], classes[0], classes[1], BLOCK_N)
         columns += free_slot(0, spans)
     scores, factor, seen, rows, present, key_ptr, key_pitch_n, value_ptr, value_pitch_n = score_tile(
         0, columns, present, query, segment, pointers, strength, KEY_PITCH, 0, GUIDE_PITCH, RAGGED, False, D, D_MAIN, D_TAIL, BLOCK_N
@@ -328,24 +337,29 @@ def attention_kernel(
     query = (query_main, query_tail, guide_main, guide_tail, query_labels)
     opposite = (-query_main, -query_tail, guide_main, guide_tail, query_labels)
     if FIXED:
+        row_parts = tl.zeros((BLOCK_M, PARTS), tl.float32)
         if _has_first_tile(segments[0], classes, batch, head, BLOCK_N):
             running_max = _first_max(
                 segments[0], opposite if NEGATIVE[0] else query, classes, batch, head, strength, RAGGED[0], PITCHES[0], PITCHES[2], D, D_MAIN,
                 D_TAIL, BLOCK_N,
             )  # fmt: skip
-            running_max, row_sum, acc_main, acc_tail = _attend(
-                (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength,
+            if segments[0].weights_ptr is not None:
+                running_max = tl.zeros((BLOCK_M,), tl.float32) + tl.max(running_max, 0)
+            running_max, row_parts, acc_main, acc_tail = _attend(
+                (running_max, row_parts, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength,
                 SEGMENTS, NEGATIVE, RAGGED, PITCHES, True, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
             )  # fmt: skip
         else:
-            row_sum = tl.full((BLOCK_M,), float("inf"), tl.float32)
+            row_parts = tl.full((BLOCK_M, PARTS), float("inf"), tl.float32)
     else:
         running_max, row_sum, acc_main, acc_tail = _attend(
             (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength, SEGMENTS,
             NEGATIVE, RAGGED, PITCHES, False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
         )  # fmt: skip
     if FIXED:
-        if not tl.max(row_sum, 0) < FIXED_LIMIT:
+        row_sum = tl.sum(row_parts, 1)
+        least = tl.min(tl.where(inside, row_sum, 1.0), 0)
+        if not ((tl.max(row_sum, 0) < FIXED_LIMIT) & (least > 1 / FIXED_LIMIT)):
             running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
             row_sum = tl.zeros((BLOCK_M,), tl.float32)
             acc_main = tl.zeros((BLOCK_M, V_MAIN), tl.float32)

@@ -32,6 +32,7 @@ class Multiplicity(NamedTuple):
 
     order: Tensor  # int32 [B, G, N], ascending, zeros behind
     weights: Tensor  # float32 [B, G, N], the counts in this order, zeros behind
+    log_weights: Tensor  # float32 [B, G, N], log2 of the counts, zeros behind
     unique: Tensor  # int32 [B, G]
     headroom: Tensor  # float32 [B, G], log2 of what the largest count exceeds 2^15 by, for fp16
     total: Tensor  # float32 [B, G], the sum of the counts
@@ -41,8 +42,8 @@ def compact(counts: Tensor) -> Multiplicity:
     """Deterministic, no host synchronisation; counts int32 [B, G, N], any strides."""
     batch, maps, tokens = counts.shape
     block = min(max(triton.next_power_of_2(tokens), COMPACT_BLOCKS[0]), COMPACT_BLOCKS[1])
-    shapes = [counts.shape] * 2 + [counts.shape[:2]] * 3
-    dtypes = (torch.int32, torch.float32, torch.int32, torch.float32, torch.float32)
+    shapes = [counts.shape] * 3 + [counts.shape[:2]] * 3
+    dtypes = (torch.int32, torch.float32, torch.float32, torch.int32, torch.float32, torch.float32)
     multiplicity = Multiplicity(*(torch.empty(shape, device=counts.device, dtype=dtype) for shape, dtype in zip(shapes, dtypes)))
     launch(
         _compact_kernel, (batch * maps,), num_warps=block // 256, num_stages=1, counts_ptr=counts,
@@ -79,13 +80,14 @@ def _match_counts_kernel(
 
 @triton.jit
 def _compact_kernel(
-    counts_ptr, order_ptr, weights_ptr, unique_ptr, headroom_ptr, total_ptr, counts_stride_b, counts_stride_g, counts_stride_n, G, N_K,
-    BLOCK: tl.constexpr,
+    counts_ptr, order_ptr, weights_ptr, log_weights_ptr, unique_ptr, headroom_ptr, total_ptr, counts_stride_b, counts_stride_g, counts_stride_n, G,
+    N_K, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     counts_ptr += (row // G) * counts_stride_b + (row % G) * counts_stride_g
     order_ptr += row * N_K
     weights_ptr += row * N_K
+    log_weights_ptr += row * N_K
     unique = 0
     largest = tl.zeros((BLOCK,), tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -99,6 +101,7 @@ def _compact_kernel(
         slot = tl.where(chosen != 0, chosen_before, N_K - 1 - (tokens - chosen_before))
         tl.store(order_ptr + slot, tl.where(chosen != 0, tokens, 0), mask=tokens < N_K)
         tl.store(weights_ptr + slot, counts.to(tl.float32), mask=tokens < N_K)
+        tl.store(log_weights_ptr + slot, tl.math.log2(tl.maximum(counts, 1).to(tl.float32)), mask=tokens < N_K)
         unique += tl.sum(chosen, 0)
         largest = tl.maximum(largest, counts)
         total += counts.to(tl.float32)

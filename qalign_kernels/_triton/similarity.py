@@ -1,7 +1,8 @@
 """similarity_argmax and similarity_topk on Triton. B batch rows, G maps (1 when joint, else H), H heads, N_Q and N_K tokens, D channels a head.
 
-The best score and its tile are kept for every column of a tile apart and meet once, after the last tile: three instructions for a
-score, no reduction in the loop. The last tile is moved back to end at N_K, so that no tile has columns to mask.
+The best score and its tile are kept for every column of a tile apart (packed, for every two) and meet once, after the last tile: three
+instructions for a score (packed, one and a half), no reduction in the loop. The last tile is moved back to end at N_K, so that no tile has
+columns to mask.
 
 Where several programs share the keys of a query, their matches meet in one 64-bit atomic maximum of (score, lowest index): exact, in any order.
 """
@@ -21,7 +22,8 @@ PREPARED_ROWS = 64  # heads of tokens that are loaded at once, by which fewer lo
 PREPARED_HEADS = 16  # the most of them that are one token's
 UNPACK_BLOCK = 256
 FOLDED_HEAD_DIM = 64
-PACKED_TILES = tl.constexpr(128)  # tiles that seven bits tell apart
+CODES = tl.constexpr(128)  # of a packed score: its tile and which of two columns, in seven bits
+PTX_TARGETS = ("sm_90", "sm_100", "sm_103")
 NOTHING = tl.constexpr(-0x7F800001)  # -inf as `ordered` gives it
 
 
@@ -93,13 +95,13 @@ def _argmax(
     tile = choose_tile("similarity", mode, target, constants["D"], query.dtype, pair.N_Q)
     rows = query.shape[0] * (1 if joint else query.shape[1])
     programs, key_tiles = rows * triton.cdiv(pair.N_Q, tile.block_m), triton.cdiv(pair.N_K, tile.block_n)
-    splits, tiles_per_split = split_keys(programs, key_tiles, PACKED_TILES.value if packed else key_tiles)
+    splits, tiles_per_split = split_keys(programs, key_tiles, CODES.value // 2 if packed else key_tiles)
     if match is None and splits > 1:
         match = _per_token(query, joint, torch.int64)
     pair = _prepare(pair, query, reference, similarity, joint, match, counts)
     launch(
         _similarity_argmax_kernel, (programs * splits,), num_warps=tile.num_warps, num_stages=tile.num_stages, pair=pair, index_ptr=index,
-        score_ptr=score, match_ptr=match, counts_ptr=counts, SPLITS=splits, TILES_PER_SPLIT=tiles_per_split, PACKED=packed, LOP3=target == "sm_90",
+        score_ptr=score, match_ptr=match, counts_ptr=counts, SPLITS=splits, TILES_PER_SPLIT=tiles_per_split, PACKED=packed, PTX=target in PTX_TARGETS,
         **constants, **_tiled(pair, tile),
     )  # fmt: skip
     return match
@@ -308,21 +310,58 @@ def _best_column(scores, columns):
 
 
 @triton.jit
-def _pack(scores, code, LOP3: tl.constexpr):
-    """The scores with their seven low bits replaced by `code`; LLVM makes two instructions of it for sm_90, so one is asked for by name."""
-    bits = scores.to(tl.int32, bitcast=True)
-    if LOP3:
+def _pack(bits, code, PTX: tl.constexpr):
+    """int32 with their seven low bits replaced by `code`; LLVM makes two instructions of it for sm_90, so one is asked for by name."""
+    if PTX:
         code = tl.zeros_like(bits) + code
-        packed = tl.inline_asm_elementwise("lop3.b32 $0, $1, 0xFFFFFF80, $2, 0xEA;", "=r,r,r", [bits, code], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise("lop3.b32 $0, $1, 0xFFFFFF80, $2, 0xEA;", "=r,r,r", [bits, code], dtype=tl.int32, is_pure=True, pack=1)
     else:
-        packed = (bits & -PACKED_TILES) | code
-    return packed.to(tl.float32, bitcast=True)
+        return (bits & -CODES) | code
+
+
+@triton.jit
+def _largest(first, second, third, PTX: tl.constexpr):
+    """The largest of three int32; ptxas makes one instruction of the two only where they are neighbours."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .s32 larger; max.s32 larger, $1, $2; max.s32 $0, larger, $3; }", "=r,r,r,r", [first, second, third], dtype=tl.int32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.maximum(tl.maximum(first, second), third)
+
+
+@triton.jit
+def _walk_packed(
+    pair, opened, first, last, last_start, NEGATIVE: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PTX: tl.constexpr,
+    SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The bits of each row's best score without their seven low ones, and the lowest index that has it, of rows with a score that is not negative;
+    of rows without one if NEGATIVE.
+
+    There the bits compare as the scores do. Below them each has a code, which is larger the earlier its tile and, of two columns, the even one is.
+    """
+    best = tl.full([BLOCK_M, BLOCK_N // 2], -FAR - 1, tl.int32)
+    for tile in range(first, last):
+        start = tl.minimum(tile * BLOCK_N, last_start)
+        bits = _score_tile(pair, opened, start, D, MAIN, TAIL, False, SHORT, BLOCK_M, BLOCK_N).to(tl.int32, bitcast=True)
+        even, odd = tl.split(tl.reshape(~bits if NEGATIVE else bits, [BLOCK_M, BLOCK_N // 2, 2]))
+        code = CODES - 1 - 2 * (tile - first)
+        best = _largest(_pack(even, code, PTX), _pack(odd, code - 1, PTX), best, PTX)
+
+    codes = CODES - 1 - (best & (CODES - 1))
+    columns = tl.minimum((first + codes // 2) * BLOCK_N, last_start) + 2 * tl.arange(0, BLOCK_N // 2)[None, :] + codes % 2
+    best |= 1  # the columns of a tile are equals
+    strongest = tl.max(best, 1)
+    index = tl.min(tl.where(best == strongest[:, None], columns, FAR), 1)
+    strongest &= -CODES
+    return ~strongest if NEGATIVE else strongest, index
 
 
 @triton.jit
 def _similarity_argmax_kernel(
     pair, index_ptr, score_ptr, match_ptr, counts_ptr, SPLITS, TILES_PER_SPLIT, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    JOINT: tl.constexpr, PACKED: tl.constexpr, LOP3: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    JOINT: tl.constexpr, PACKED: tl.constexpr, PTX: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(pair.N_Q, BLOCK_M)
     row_tile, split = tl.program_id(0) % row_tiles, (tl.program_id(0) // row_tiles) % SPLITS
@@ -331,33 +370,35 @@ def _similarity_argmax_kernel(
     first = split * TILES_PER_SPLIT
     last = tl.minimum(first + TILES_PER_SPLIT, tl.cdiv(pair.N_K, BLOCK_N))
     last_start = tl.maximum(pair.N_K - BLOCK_N, 0)
-    if JOINT:  # the heads' sum needs the registers, and there is one tile to reduce for all of them
-        score = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        index = tl.full([BLOCK_M], -1, tl.int32)
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    if PACKED:
+        bits, index = _walk_packed(pair, opened, first, last, last_start, False, D, MAIN, TAIL, PTX, SHORT, BLOCK_M, BLOCK_N)
+        if tl.min(bits, 0) < 0:
+            other_bits, other_index = _walk_packed(pair, opened, first, last, last_start, True, D, MAIN, TAIL, PTX, SHORT, BLOCK_M, BLOCK_N)
+            index = tl.where(bits < 0, other_index, index)
+            bits = tl.where(bits < 0, other_bits, bits)
+        score = (bits ^ (CODES // 2)).to(tl.float32, bitcast=True)  # the middle of the scores that share the upper bits
     else:
-        best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-        best_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for tile in range(first, last):
-        start = tl.minimum(tile * BLOCK_N, last_start)
-        scores = _score_tile(pair, opened, start, D, MAIN, TAIL, JOINT, SHORT, BLOCK_M, BLOCK_N)
-        if JOINT:
-            tile_score, tile_index = _best_column(scores, start + tl.arange(0, BLOCK_N)[None, :])
-            index = tl.where(tile_score > score, tile_index, index)
-            score = tl.maximum(score, tile_score, propagate_nan=tl.PropagateNan.ALL)
-        elif PACKED:  # the earlier tile has the larger code: it wins among equal scores
-            scores = _pack(scores, PACKED_TILES - 1 - (tile - first), LOP3)
-            best = tl.maximum(best, scores, propagate_nan=tl.PropagateNan.ALL)
+        if JOINT:  # the heads' sum needs the registers, and there is one tile to reduce for all of them
+            score = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            index = tl.full([BLOCK_M], -1, tl.int32)
         else:
-            best_tile = tl.where(scores > best, tile, best_tile)
-            best = tl.maximum(best, scores, propagate_nan=tl.PropagateNan.ALL)
+            best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+            best_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+        for tile in range(first, last):
+            start = tl.minimum(tile * BLOCK_N, last_start)
+            scores = _score_tile(pair, opened, start, D, MAIN, TAIL, JOINT, SHORT, BLOCK_M, BLOCK_N)
+            if JOINT:
+                tile_score, tile_index = _best_column(scores, start + columns)
+                index = tl.where(tile_score > score, tile_index, index)
+                score = tl.maximum(score, tile_score, propagate_nan=tl.PropagateNan.ALL)
+            else:
+                best_tile = tl.where(scores > best, tile, best_tile)
+                best = tl.maximum(best, scores, propagate_nan=tl.PropagateNan.ALL)
+        if not JOINT:
+            score, index = _best_column(best, tl.minimum(best_tile * BLOCK_N, last_start) + columns)
 
-    if not JOINT:
-        if PACKED:
-            best_tile = first + PACKED_TILES - 1 - (best.to(tl.int32, bitcast=True) & (PACKED_TILES - 1))
-        score, index = _best_column(best, tl.minimum(best_tile * BLOCK_N, last_start) + tl.arange(0, BLOCK_N)[None, :])
     found = score != float("-inf")
-    if PACKED:  # the middle of the scores that share the upper bits
-        score = ((score.to(tl.int32, bitcast=True) & -PACKED_TILES) | PACKED_TILES // 2).to(tl.float32, bitcast=True)
     if pair.query_norm_ptr is not None:
         score *= tl.load(pair.query_norm_ptr + row * pair.N_Q + opened[0])
     elif pair.reference_norm_ptr is not None:  # the cosine of an infinite query

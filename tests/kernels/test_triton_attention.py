@@ -180,3 +180,11 @@ def test_keys_far_above_those_of_the_first_tile(counted):
     logits = torch.einsum("bhqd,bhkd->bhqk", query, segment.key) / math.log(2)
     assert (logits.amax(-1) - logits[..., :32].amax(-1)).amax((0, 1))[:32].max() > 128
     _check(query, [segment], scale=1.0)
+
+
+@pytest.mark.parametrize("below", [30, 300])
+def test_query_far_below_those_of_its_tile(below):
+    """With counts a tile's queries have one stabiliser: where it makes a query's weights vanish, the running maximum takes over."""
+    query, segment = _query(torch.float32), _segment(torch.float32, 71, counts=_counts(71))
+    segment.key[..., 0], query[..., 0], query[:, :, 3, 0] = 1, 0, -below
+    _check(query, [segment], scale=1.0)

@@ -48,9 +48,9 @@ def _classes(labels):
 @pytest.mark.parametrize("rows,tokens", [(1, 1), (2, 150), (1, 5000)])
 def test_tokens_lie_by_class_in_order(rows, tokens):
     labels = _pick("any", rows, tokens, 1)
-    order, weights, starts = _labels.sort_tokens(labels)
+    order, weights, log_weights, starts = _labels.sort_tokens(labels)
     classes = _classes(labels)
-    assert weights is None
+    assert weights is None and log_weights is None
     assert torch.equal(order[:, 0], classes.argsort(stable=True).int())
     assert torch.equal(starts[:, 0, 1:], torch.stack([(classes <= c).sum(1) for c in range(35)], 1).int())
     assert not starts[:, 0, 0].any()
@@ -58,7 +58,7 @@ def test_tokens_lie_by_class_in_order(rows, tokens):
 
 def test_every_bit_is_a_class_of_its_own():
     labels = torch.tensor([[1 << bit for bit in range(31)] + [-(2**31)]], dtype=torch.int32)
-    _, _, starts = _labels.sort_tokens(labels)
+    *_, starts = _labels.sort_tokens(labels)
     assert starts[0, 0, 2:35].tolist() == list(range(33))
 
 
@@ -66,7 +66,7 @@ def test_every_bit_is_a_class_of_its_own():
 @pytest.mark.parametrize("maps", [1, 3])
 def test_chosen_tokens_keep_their_weights(label_rows, maps):
     labels, counts = _pick("any", label_rows, 90, 1), testing.random_integers(0, 3, 2, maps, 90, seed=2)
-    order, weights, starts = _labels.sort_tokens(labels, rearrange.compact(counts))
+    order, weights, log_weights, starts = _labels.sort_tokens(labels, rearrange.compact(counts))
     classes = _classes(labels).expand(2, -1)
     for b in range(2):
         for g in range(maps):
@@ -76,6 +76,7 @@ def test_chosen_tokens_keep_their_weights(label_rows, maps):
             assert starts[b, g, -1] == number
             assert torch.equal(order[b, g, :number], expected.int())
             assert torch.equal(weights[b, g, :number], counts[b, g, expected].float())
+            torch.testing.assert_close(log_weights[b, g, :number], weights[b, g, :number].log2())
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def test_every_key_that_is_seen_is_met_once(classes):
     """One label meets its own keys, those of all labels and those of several; freely those that no query of the tile can fail to see."""
     lowest, highest = classes
     labels = _pick("any", 1, 200, 3)
-    order, _, starts = _labels.sort_tokens(labels)
+    order, *_, starts = _labels.sort_tokens(labels)
     found = torch.full((2 + 256,), -1, dtype=torch.int32)
     _spans_kernel[(1,)](starts, lowest, highest, found, BLOCK=16)
     whole, compared = found[:2].tolist()

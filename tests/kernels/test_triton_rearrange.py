@@ -59,6 +59,7 @@ def _check_multiplicity(found, counts):
         assert torch.equal(order[:number], row_counts.nonzero().squeeze(-1).int())
         assert torch.equal(weights[:number], row_counts[row_counts > 0].float())
         assert not order[number:].any() and not weights[number:].any()
+    assert torch.allclose(found.log_weights, found.weights.clamp(min=1).log2(), rtol=1e-6, atol=0)
 
 
 def test_compact_of_large_counts():
