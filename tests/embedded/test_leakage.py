@@ -28,7 +28,7 @@ from qalign.schedule import Clock  # noqa: E402
 from qalign.site import Site  # noqa: E402
 from qalign_kernels import label_mass, match_counts, similarity_argmax  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
-from tests.processors.models import make_pipe  # noqa: E402
+from tests.processors.models import pipe_of  # noqa: E402
 
 TRIPLE = BatchLayout("output", "appearance", "structure")
 PAIR = BatchLayout("output", "appearance")
@@ -41,18 +41,12 @@ METHODS = {"cross_image": CrossImage(), "qalign": QAlign()}
 
 @pytest.fixture(scope="module")
 def pipe():
-    return small_pipe()
+    return pipe_of(AppearanceTransferPipeline)
 
 
 @pytest.fixture(scope="module")
 def report(pipe):
     return leakage.run(pipe, pairs=3, settings=QUICK)
-
-
-def small_pipe():
-    pipe = AppearanceTransferPipeline.from_pipe(make_pipe("small"))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def rows(*numbers: int) -> torch.Tensor:
@@ -438,7 +432,7 @@ if __name__ == "__main__":  # one of the two processes
         share.append(len(pairs))
         return pairs
 
-    made = leakage.run(small_pipe(), pairs=3, settings=QUICK, progress=counted) | {"shares": gather_object(share)}
+    made = leakage.run(pipe_of(AppearanceTransferPipeline), pairs=3, settings=QUICK, progress=counted) | {"shares": gather_object(share)}
     if leakage.processes().is_main_process:
         Path(sys.argv[1]).write_text(json.dumps(made))
     leakage.leave()

@@ -14,7 +14,7 @@ from qalign.distillation import AttentionReader, frozen, gradient
 from qalign.methods import BoundedAttention
 from qalign.pipelines import BoundedAttentionPipeline, BoundedAttentionXLPipeline, bounded_attention
 from tests.pipelines.transfers import seeded
-from tests.processors.models import make_pipe, self_attention
+from tests.processors.models import make_pipe, pipe_of, self_attention
 
 PROMPT = "an ox by a fox"  # start, a, n, o, x, b, y, a, f, o, x, end
 SUBJECTS = [("ox", (0.0, 0.1, 0.5, 0.9)), ("fox", (0.5, 0.3, 1.0, 0.8))]
@@ -24,9 +24,7 @@ BLIND = BoundedGuidance(until=0.0, refine_every=0)
 
 
 def make(family="sd15"):
-    pipe = BoundedAttentionPipeline.from_pipe(make_pipe(family))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe_of(BoundedAttentionPipeline, family)
 
 
 def noise(seed=0):

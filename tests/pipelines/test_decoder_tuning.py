@@ -8,15 +8,13 @@ import torch
 from qalign import AttentionDistillationPipeline, tuned_decoder
 from qalign.embedded.scenes import held_out_seed, render
 from tests.pipelines.transfers import pictures, seeded
-from tests.processors.models import make_pipe
+from tests.processors.models import embedded_pipe, make_pipe, quiet
 
 
 def make(dtype=torch.float32):
     stock = make_pipe("small")
     parts = {name: copy.deepcopy(getattr(stock, name)) for name in ("vae", "text_encoder")}  # all tests share these
-    pipe = AttentionDistillationPipeline.from_pipe(stock, **parts).to(dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(AttentionDistillationPipeline.from_pipe(stock, **parts).to(dtype))
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +38,7 @@ def call(pipe, **options):
 
 
 def test_a_scene_is_reproduced_better_and_the_weights_are_as_before():
-    pipe, scene = AttentionDistillationPipeline.embedded(), render([held_out_seed(1)], 64).image
-    pipe.set_progress_bar_config(disable=True)
+    pipe, scene = embedded_pipe(AttentionDistillationPipeline), render([held_out_seed(1)], 64).image
     before, latents = state(pipe), pipe.encode(scene).detach()
 
     def error():
