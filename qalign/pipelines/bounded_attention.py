@@ -173,6 +173,7 @@ class _Run:
         self.mask_layers = decoder if mask_layers is None else mask_layers
         self.refiner = MaskRefiner(boxes, {label: places[-1] for label, places in method.subject_tokens.items()})
         self.read = AttentionReader(pipe, found, method=replace(method, optimized=True), regions=boxes, cross=True)
+        self.predicting = self._reader()
         self.told: tuple[Callable | None, Sequence[str]] = (None, ())
         self.losses: list[tuple[float, float]] = []
         self.interrupted = False
@@ -189,6 +190,7 @@ class _Run:
                     latents = self._guide(latents, timestep, condition, step, total, bar)
                     if self.guidance.refines(step, total):
                         self.regions = self.refiner.refine(self.regions)
+                        self.predicting = self._reader()
                     base, output = self._predict(latents, timestep, both).chunk(2)
                     stepped = scheduler.step(base + scale * (output - base), timestep, latents)
                     latents, best = stepped.prev_sample, stepped.pred_original_sample
@@ -220,9 +222,13 @@ class _Run:
                 latents = latents - rate * gradient(loss, moving)
         return latents
 
+    def _reader(self) -> AttentionReader:
+        """Of a whole step under the present masks."""
+        return AttentionReader(self.pipe, self.mask_layers, method=self.method, regions=self.regions, cross=True)
+
     def _predict(self, latents: Tensor, timestep: Tensor, both: Condition) -> Tensor:
         """Of the empty prompt and the prompt; the prompt's maps go into the refiner."""
-        with AttentionReader(self.pipe, self.mask_layers, method=self.method, regions=self.regions, cross=True) as read:
+        with self.predicting as read:
             output, features = read.predict(latents.expand(2, -1, -1, -1), timestep, both)
         own, words = _split(features)
         if self.guidance.refine_every:

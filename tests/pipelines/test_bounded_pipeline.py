@@ -138,7 +138,7 @@ def test_trap_the_end_of_the_prompt_is_open_to_the_background_while_latents_are_
 
 
 def test_masks_take_the_place_of_boxes_after_the_guided_steps(monkeypatch):
-    added, refined, read = [], [], []
+    added, refined, read, predicting = [], [], [], []
     real_add, real_refine, real_loss = MaskRefiner.add, MaskRefiner.refine, BoundedGuidance.loss
     monkeypatch.setattr(MaskRefiner, "add", lambda self, own, regions, *rest: added.append((own, regions)) or real_add(self, own, regions, *rest))
 
@@ -149,8 +149,17 @@ def test_masks_take_the_place_of_boxes_after_the_guided_steps(monkeypatch):
 
     monkeypatch.setattr(MaskRefiner, "refine", refine)
     monkeypatch.setattr(BoundedGuidance, "loss", lambda self, own, regions, *rest: read.append(regions) or real_loss(self, own, regions, *rest))
+
+    class Reader(AttentionReader):
+        def __init__(self, pipe, layers, *, method, regions, cross):
+            if not method.optimized:
+                predicting.append(regions)
+            super().__init__(pipe, layers, method=method, regions=regions, cross=cross)
+
+    monkeypatch.setattr(bounded_attention, "AttentionReader", Reader)
     guidance = BoundedGuidance(until=0.25, iterations=1, enough=0.0, refine_every=2)
     found = call(make(), num_inference_steps=8, guidance=guidance)
+    assert [id(regions) for regions in predicting[1:]] == [id(regions) for _, regions in refined] and len(predicting) == 4
     assert [number for number, _ in refined] == [2, 4, 6]  # with the maps of all passes before
     assert all(torch.equal(regions.structure, BOXES.structure) for _, regions in added[:2]) and len(read) == 2
     assert [id(regions) for _, regions in added[2:]] == [id(refined[step // 2][1]) for step in range(6)]
