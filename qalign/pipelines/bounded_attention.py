@@ -17,7 +17,7 @@ from ..distillation import AttentionReader, frozen, gradient
 from ..masks import noun_tokens
 from ..methods.bounded import BoundedAttention
 from ..regions import Regions
-from .base import Condition, LatentDiffusion, XLConditions, check_output
+from .base import Condition, LatentDiffusion, XLConditions, check_output, concatenate_conditions
 from .pictures import MULTIPLE
 
 # the closed classes that the published tagger filters: conjunctions, cardinals, determiners, prepositions, and words of place
@@ -182,7 +182,7 @@ class _Run:
         """The latents after the last timestep, or the last estimate of the clean ones where something ended it early."""
         pipe, best, total, (callback, names) = self.pipe, latents, len(scheduler.timesteps), self.told
         condition, unconditional = conditions
-        both = _concatenated(unconditional, condition)
+        both = concatenate_conditions(unconditional, condition)
         pipe._interrupt, pipe._num_timesteps = False, total
         try:
             with frozen(pipe.unet), pipe.progress_bar(total=total) as bar:
@@ -258,11 +258,6 @@ def _places(tokenizer: Any, prompt: str, words: str) -> tuple[int, ...]:
         except ValueError:
             continue
     raise ValueError(f"subjects: expected words of the prompt {prompt!r}, got {words!r}")
-
-
-def _concatenated(first: Condition, second: Condition) -> Condition:
-    """Both in one batch."""
-    return {name: _concatenated(each, second[name]) if isinstance(each, dict) else torch.cat([each, second[name]]) for name, each in first.items()}
 
 
 def _check(guidance: Any, output_type: str, steps: int, names: Sequence[str]) -> None:
