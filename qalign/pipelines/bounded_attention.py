@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..bounded_guidance import BoundedGuidance, MaskRefiner
+from ..checks import require_count
 from ..control import find_unet, select_layers
 from ..distillation import AttentionReader, frozen, gradient
 from ..masks import noun_tokens
@@ -264,5 +265,4 @@ def _check(guidance: Any, output_type: str, steps: int, names: Sequence[str]) ->
     if not isinstance(guidance, BoundedGuidance):
         raise TypeError(f"guidance: expected BoundedGuidance(...) or None, got {guidance!r}")
     check_output(output_type, names)
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"num_inference_steps: expected a whole number above zero, got {steps!r}")
+    require_count("num_inference_steps", steps, 1)

@@ -225,7 +225,7 @@ def test_interrupted_it_returns_the_last_estimate_of_the_clean_picture():
         ({"layers": "mid"}, ValueError, "mask_layers: expected names where `layers` has none of the decoder, got None and layers='mid'"),
         ({"mask_layers": "up"}, ValueError, "mask_layers: expected layers of one number of tokens, got 16, 64, 256"),
         ({"output_type": "gif"}, ValueError, "output_type: expected one of"),
-        ({"num_inference_steps": 0}, ValueError, "num_inference_steps: expected a whole number above zero, got 0"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps: expected an integer of at least 1, got 0"),
     ],
 )
 def test_what_is_refused(options, error, message):

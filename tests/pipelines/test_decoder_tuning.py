@@ -147,9 +147,9 @@ def test_an_interrupt_while_the_decoder_is_tuned_leaves_the_stock_picture(pipe, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"iterations": -1}, "iterations: expected a whole number, got -1"),
-        ({"iterations": True}, "iterations: expected a whole number, got True"),
-        ({"iterations": 7.5}, "iterations: expected a whole number, got 7.5"),
+        ({"iterations": -1}, "iterations: expected an integer of at least 0, got -1"),
+        ({"iterations": True}, "iterations: expected an integer of at least 0, got True"),
+        ({"iterations": 7.5}, "iterations: expected an integer of at least 0, got 7.5"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number above 0, got 0.0"),
     ],
 )
