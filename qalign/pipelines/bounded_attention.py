@@ -14,6 +14,7 @@ from torch import Tensor
 from ..bounded_guidance import BoundedGuidance, MaskRefiner
 from ..checks import require_count
 from ..control import find_unet, select_layers
+from ..denoiser import decoder_layers
 from ..distillation import AttentionReader, frozen, gradient
 from ..masks import noun_tokens
 from ..methods.bounded import BoundedAttention
@@ -168,7 +169,7 @@ class _Run:
     ) -> None:
         self.pipe, self.guidance, self.method, self.boxes, self.regions = pipe, guidance, method, boxes, boxes
         found = list(select_layers(find_unet(pipe), layers, guidance))  # type: ignore[arg-type]
-        decoder = [name for name in found if name.startswith("up_blocks.")]
+        decoder = decoder_layers(found)
         if mask_layers is None and not decoder:
             raise ValueError(f"mask_layers: expected names where `layers` has none of the decoder, got None and layers={layers!r}")
         self.mask_layers = decoder if mask_layers is None else mask_layers
