@@ -63,7 +63,7 @@ test: lint
 	@echo "validate: every op against float64"
 	@$(PY) -m qalign_kernels.validate --quick
 	@echo "pytest"
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks *.egg-info

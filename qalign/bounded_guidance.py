@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qalign_kernels import label_mass, mean_attention_map
 
-from .denoiser import token_grid
+from .denoiser import decoder_layers, token_grid
 from .masks import segment
 from .methods.attention_distillation import Features, LayerFeatures
 from .methods.bounded import ONLY_BACKGROUND, BoundedAttention
@@ -94,7 +94,7 @@ class BoundedGuidance:
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         """Published: of SD 1.5 the mid block and the decoder's first with attention, of SDXL six early ones in up_blocks.0."""
-        decoder = [name for name in names if name.startswith("up_blocks.")]
+        decoder = decoder_layers(names)
         first = [name for name in decoder if name.split(".")[1] == decoder[0].split(".")[1]]
         return first[1:7] if len(first) > 6 else [name for name in names if name.startswith("mid_block.")] + first
 

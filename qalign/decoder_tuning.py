@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import require_count
 from .distillation import frozen
 from .inversion import require_finite
 
@@ -52,13 +53,6 @@ def tuned_decoder(pipe: Any, pictures: Tensor, *, iterations: int = ITERATIONS, 
         finally:
             vae.decoder = original
             nn.Module.to(vae, vae.device, dtype)  # offloading may have moved the rest meanwhile
-
-
-def require_count(name: str, number: Any) -> int:
-    """`number`, if it is a whole one from 0."""
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ValueError(f"{name}: expected a whole number, got {number!r}")
-    return number
 
 
 def _tune(pipe: Any, pictures: Tensor, iterations: int, learning_rate: float) -> list[float]:

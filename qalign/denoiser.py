@@ -1,4 +1,4 @@
-"""What everybody asks of a denoiser: short names of its layers, the grids of their tokens, the size of its pictures."""
+"""What everybody asks of a denoiser: its layers by short names and by block, the grids of their tokens, the size of its pictures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,11 @@ from typing import Any
 def short_name(layer: str) -> str:
     """A self-attention layer's name without what most share: up_blocks.1.attentions.0.transformer_blocks.0.attn1 -> up_blocks.1.attentions.0"""
     return layer.removesuffix(".attn1").removesuffix(".transformer_blocks.0")
+
+
+def decoder_layers(names: Sequence[str]) -> list[str]:
+    """Those of the decoder, the up blocks, in their order."""
+    return [name for name in names if name.startswith("up_blocks.")]
 
 
 def halved(grid: tuple[int, int]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .control import attach
+from .denoiser import decoder_layers
 from .layout import BatchLayout
 from .site import Site
 
@@ -30,7 +31,7 @@ class _Kept:
         return site.plain(q, k, v)
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name.startswith("up_blocks.")]
+        return decoder_layers(names)
 
     def takes_structure(self, step: int, total: int) -> bool:
         return False

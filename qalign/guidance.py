@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import require_count
+
 
 def swap_scales(steps: int, scale: float = 3.5, *, start: float = 10 / 68) -> Tensor:
     """The guidance scale of every executed step, float32 [steps] on the CPU.
@@ -20,8 +22,7 @@ def swap_scales(steps: int, scale: float = 3.5, *, start: float = 10 / 68) -> Te
 
     Source: Cross-Image attention, arXiv 2311.03335.
     """
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps: expected an integer of at least 0, got {steps!r}")
+    require_count("steps", steps)
     if scale <= 1:
         return torch.ones(steps)
     ramp = torch.linspace(scale, max(scale / 2, 1), steps)
@@ -39,8 +40,7 @@ def early_scales(steps: int, scale: float = 7.0, *, early: float = 20.0, count: 
 
     Source: Visual Style Prompting, arXiv 2402.12974, "advanced sampling".
     """
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps: expected an integer of at least 0, got {steps!r}")
+    require_count("steps", steps)
     return torch.where(torch.arange(steps) < count, early, scale)
 
 
@@ -95,8 +95,7 @@ def delta_bridge_strengths(steps: int, strength: float = 1.0, *, hold: float = 0
 
     Source: SeAl (CVPR 2026) says that λ acts early to midway and decays to 0; this shape and its defaults are inferred.
     """
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps: expected an integer of at least 0, got {steps!r}")
+    require_count("steps", steps)
     if not 0 <= hold < end <= 1:
         raise ValueError(f"hold, end: expected 0 <= hold < end <= 1, got {hold!r}, {end!r}")
     progress = torch.arange(steps) / max(steps - 1, 1)
@@ -107,8 +106,7 @@ def low_pass(x: Tensor, *, kernel: int = 3, count: int = 2) -> Tensor:
     """The mean over kernel x kernel neighbours, `count` times over; at the borders over those that are there. [B, C, h, w] to the same."""
     if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel: expected an odd integer of at least 1, got {kernel!r}")
-    if not isinstance(count, int) or count < 0:
-        raise ValueError(f"count: expected an integer of at least 0, got {count!r}")
+    require_count("count", count)
     for _ in range(count):
         x = F.avg_pool2d(x, kernel, stride=1, padding=kernel // 2, count_include_pad=False)
     return x

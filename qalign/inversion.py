@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checks import require_count
 from .files import replacing
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timesteps int64 [B]) -> the guided output, in the scheduler's prediction_type
@@ -206,8 +207,7 @@ def require_finite(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 
 def _begin(scheduler: DDIMScheduler, clean: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """The clean latents in float32, and the timesteps on the CPU, noisiest first."""
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected an integer of at least 1, got {steps!r}")
+    require_count("steps", steps, 1)
     if clean.ndim != 4 or not clean.is_floating_point() or not len(clean):
         raise ValueError(f"clean: expected floating-point latents [B, C, h, w], got {clean.dtype} {list(clean.shape)}")
     _check_scheduler(scheduler)

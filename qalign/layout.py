@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import require_count
+
 ROLES = ("output", "appearance", "structure", "plain")
 
 
@@ -38,8 +40,7 @@ class BatchLayout:
             raise ValueError(f"roles: expected one or more of {', '.join(ROLES)}, got {unknown[0] if unknown else 'none'!r}")
         if guidance not in (True, False, None):
             raise ValueError(f"guidance: expected True, False or None, got {guidance!r}")
-        if not isinstance(images_per_prompt, int) or images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt: expected an integer of at least 1, got {images_per_prompt!r}")
+        require_count("images_per_prompt", images_per_prompt, 1)
         for role in ("appearance", "structure"):
             several = role == "appearance" and roles.count("output") == 1
             if not several and roles.count(role) not in (0, 1, roles.count("output")):

@@ -8,6 +8,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which no test module does before this
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # full thread pools wait for each other: a worker, and what it starts, takes its share
+    share = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(share)
+    os.environ["OMP_NUM_THREADS"] = str(share)
+
 from qalign_kernels import _backends
 from qalign_kernels.testing import poisoned_memory, random_features
 

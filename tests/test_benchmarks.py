@@ -27,7 +27,8 @@ COLUMNS = [
 
 def _speed(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
     program = f"import sys; from benchmarks.__main__ import main\n{code}\nsys.exit(main())"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # it runs a pytest of its own
+    environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program, "speed", "--device", "cpu", "--shape", "sd15-mid", "--seconds", "0.02", "--no-memory", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 

@@ -169,6 +169,11 @@ def test_ci_runs_make_test():
     assert "make test" in _read(".ci/run") and "set -euo pipefail" in _read(".ci/run")
 
 
+def test_test_processes_share_the_threads():
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    assert torch.get_num_threads() * processes <= max(os.cpu_count(), processes)
+
+
 @pytest.fixture
 def bare_copy(tmp_path):
     if shutil.which("make") is None:

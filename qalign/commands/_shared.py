@@ -14,6 +14,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = ("float32", "float16", "bfloat16")
 COMPARED = {"cross_image": "Cross-Image", "qalign": "Q-Align"}  # by demo and leakage
 REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")  # of qalign
+ALIGNED = ("both", "output", "structure")  # of qalign
 METHODS = {
     **COMPARED,
     "eye_for_an_eye": "Eye-for-an-eye",

@@ -8,6 +8,7 @@ examples:
   python -m qalign leakage --pairs 180 --json leakage.json
   accelerate launch --multi_gpu --num_processes 2 -m qalign leakage     (the same figures from two processes, on GPUs or without any)
   python -m qalign leakage --pairs 24 --refinement topk --topk 4 --layers up
+  python -m qalign leakage --pairs 24 --refinement rearranged --aligned output     # the paper's reading
   python -m qalign leakage --pairs 48 --ablation --transfers 12
 """
 
@@ -17,9 +18,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ._shared import REFINEMENTS, add_model_arguments, count, load_pipeline, say, write
+from ._shared import ALIGNED, REFINEMENTS, add_model_arguments, count, load_pipeline, say, write
 
-CHOSEN = ("refinement", "topk", "strength", "contrast")
+CHOSEN = ("refinement", "aligned", "topk", "strength", "contrast")
 NEEDS = ("diffusers", "transformers", "accelerate")
 
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     method = parser.add_argument_group("method")
     method.add_argument("--refinement", choices=REFINEMENTS, help="of qalign (default: its own)")
+    method.add_argument("--aligned", choices=ALIGNED, help="of qalign: whose queries are aligned with the appearance's (default: both)")
     method.add_argument("--topk", type=count, metavar="K", help="of qalign: reference tokens per query")
     method.add_argument("--strength", type=float, metavar="TAU", help="of qalign: the weight of the alignment")
     method.add_argument("--contrast", type=float, metavar="C", help="of both; 1 is none (default: their own)")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ._shared import (
+    ALIGNED,
     METHODS,
     REFINEMENTS,
     add_model_arguments,
@@ -39,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "help": "of qalign: how attention follows the alignment (default: the method's own, as below)",
     },
     "aligned": {
-        "choices": ("both", "output", "structure"),
+        "choices": ALIGNED,
         "help": "of qalign: whose queries are aligned with the appearance's (default: both)",
     },
     "similarity": {"choices": ("cosine", "dot"), "help": "of qalign: by which queries are aligned"},

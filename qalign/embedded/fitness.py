@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qalign_kernels import label_mass
 
-from ..denoiser import picture_size, short_name, token_grid
+from ..denoiser import decoder_layers, picture_size, short_name, token_grid
 from ..processors.unet import project
 from .scenes import BACKGROUNDS, PARTS, held_out_seed, render, token_labels
 
@@ -54,7 +54,7 @@ def best_decoder_layer(rows: Sequence[dict[str, Any]], timesteps: Sequence[int] 
     """The decoder layer with the most mass in the own part at mid noise, its figures averaged over `timesteps`."""
     figures = ("own_part_mass", "own_part_mass_by_part", "object_to_background")
     best: dict[str, Any] = {}
-    for layer in dict.fromkeys(row["layer"] for row in rows if row["layer"].startswith("up_blocks.")):
+    for layer in dict.fromkeys(decoder_layers([row["layer"] for row in rows])):
         of_layer = [row for row in rows if row["layer"] == layer and row["timestep"] in timesteps]
         mean = {figure: sum(row[figure] for row in of_layer) / len(of_layer) for figure in figures}
         if not best or mean["own_part_mass"] > best["own_part_mass"]:

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..denoiser import decoder_layers
 from ..site import Site
 
 Hook = Callable[[nn.Module, Tensor, Tensor, Site], Tensor]  # (module, its input, its output, site) -> output
@@ -60,7 +61,7 @@ class Editing:
 
 def last_six(names: Sequence[str]) -> list[str]:
     """The last six layers of the decoder: up_blocks.2 and up_blocks.3 of SD 1.5, up_blocks.1 of SDXL."""
-    return [name for name in names if name.startswith("up_blocks.")][-6:]
+    return decoder_layers(names)[-6:]
 
 
 def uniform(count: int, *key: int | str) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qalign_kernels import Segment, attention
 
+from ..denoiser import decoder_layers
 from ..site import Site, take
 from ._editing import Card, Editing, uniform
 
@@ -63,4 +64,4 @@ class ConsiStory(Editing):
         return site.merge(q, k, v, attention(take(q, output), segments, scale=site.scale, query_labels=site.open_labels(q)))
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name.startswith("up_blocks.")]
+        return decoder_layers(names)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qalign_kernels import attention
 
+from ..denoiser import decoder_layers
 from ..site import Site, take
 from ._editing import Card, Editing
 
@@ -39,7 +40,7 @@ class CrossImage(Editing):
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         """Self-attention in the last two decoder blocks that have any: 32² and 64² tokens in SD 1.5 at 512 and SDXL at 1024 pixels."""
-        decoder = [name for name in names if name.startswith("up_blocks.")]
+        decoder = decoder_layers(names)
         blocks = list(dict.fromkeys(name.split(".")[1] for name in decoder))[-2:]
         return [name for name in decoder if name.split(".")[1] in blocks]
 

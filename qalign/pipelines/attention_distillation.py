@@ -12,7 +12,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..adain import adain as adain_latents
-from ..decoder_tuning import require_count, tuned_decoder
+from ..checks import require_count
+from ..decoder_tuning import tuned_decoder
 from ..distillation import AttentionReader, descend, frozen
 from ..methods.attention_distillation import AttentionDistillation, Losses
 from ..regions import Regions, label_scale
@@ -424,8 +425,7 @@ def _covering(pictures: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 def _settings(published: Mode, steps: int | None, iterations: int | None, learning_rate: float | None) -> Mode:
     given = {"steps": steps, "iterations": iterations, "learning_rate": learning_rate}
     settings = published._replace(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    if require_count("num_inference_steps", settings.steps) == 0:
-        raise ValueError("num_inference_steps: expected a number above 0, got 0")
+    require_count("num_inference_steps", settings.steps, 1)
     require_count("iterations", settings.iterations)
     if not settings.learning_rate > 0:
         raise ValueError(f"learning_rate: expected a number above 0, got {learning_rate!r}")

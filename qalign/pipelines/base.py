@@ -143,3 +143,9 @@ def check_output(output_type: str, names: Sequence[str]) -> None:
 def expand_condition(condition: Condition, rows: int) -> Condition:
     """A condition of one row for as many rows, without copies."""
     return {name: expand_condition(each, rows) if isinstance(each, dict) else each.expand(rows, *each.shape[1:]) for name, each in condition.items()}
+
+
+def concatenate_conditions(first: Condition, second: Condition) -> Condition:
+    """Both in one batch, `first` in front."""
+    pairs = {name: (each, second[name]) for name, each in first.items()}
+    return {name: concatenate_conditions(*pair) if isinstance(pair[0], dict) else torch.cat(pair) for name, pair in pairs.items()}

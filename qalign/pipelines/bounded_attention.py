@@ -12,12 +12,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..bounded_guidance import BoundedGuidance, MaskRefiner
+from ..checks import require_count
 from ..control import find_unet, select_layers
+from ..denoiser import decoder_layers
 from ..distillation import AttentionReader, frozen, gradient
 from ..masks import noun_tokens
 from ..methods.bounded import BoundedAttention
 from ..regions import Regions
-from .base import Condition, LatentDiffusion, XLConditions, check_output
+from .base import Condition, LatentDiffusion, XLConditions, check_output, concatenate_conditions
 from .pictures import MULTIPLE
 
 # the closed classes that the published tagger filters: conjunctions, cardinals, determiners, prepositions, and words of place
@@ -167,12 +169,13 @@ class _Run:
     ) -> None:
         self.pipe, self.guidance, self.method, self.boxes, self.regions = pipe, guidance, method, boxes, boxes
         found = list(select_layers(find_unet(pipe), layers, guidance))  # type: ignore[arg-type]
-        decoder = [name for name in found if name.startswith("up_blocks.")]
+        decoder = decoder_layers(found)
         if mask_layers is None and not decoder:
             raise ValueError(f"mask_layers: expected names where `layers` has none of the decoder, got None and layers={layers!r}")
         self.mask_layers = decoder if mask_layers is None else mask_layers
         self.refiner = MaskRefiner(boxes, {label: places[-1] for label, places in method.subject_tokens.items()})
         self.read = AttentionReader(pipe, found, method=replace(method, optimized=True), regions=boxes, cross=True)
+        self.predicting = self._reader()
         self.told: tuple[Callable | None, Sequence[str]] = (None, ())
         self.losses: list[tuple[float, float]] = []
         self.interrupted = False
@@ -181,7 +184,7 @@ class _Run:
         """The latents after the last timestep, or the last estimate of the clean ones where something ended it early."""
         pipe, best, total, (callback, names) = self.pipe, latents, len(scheduler.timesteps), self.told
         condition, unconditional = conditions
-        both = _concatenated(unconditional, condition)
+        both = concatenate_conditions(unconditional, condition)
         pipe._interrupt, pipe._num_timesteps = False, total
         try:
             with frozen(pipe.unet), pipe.progress_bar(total=total) as bar:
@@ -189,6 +192,7 @@ class _Run:
                     latents = self._guide(latents, timestep, condition, step, total, bar)
                     if self.guidance.refines(step, total):
                         self.regions = self.refiner.refine(self.regions)
+                        self.predicting = self._reader()
                     base, output = self._predict(latents, timestep, both).chunk(2)
                     stepped = scheduler.step(base + scale * (output - base), timestep, latents)
                     latents, best = stepped.prev_sample, stepped.pred_original_sample
@@ -220,9 +224,13 @@ class _Run:
                 latents = latents - rate * gradient(loss, moving)
         return latents
 
+    def _reader(self) -> AttentionReader:
+        """Of a whole step under the present masks."""
+        return AttentionReader(self.pipe, self.mask_layers, method=self.method, regions=self.regions, cross=True)
+
     def _predict(self, latents: Tensor, timestep: Tensor, both: Condition) -> Tensor:
         """Of the empty prompt and the prompt; the prompt's maps go into the refiner."""
-        with AttentionReader(self.pipe, self.mask_layers, method=self.method, regions=self.regions, cross=True) as read:
+        with self.predicting as read:
             output, features = read.predict(latents.expand(2, -1, -1, -1), timestep, both)
         own, words = _split(features)
         if self.guidance.refine_every:
@@ -254,14 +262,8 @@ def _places(tokenizer: Any, prompt: str, words: str) -> tuple[int, ...]:
     raise ValueError(f"subjects: expected words of the prompt {prompt!r}, got {words!r}")
 
 
-def _concatenated(first: Condition, second: Condition) -> Condition:
-    """Both in one batch."""
-    return {name: _concatenated(each, second[name]) if isinstance(each, dict) else torch.cat([each, second[name]]) for name, each in first.items()}
-
-
 def _check(guidance: Any, output_type: str, steps: int, names: Sequence[str]) -> None:
     if not isinstance(guidance, BoundedGuidance):
         raise TypeError(f"guidance: expected BoundedGuidance(...) or None, got {guidance!r}")
     check_output(output_type, names)
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"num_inference_steps: expected a whole number above zero, got {steps!r}")
+    require_count("num_inference_steps", steps, 1)

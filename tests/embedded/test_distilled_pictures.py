@@ -9,6 +9,7 @@ from qalign.embedded.scenes import held_out_pairs, render
 from qalign.leakage import colour_error
 from tests.pipelines.test_distillation_pipeline import Literal
 from tests.pipelines.transfers import seeded
+from tests.processors.models import embedded_pipe
 
 SIZE, GRID = 64, 16  # pixels, latents
 TIMESTEP = torch.tensor(301)
@@ -17,11 +18,8 @@ TOP_BOTTOM = LEFT_RIGHT.T
 WINDOWS = (slice(0, GRID), slice(GRID // 2, None))  # columns of 3 / 2 GRID, stride GRID / 2
 
 
-@functools.cache
 def pipe():
-    pipe = AttentionDistillationPipeline.embedded()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return embedded_pipe(AttentionDistillationPipeline)
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from qalign.schedule import Clock  # noqa: E402
 from qalign.site import Site  # noqa: E402
 from qalign_kernels import label_mass, match_counts, similarity_argmax  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
-from tests.processors.models import make_pipe  # noqa: E402
+from tests.processors.models import pipe_of  # noqa: E402
 
 TRIPLE = BatchLayout("output", "appearance", "structure")
 PAIR = BatchLayout("output", "appearance")
@@ -41,18 +41,12 @@ METHODS = {"cross_image": CrossImage(), "qalign": QAlign()}
 
 @pytest.fixture(scope="module")
 def pipe():
-    return small_pipe()
+    return pipe_of(AppearanceTransferPipeline)
 
 
 @pytest.fixture(scope="module")
 def report(pipe):
     return leakage.run(pipe, pairs=3, settings=QUICK)
-
-
-def small_pipe():
-    pipe = AppearanceTransferPipeline.from_pipe(make_pipe("small"))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def rows(*numbers: int) -> torch.Tensor:
@@ -353,11 +347,13 @@ def stub(monkeypatch, pipe):
 def test_the_command_prints_the_table_and_writes_the_figures(stub, tmp_path, capsys):
     file = tmp_path / "new" / "leakage.json"
     arguments = ["leakage", "--pairs", "2", "--steps", "4", "--every", "1", "--adain", "none", "--refinement", "topk", "--topk", "3"]
+    arguments += ["--aligned", "output"]
     assert command_line.main([*arguments, "--threshold", "0.9", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     assert report["pairs"] == 2 and set(report["methods"]) == {"cross_image", "qalign"}
     assert REQUIRED <= set(report["methods"]["cross_image"]) and REQUIRED | {"leaking_pairs_improved"} <= set(report["methods"]["qalign"])
-    assert report["settings"]["threshold"] == 0.9 and report["methods"]["qalign"]["method"] == repr(QAlign(refinement="topk", topk=3))
+    assert report["settings"]["threshold"] == 0.9
+    assert report["methods"]["qalign"]["method"] == repr(QAlign(refinement="topk", topk=3, aligned="output"))
     said = capsys.readouterr().out
     assert str(file) in said and "2 held-out pairs" in said
 
@@ -400,7 +396,7 @@ def test_query_query_matches_agree_far_more_often_in_the_embedded_model():
     assert agreement["query_query cosine joint"] > 1.5 * agreement["query_key dot joint"]
 
 
-@pytest.mark.parametrize("arguments", [["--pairs", "0"], ["--pairs", "many"], ["--refinement", "best"], ["--adain", "some"]])
+@pytest.mark.parametrize("arguments", [["--pairs", "0"], ["--pairs", "many"], ["--refinement", "best"], ["--aligned", "best"], ["--adain", "some"]])
 def test_the_command_refuses_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as refusal:
         command_line.main(["leakage", *arguments])
@@ -438,7 +434,7 @@ if __name__ == "__main__":  # one of the two processes
         share.append(len(pairs))
         return pairs
 
-    made = leakage.run(small_pipe(), pairs=3, settings=QUICK, progress=counted) | {"shares": gather_object(share)}
+    made = leakage.run(pipe_of(AppearanceTransferPipeline), pairs=3, settings=QUICK, progress=counted) | {"shares": gather_object(share)}
     if leakage.processes().is_main_process:
         Path(sys.argv[1]).write_text(json.dumps(made))
     leakage.leave()

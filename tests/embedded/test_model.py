@@ -8,15 +8,14 @@ import torch
 from qalign import embedded
 from qalign.embedded.fitness import best_decoder_layer, self_attention_fitness
 from qalign.embedded.scenes import held_out_seed, render
+from tests.processors.models import quiet
 
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    loaded = embedded.load()
-    loaded.set_progress_bar_config(disable=True)
-    return loaded
+    return quiet(embedded.load())
 
 
 def test_all_weights_take_at_most_12_mib_and_are_half_precision():
@@ -84,8 +83,7 @@ def test_every_network_has_the_dtype_that_was_asked_for(dtype, recwarn):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_samples_are_finite(dtype):
-    half = embedded.load(dtype)
-    half.set_progress_bar_config(disable=True)
+    half = quiet(embedded.load(dtype))
     images = half("a photo of a bird", num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
     assert images.isfinite().all() and images.std() > 0.05
 

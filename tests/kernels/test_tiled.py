@@ -289,17 +289,13 @@ def test_topk_attention_in_blocks_of_any_size(group, block_bytes):
 
 
 MEASURE = """
-import resource, sys, torch
+import torch
 import qalign_kernels as qk
+from benchmarks.memory import cpu_rise_mib
 torch.set_num_threads(1)
-def peak_mib():
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 def call(tokens):
     query, ref_query, key, value = torch.randn(4, 1, {heads}, tokens, 40, generator=torch.Generator().manual_seed(0)){learned}
-    before = peak_mib()
-    {statement}
-    return peak_mib() - before
+    return cpu_rise_mib(lambda: {statement})
 call(64)
 print(call({tokens}))
 """

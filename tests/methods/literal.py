@@ -103,7 +103,7 @@ def eye_for_an_eye(attn, out, app, struct, *, structure_step=False, **_) -> Tens
         return plain(*project(attn, struct))
     swapped = out.clone()
     for i, h in enumerate(out):
-        swapped[i] = app[torch.stack([h @ other / (h.norm() * other.norm()) for other in app]).argmax()]
+        swapped[i] = app[(app @ h / (h.norm() * app.norm(dim=-1))).argmax()]
     return plain(*project(attn, swapped))
 
 

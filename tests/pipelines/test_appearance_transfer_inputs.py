@@ -16,7 +16,7 @@ from qalign.embedded.scenes import held_out_seed, render
 from qalign.pipelines import METHODS
 from qalign.pipelines.pictures import cover, to_tensors
 from tests.pipelines.transfers import PIXELS, make, own, pictures, seeded, transfer, watch
-from tests.processors.models import make_pipe
+from tests.processors.models import embedded_pipe, make_pipe, quiet
 
 # sizes, dtypes, kinds of pictures
 
@@ -107,8 +107,7 @@ def test_from_pipe_leaves_every_dtype_as_it_is() -> None:
 
 def test_any_scheduler_serves_by_its_noise_levels(small) -> None:
     scheduler = PNDMScheduler.from_config(small.scheduler.config)
-    pipe = AppearanceTransferPipeline.from_pipe(small, scheduler=scheduler)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(AppearanceTransferPipeline.from_pipe(small, scheduler=scheduler))
     before = dict(vars(scheduler))
     assert torch.equal(transfer(pipe).images, transfer(small).images)
     assert pipe.scheduler is scheduler and vars(scheduler) == before
@@ -121,8 +120,7 @@ def test_the_package_gives_its_pipelines_when_asked() -> None:
 
 
 def test_embedded_reconstructs_and_transfers() -> None:
-    pipe = AppearanceTransferPipeline.embedded()
-    pipe.set_progress_bar_config(disable=True)
+    pipe = embedded_pipe(AppearanceTransferPipeline)
     appearance, structure = render([held_out_seed(0), held_out_seed(1)]).image
     inverted = pipe.invert(appearance, structure, num_inference_steps=12, generator=seeded())
     clean = inverted.latents[-1]

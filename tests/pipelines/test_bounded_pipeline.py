@@ -14,7 +14,7 @@ from qalign.distillation import AttentionReader, frozen, gradient
 from qalign.methods import BoundedAttention
 from qalign.pipelines import BoundedAttentionPipeline, BoundedAttentionXLPipeline, bounded_attention
 from tests.pipelines.transfers import seeded
-from tests.processors.models import make_pipe, self_attention
+from tests.processors.models import make_pipe, pipe_of, self_attention
 
 PROMPT = "an ox by a fox"  # start, a, n, o, x, b, y, a, f, o, x, end
 SUBJECTS = [("ox", (0.0, 0.1, 0.5, 0.9)), ("fox", (0.5, 0.3, 1.0, 0.8))]
@@ -24,9 +24,7 @@ BLIND = BoundedGuidance(until=0.0, refine_every=0)
 
 
 def make(family="sd15"):
-    pipe = BoundedAttentionPipeline.from_pipe(make_pipe(family))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe_of(BoundedAttentionPipeline, family)
 
 
 def noise(seed=0):
@@ -140,7 +138,7 @@ def test_trap_the_end_of_the_prompt_is_open_to_the_background_while_latents_are_
 
 
 def test_masks_take_the_place_of_boxes_after_the_guided_steps(monkeypatch):
-    added, refined, read = [], [], []
+    added, refined, read, predicting = [], [], [], []
     real_add, real_refine, real_loss = MaskRefiner.add, MaskRefiner.refine, BoundedGuidance.loss
     monkeypatch.setattr(MaskRefiner, "add", lambda self, own, regions, *rest: added.append((own, regions)) or real_add(self, own, regions, *rest))
 
@@ -151,8 +149,17 @@ def test_masks_take_the_place_of_boxes_after_the_guided_steps(monkeypatch):
 
     monkeypatch.setattr(MaskRefiner, "refine", refine)
     monkeypatch.setattr(BoundedGuidance, "loss", lambda self, own, regions, *rest: read.append(regions) or real_loss(self, own, regions, *rest))
+
+    class Reader(AttentionReader):
+        def __init__(self, pipe, layers, *, method, regions, cross):
+            if not method.optimized:
+                predicting.append(regions)
+            super().__init__(pipe, layers, method=method, regions=regions, cross=cross)
+
+    monkeypatch.setattr(bounded_attention, "AttentionReader", Reader)
     guidance = BoundedGuidance(until=0.25, iterations=1, enough=0.0, refine_every=2)
     found = call(make(), num_inference_steps=8, guidance=guidance)
+    assert [id(regions) for regions in predicting[1:]] == [id(regions) for _, regions in refined] and len(predicting) == 4
     assert [number for number, _ in refined] == [2, 4, 6]  # with the maps of all passes before
     assert all(torch.equal(regions.structure, BOXES.structure) for _, regions in added[:2]) and len(read) == 2
     assert [id(regions) for _, regions in added[2:]] == [id(refined[step // 2][1]) for step in range(6)]
@@ -218,7 +225,7 @@ def test_interrupted_it_returns_the_last_estimate_of_the_clean_picture():
         ({"layers": "mid"}, ValueError, "mask_layers: expected names where `layers` has none of the decoder, got None and layers='mid'"),
         ({"mask_layers": "up"}, ValueError, "mask_layers: expected layers of one number of tokens, got 16, 64, 256"),
         ({"output_type": "gif"}, ValueError, "output_type: expected one of"),
-        ({"num_inference_steps": 0}, ValueError, "num_inference_steps: expected a whole number above zero, got 0"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps: expected an integer of at least 1, got 0"),
     ],
 )
 def test_what_is_refused(options, error, message):

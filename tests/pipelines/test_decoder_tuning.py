@@ -8,15 +8,13 @@ import torch
 from qalign import AttentionDistillationPipeline, tuned_decoder
 from qalign.embedded.scenes import held_out_seed, render
 from tests.pipelines.transfers import pictures, seeded
-from tests.processors.models import make_pipe
+from tests.processors.models import embedded_pipe, make_pipe, quiet
 
 
 def make(dtype=torch.float32):
     stock = make_pipe("small")
     parts = {name: copy.deepcopy(getattr(stock, name)) for name in ("vae", "text_encoder")}  # all tests share these
-    pipe = AttentionDistillationPipeline.from_pipe(stock, **parts).to(dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(AttentionDistillationPipeline.from_pipe(stock, **parts).to(dtype))
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +38,7 @@ def call(pipe, **options):
 
 
 def test_a_scene_is_reproduced_better_and_the_weights_are_as_before():
-    pipe, scene = AttentionDistillationPipeline.embedded(), render([held_out_seed(1)], 64).image
-    pipe.set_progress_bar_config(disable=True)
+    pipe, scene = embedded_pipe(AttentionDistillationPipeline), render([held_out_seed(1)], 64).image
     before, latents = state(pipe), pipe.encode(scene).detach()
 
     def error():
@@ -150,9 +147,9 @@ def test_an_interrupt_while_the_decoder_is_tuned_leaves_the_stock_picture(pipe, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"iterations": -1}, "iterations: expected a whole number, got -1"),
-        ({"iterations": True}, "iterations: expected a whole number, got True"),
-        ({"iterations": 7.5}, "iterations: expected a whole number, got 7.5"),
+        ({"iterations": -1}, "iterations: expected an integer of at least 0, got -1"),
+        ({"iterations": True}, "iterations: expected an integer of at least 0, got True"),
+        ({"iterations": 7.5}, "iterations: expected an integer of at least 0, got 7.5"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number above 0, got 0.0"),
     ],
 )

@@ -14,15 +14,13 @@ from qalign.pipelines import AppearanceTransferPipeline, AttentionDistillationPi
 from qalign.pipelines.attention_distillation import windows
 from qalign.regions import Regions
 from tests.pipelines.transfers import pictures, seeded
-from tests.processors.models import make_pipe, self_attention
+from tests.processors.models import embedded_pipe, make_pipe, pipe_of, quiet, self_attention
 
 QUICK = {"num_inference_steps": 3, "output_type": "latent"}
 
 
 def make(family="small"):
-    pipe = AttentionDistillationPipeline.from_pipe(make_pipe(family))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe_of(AttentionDistillationPipeline, family)
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +28,8 @@ def small():
     return make()
 
 
-@functools.cache
 def embedded():
-    pipe = AttentionDistillationPipeline.embedded()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return embedded_pipe(AttentionDistillationPipeline)
 
 
 @functools.cache
@@ -374,8 +369,7 @@ def test_half_precision_keeps_latents_and_loss_in_float32(family):
     stock = make_pipe(family)
     shared = {name: copy.deepcopy(part) for name, part in stock.components.items() if name.startswith(("vae", "text_encoder"))}  # by all tests
     stock.register_modules(**shared)
-    pipe = AttentionDistillationPipeline.from_pipe(stock.to(torch.bfloat16))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(AttentionDistillationPipeline.from_pipe(stock.to(torch.bfloat16)))
     pipe.unet.enable_gradient_checkpointing()
     seen = []
     pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
@@ -398,10 +392,10 @@ def test_pipelines_are_made_of_their_family():
     [
         ({"mode": "both"}, "mode: expected one of optimise, sample, got 'both'"),
         ({"initial": "style"}, "initial: expected one of content, noise, got 'style'"),
-        ({"iterations": -1}, "iterations: expected a whole number, got -1"),
-        ({"num_inference_steps": 0}, "num_inference_steps: expected a number above 0, got 0"),
-        ({"tune_decoder": -1}, "tune_decoder: expected a whole number, got -1"),
-        ({"tune_decoder": 7.5}, "tune_decoder: expected a whole number, got 7.5"),
+        ({"iterations": -1}, "iterations: expected an integer of at least 0, got -1"),
+        ({"num_inference_steps": 0}, "num_inference_steps: expected an integer of at least 1, got 0"),
+        ({"tune_decoder": -1}, "tune_decoder: expected an integer of at least 0, got -1"),
+        ({"tune_decoder": 7.5}, "tune_decoder: expected an integer of at least 0, got 7.5"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number above 0, got 0.0"),
         ({"method": "qalign"}, "method: expected AttentionDistillation"),
         ({"output_type": "png"}, "output_type: expected one of"),

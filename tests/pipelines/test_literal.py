@@ -24,7 +24,7 @@ from qalign.pipelines import appearance_transfer
 from qalign.site import Site
 from qalign_kernels.testing import judge
 from tests.pipelines import literal
-from tests.processors.models import make_pipe
+from tests.processors.models import embedded_pipe, make_pipe, quiet
 
 GRID = 8  # of the latents: 64 tokens, and 16 in the block below
 EMBEDDED = (256, 1024)  # tokens of the embedded model's last two blocks
@@ -112,8 +112,7 @@ class Case:
             assert step == len(trajectory)
             trajectory.append(tensors["latents"].clone())
 
-        pipe = AppearanceTransferPipeline.from_pipe(self.pipe)
-        pipe.set_progress_bar_config(disable=True)
+        pipe = quiet(AppearanceTransferPipeline.from_pipe(self.pipe))
         options = {"adain": "masked", "inversion": self.inversion, "output_type": "latent", **settings}
         result = pipe(None, None, self.text, callback_on_step_end=keep, **options)
         return torch.stack(trajectory), result
@@ -237,8 +236,7 @@ def test_every_number_is_seen(short: Case, cross_image: Tensor, changed: dict) -
 
 @pytest.mark.parametrize(("prediction", "freeu"), [("epsilon", True), ("v_prediction", False)])
 def test_inversion_as_published(prediction: str, freeu: bool) -> None:
-    pipe = AppearanceTransferPipeline.from_pipe(make_pipeline(prediction, channels=(16, 32, 64)))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(AppearanceTransferPipeline.from_pipe(make_pipeline(prediction, channels=(16, 32, 64))))
     pictures = torch.rand(2, 3, 2 * GRID, 2 * GRID, generator=torch.Generator().manual_seed(5))
     inversion = pipe.invert(*pictures, PROMPT, num_inference_steps=20, freeu=freeu, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
@@ -262,8 +260,7 @@ def test_inversion_as_published(prediction: str, freeu: bool) -> None:
 @pytest.fixture(scope="module")
 def held_out() -> Case:
     """Two scenes that the embedded model has not seen, inverted in 13 steps, of which 9 are executed: one takes keys from the structure."""
-    pipe = AppearanceTransferPipeline.embedded()
-    pipe.set_progress_bar_config(disable=True)
+    pipe = embedded_pipe(AppearanceTransferPipeline)
     pair = held_out_pairs(1)[0]
     scenes = render([pair.appearance, pair.structure])
     noun = scenes.plans[1]

@@ -11,6 +11,7 @@ from qalign.embedded.scenes import BACKGROUNDS, held_out_pairs, render, token_la
 from qalign.masks import MapCollector, noun_map, noun_tokens, object_regions, segment  # noqa: E402
 from qalign.pipelines import appearance_transfer  # noqa: E402
 from tests.pipelines.transfers import PROMPT, pictures, seeded, transfer  # noqa: E402
+from tests.processors.models import embedded_pipe
 
 BIRDS = 3  # a pair of the six
 LEFT = torch.arange(6).expand(4, 6) < 3
@@ -18,9 +19,7 @@ LEFT = torch.arange(6).expand(4, 6) < 3
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = AppearanceTransferPipeline.embedded()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return embedded_pipe(AppearanceTransferPipeline)
 
 
 @pytest.fixture(scope="module")

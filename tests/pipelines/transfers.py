@@ -6,24 +6,20 @@ import torch
 import torch.nn.functional as F
 
 from qalign import AppearanceTransferPipeline
-from tests.processors.models import make_pipe
+from tests.processors.models import pipe_of, quiet
 
 PIXELS = 32  # 16 x 16 latents: the tiny VAE halves once
 PROMPT = "a zebra"
 
 
 def make(family: str = "small"):
-    pipe = AppearanceTransferPipeline.from_pipe(make_pipe(family))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe_of(AppearanceTransferPipeline, family)
 
 
 def own(pipe):
     """The same with networks that no other test shares."""
     copies = {name: copy.deepcopy(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    pipe = AppearanceTransferPipeline.from_pipe(pipe, **copies)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(AppearanceTransferPipeline.from_pipe(pipe, **copies))
 
 
 def pictures(count: int, height: int = PIXELS, width: int = PIXELS, seed: int = 0) -> torch.Tensor:

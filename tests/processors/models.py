@@ -61,8 +61,24 @@ def make_pipe(family: str) -> StableDiffusionPipeline | StableDiffusionXLPipelin
         pipe = StableDiffusionXLPipeline(**shared, **second, add_watermarker=False)
     else:
         pipe = StableDiffusionPipeline(**shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return quiet(pipe)
+
+
+def quiet(pipe):
+    """The same pipeline, without progress bars."""
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def pipe_of(kind: type, family: str = "small"):
+    """A pipeline of this library, made from that of `make_pipe`."""
+    return quiet(kind.from_pipe(make_pipe(family)))
+
+
+@functools.cache
+def embedded_pipe(kind: type):
+    """A pipeline of this library on the embedded model; tests leave it as it was."""
+    return quiet(kind.embedded())
 
 
 def generate(pipe, guidance_scale: float = 5.0, images: int = 1, steps: int = STEPS, **options) -> Tensor:

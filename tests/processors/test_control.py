@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from qalign import BatchLayout, CrossImage, QAlign, QAlignAttnProcessor, UNetAttnProcessor, attach
 from qalign.schedule import Clock
-from tests.processors.models import PROMPTS, SIZE, generate, make_pipe, make_unet, self_attention, unet_inputs
+from tests.processors.models import PROMPTS, SIZE, generate, make_pipe, make_unet, quiet, self_attention, unet_inputs
 
 
 def state_of(pipe) -> tuple:
@@ -131,8 +131,7 @@ def test_steps_of_schedulers_that_repeat_timesteps(scheduler) -> None:
 
 
 def test_steps_of_image_to_image_count_the_loop_that_runs() -> None:
-    pipe = StableDiffusionImg2ImgPipeline(**make_pipe("sd15").components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(StableDiffusionImg2ImgPipeline(**make_pipe("sd15").components, requires_safety_checker=False))
     seen = []
     with attach(pipe, QAlign(), steps=(0.5, 1.0)) as control:
         hook = pipe.unet.register_forward_pre_hook(lambda *given: seen.append((control.clock.step, control.clock.total, control.clock.idle)))
