@@ -141,7 +141,8 @@ _SHARED_GRADIENT = Call(functools.partial(gradient, shared=True), functools.part
 # what Q-Align runs for every layer first
 TRIALS = (
     Trial("similarity", "joint", _OPS["similarity_argmax"], (_match("cosine", True, labels=True), _match("dot", True))),
-    Trial("attention", "softmax", _OPS["attention_counts"], (_attention(), _attention(segments=2))),
+    Trial("attention", "counted softmax", _OPS["attention_counts"]),
+    Trial("attention", "softmax", _attention(), (_attention(segments=2),)),
     Trial("attention", "contrast", _attention(counts=True, contrast=CONTRAST), (_CONTRASTED, _attention(contrast=CONTRAST, segments=2))),
     Trial("attention", "guided", _OPS["qalign_attention_guided"], (_attention(guided=True, labels=True, contrast=CONTRAST),)),
     Trial(
@@ -167,7 +168,7 @@ TRIALS = (
     Trial("attention_backward", "keys", _OPS["attention_gradient"]),
     Trial("attention_backward", "shared keys", _SHARED_GRADIENT),
 )  # fmt: skip
-CORE = ("similarity joint", "attention softmax", "attention contrast", "attention guided", "similarity topk")
+CORE = ("similarity joint", "attention counted softmax", "attention softmax", "attention contrast", "attention guided", "similarity topk")
 CORE_HEAD_DIMS = (64, 40, 128)
 
 

@@ -177,8 +177,9 @@ def test_what_matters_most_is_first_and_everything_is_there():
     assert {(key.op, key.mode) for key in keys} == set(WORK)
     assert set(trials.USUAL_TOKENS) == set(_configs.TOKEN_BUCKETS)
     named = [f"{trial.name} {key.head_dim}" for trial, key in chosen[:8]]
-    assert named[:4] == ["similarity joint 64", "attention softmax 64", "attention softmax 40", "attention softmax 128"]
-    assert named[4:] == [*(f"attention contrast {head_dim}" for head_dim in (64, 40, 128)), "attention guided 64"]
+    assert named[0] == "similarity joint 64"
+    assert named[1:7] == [f"attention {mode} {head_dim}" for mode in ("counted softmax", "softmax") for head_dim in (64, 40, 128)]
+    assert named[7] == "attention contrast 64"
     assert all(key.tokens == 4096 and key.dtype == "bfloat16" for key in keys[:8])
 
 

@@ -56,6 +56,7 @@ class Work(NamedTuple):
 _SOFTMAX = Work(queries=1, keys=2, scores=2, outputs=1)  # scores and weights
 WORK = {
     ("attention", "softmax"): _SOFTMAX,
+    ("attention", "counted softmax"): _SOFTMAX,
     ("attention", "busy softmax"): _SOFTMAX,  # "busy" keeps more: labels, counts beside other segments, or a comparison
     ("attention", "contrast"): _SOFTMAX,
     ("attention", "busy contrast"): _SOFTMAX,

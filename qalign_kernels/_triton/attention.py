@@ -29,7 +29,7 @@ from .rearrange import compact
 
 LN_2 = 0.6931471805599453
 FIXED_TARGETS = ("sm_90", "interpreter")
-FIXED_WIDTHS = {"plain": 128, "counts": 64, "distance": 64}  # head dims up to which the kernel with both loops is known not to spill there
+FIXED_WIDTHS = {"plain": 128, "counts": 128, "distance": 64}  # head dims up to which the kernel with both loops is known not to spill there
 PARTS = tl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
 FIXED_LIMIT = tl.constexpr(2.0**64)  # of a row sum, and of its inverse, whose weights the first tile alone stabilised: beyond it, they may overflow
 
@@ -108,7 +108,9 @@ def _tile_mode(
         return "lse"
     counted = any(s.weights_ptr is not None for s in segments)
     busy = any(s.labels_ptr is not None for s in segments) or (counted and len(segments) > 1) or distance is not None
-    return ("busy " if busy else "") + ("softmax" if known is None else "contrast")
+    if known is not None:
+        return "busy contrast" if busy else "contrast"
+    return "busy softmax" if busy else "counted softmax" if counted else "softmax"
 
 
 def _fixed(
