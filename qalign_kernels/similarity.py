@@ -43,8 +43,8 @@ def similarity_argmax(
         query_labels, reference_labels: int32 bit sets [B or 1, N_q] and [B or 1, N_k], both or neither; a pair is admissible iff its
             sets meet. They are given per query row, whatever `batch_index` says.
         batch_index: int32 [B], the row of `reference` that each query row reads; no copies are made.
-        exact: False lets the Triton kernel keep, for each column of a tile, the tile in the seven low mantissa bits of the score: fewer
-            instructions, but finite scores closer than 2^-16 relative may resolve to another index. It does so per head and without
+        exact: False lets the Triton kernel keep, for every two columns of a tile, the tile and the column in the seven low mantissa bits of the
+            score: fewer instructions, but finite scores closer than 2^-16 relative may resolve to another index. It does so per head and without
             labels; other calls and other backends are always exact.
         backend: "auto", "triton", "tiled" or "reference"; None takes the default of `use_backend`.
 

@@ -303,3 +303,18 @@ def test_topk_of_nan_as_the_reference_sorts_it(similarity_kind):
     actual = similarity.similarity_topk(query, keys, 4, similarity_kind, False)
     expected = reference.similarity_topk(query, keys, 4, similarity_kind, False)
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1].isnan(), expected[1].isnan())
+
+
+def test_packed_argmax_of_negative_scores():
+    """The bits of negative scores compare the other way round: rows without another one take a second walk, which only they take from."""
+    query, keys = _features((1, 2, 40, 16), 170)
+    query[..., 0], keys[..., 0], query[:, 1, 7, 0] = 0, 1, -50
+    query[:, 0, :, 0] = -50
+    keys[:, :, [33, 90, 160]] = keys[:, :, [5]]
+    index, score = similarity.similarity_argmax(query, keys, "dot", False, exact=False)
+    table = reference.scores(query.double(), keys.double(), "dot", False)
+    best = table.amax(-1)
+    assert (best[:, 0] < 0).all() and best[0, 1, 7] < 0 and (best[0, 1, :7] > 0).all()
+    assert ((score - best).abs() <= 2**-15 * best.abs()).all()
+    clear = best - table.masked_fill(table == best[..., None], float("-inf")).amax(-1) > 2**-15 * best.abs()
+    assert clear.any() and torch.equal(index[clear], table.argmax(-1).int()[clear])
