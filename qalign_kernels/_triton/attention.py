@@ -345,8 +345,9 @@ def attention_kernel(
                 segments[0], opposite if NEGATIVE[0] else query, classes, batch, head, strength, RAGGED[0], PITCHES[0], PITCHES[2], D, D_MAIN,
                 D_TAIL, BLOCK_N,
             )  # fmt: skip
-            if segments[0].weights_ptr is not None:
-                running_max = tl.zeros((BLOCK_M,), tl.float32) + tl.max(running_max, 0)
+            for s in tl.static_range(SEGMENTS):
+                if segments[s].weights_ptr is not None:
+                    running_max = tl.zeros((BLOCK_M,), tl.float32) + tl.max(running_max, 0)
             running_max, row_parts, acc_main, acc_tail = _attend(
                 (running_max, row_parts, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength,
                 SEGMENTS, NEGATIVE, RAGGED, PITCHES, True, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,

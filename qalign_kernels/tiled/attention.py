@@ -156,7 +156,7 @@ def _backward(
     contrast: float, query_labels: Tensor | None, guide: Any,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of query, keys, values and guide, in the accumulate dtype or that of the query."""
-    if lse is not None and grad_lse is None and len(segments) == 1 and _has_lse(query) and _fused_serves(query, segments[0]):
+    if guide is None and lse is not None and grad_lse is None and len(segments) == 1 and _has_lse(query) and _fused_serves(query, segments[0]):
         return _fused_backward(grad_output, output, lse, query, segments[0], scale * segments[0].logit_scale)
     dtype, head_dim = accumulate_dtype(query), query.shape[3]
     guides = () if guide is None else (guide.query, guide.key)
