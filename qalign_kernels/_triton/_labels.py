@@ -15,7 +15,7 @@ from ._launch import launch
 from .rearrange import Multiplicity
 
 SORTED_FROM = 2048  # queries, and keys of a segment with labels; sorting costs what it saves where there are fewer
-SORT_BLOCK = 2048
+SORT_BLOCK = 1024
 CLASSES = tl.constexpr(35)
 NONE = tl.constexpr(34)  # the class of the empty set
 
@@ -37,7 +37,7 @@ def sort_tokens(labels: Tensor, multiplicity: Multiplicity | None = None) -> tup
     starts = torch.empty((*shape[:2], CLASSES.value + 1), device=labels.device, dtype=torch.int32)
     stride_b, stride_n = label_strides(labels)
     launch(
-        _sort_tokens_kernel, (shape[0] * shape[1],), num_warps=16, num_stages=1, labels_ptr=labels, labels_stride_b=stride_b,
+        _sort_tokens_kernel, (shape[0] * shape[1],), num_warps=8, num_stages=1, labels_ptr=labels, labels_stride_b=stride_b,
         labels_stride_n=stride_n, given_order_ptr=given_order, given_weights_ptr=given_weights, given_unique_ptr=given_unique, order_ptr=order,
         weights_ptr=weights, log_weights_ptr=log_weights, starts_ptr=starts, G=shape[1], N=tokens, BLOCK=SORT_BLOCK,
     )  # fmt: skip
