@@ -76,44 +76,48 @@ def _or(left, right):
 
 
 @triton.jit
+def _tokens_at(slots, inside, given_order_ptr, labels_ptr, labels_stride_n):
+    """The tokens of some slots, as they are given or as they are, and their classes; those not `inside` are of the empty set."""
+    tokens = slots
+    if given_order_ptr is not None:
+        tokens = tl.load(given_order_ptr + slots, mask=inside, other=0)
+    labels = tl.load(labels_ptr + tokens.to(tl.int64) * labels_stride_n, mask=inside, other=0)
+    return tokens, label_class(labels)
+
+
+@triton.jit
 def _sort_tokens_kernel(
     labels_ptr, labels_stride_b, labels_stride_n, given_order_ptr, given_weights_ptr, given_unique_ptr, order_ptr, weights_ptr,
     log_weights_ptr, starts_ptr, G, N, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row: which classes occur, then of each class that does the tokens, by a scan of all."""
     row = tl.program_id(0).to(tl.int64)
     labels_ptr += (row // G) * labels_stride_b
     order_ptr += row * N
     starts_ptr += row * (CLASSES + 1)
-    tokens_here = N
+    number = N
     if given_order_ptr is not None:
         given_order_ptr += row * N
         given_weights_ptr += row * N
         weights_ptr += row * N
         log_weights_ptr += row * N
-        tokens_here = tl.load(given_unique_ptr + row)
+        number = tl.load(given_unique_ptr + row)
     occurring = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, tokens_here, BLOCK):
+    for start in range(0, number, BLOCK):
         slots = start + tl.arange(0, BLOCK)
-        tokens = slots
-        if given_order_ptr is not None:
-            tokens = tl.load(given_order_ptr + slots, mask=slots < tokens_here, other=0)
-        labels = tl.load(labels_ptr + tokens.to(tl.int64) * labels_stride_n, mask=slots < tokens_here, other=0)
-        one = tl.full((BLOCK,), 1, tl.int64)
-        occurring |= tl.where(slots < tokens_here, one << label_class(labels).to(tl.int64), 0)
+        tokens, classes = _tokens_at(slots, slots < number, given_order_ptr, labels_ptr, labels_stride_n)
+        occurring |= tl.where(slots < number, tl.full((BLOCK,), 1, tl.int64) << classes.to(tl.int64), 0)
     occurring = tl.reduce(occurring, 0, _or)
     sorted_before = 0
     for current in range(0, CLASSES):
         tl.store(starts_ptr + current, sorted_before)
-        for start in range(0, tl.where((occurring >> current) & 1 != 0, tokens_here, 0), BLOCK):
+        for start in range(0, tl.where((occurring >> current) & 1 != 0, number, 0), BLOCK):
             slots = start + tl.arange(0, BLOCK)
-            tokens = slots
-            if given_order_ptr is not None:
-                tokens = tl.load(given_order_ptr + slots, mask=slots < tokens_here, other=0)
-            labels = tl.load(labels_ptr + tokens.to(tl.int64) * labels_stride_n, mask=slots < tokens_here, other=0)
-            member = (slots < tokens_here) & (label_class(labels) == current)
+            tokens, classes = _tokens_at(slots, slots < number, given_order_ptr, labels_ptr, labels_stride_n)
+            member = (slots < number) & (classes == current)
             target = sorted_before + tl.cumsum(member.to(tl.int32), 0) - 1
             tl.store(order_ptr + target, tokens, mask=member)
-            if given_weights_ptr is not None:
+            if given_order_ptr is not None:
                 weights = tl.load(given_weights_ptr + slots, mask=member, other=1.0)
                 tl.store(weights_ptr + target, weights, mask=member)
                 tl.store(log_weights_ptr + target, tl.math.log2(weights), mask=member)
