@@ -164,9 +164,10 @@ def _prepare(
     heads_at_once = min(triton.next_power_of_2(heads // maps), PREPARED_HEADS)
     block = PREPARED_ROWS // heads_at_once
     query_programs, reference_programs = (x.shape[0] * maps * triton.cdiv(x.shape[2], block) for x in (query, reference))
+    width = triton.next_power_of_2(dim)
     launch(
-        _prepare_kernel, (query_programs + (reference_programs if similarity == "cosine" else 0),), num_warps=4, num_stages=1, query_ptr=query,
-        reference_ptr=reference, query_norm_ptr=pair.query_norm_ptr, reference_norm_ptr=pair.reference_norm_ptr, match_ptr=match,
+        _prepare_kernel, (query_programs + (reference_programs if similarity == "cosine" else 0),), num_warps=max(4, width // 16), num_stages=1,
+        query_ptr=query, reference_ptr=reference, query_norm_ptr=pair.query_norm_ptr, reference_norm_ptr=pair.reference_norm_ptr, match_ptr=match,
         counts_ptr=counts,
         **{
             f"{name}_pitch_{axis}": x.stride(i) * x.element_size()
@@ -175,7 +176,7 @@ def _prepare(
         },
         query_stride_d=query.stride(3), reference_stride_d=reference.stride(3),
         QUERY_PROGRAMS=query_programs, MAPS=maps, HEADS_PER_MAP=heads // maps, N_Q=query.shape[2], N_K=reference.shape[2], D=dim,
-        WIDTH=triton.next_power_of_2(dim), HEADS=heads_at_once, BLOCK=block,
+        WIDTH=width, HEADS=heads_at_once, BLOCK=block,
     )  # fmt: skip
     return pair
 
