@@ -79,9 +79,8 @@ def launch_attention(
 
     With a `distance`, float32 [B, H, N_Q], `output` is not written but compared, any strides: the mean of |output - attention| over the
     channels of each query goes there, and where asked for the signs, int8 [B, H, N_Q, D_V], contiguous. `lse` is written in `lse_unit`: ln 2
-    for natural logarithms, 1 for base 2. Queries whose `match` has score NaN, int64
-    [B, G, N_Q] as `_tile.pack_match` has it, G the maps of the first segment's counts, give NaN.
-    Tiles take queries by `query_order`, int32 [B or 1, 1, N_Q], where segments are sorted by label.
+    for natural logarithms, 1 for base 2. Queries whose `match`, int64 [B, G, N_Q] as `_tile.pack_match` has it and of the maps of the first
+    segment's counts, has score NaN give NaN. Tiles take queries by `query_order`, int32 [B or 1, 1, N_Q], where segments are sorted by label.
     """
     (batch, heads, tokens, dim), value_dim = query.shape, 16 if output is None else output.shape[3]
     mode = _tile_mode(segments, output, guide, known, exact_weights, distance)

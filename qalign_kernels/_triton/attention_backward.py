@@ -144,7 +144,7 @@ def _query_gradient_tile(
         D_TAIL, BLOCK_N,
     )  # fmt: skip
     mass = tl.math.exp2(tl.fma(scores, factor, (segment.shift - known)[:, None]))
-    if segment.order_ptr is not None:
+    if segment.weights_ptr is not None:
         mass *= load(pointers[5] + columns, present, MASKED)[None, :]
     gains = split_scores(grad[0], grad[1], value_ptr, rows, present, value_pitch_n, segment.value_stride_d, D_V, V_MAIN, V_TAIL, MASKED)
     grad_logits = (mass * (gains - delta[:, None]) * scale).to(query[0].dtype)

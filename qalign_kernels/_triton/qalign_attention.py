@@ -25,7 +25,7 @@ def rearranged_attention(
 ) -> Tensor:
     """Norms, argmax with its counts, compaction, attention: four launches, one more with a contrast, two where labels are sorted."""
     match, counts = counted_argmax(asking, ref_query, similarity, joint, query_labels, ref_labels, batch_index)
-    query_order = None if ref_labels is None else sort_queries(query_labels, [ref_labels])
+    query_order = sort_queries(query_labels, [ref_labels])
     settings = {"multiplicity": compact(counts), "labels": ref_labels, "batch_index": batch_index, "by_label": query_order is not None}
     segments = [segment_arguments(ref_key, ref_value, scale, **settings)]
     output = torch.empty((*query.shape[:3], ref_value.shape[3]), device=query.device, dtype=query.dtype)

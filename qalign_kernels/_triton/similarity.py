@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import Tile, choose_tile, split_head_dim, split_keys
+from ._labels import label_strides
 from ._launch import launch, target_of
 from ._tile import FAR, advance, load_rows, ordered, pack_match, split_scores, unordered, unpack_match
 
@@ -136,15 +137,11 @@ def _pair(query, reference, joint, query_labels, reference_labels, batch_index) 
             stride[1] = dim * stride[3]
     main, tail = split_head_dim(dim)
     pitches = [[*(x * query.element_size() for x in stride[:3]), stride[3]] for stride in strides]
-    labels = [0 if x is None else stride for x in (query_labels, reference_labels) for stride in (_row_stride(x), 0 if x is None else x.stride(1))]
+    labels = [*label_strides(query_labels), *label_strides(reference_labels)]
     tensors = [query, reference, None, None, query_labels, reference_labels, batch_index]
     rows_stride = 0 if batch_index is None else batch_index.stride(0)
     pair = Pair._make([*tensors, *pitches[0], *pitches[1], *labels, rows_stride, heads, query.shape[2], reference.shape[2]])
     return pair, {"D": dim, "MAIN": main, "TAIL": tail, "JOINT": joint}
-
-
-def _row_stride(labels: Tensor | None) -> int:
-    return labels.stride(0) if labels is not None and labels.shape[0] > 1 else 0
 
 
 def _prepare(

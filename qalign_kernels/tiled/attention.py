@@ -131,6 +131,7 @@ def attention_backward(
         return [grad.to(query.dtype) if needed else None for grad, needed in zip(grads, needs)]
     tensors = [query, *(s.key for s in segments), *(s.value for s in segments), *(() if guide is None else guide[:2])]
     sums = [x.new_zeros(x.shape, dtype=accumulate_dtype(query)) for x in tensors]
+    of_guide = () if guide is None else (3, 4)  # its query and key, after those of the one segment
     for group in groups:
         rows, seen, part_guide = _of_group(group, segments, guide)
         if not seen:
@@ -138,14 +139,12 @@ def attention_backward(
         grad, part_grad_lse, part_output, part_lse = (None if x is None else group.of(x) for x in (grad_output, grad_lse, output, lse))
         segments_seen = [segment for _, segment in seen]
         grads = _backward(grad, part_grad_lse, part_output, part_lse, group.of(query), segments_seen, rows, scale, contrast, None, part_guide)
-        sums[0][group.batch].index_copy_(2, group.queries, grads[0])
-        places = [first + position for first in (1, 1 + len(segments)) for position, _ in seen]
-        if guide is not None:
-            sums[3][group.batch].index_copy_(2, group.queries, grads[3])
-            places.append(4)
-            del grads[3]
-        for place, grad in zip(places, grads[1:]):
-            position = 0 if guide is not None else (place - 1) % len(segments)
+        places = [0, *(first + position for first in (1, 1 + len(segments)) for position, _ in seen), *of_guide]
+        for place, grad in zip(places, grads):
+            if place in (0, *of_guide[:1]):
+                sums[place][group.batch].index_copy_(2, group.queries, grad)
+                continue
+            position = (place - 1) % len(segments)
             target, kept = sums[place][rows_read(group.batch, segments[position].batch_index)[0]], group.keys[position]
             target.add_(grad) if kept is None else target.index_add_(2, kept, grad)
     return [x.to(query.dtype) if needed else None for x, needed in zip(sums, needs)]
