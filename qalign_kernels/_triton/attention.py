@@ -353,12 +353,6 @@ def attention_kernel(
             )  # fmt: skip
         else:
             row_parts = tl.full((BLOCK_M, PARTS), float("inf"), tl.float32)
-    else:
-        running_max, row_sum, acc_main, acc_tail = _attend(
-            (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength, SEGMENTS,
-            NEGATIVE, RAGGED, PITCHES, False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
-        )  # fmt: skip
-    if FIXED:
         row_sum = tl.sum(row_parts, 1)
         least = tl.min(tl.where(inside, row_sum, 1.0), 0)
         if not ((tl.max(row_sum, 0) < FIXED_LIMIT) & (least > 1 / FIXED_LIMIT)):
@@ -370,6 +364,11 @@ def attention_kernel(
                 (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength,
                 SEGMENTS, NEGATIVE, RAGGED, PITCHES, False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
             )  # fmt: skip
+    else:
+        running_max, row_sum, acc_main, acc_tail = _attend(
+            (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength, SEGMENTS,
+            NEGATIVE, RAGGED, PITCHES, False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
+        )  # fmt: skip
 
     if KNOWN_LSE:
         factor = tl.where(known == known, 1.0, float("nan"))  # the clamp made a number of NaN
