@@ -1,8 +1,8 @@
-# Every verb sets itself up: a .venv of Python >= 3.11 and the versions of constraints.txt. Nothing else is needed.
+# Every verb sets itself up: a .venv of Python 3.11 to 3.14 and the versions of constraints.txt. Nothing else is needed.
 
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip -qq --disable-pip-version-check --no-input
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 OUT ?= demo_out
@@ -21,25 +21,34 @@ help:
 	@echo "make static    compile every kernel for every architecture and hold it to its budgets (no GPU needed)"
 	@echo "make bench     speed and memory against what you would use instead; ARGS=--quick for two minutes on a CPU"
 	@echo "make clean     remove $(VENV) and all that the other verbs wrote"
-	@echo "PYTHON=...     the interpreter to build $(VENV) with (default: the first python3 that is new enough)"
+	@echo "PYTHON=...     the interpreter to build $(VENV) with (default: the first of 3.11 to 3.14)"
+
+# pip writes to a log, because a quiet pip hides which pins conflict; a failure shows the end of the log
+define install
+$(PIP) install $(1) -c constraints.txt >$(VENV)/install.log 2>&1 || { tail -n 30 $(VENV)/install.log >&2; \
+  echo "setup: pip could not install $(1); its whole output is in $(VENV)/install.log" >&2; exit 1; }
+endef
 
 $(READY): setup.py pyproject.toml constraints.txt
 	@set -e; \
 	found=""; \
-	for candidate in $(or $(PYTHON),$(PY) python3 python3.13 python3.12 python3.11); do \
-	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found=$$candidate; break; fi; \
+	for candidate in $(or $(PYTHON),$(PY) python3 python3.13 python3.12 python3.14 python3.11); do \
+	  if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1; then \
+	    found=$$candidate; break; \
+	  fi; \
 	done; \
 	if [ -z "$$found" ]; then \
-	  echo "setup: expected Python 3.11 or newer, got $$($(or $(PYTHON),python3) --version 2>&1 | tail -n 1); name one with PYTHON=..." >&2; exit 1; \
+	  echo "setup: expected Python 3.11 to 3.14, got $$($(or $(PYTHON),python3) --version 2>&1 | tail -n 1);" \
+	    "name one with PYTHON=..." >&2; exit 1; \
 	fi; \
 	echo "setup 1/3: $(VENV) ($$($$found --version))"; \
 	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
 	  $$found -m venv $(VENV) || { echo "setup: $$found has no working venv module (on Debian: apt install python3-venv)" >&2; exit 1; }; \
 	fi
-	@echo "setup 2/3: $(TORCH), the large one"
-	@$(PIP) install $(TORCH) -c constraints.txt
+	@echo "setup 2/3: $(TORCH), the large one (progress: $(VENV)/install.log)"
+	@$(call install,$(TORCH))
 	@echo "setup 3/3: this library and its tools, as pinned in constraints.txt"
-	@$(PIP) install -e ".[diffusers,bench,demo,dev]" -c constraints.txt
+	@$(call install,-e ".[diffusers,bench,demo,dev]")
 	@touch $@
 
 demo: $(READY)

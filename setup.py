@@ -13,7 +13,7 @@ if VERSION is None:
 DIFFUSERS = ["diffusers>=0.35", "transformers", "accelerate", "safetensors", "scikit-learn>=1.4"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib"]
 DEMO = ["scikit-image", "matplotlib", "psutil"]
-DEV = ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy"]
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "uv"]
 
 setup(
     name="qalign-kernels",

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,5 +197,31 @@ def test_make_says_in_one_line_that_python_is_too_old(bare_copy):
     refusal = subprocess.run(["make", "test", f"PYTHON={old}"], cwd=bare_copy, capture_output=True, text=True)
     first, *rest = refusal.stderr.splitlines()
     assert refusal.returncode != 0 and not (bare_copy / ".venv").exists()
-    assert "expected Python 3.11 or newer, got Python 2.7.18" in first
+    assert "expected Python 3.11 to 3.14, got Python 2.7.18" in first
     assert all(line.startswith("make") for line in rest)
+
+
+def _write_wheel(folder, name, version, *requirements):
+    """An empty package that says what it requires."""
+    info = f"{name}-{version}.dist-info"
+    metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {x}" for x in requirements)]
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", "\n".join(metadata) + "\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_make_shows_why_pip_refuses(bare_copy, tmp_path_factory):
+    """A quiet pip says that pins conflict and hides which."""
+    wheels = tmp_path_factory.mktemp("wheels")
+    _write_wheel(wheels, "torch", "9.0", "triton==1.0")
+    _write_wheel(wheels, "triton", "1.0")
+    _write_wheel(wheels, "triton", "2.0")
+    (bare_copy / "constraints.txt").write_text("torch==9.0\ntriton==2.0\n")
+    offline = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
+    refusal = subprocess.run(
+        ["make", "test", f"PYTHON={sys.executable}"], cwd=bare_copy, env=offline, capture_output=True, text=True
+    )
+    assert refusal.returncode != 0 and not (bare_copy / ".venv/.ready").exists()
+    assert "torch 9.0 depends on triton==1.0" in refusal.stderr
+    assert "pip could not install torch==9.0" in refusal.stderr
