@@ -7,8 +7,11 @@ PyTorch path everywhere else, and logs each reason once.
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import logging
 import os
+import re
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -19,6 +22,8 @@ from torch import Tensor
 from . import _contracts
 
 BACKENDS = ("auto", "triton", "tiled", "reference")
+TRITON_OLDEST = (3, 6)  # 3.5 does not compile 26 of the kernels
+INTERPRETER_ON_NUMPY_2_4 = (3, 7)  # older interpreters convert one-element arrays as numpy 2.4 no longer does
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_HEAD_DIMS = (16, 32, 40, 48, 64, 80, 96, 128, 160)
 TRITON_MAX_K = 64
@@ -57,6 +62,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
+def version_numbers(version: str) -> tuple[int, ...]:
+    """(3, 7) for "3.7.1" or "3.7.0+git1234": the two numbers that name a minor version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 @functools.cache
 def triton_problem() -> str | None:
     """Why Triton cannot be used on this machine at all, or None."""
@@ -64,6 +74,18 @@ def triton_problem() -> str | None:
         importlib.import_module("triton.language")
     except Exception as error:  # a broken installation may raise anything
         return f"triton does not import ({type(error).__name__}: {error})".splitlines()[0]
+    version = sys.modules["triton"].__version__
+    if version_numbers(version) < TRITON_OLDEST:
+        return f"Triton {version} is not supported, only {TRITON_OLDEST[0]}.{TRITON_OLDEST[1]} and newer"
+    return None
+
+
+@functools.cache
+def interpreter_problem() -> str | None:
+    """Why Triton's interpreter cannot run the kernels beside the installed numpy, or None."""
+    triton, numpy = sys.modules["triton"].__version__, importlib.metadata.version("numpy")
+    if version_numbers(triton) < INTERPRETER_ON_NUMPY_2_4 and version_numbers(numpy) >= (2, 4):
+        return f"the interpreter of Triton {triton} does not work with numpy {numpy}: numpy 2.3 or Triton 3.7 mends it"
     return None
 
 
@@ -73,6 +95,8 @@ def triton_refusal(tensor: Tensor, head_dims: tuple[int, ...], differentiable: b
         return problem
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted()):
         return f"device {tensor.device.type} has no Triton (set TRITON_INTERPRET=1 to interpret the kernels on the CPU)"
+    if interpreted() and (problem := interpreter_problem()):
+        return problem
     if tensor.dtype.is_floating_point and tensor.dtype not in TRITON_DTYPES:
         return f"dtype {str(tensor.dtype).removeprefix('torch.')} is not served, only float16, bfloat16 and float32"
     if tensor.dtype == torch.bfloat16 and interpreted():

@@ -37,7 +37,9 @@ def _devices() -> Iterator[str]:
 def _triton() -> str:
     if problem := _backends.triton_problem():
         return problem
-    return f"{sys.modules['triton'].__version__}, interpreter {'on: TRITON_INTERPRET is set' if _backends.interpreted() else 'off'}"
+    state = "on: TRITON_INTERPRET is set" if _backends.interpreted() else "off"
+    broken = _backends.interpreter_problem()
+    return f"{sys.modules['triton'].__version__}, interpreter {state}{f'; {broken}' if broken else ''}"
 
 
 def _default_backend() -> str:
@@ -79,7 +81,7 @@ def report() -> str:
         f"python          {platform.python_version()}",
         f"torch           {torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}",
         f"triton          {_triton()}",
-        f"diffusers       {_version('diffusers')}",
+        *(f"{name:15s} {_version(name)}" for name in ("numpy", "diffusers", "transformers")),
         f"system          {platform.platform()}",
         *(f"device          {line}" for line in _devices()),
         f"QALIGN_BACKEND  {_default_backend()}",

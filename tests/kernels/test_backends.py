@@ -1,6 +1,8 @@
 """Which implementation serves a call, what the package imports, and what the registered ops promise about their outputs."""
 
 import ast
+import importlib
+import importlib.metadata
 import logging
 import os
 import subprocess
@@ -12,7 +14,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import qalign_kernels
-from qalign_kernels import Segment, _backends, attention, env, similarity_argmax, use_backend
+from qalign_kernels import Segment, _backends, attention, env, similarity_argmax, use_backend, validate
 from qalign_kernels.testing import random_features
 
 PACKAGE = Path(qalign_kernels.__file__).parent
@@ -246,3 +248,50 @@ def test_the_environment_report_says_what_auto_takes_on_a_gpu(monkeypatch):
         assert chosen == ("triton" if served else "tiled")
         assert reason == ("the Triton kernels serve it" if served else "dtype float64 is not served, only float16, bfloat16 and float32")
     assert all(chosen == "tiled" for chosen, _ in env.choices(torch.device("cpu")).values())
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """Give Triton and numpy another version until the test ends."""
+
+    def install(triton, numpy=None):
+        monkeypatch.setattr(importlib.import_module("triton"), "__version__", triton)
+        if numpy is not None:
+            installed = importlib.metadata.version
+            monkeypatch.setattr(importlib.metadata, "version", lambda name: numpy if name == "numpy" else installed(name))
+        _backends.triton_problem.cache_clear()
+        _backends.interpreter_problem.cache_clear()
+
+    importlib.import_module("triton.language")
+    yield install
+    monkeypatch.undo()
+    _backends.triton_problem.cache_clear()
+    _backends.interpreter_problem.cache_clear()
+
+
+@pytest.mark.parametrize("version", ["2.3.1", "3.5.1", "3.5.0+git1234"])
+def test_unsupported_triton_is_named(version, versions):
+    """Triton 3.5 raised a CompilationError in the call, where "auto" should take the tiled path."""
+    versions(triton=version)
+    with FakeTensorMode():
+        refusal = _backends.triton_refusal(torch.empty(1, device="cuda"), (64,))
+        chosen = _backends.select("attention", "auto", torch.empty(1, device="cuda"), (64,))
+    assert refusal == f"Triton {version} is not supported, only 3.6 and newer" and chosen == "tiled"
+    assert refusal in env.report()
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.0", "4.0.0"])
+def test_supported_triton_serves(version, versions):
+    versions(triton=version, numpy="2.3.5")
+    assert _backends.triton_problem() is None and _backends.interpreter_problem() is None
+
+
+def test_old_interpreter_beside_new_numpy_is_named(versions, monkeypatch):
+    versions(triton="3.6.0", numpy="2.4.0")
+    monkeypatch.setattr(_backends, "interpreted", lambda: True)
+    refusal = _backends.triton_refusal(torch.empty(1), (64,))
+    assert refusal.startswith("the interpreter of Triton 3.6.0 does not work with numpy 2.4.0")
+    assert refusal in env.report() and refusal == validate._triton_state(torch.device("cpu"))[0]
+    monkeypatch.setattr(_backends, "interpreted", lambda: False)
+    with FakeTensorMode():  # a GPU does not interpret
+        assert _backends.triton_refusal(torch.empty(1, device="cuda"), (64,)) is None
