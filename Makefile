@@ -11,11 +11,12 @@ ARGS ?=
 demo test: export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint static bench validate clean help
+.PHONY: demo test test-versions lint static bench validate clean help
 
 help:
 	@echo "make demo      one step on real photographs, then appearance transfer and its leakage; writes $(OUT)/ (under three minutes once installed)"
 	@echo "make test      ruff, mypy, kernels against plain PyTorch, pytest"
+	@echo "make test-versions  environments of the oldest and newest promised versions, a short suite in each (some 20 GB)"
 	@echo "make lint      ruff and mypy"
 	@echo "make validate  every op x backend x dtype x shape on this machine against float64"
 	@echo "make static    compile every kernel for every architecture and hold it to its budgets (no GPU needed)"
@@ -73,6 +74,9 @@ test: lint
 	@$(PY) -m qalign_kernels.validate --quick
 	@echo "pytest"
 	@$(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+
+test-versions: $(READY)
+	@$(PY) -m tests.versions $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks *.egg-info

@@ -10,10 +10,12 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "qalign_kernels" / "__i
 if VERSION is None:
     raise RuntimeError("qalign_kernels/__init__.py: expected a line __version__ = \"...\"")
 
-DIFFUSERS = ["diffusers>=0.35", "transformers", "accelerate", "safetensors", "scikit-learn>=1.4"]
-BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib"]
+# torch brings the Triton that fits it; a torch for CPUs alone brings none, and the interpreter and the compiler need one
+TRITON = ['triton>=3.6; platform_system == "Linux"']
+DIFFUSERS = ["diffusers>=0.36", "transformers>=5", "accelerate>=1.1", "safetensors>=0.4.5", "scikit-learn>=1.4"]
+BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib", *TRITON]
 DEMO = ["scikit-image", "matplotlib", "psutil"]
-DEV = ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "uv"]
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "uv", *TRITON]
 
 setup(
     name="qalign-kernels",
@@ -27,8 +29,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["qalign_kernels", "qalign_kernels.*", "qalign", "qalign.*"]),
     package_data={"qalign_kernels": ["py.typed", "_triton/tiles.json"], "qalign": ["py.typed", "embedded/weights/*.*", "embedded/weights/*/*"]},
-    install_requires=["torch>=2.9", 'triton>=3.5; platform_system == "Linux"'],
-    extras_require={"diffusers": DIFFUSERS, "bench": BENCH, "demo": DIFFUSERS + DEMO, "dev": DEV},
+    install_requires=["torch>=2.10"],
+    extras_require={"triton": TRITON, "diffusers": DIFFUSERS, "bench": BENCH, "demo": DIFFUSERS + DEMO, "dev": DEV},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
