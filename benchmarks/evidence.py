@@ -3,6 +3,7 @@
 import fnmatch
 from typing import Any
 
+from .machine_code import minor_version
 from .text_table import markdown
 
 Row = dict[str, Any]
@@ -40,7 +41,8 @@ def _error(row: Row | None) -> str:
 
 
 def machine_code(rows: list[Row], budgets: Row) -> str:
-    """One line for each architecture and dtype, then the kernels that have a budget of instructions."""
+    """One line for each architecture and dtype, then the kernels that have a budget of instructions; the pinned Triton first."""
+    rows = sorted(rows, key=lambda row: (minor_version(row["triton"]) != budgets["pinned_triton"], row["triton"]))
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["target"], row["dtype"], row["triton"]), []).append(row)
@@ -54,21 +56,23 @@ def machine_code(rows: list[Row], budgets: Row) -> str:
         [
             " ".join([budget["case"], *([budget["kernel"]] if "kernel" in budget else [])]),
             budget["target"],
+            minor_version(row["triton"]),
             row["tile"],
             row["registers"],
             row["lane_instructions"],
-            budget["limit"],
+            budget["limits"][minor_version(row["triton"])],
         ]
         for budget in budgets["lane_instructions"]
         for row in rows
         if _is_budgeted(row, budget)
     ]
-    names = ("kernel (bf16, d = 64)", "architecture", "tile", "registers", "lane-instructions per score", "budget")
+    names = ("kernel (bf16, d = 64)", "architecture", "Triton", "tile", "registers", "lane-instructions per score", "budget")
     return f"{markdown(head, lines)}\n\n{markdown(names, held)}"
 
 
 def _is_budgeted(row: Row, budget: Row) -> bool:
-    same = all(row[name] == budget[name] for name in ("target", "dtype", "head_dim")) and row["triton"].startswith(budget["triton"])
+    same = all(row[name] == budget[name] for name in ("target", "dtype", "head_dim"))
+    same = same and minor_version(row["triton"]) in budget["limits"]
     held = fnmatch.fnmatch(row["kernel"], budget.get("kernel", "*"))
     flags = all((flag in row["flags"]) == value for flag, value in budget.get("constexprs", {}).items())
     return same and held and flags and budget["case"] in row["cases"] and row["lane_instructions"] is not None

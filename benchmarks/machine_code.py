@@ -57,6 +57,11 @@ class MachineCode:
         return min(candidates, key=lambda loop: (-len(loop.matrix), loop.instructions))
 
 
+def minor_version(version: str) -> str:
+    """ "3.7" for Triton 3.7.1: minor versions make other machine code."""
+    return ".".join(version.split(".")[:2])
+
+
 def is_narrow_load(name: str) -> bool:
     """Whether the instruction reads a single 8- or 16-bit number from global memory: what a load of half-precision rows falls to
     where the compiler does not know them to be aligned."""

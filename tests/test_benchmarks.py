@@ -204,10 +204,10 @@ def test_report_tells_accuracy_and_machine_code(results, tmp_path):
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| attention | tiled | 1.5e-07 (0.30) | FAILED | - |" in text and "4 cases, 1 failed" in text
     assert "| sm_90 | bf16 | 3.9.0 | 5 | 200 | 1 | 96 of 227 | 1 |" in text
-    limits = {budget["case"]: budget["limit"] for budget in json.loads(BUDGETS.read_text())["lane_instructions"]}
-    assert f"| attention plain | sm_90 | 128x128 | 200 | 5.5 | {limits['attention plain']} |" in text
+    limits = {budget["case"]: budget["limits"]["3.9"] for budget in json.loads(BUDGETS.read_text())["lane_instructions"]}
+    assert f"| attention plain | sm_90 | 3.9 | 128x128 | 200 | 5.5 | {limits['attention plain']} |" in text
     (held,) = [line for line in text.splitlines() if line.startswith("| attention_backward")]  # a budget is of the kernel and flags that it names
-    assert held == "| attention_backward key_gradient_kernel | sm_90 | 128x128 | 0 | 5.5 | 11.1 |"
+    assert held == "| attention_backward key_gradient_kernel | sm_90 | 3.9 | 128x128 | 0 | 5.5 | 11.1 |"
 
 
 def test_report_takes_the_files_of_a_gpu_run(tmp_path):

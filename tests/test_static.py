@@ -1,8 +1,10 @@
 """The static gate: its reading of machine code, and that it passes what is good and fails what is not."""
 
 import argparse
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,8 +68,11 @@ def test_bad_kernels_fail():
 
 def test_budgets_are_held(tmp_path):
     budgets = json.loads(static.BUDGETS.read_text())
-    budget = {"case": "toy_good", "target": "sm_90", "dtype": "bf16", "head_dim": 64, "limit": 100.0}
-    budgets["lane_instructions"] = [budget, budget | {"limit": 1.0}, budget | {"kernel": "renamed_*"}]
+    budget = {"case": "toy_good", "target": "sm_90", "dtype": "bf16", "head_dim": 64}
+    here = machine_code.minor_version(importlib.metadata.version("triton"))
+    loose, tight = ({"limits": {here: limit}} for limit in (100.0, 1.0))
+    elsewhere = {"limits": {"2.0": 1.0}}
+    budgets["lane_instructions"] = [budget | loose, budget | tight, budget | loose | {"kernel": "renamed_*"}, budget | elsewhere]
     file = tmp_path / "budgets.json"
     file.write_text(json.dumps(budgets))
     done = _static("--cases", "static_toys", "--op", "good", *ONE, "--budgets", str(file))
@@ -75,6 +80,20 @@ def test_budgets_are_held(tmp_path):
     assert " 2 budgets broken" in done.stdout
     assert "lane-instructions per score, at most 1.0 allowed for toy_good" in done.stdout
     assert "budget for toy_good on sm_90 matches no score loop" in done.stdout
+
+
+def test_triton_without_budgets_is_named():
+    budgets = json.loads(static.BUDGETS.read_text())
+    assert static.unheld_version(budgets, "3.7.9") is None
+    assert static.unheld_version(budgets, "4.0.0").startswith("Triton 4.0.0: expected a minor version that budgets.json names")
+
+
+def test_pinned_triton_has_budgets_for_every_budgeted_case():
+    """Budgets once held under a Triton that no release of torch brings."""
+    budgets = json.loads(static.BUDGETS.read_text())
+    (pinned,) = re.findall(r"^triton==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert budgets["pinned_triton"] == pinned
+    assert all(pinned in budget["limits"] for budget in budgets["lane_instructions"])
 
 
 def test_update_keeps_what_was_not_compiled_anew():
