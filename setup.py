@@ -12,7 +12,7 @@ if VERSION is None:
 
 # torch brings the Triton that fits it; a torch for CPUs alone brings none, and the interpreter and the compiler need one
 TRITON = ['triton>=3.6; platform_system == "Linux"']
-DIFFUSERS = ["diffusers>=0.36", "transformers>=5", "accelerate>=1.1", "safetensors>=0.4.5", "scikit-learn>=1.4"]
+DIFFUSERS = ["diffusers>=0.36", "transformers>=5", "accelerate>=1.10", "safetensors>=0.4.5", "scikit-learn>=1.4"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib", *TRITON]
 DEMO = ["scikit-image", "matplotlib", "psutil"]
 DEV = ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy", "uv", *TRITON]
