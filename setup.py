@@ -11,9 +11,10 @@ if VERSION is None:
     raise RuntimeError("qalign_kernels/__init__.py: expected a line __version__ = \"...\"")
 
 DIFFUSERS = ["diffusers>=0.35", "transformers", "accelerate", "safetensors", "scikit-learn>=1.4"]
+BESIDES = ["numpy", "Pillow", "threadpoolctl", "tokenizers", "tqdm"]  # imported directly; those of DIFFUSERS bring them too
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib"]
 DEMO = ["scikit-image", "matplotlib", "psutil"]
-DEV = ["pytest>=8", "pytest-xdist>=3.6", "ruff", "mypy"]
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "packaging", "ruff", "mypy"]
 
 setup(
     name="qalign-kernels",
@@ -28,7 +29,12 @@ setup(
     packages=find_packages(include=["qalign_kernels", "qalign_kernels.*", "qalign", "qalign.*"]),
     package_data={"qalign_kernels": ["py.typed", "_triton/tiles.json"], "qalign": ["py.typed", "embedded/weights/*.*", "embedded/weights/*/*"]},
     install_requires=["torch>=2.9", 'triton>=3.5; platform_system == "Linux"'],
-    extras_require={"diffusers": DIFFUSERS, "bench": BENCH, "demo": DIFFUSERS + DEMO, "dev": DEV},
+    extras_require={
+        "diffusers": DIFFUSERS + BESIDES,
+        "bench": DIFFUSERS + BESIDES + BENCH,
+        "demo": DIFFUSERS + BESIDES + DEMO,
+        "dev": DEV,
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",

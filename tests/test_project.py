@@ -5,12 +5,9 @@ import importlib
 import inspect
 import os
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import qalign_kernels
+from tests.project import ROOT, packaging_arguments
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 STEMS = ("similarity", "rearrange", "attention", "probe", "qalign_attention", "distillation")
 OPS = [name for name in qalign_kernels.__all__ if inspect.isfunction(getattr(qalign_kernels, name)) and name != "use_backend"]
@@ -35,13 +32,7 @@ def _snippets(name):
 
 @pytest.fixture(scope="module")
 def packaging():
-    """The arguments that setup.py gives to setuptools."""
-    given = {}
-    fake = SimpleNamespace(setup=given.update, find_packages=lambda include: include)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "setuptools", fake)
-        runpy.run_path(str(ROOT / "setup.py"))
-    return given
+    return packaging_arguments()
 
 
 @pytest.mark.parametrize("snippet", _snippets("README.md"), ids=lambda text: text.splitlines()[0])
