@@ -27,7 +27,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["qalign_kernels", "qalign_kernels.*", "qalign", "qalign.*"]),
-    package_data={"qalign_kernels": ["py.typed", "_triton/tiles.json"], "qalign": ["py.typed", "embedded/weights/*.*", "embedded/weights/*/*"]},
+    package_data={"qalign_kernels": ["py.typed", "_triton/tiles.json"], "qalign": ["py.typed", "embedded/weights/*.json", "embedded/weights/*/*"]},
     install_requires=["torch>=2.9", 'triton>=3.5; platform_system == "Linux"'],
     extras_require={
         "diffusers": DIFFUSERS + BESIDES,

@@ -18,6 +18,7 @@ import qalign_kernels
 from tests.project import ROOT, packaging_arguments
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+SHOWN_ONLY = ("qalign/embedded/weights/samples.png",)  # linked by documents, read by no code
 STEMS = ("similarity", "rearrange", "attention", "probe", "qalign_attention", "distillation")
 OPS = [name for name in qalign_kernels.__all__ if inspect.isfunction(getattr(qalign_kernels, name)) and name != "use_backend"]
 
@@ -137,8 +138,14 @@ def test_packages_say_that_they_are_typed(packaging):
 @pytest.mark.parametrize("package", ["qalign_kernels", "qalign"])
 def test_data_files_are_packaged(package, packaging):
     folder = ROOT / package
-    packaged = {path for pattern in packaging["package_data"][package] for path in folder.glob(pattern)}
+    packaged = {path for pattern in packaging["package_data"][package] for path in folder.glob(pattern)} | {ROOT / name for name in SHOWN_ONLY}
     assert not [path for path in _own_files() if folder in path.parents and path.suffix != ".py" and path not in packaged]
+
+
+def test_wheels_hold_no_file_for_show(packaging):
+    patterns = [(package, pattern) for package, names in packaging["package_data"].items() for pattern in names]
+    packaged = {path for package, pattern in patterns for path in (ROOT / package).glob(pattern)}
+    assert packaged and not packaged & {ROOT / name for name in SHOWN_ONLY}
 
 
 def _own_files():
