@@ -14,7 +14,7 @@ DIFFUSERS = ["diffusers>=0.35", "transformers", "accelerate", "safetensors", "sc
 BESIDES = ["numpy", "Pillow", "threadpoolctl", "tokenizers", "tqdm"]  # imported directly; those of DIFFUSERS bring them too
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib"]
 DEMO = ["scikit-image", "matplotlib", "psutil"]
-DEV = ["pytest>=8", "pytest-xdist>=3.6", "packaging", "ruff", "mypy"]
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "packaging", "setuptools>=77", "ruff", "mypy"]
 
 setup(
     name="qalign-kernels",

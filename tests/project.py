@@ -2,6 +2,8 @@
 
 import functools
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,3 +23,12 @@ def packaging_arguments() -> dict[str, Any]:
         patch.setitem(sys.modules, "setuptools", fake)
         runpy.run_path(str(ROOT / "setup.py"))
     return given
+
+
+def own_files() -> list[Path]:
+    """List the files of the checkout that git tracks or would track; skip the test where there is no checkout."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-co", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [path for path in map(ROOT.joinpath, names) if path.is_file()]

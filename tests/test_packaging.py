@@ -3,7 +3,11 @@
 import ast
 import importlib
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from qalign import __main__ as command_line
-from tests.project import ROOT, packaging_arguments
+from tests.project import ROOT, own_files, packaging_arguments
 
 OURS = ("benchmarks", "qalign", "qalign_kernels", "tests")
 DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}  # where the name differs
@@ -105,3 +109,36 @@ def test_hint_names_an_extra_that_exists():
     requirement = Requirement(hint)
     given = packaging_arguments()
     assert requirement.name == given["name"] and requirement.extras <= given["extras_require"].keys()
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """The names in the source distribution and in the wheel that a copy of the checkout builds."""
+    folder = tmp_path_factory.mktemp("archives")
+    for file in own_files():
+        copy = folder / "source" / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", folder, "bdist_wheel", "-d", folder]
+    done = subprocess.run(command, cwd=folder / "source", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (source,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    with tarfile.open(source) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive if member.isfile()}
+    with zipfile.ZipFile(wheel) as archive:
+        return members, set(archive.namelist())
+
+
+def test_source_distribution_holds_every_file(archives):
+    members, _ = archives
+    generated = {name for name in members if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert members.keys() - generated == {file.relative_to(ROOT).as_posix() for file in own_files()}
+    assert members[".ci/run"].mode & 0o100
+
+
+def test_wheel_holds_the_two_packages_alone(archives):
+    _, names = archives
+    kept = {name for name in names if ".dist-info/" not in name}
+    code = {file.relative_to(ROOT).as_posix() for package in ("qalign", "qalign_kernels") for file in (ROOT / package).rglob("*.py")}
+    assert code <= kept and {name.split("/")[0] for name in kept} == {"qalign", "qalign_kernels"}
+    assert "qalign/embedded/weights/model_index.json" in kept and not [name for name in kept if name.endswith(".png")]

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import qalign_kernels
-from tests.project import ROOT, packaging_arguments
+from tests.project import ROOT, own_files, packaging_arguments
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 SHOWN_ONLY = ("qalign/embedded/weights/samples.png",)  # linked by documents, read by no code
@@ -139,7 +139,7 @@ def test_packages_say_that_they_are_typed(packaging):
 def test_data_files_are_packaged(package, packaging):
     folder = ROOT / package
     packaged = {path for pattern in packaging["package_data"][package] for path in folder.glob(pattern)} | {ROOT / name for name in SHOWN_ONLY}
-    assert not [path for path in _own_files() if folder in path.parents and path.suffix != ".py" and path not in packaged]
+    assert not [path for path in own_files() if folder in path.parents and path.suffix != ".py" and path not in packaged]
 
 
 def test_wheels_hold_no_file_for_show(packaging):
@@ -148,17 +148,9 @@ def test_wheels_hold_no_file_for_show(packaging):
     assert packaged and not packaged & {ROOT / name for name in SHOWN_ONLY}
 
 
-def _own_files():
-    if not (ROOT / ".git").exists() or shutil.which("git") is None:
-        pytest.skip("not a git checkout")
-    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-co", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [path for path in map(ROOT.joinpath, names) if path.is_file()]
-
-
 def test_no_file_holds_a_path_of_somebodys_machine():
     machine = re.compile(rb"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt|var)/\w")
-    holders = [str(path) for path in _own_files() if path.suffix != ".png" and path != Path(__file__) and machine.search(path.read_bytes())]
+    holders = [str(path) for path in own_files() if path.suffix != ".png" and path != Path(__file__) and machine.search(path.read_bytes())]
     assert not holders
 
 
