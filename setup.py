@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "qalign_kernels" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+REPOSITORY = "https://github.com/qalign-kernels/qalign-kernels"
 if VERSION is None:
     raise RuntimeError("qalign_kernels/__init__.py: expected a line __version__ = \"...\"")
 
@@ -16,13 +17,33 @@ BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib"]
 DEMO = ["scikit-image", "matplotlib", "psutil"]
 DEV = ["pytest>=8", "pytest-xdist>=3.6", "packaging", "setuptools>=77", "ruff", "mypy"]
 
+
+def long_description() -> str:
+    """Read the README, its links made absolute: relative ones lead nowhere on the page of a package index."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?)(\[[^\[\]]*\])\((?![a-z]+:|#)([^()\s]+)\)", absolute_link, text)
+
+
+def absolute_link(link: re.Match[str]) -> str:
+    """Lead to the file's page, or, of a picture, to its bytes."""
+    mark, text, path = link.groups()
+    return f"{mark}{text}({REPOSITORY}/{'raw' if mark else 'blob'}/main/{path})"
+
+
 setup(
     name="qalign-kernels",
     version=VERSION[1],
     description="Q-Align: appearance transfer by query-query alignment, as attention kernels and diffusers processors that never hold an N×N map",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    url=REPOSITORY,
+    project_urls={
+        "Source": REPOSITORY,
+        "Issues": f"{REPOSITORY}/issues",
+        "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
+    },
     author="Q-Align kernels contributors",
+    keywords=["attention", "diffusers", "triton", "stable diffusion", "appearance transfer", "style transfer", "image editing"],
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
@@ -36,10 +57,19 @@ setup(
         "dev": DEV,
     },
     classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
         "Typing :: Typed",
     ],
 )

@@ -111,6 +111,18 @@ def test_hint_names_an_extra_that_exists():
     assert requirement.name == given["name"] and requirement.extras <= given["extras_require"].keys()
 
 
+def test_description_links_are_absolute():
+    given, links = packaging_arguments(), r"(!?)\[[^]]*\]\(([^)]+)\)"
+    readme, described = (re.findall(links, text) for text in ((ROOT / "README.md").read_text(encoding="utf-8"), given["long_description"]))
+    for (picture, path), (_, link) in zip(readme, described, strict=True):
+        if path.startswith("http"):
+            assert link == path
+        else:
+            assert (ROOT / path).is_file()
+            assert link == f"{given['url']}/{'raw' if picture else 'blob'}/main/{path}"
+    assert any(picture for picture, path in readme if not path.startswith("http"))
+
+
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
     """The names in the source distribution and in the wheel that a copy of the checkout builds."""
