@@ -3,7 +3,7 @@
 import fnmatch
 from typing import Any
 
-from .text_table import markdown
+from qalign_kernels.bench.measure import markdown
 
 Row = dict[str, Any]
 MEASURED_DTYPES = ("float32", "float16", "bfloat16")
