@@ -12,7 +12,7 @@ if VERSION is None:
     raise RuntimeError("qalign_kernels/__init__.py: expected a line __version__ = \"...\"")
 
 DIFFUSERS = ["diffusers>=0.35", "transformers", "accelerate", "safetensors", "scikit-learn>=1.4"]
-BESIDES = ["numpy", "Pillow", "threadpoolctl", "tokenizers", "tqdm"]  # imported directly; those of DIFFUSERS bring them too
+BESIDES = ["numpy", "Pillow", "threadpoolctl", "tokenizers", "tqdm"]  # imported; DIFFUSERS bring them too
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib"]
 DEMO = ["scikit-image", "matplotlib", "psutil"]
 DEV = ["pytest>=8", "pytest-xdist>=3.6", "packaging", "setuptools>=77", "ruff", "mypy"]
@@ -43,12 +43,15 @@ setup(
         "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
     },
     author="Q-Align kernels contributors",
-    keywords=["attention", "diffusers", "triton", "stable diffusion", "appearance transfer", "style transfer", "image editing"],
+    keywords=["attention", "diffusers", "triton", "stable diffusion", "appearance transfer", "image editing"],
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["qalign_kernels", "qalign_kernels.*", "qalign", "qalign.*"]),
-    package_data={"qalign_kernels": ["py.typed", "_triton/tiles.json"], "qalign": ["py.typed", "embedded/weights/*.json", "embedded/weights/*/*"]},
+    package_data={
+        "qalign_kernels": ["py.typed", "_triton/tiles.json"],
+        "qalign": ["py.typed", "embedded/weights/*.json", "embedded/weights/*/*"],
+    },
     install_requires=["torch>=2.9", 'triton>=3.5; platform_system == "Linux"'],
     extras_require={
         "diffusers": DIFFUSERS + BESIDES,

@@ -160,12 +160,14 @@ def measure(model: Model, name: str, dtype: str, device: str, rounds: int) -> li
                 sizes = pipeline.sizes
                 if provider not in gradients:
                     latents = model.latents.clone().requires_grad_()
-                    saved_mib[provider], losses = measurement.saved_mib(partial(pipeline.loss, latents), inputs)
+                    loss = partial(pipeline.loss, latents)
+                    saved_mib[provider], losses = measurement.saved_mib(loss, inputs)
                     gradients[provider] = gradient(losses.total, latents)
                     del losses
                 call = _step(model, pipeline)
                 if provider not in peak_mib:
-                    peak_mib[provider] = measurement.cuda_peak_mib(call) if device == "cuda" else measurement.cpu_rise_mib(call)
+                    peak_of = measurement.cuda_peak_mib if device == "cuda" else measurement.cpu_rise_mib
+                    peak_mib[provider] = peak_of(call)
                 seconds[provider] += [_time(call, device) for _ in range(math.ceil(rounds / 2))]
     difference = ((gradients[backend] - gradients["eager"]).norm() / gradients["eager"].norm()).item()
     widest = max(sizes, key=lambda size: size[2])

@@ -15,7 +15,10 @@ ROWS = 1024
 
 def peer(op_name: str) -> Callable[[Inputs], Any]:
     """The function here that stands for an op of `qalign_kernels.bench.ops`."""
-    same = {"similarity_argmax_packed": similarity_argmax_per_head, "qalign_attention_correlated": qalign_attention}
+    same = {
+        "similarity_argmax_packed": similarity_argmax_per_head,
+        "qalign_attention_correlated": qalign_attention,
+    }
     return same.get(op_name) or globals()[op_name]
 
 

@@ -13,7 +13,9 @@ _WARM_UP_TOKENS = 64
 
 def cpu_peak_mib(provider: str, op_name: str, shape: tuple, dtype: torch.dtype) -> float | None:
     """The rise of the peak resident size in a fresh process; None where that process came to no result."""
-    return measure.fresh_process_rise_mib(_prepare, provider, op_name, shape, dtype, preload="benchmarks.providers")
+    return measure.fresh_process_rise_mib(
+        _prepare, provider, op_name, shape, dtype, preload="benchmarks.providers"
+    )
 
 
 def _prepare(provider: str, op_name: str, shape: tuple, dtype: torch.dtype) -> Callable[[], Any]:

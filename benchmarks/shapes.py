@@ -56,8 +56,14 @@ QUICK_SHAPES = ("sd15-mid", "sd15-low", "sd15-256px", "sd15-512px")
 
 
 def make_inputs(
-    shape: Shape, correlated: bool, dtype: torch.dtype, device: str, seed: int = 0, asked_fraction: float = UNIQUE_FRACTION
+    shape: Shape,
+    correlated: bool,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    asked_fraction: float = UNIQUE_FRACTION,
 ) -> Inputs:
-    """Normal features; `correlated` makes each query a noisy copy of its match among `asked_fraction` of the reference tokens, else matches
-    are by chance."""
-    return draw_inputs(shape.sizes, dtype, device, matched_fraction=asked_fraction if correlated else None, seed=seed)
+    """Normal features; `correlated` makes each query a noisy copy of its match among `asked_fraction` of the
+    reference tokens, else matches are by chance."""
+    fraction = asked_fraction if correlated else None
+    return draw_inputs(shape.sizes, dtype, device, matched_fraction=fraction, seed=seed)

@@ -107,11 +107,13 @@ class Plan:
                     self.failed.append(where)
                     return "check failed"
                 if item.op.match_map and self._unique_fraction is None:
-                    self._unique_fraction = measure.unique_fraction(item.op.match_map(self._inputs, result, item.provider))
+                    match_map = item.op.match_map(self._inputs, result, item.provider)
+                    self._unique_fraction = measure.unique_fraction(match_map)
             del result
             estimate = self._estimate(call)
             peak = self._peak(item, call)
-            saved = measure.saved_mib(call, self._inputs)[0] if item.op.learned and item.provider != providers.SDPA else None
+            saves = item.op.learned and item.provider != providers.SDPA
+            saved = measure.saved_mib(call, self._inputs)[0] if saves else None
         except Exception as error:  # a peer that cannot run here is a note, one of ours is a failure
             (self.failed if item.provider in providers.OURS else self.notes).append(f"{where}: {type(error).__name__}: {error}".splitlines()[0])
             return "did not run"

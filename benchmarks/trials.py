@@ -78,7 +78,8 @@ def _laid_out(inputs: Inputs, key: Key) -> Inputs:
     """[B, N, H, D] storage as attention processors have it, except where that would fold the heads into another head dim."""
     unfolded = key.op == "similarity" and key.mode in ("joint", "topk") and key.head_dim != FOLDED_HEAD_DIM
     features = {name: getattr(inputs, name) for name in FEATURES}
-    return inputs._replace(**{name: x.contiguous() if unfolded else processor_layout(x) for name, x in features.items()})
+    lay_out = Tensor.contiguous if unfolded else processor_layout
+    return inputs._replace(**{name: lay_out(x) for name, x in features.items()})
 
 
 def _attention(*, counts: bool = False, labels: bool = False, segments: int = 1, contrast: float = 1.0, guided: bool = False) -> Call:

@@ -31,7 +31,7 @@ examples:
 
 Everything runs on the model inside the package unless --model names another. `python -m qalign COMMAND --help` says more.
 After an error, `python -X dev -m qalign ...` shows where it came from."""
-NEEDS = ("diffusers", "transformers", "PIL")  # of a command that names none; OPTION_NEEDS adds what one option needs
+NEEDS = ("diffusers", "transformers", "PIL")  # of a command that names none; OPTION_NEEDS: of one option
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,11 +55,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def missing_packages(options: argparse.Namespace) -> str | None:
-    """Say which packages the command, or an option that was given, needs and does not find; None where all are there."""
+    """Say which packages the command, or an option that was given, needs and does not find, if any."""
     for option, names in options.needs.items():
         lacking = [name for name in names if importlib.util.find_spec(name) is None]
         if lacking and (not option or getattr(options, option) is not None):
-            return f"{f'--{option}: ' if option else ''}expected {', '.join(names)} to be installed, found no {', '.join(lacking)}"
+            place = f"--{option}: " if option else ""
+            return f"{place}expected {', '.join(names)} to be installed, found no {', '.join(lacking)}"
     return None
 
 

@@ -36,6 +36,6 @@ def label_picture(labels: Tensor) -> Image.Image:
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:
-    """Choose colours for the labels 0, 1, ...: those of the embedded scenes' parts, then hues a golden section apart."""
+    """Choose colours for labels 0, 1, ...: those of the scenes' parts, then hues a golden section apart."""
     more = [colorsys.hsv_to_rgb(0.618 * number % 1, 0.6, 0.9) for number in range(count - len(PALETTE))]
     return [*PALETTE, *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in more)][:count]

@@ -26,7 +26,7 @@ def packaging_arguments() -> dict[str, Any]:
 
 
 def own_files() -> list[Path]:
-    """List the files of the checkout that git tracks or would track; skip the test where there is no checkout."""
+    """List the files that git tracks or would track; skip the test where there is no checkout."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a git checkout")
     command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-co", "--exclude-standard"]

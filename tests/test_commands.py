@@ -307,7 +307,7 @@ def test_diffusers_extra_alone_runs(text, folder, tmp_path, only_diffusers_extra
     ],
     ids=lambda text: text.split()[0],
 )
-def test_missing_packages_are_named_before_work(text, refusal, folder, tmp_path, only_diffusers_extra, capsys):
+def test_missing_packages_are_named_first(text, refusal, folder, tmp_path, only_diffusers_extra, capsys):
     assert command_line.main(text.format(folder, tmp_path).split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert refusal in line and line.endswith(": pip install 'qalign-kernels[demo]'")

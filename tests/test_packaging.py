@@ -19,7 +19,7 @@ from qalign import __main__ as command_line
 from tests.project import ROOT, own_files, packaging_arguments
 
 OURS = ("benchmarks", "qalign", "qalign_kernels", "tests")
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}  # where the name differs
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}  # by import
 COMMANDS_OF_DIFFUSERS = ("bound", "distill", "leakage", "methods", "scenes", "texture", "transfer")
 
 
@@ -33,7 +33,11 @@ def _imports(module: str) -> Iterator[str]:
     file = _file(module)
     parts = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    guarded = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
     typing_only = {inner for node in guarded for statement in node.body for inner in ast.walk(statement)}
     for node in set(ast.walk(tree)) - typing_only:
         if isinstance(node, ast.Import):
@@ -57,7 +61,11 @@ def _packages(modules: list[str]) -> set[str]:
             top = name.split(".")[0]
             if top in OURS:
                 parts = name.split(".")
-                waiting += [name for name in (".".join(parts[:end]) for end in range(1, len(parts) + 1)) if _file(name)]
+                waiting += [
+                    name
+                    for name in (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+                    if _file(name)
+                ]
             elif top not in sys.stdlib_module_names:
                 found.add(top)
     return found
@@ -70,18 +78,28 @@ def _distributions(packages: set[str]) -> set[str]:
 def _declared(*extras: str) -> set[str]:
     """The distributions that the package and these extras of it require by name."""
     given = packaging_arguments()
-    texts = [*given["install_requires"], *(text for extra in extras for text in given["extras_require"][extra])]
+    texts = [
+        *given["install_requires"],
+        *(text for extra in extras for text in given["extras_require"][extra]),
+    ]
     return {canonicalize_name(Requirement(text).name) for text in texts}
 
 
 def _modules(package: str) -> list[str]:
     files = (ROOT / package).rglob("*.py")
-    return [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    return [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files
+    ]
 
 
 @pytest.mark.parametrize(
     ("package", "extras"),
-    [("qalign_kernels", ()), ("qalign", ("demo",)), ("benchmarks", ("bench",)), ("tests", ("bench", "demo", "dev"))],
+    [
+        ("qalign_kernels", ()),
+        ("qalign", ("demo",)),
+        ("benchmarks", ("bench",)),
+        ("tests", ("bench", "demo", "dev")),
+    ],
 )
 def test_extras_bring_what_a_package_imports(package, extras):
     imported = _distributions(_packages(_modules(package)))
@@ -93,7 +111,9 @@ def test_commands_name_the_packages_beyond_diffusers(command):
     module = importlib.import_module(f"qalign.commands.{command}")
     named = {*getattr(module, "NEEDS", command_line.NEEDS)}
     named |= {name for names in getattr(module, "OPTION_NEEDS", {}).values() for name in names}
-    beyond = {name for name in _packages([module.__name__]) if not _distributions({name}) <= _declared("diffusers")}
+    beyond = {
+        name for name in _packages([module.__name__]) if not _distributions({name}) <= _declared("diffusers")
+    }
     assert beyond <= named and _distributions(named) <= _declared("demo")
 
 
@@ -105,7 +125,9 @@ def test_diffusers_extra_serves_its_commands(command):
 
 
 def test_hint_names_an_extra_that_exists():
-    (hint,) = set(re.findall(r"pip install '([^']+)'", Path(command_line.__file__).read_text(encoding="utf-8")))
+    (hint,) = set(
+        re.findall(r"pip install '([^']+)'", Path(command_line.__file__).read_text(encoding="utf-8"))
+    )
     requirement = Requirement(hint)
     given = packaging_arguments()
     assert requirement.name == given["name"] and requirement.extras <= given["extras_require"].keys()
@@ -113,7 +135,10 @@ def test_hint_names_an_extra_that_exists():
 
 def test_description_links_are_absolute():
     given, links = packaging_arguments(), r"(!?)\[[^]]*\]\(([^)]+)\)"
-    readme, described = (re.findall(links, text) for text in ((ROOT / "README.md").read_text(encoding="utf-8"), given["long_description"]))
+    readme, described = (
+        re.findall(links, text)
+        for text in ((ROOT / "README.md").read_text(encoding="utf-8"), given["long_description"])
+    )
     for (picture, path), (_, link) in zip(readme, described, strict=True):
         if path.startswith("http"):
             assert link == path
@@ -151,6 +176,12 @@ def test_source_distribution_holds_every_file(archives):
 def test_wheel_holds_the_two_packages_alone(archives):
     _, names = archives
     kept = {name for name in names if ".dist-info/" not in name}
-    code = {file.relative_to(ROOT).as_posix() for package in ("qalign", "qalign_kernels") for file in (ROOT / package).rglob("*.py")}
+    code = {
+        file.relative_to(ROOT).as_posix()
+        for package in ("qalign", "qalign_kernels")
+        for file in (ROOT / package).rglob("*.py")
+    }
     assert code <= kept and {name.split("/")[0] for name in kept} == {"qalign", "qalign_kernels"}
-    assert "qalign/embedded/weights/model_index.json" in kept and not [name for name in kept if name.endswith(".png")]
+    assert "qalign/embedded/weights/model_index.json" in kept and not [
+        name for name in kept if name.endswith(".png")
+    ]

@@ -138,7 +138,8 @@ def test_packages_say_that_they_are_typed(packaging):
 @pytest.mark.parametrize("package", ["qalign_kernels", "qalign"])
 def test_data_files_are_packaged(package, packaging):
     folder = ROOT / package
-    packaged = {path for pattern in packaging["package_data"][package] for path in folder.glob(pattern)} | {ROOT / name for name in SHOWN_ONLY}
+    packaged = {path for pattern in packaging["package_data"][package] for path in folder.glob(pattern)}
+    packaged |= {ROOT / name for name in SHOWN_ONLY}
     assert not [path for path in own_files() if folder in path.parents and path.suffix != ".py" and path not in packaged]
 
 

@@ -158,7 +158,9 @@ def _prepare(op: Op, provider: str, inputs: shapes.Inputs, name: str, journal: J
         return None
     if provider in CHECKED_PEERS and not op.check(inputs, result, "reference"):
         journal.add("note", f"{name}: its result is outside our error budget")
-    fraction = measurement.unique_fraction(op.match_map(inputs, result, provider)) if provider == OURS and op.match_map else None
+    fraction = None
+    if provider == OURS and op.match_map:
+        fraction = measurement.unique_fraction(op.match_map(inputs, result, provider))
     output_mib = sum(part.nbytes for part in _tensors(result)) / measurement.MIB
     peak_mib = measurement.cuda_peak_mib(call)
     graph = _captured(call, result, provider, name, journal)

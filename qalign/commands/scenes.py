@@ -1,7 +1,7 @@
 """Write sample pictures of the scenes that the embedded model was trained on, with the label of every pixel.
 
-For each scene SEED.png and SEED-labels.png, whose pixel values are the labels (a palette shows them in colours). --sheet also
-writes one figure of all, up to 24, above their labels; it needs matplotlib.
+For each scene SEED.png and SEED-labels.png, whose pixel values are the labels (a palette shows them in
+colours). --sheet also writes one figure of up to 24 of them, above their labels; it needs matplotlib.
 Scenes with even seeds are for training, those with odd seeds are held out.
 
 examples:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", action="store_true", help="scenes that the model was not trained on")
     parser.add_argument("--size", type=count, default=128, metavar="PIXELS", help="side of the pictures (default: %(default)s)")
     parser.add_argument("--out", type=folder_path, default=Path("scenes"), metavar="DIR", help="where to (default: %(default)s)")
-    parser.add_argument("--sheet", type=picture_path, metavar="SHEET.png", help="also all of them in one figure, with their labels")
+    parser.add_argument("--sheet", type=picture_path, metavar="SHEET.png", help="also one figure of all")
 
 
 def run(options: argparse.Namespace) -> int:

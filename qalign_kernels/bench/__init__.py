@@ -1,1 +1,4 @@
-"""Microbenchmarks: `measure` has what every measurement shares, `ops` the calls that are measured, `python -m qalign_kernels.bench` runs them."""
+"""Microbenchmarks: `python -m qalign_kernels.bench`.
+
+`measure` has what every measurement shares, `ops` the calls that are measured.
+"""

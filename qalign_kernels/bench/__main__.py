@@ -1,12 +1,13 @@
-"""Time and peak memory of ops on this machine, at any shape, beside SDPA of the same shape: `python -m qalign_kernels.bench`.
+"""Measure time and peak memory of ops on this machine, at any shape, beside SDPA of the same shape.
 
-First each result is held against float64 under the error budget of `qalign_kernels.testing`, on up to 256 sampled query rows; no figure is
-shown for one that is wrong. Inputs are random and laid out as the attention processors of diffusers hand them over. Rounds of the op and of
-SDPA alternate. On a GPU the L2 cache is emptied before each round.
+First each result is held against float64 under the error budget of `qalign_kernels.testing`, on up to 256
+sampled query rows; no figure is shown for one that is wrong. Inputs are random and laid out as the attention
+processors of diffusers hand them over. Rounds of the op and of SDPA alternate. On a GPU the L2 cache is emptied
+before each round.
 
 examples:
   python -m qalign_kernels.bench --op attention --shape 1,8,4096,64 --dtype bf16
-  python -m qalign_kernels.bench --op attention label_mass --shape 2,8,1024,80 --key-tokens 77 --json rows.json
+  python -m qalign_kernels.bench --op attention label_mass --shape 2,8,1024,80 --key-tokens 77 --json FILE
 
 Exit code: 0 all measured, 1 a result was outside its budget, 2 bad arguments.
 """
@@ -59,7 +60,9 @@ def _seconds(text: str) -> float:
 def _shape(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if len(parts) != 4 or not all(part.isdigit() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"expected four numbers B,H,N,D above zero, such as 1,8,4096,64, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected four numbers B,H,N,D above zero, such as 1,8,4096,64, got {text!r}"
+        )
     return tuple(map(int, parts))
 
 
@@ -76,19 +79,35 @@ def _new_file(text: str) -> Path:
 def _parser() -> Parser:
     names = [op.name for op in OPS]
     parser = Parser(
-        prog="python -m qalign_kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m qalign_kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--op", nargs="+", choices=names, required=True, metavar="NAME", help=", ".join(names))
     parser.add_argument(
-        "--shape", type=_shape, required=True, metavar="B,H,N,D", help="batch, heads, tokens, channels of a head"
+        "--op", nargs="+", choices=names, required=True, metavar="NAME", help=", ".join(names)
     )
-    parser.add_argument("--key-tokens", type=_count, metavar="N", help="of keys and values (default: those of --shape)")
-    parser.add_argument("--value-dim", type=_count, metavar="D", help="channels of values (default: those of --shape)")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        required=True,
+        metavar="B,H,N,D",
+        help="batch, heads, tokens, channels of a head",
+    )
+    parser.add_argument(
+        "--key-tokens", type=_count, metavar="N", help="of keys and values (default: those of --shape)"
+    )
+    parser.add_argument(
+        "--value-dim", type=_count, metavar="D", help="channels of values (default: those of --shape)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--backend", choices=_backends.BACKENDS, default="auto", help="default: %(default)s")
     parser.add_argument(
-        "--seconds", type=_seconds, default=1.0, metavar="S", help="spent on rounds of each op (default: %(default)s)"
+        "--seconds",
+        type=_seconds,
+        default=1.0,
+        metavar="S",
+        help="spent on rounds of each op (default: %(default)s)",
     )
     parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write the rows to FILE")
     return parser
@@ -103,7 +122,7 @@ def choose_backend(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> 
     """Choose what is measured: "auto" takes Triton on a GPU that it serves, else the tiled path.
 
     Raises:
-        ValueError: "triton" cannot serve these sizes, or the device is a CPU, where only its interpreter runs.
+        ValueError: "triton" cannot serve these sizes, or the device is a CPU, which has its interpreter only.
     """
     if name not in ("auto", "triton"):
         return name
@@ -116,7 +135,9 @@ def choose_backend(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> 
     return "tiled" if refusal else "triton"
 
 
-def measure_op(op: Op, backend: str, sizes: Sizes, dtype: str, device: str, seconds: float) -> list[dict[str, Any]]:
+def measure_op(
+    op: Op, backend: str, sizes: Sizes, dtype: str, device: str, seconds: float
+) -> list[dict[str, Any]]:
     """Check an op, then measure it and SDPA.
 
     Args:
@@ -197,7 +218,9 @@ def run(options: argparse.Namespace) -> int:
     dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
     sizes = _sizes(options)
     if any("topk" in name for name in options.op) and sizes.key_tokens < TOPK:
-        raise ValueError(f"--key-tokens: expected at least {TOPK} for an op of the top {TOPK}, got {sizes.key_tokens}")
+        raise ValueError(
+            f"--key-tokens: expected at least {TOPK} for an op of the top {TOPK}, got {sizes.key_tokens}"
+        )
     backend = choose_backend(options.backend, sizes, DTYPES[dtype], device)
     if device == "cuda":
         measure.use_cuda()
@@ -211,7 +234,8 @@ def run(options: argparse.Namespace) -> int:
             rows += found
             wrong += [] if found else [name]
             if options.json:  # after every op, so that a run that is stopped leaves what it measured
-                options.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+                lines = ",\n".join(json.dumps(row) for row in rows)
+                options.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     if rows:
         print(table(rows))
     for name in wrong:

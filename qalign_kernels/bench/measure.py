@@ -22,7 +22,11 @@ _flush: Tensor | None = None
 
 
 class Sizes(NamedTuple):
-    """The sizes of one attention layer: queries [batch, heads, tokens, head_dim], keys and values [batch, heads, key_tokens, ...]."""
+    """The sizes of one attention layer.
+
+    Queries are [batch, heads, tokens, head_dim], keys [batch, heads, key_tokens, head_dim] and values
+    [batch, heads, key_tokens, value_dim].
+    """
 
     batch: int
     heads: int
@@ -47,7 +51,7 @@ class Inputs(NamedTuple):
         output_gradient: [B, H, N_q, D_v], the weights of an output whose gradients are measured.
         match_map: int32 [B, 1, N_q] into the keys.
         counts: int32 [B, 1, N_k], how often `match_map` names each key.
-        bit_sets, half_sets: int32 [B, N_k], the labels of keys in NUM_LABELS and in two equal regions, one bit each.
+        bit_sets, half_sets: int32 [B, N_k], labels of keys, NUM_LABELS or two equal regions, one bit each.
         query_bit_sets, query_half_sets: int32 [B, N_q], those of queries.
         classes: int32 [B, N_k], the regions of `bit_sets` as numbers.
     """
@@ -75,7 +79,8 @@ def draw_inputs(
     """Draw normal features, contiguous, the same for a seed.
 
     Args:
-        matched_fraction: makes each query a noisy copy of its match among this fraction of the reference tokens; None: matches are by chance.
+        matched_fraction: makes each query a noisy copy of its match among this fraction of the reference
+            tokens; None: matches are by chance.
     """
     batch, heads, tokens, key_tokens, head_dim, value_dim = sizes
     generator = torch.Generator(device).manual_seed(seed)
@@ -83,7 +88,11 @@ def draw_inputs(
     def normal(length: int, dim: int) -> Tensor:
         return torch.randn((batch, heads, length, dim), generator=generator, device=device)
 
-    query, ref_query, key = normal(tokens, head_dim), normal(key_tokens, head_dim), normal(key_tokens, head_dim)
+    query, ref_query, key = (
+        normal(tokens, head_dim),
+        normal(key_tokens, head_dim),
+        normal(key_tokens, head_dim),
+    )
     value = normal(key_tokens, value_dim)
     index = torch.randint(key_tokens, (batch, 1, tokens), generator=generator, device=device)
     if matched_fraction is not None:
@@ -92,15 +101,18 @@ def draw_inputs(
         rows = index.unsqueeze(-1).expand(-1, heads, -1, head_dim)
         query = ref_query.gather(2, rows) + 0.5 * query
     output_gradient = normal(tokens, value_dim)
-    counts = torch.zeros((batch, 1, key_tokens), dtype=torch.int64, device=device).scatter_add_(2, index, torch.ones_like(index))
-    sets = [_bits(length, count, batch, device) for length in (key_tokens, tokens) for count in (NUM_LABELS, 2)]
+    counts = torch.zeros((batch, 1, key_tokens), dtype=torch.int64, device=device)
+    counts.scatter_add_(2, index, torch.ones_like(index))
+    sets = [
+        _bits(length, count, batch, device) for length in (key_tokens, tokens) for count in (NUM_LABELS, 2)
+    ]
     features = [x.to(dtype) for x in (query, ref_query, key, value, output_gradient)]
     classes = _regions(key_tokens, NUM_LABELS, device).expand(batch, -1).int().contiguous()
     return Inputs._make([*features, index.int(), counts.int(), *sets, classes])
 
 
 def _map(tokens: int, key_tokens: int, fraction: float, generator: torch.Generator, device: str) -> Tensor:
-    """Draw a match map [tokens] onto exactly this fraction of the reference tokens, or onto as many as there are queries."""
+    """Draw a match map [tokens] onto this fraction of the reference tokens, one for each query at most."""
     unique = min(tokens, max(1, round(fraction * key_tokens)))
     chosen = torch.randperm(key_tokens, generator=generator, device=device)[:unique]
     repeated = chosen[torch.randint(unique, (tokens - unique,), generator=generator, device=device)]
@@ -117,7 +129,7 @@ def _bits(tokens: int, count: int, batch: int, device: str) -> Tensor:
 
 
 def in_processor_layout(inputs: Inputs) -> Inputs:
-    """Copy the features to [B, N, H, D] storage, seen as [B, H, N, D]: what the attention processors of diffusers hand over."""
+    """Copy the features to [B, N, H, D] storage, seen as [B, H, N, D], as attention processors have them."""
     return inputs._replace(**{name: processor_layout(getattr(inputs, name)) for name in FEATURES})
 
 
@@ -155,13 +167,13 @@ def use_cuda() -> None:
 
 
 def before_round() -> None:
-    """Empty the L2 cache; the launches of the round queue behind it, so that the host's delay is hidden as in a busy stream."""
+    """Empty the L2 cache; the launches of the round queue behind it, so that the host's delay is hidden."""
     if _flush is not None:
         _flush.zero_()
 
 
 def time_rounds(call: Callable[[], Any], rounds: int) -> list[float]:
-    """Time single calls, in seconds; on a GPU the L2 cache is empty and rounds queue up as in a busy stream."""
+    """Time single calls, in seconds; on a GPU the L2 cache is empty and rounds queue as in a busy stream."""
     stamps = []
     for _ in range(rounds):
         before_round()
@@ -198,7 +210,9 @@ def cpu_rise_mib(call: Callable[[], Any]) -> float:
     return rise
 
 
-def fresh_process_rise_mib(prepare: Callable[..., Callable[[], Any]], *arguments: Any, preload: str) -> float | None:
+def fresh_process_rise_mib(
+    prepare: Callable[..., Callable[[], Any]], *arguments: Any, preload: str
+) -> float | None:
     """Measure the call that `prepare(*arguments)` gives in a fresh process with as many threads as this one.
 
     `prepare` is a function of an importable module and warms up; `preload` is a module that it needs.
@@ -222,14 +236,16 @@ def fresh_process_rise_mib(prepare: Callable[..., Callable[[], Any]], *arguments
         process.join()
 
 
-def _send_rise(sender: Connection, threads: int, prepare: Callable[..., Callable[[], Any]], arguments: tuple) -> None:
+def _send_rise(
+    sender: Connection, threads: int, prepare: Callable[..., Callable[[], Any]], arguments: tuple
+) -> None:
     torch.set_num_threads(threads)
     with torch.no_grad():
         sender.send(cpu_rise_mib(prepare(*arguments)))
 
 
 def _settle() -> int:
-    """Hand freed memory back, restart the peak where the system can, and return the resident size in bytes."""
+    """Hand freed memory back, restart the peak where the system can; the resident size in bytes."""
     if not sys.platform.startswith("linux"):
         return _peak_bytes()
     ctypes.CDLL(None).malloc_trim(0)
@@ -251,7 +267,11 @@ def _status_bytes(name: str) -> int:
 
 
 def saved_mib(call: Callable[[], Any], inputs: Sequence[Tensor]) -> tuple[float, Any]:
-    """Measure what autograd keeps for the backward pass of `call`, each storage once and none of the `inputs`; and the call's result."""
+    """Measure what autograd keeps for the backward pass of `call`, each storage once, no `inputs`.
+
+    Returns:
+        MiB, and the result of the call.
+    """
     found: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:
@@ -279,7 +299,7 @@ def result_row(
     saved_mib: float | None = None,
     unique_fraction: float | None = None,
 ) -> dict[str, Any]:
-    """What a file of results holds of one provider; `work` is in FLOPs, `yardstick` SDPA's median in seconds."""
+    """Make the row of one provider; `work` is in FLOPs, `yardstick` SDPA's median in seconds."""
     p20, p50, p80 = percentiles(seconds)
     return {
         "device": device_name(device),
@@ -309,7 +329,9 @@ def device_name(device: str) -> str:
 
 def _processor() -> str:
     try:
-        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        line = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
     return line.split(":", 1)[1].strip()
@@ -328,7 +350,9 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Lay out rows of cells as text in columns."""
     lines = [[str(cell) for cell in line] for line in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    )
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

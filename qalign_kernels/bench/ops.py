@@ -1,4 +1,4 @@
-"""The ops as they are measured: our call, its check against float64 on sampled rows, and the FLOPs of the definition."""
+"""The ops as they are measured: our call, its check against float64 on sampled rows, its FLOPs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -132,7 +132,8 @@ def _check_gather(x: Inputs, result: tuple[Tensor, Tensor], backend: str) -> boo
 
 
 def gradient(x: Inputs, backend: str, shared: bool = False) -> tuple[Tensor, ...]:
-    """Of query, key and value, for an output weighted by `output_gradient`; `shared`: each query row reads its keys through a batch index."""
+    """Of query, key and value, for an output weighted by `output_gradient`; `shared`: each query row reads its
+    keys through a batch index."""
     leaves = learned(x.query, x.key, x.value)
     batch_index = torch.arange(x.query.shape[0], device=x.query.device, dtype=torch.int32) if shared else None
     with torch.enable_grad():
@@ -144,7 +145,8 @@ def check_gradient(x: Inputs, gradients: tuple[Tensor, ...], backend: str, share
     """Of sampled queries; of keys and values, which sum over all queries, in a second call that has the sampled ones alone."""
     rows = sampled_rows(x)
     few = x._replace(query=x.query[:, :, rows], output_gradient=x.output_gradient[:, :, rows])
-    doubled = few._replace(**{name: getattr(few, name).double() for name in ("query", "key", "value", "output_gradient")})
+    names = ("query", "key", "value", "output_gradient")
+    doubled = few._replace(**{name: getattr(few, name).double() for name in names})
     ours = (gradients[0][:, :, rows], *gradient(few, backend, shared)[1:])
     return all(testing.judge(*three, 4 * x.key.shape[2]).passed for three in zip(ours, gradient(few, "reference"), gradient(doubled, "reference")))
 
@@ -193,7 +195,7 @@ def attention_flops(sizes: Sizes) -> float:
 
 
 def _attention_op(name: str, how: Callable[[Inputs], dict], contrast: float = 1.0) -> Op:
-    """`how` gives what the segment holds beside keys and values, and, with its labels, those of the queries."""
+    """`how` gives what the segment holds beside keys and values, and with its labels those of the queries."""
 
     def parts(x: Inputs) -> tuple[Segment, Tensor | None]:
         held = how(x)
@@ -209,7 +211,8 @@ def _attention_op(name: str, how: Callable[[Inputs], dict], contrast: float = 1.
         return check_attention(x, output, [segment], contrast, query_labels)
 
     counted = name == "attention_counts"
-    return Op(name, run, check, attention_flops, match_map=(lambda x, output, backend: x.match_map) if counted else None)
+    match_map = (lambda x, output, backend: x.match_map) if counted else None
+    return Op(name, run, check, attention_flops, match_map=match_map)
 
 
 def _topk_flops(sizes: Sizes) -> float:
@@ -256,20 +259,33 @@ OPS = [
         None,
         match_map=lambda x, counts, backend: x.match_map,
     ),
-    Op("rearrange_kv", lambda x, backend: qk.rearrange_kv(x.key, x.value, x.match_map, backend=backend), _check_gather, None),
+    Op(
+        "rearrange_kv",
+        lambda x, backend: qk.rearrange_kv(x.key, x.value, x.match_map, backend=backend),
+        _check_gather,
+        None,
+    ),
     _attention_op("attention", lambda x: {}),
     _attention_op("attention_counts", lambda x: {"counts": x.counts}),
     _attention_op("attention_contrast", lambda x: {}, contrast=CONTRAST),
     _attention_op("attention_labels", lambda x: {"labels": x.bit_sets, "query_labels": x.query_bit_sets}),
-    _attention_op("attention_half_labels", lambda x: {"labels": x.half_sets, "query_labels": x.query_half_sets}),
+    _attention_op(
+        "attention_half_labels", lambda x: {"labels": x.half_sets, "query_labels": x.query_half_sets}
+    ),
     Op(
         "attention_segments",
         lambda x, backend: qk.attention(x.query, _two_segments(x), backend=backend),
         lambda x, output, backend: check_attention(x, output, _two_segments(x)),
         lambda sizes: 2 * attention_flops(sizes),
     ),
-    Op("attention_gradient", gradient, check_gradient, lambda sizes: 3.5 * attention_flops(sizes), learned=True),
-    Op("distillation_step", _distillation_step, _check_step, lambda sizes: 4.5 * attention_flops(sizes), learned=True),
+    Op("attention_gradient", gradient, check_gradient, lambda x: 3.5 * attention_flops(x), learned=True),
+    Op(
+        "distillation_step",
+        _distillation_step,
+        _check_step,
+        lambda x: 4.5 * attention_flops(x),
+        learned=True,
+    ),
     Op(
         "label_mass",
         lambda x, backend: qk.label_mass(x.query, x.key, x.classes, NUM_LABELS, backend=backend),
