@@ -76,13 +76,9 @@ def _new_file(text: str) -> Path:
     return path
 
 
-def _parser() -> Parser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what is measured, and where."""
     names = [op.name for op in OPS]
-    parser = Parser(
-        prog="python -m qalign_kernels.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     parser.add_argument(
         "--op", nargs="+", choices=names, required=True, metavar="NAME", help=", ".join(names)
     )
@@ -110,7 +106,6 @@ def _parser() -> Parser:
         help="spent on rounds of each op (default: %(default)s)",
     )
     parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write the rows to FILE")
-    return parser
 
 
 def _sizes(options: argparse.Namespace) -> Sizes:
@@ -245,7 +240,12 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    parser = _parser()
+    parser = Parser(
+        prog="python -m qalign_kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     try:
         return run(options)
