@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import timing
+from qalign_kernels.bench import measure
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -15,5 +15,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def bench_op(item: Any, benchmark: Any, request: pytest.FixtureRequest) -> None:
     plan: Any = request.config.pluginmanager.get_plugin("qalign-speed")
     measured = plan.prepare(item)
-    benchmark.pedantic(measured.call, setup=timing.before_round, rounds=measured.rounds, iterations=1)
+    benchmark.pedantic(measured.call, setup=measure.before_round, rounds=measured.rounds, iterations=1)
     measured.seconds += benchmark.stats.stats.data

@@ -149,7 +149,7 @@ def denoising(picture: torch.Tensor, prompt: str) -> float:
 def draw(rows: Any, path: Path) -> None:
     from PIL import Image, ImageDraw
 
-    from qalign.plots import to_image
+    from qalign.images import to_image
 
     sheet = Image.new("RGB", (max(map(len, rows)) * 132, len(rows) * 132), "white")
     for y, row in enumerate(rows):

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import l1_loss, scaled_dot_product_attention
 
 from qalign.files import replacing
+from qalign_kernels.bench import measure as measurement
 
-from . import memory, speed, text_table
+from . import speed
 
 MODELS = ("embedded", "sd15")
 TIMESTEP, LEARNING_RATE = 401, 0.05
@@ -159,12 +160,14 @@ def measure(model: Model, name: str, dtype: str, device: str, rounds: int) -> li
                 sizes = pipeline.sizes
                 if provider not in gradients:
                     latents = model.latents.clone().requires_grad_()
-                    saved_mib[provider], losses = memory.saved_mib(partial(pipeline.loss, latents), inputs)
+                    loss = partial(pipeline.loss, latents)
+                    saved_mib[provider], losses = measurement.saved_mib(loss, inputs)
                     gradients[provider] = gradient(losses.total, latents)
                     del losses
                 call = _step(model, pipeline)
                 if provider not in peak_mib:
-                    peak_mib[provider] = memory.cuda_peak_mib(call) if device == "cuda" else memory.cpu_rise_mib(call)
+                    peak_of = measurement.cuda_peak_mib if device == "cuda" else measurement.cpu_rise_mib
+                    peak_mib[provider] = peak_of(call)
                 seconds[provider] += [_time(call, device) for _ in range(math.ceil(rounds / 2))]
     difference = ((gradients[backend] - gradients["eager"]).norm() / gradients["eager"].norm()).item()
     widest = max(sizes, key=lambda size: size[2])
@@ -197,4 +200,4 @@ def _time(call: Callable[[], Any], device: str) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     head = ("step", "widest layer", "dtype", "provider", "p20 ms", "p50 ms", "p80 ms", "peak MiB", "saved MiB", "gradient off by")
     keys = ("op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "peak_mib", "saved_mib", "gradient_difference")
-    return text_table.aligned(head, [["-" if row[key] is None else row[key] for key in keys] for row in rows])
+    return measurement.aligned(head, [["-" if row[key] is None else row[key] for key in keys] for row in rows])

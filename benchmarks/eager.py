@@ -1,15 +1,25 @@
 """What people write today: eager PyTorch that materialises scores, in chunks of 1024 query rows. The peers of the ops."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, normalize, one_hot, scaled_dot_product_attention
 
-from .shapes import NUM_LABELS, Inputs
+from qalign_kernels.bench.measure import NUM_LABELS, Inputs
+from qalign_kernels.bench.ops import CONTRAST, STRENGTH, TOPK, learned
 
 ROWS = 1024
-TOPK, STRENGTH, CONTRAST = 8, 20.0, 1.67
+
+
+def peer(op_name: str) -> Callable[[Inputs], Any]:
+    """The function here that stands for an op of `qalign_kernels.bench.ops`."""
+    same = {
+        "similarity_argmax_packed": similarity_argmax_per_head,
+        "qalign_attention_correlated": qalign_attention,
+    }
+    return same.get(op_name) or globals()[op_name]
 
 
 def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -144,10 +154,10 @@ def attention_gradient(x: Inputs) -> tuple[Tensor, ...]:
 
 
 def gradient(attend: Callable[..., Tensor], x: Inputs) -> tuple[Tensor, ...]:
-    """Of query, key and value, for an output weighted by `ref_query`."""
+    """Of query, key and value, for an output weighted by `output_gradient`."""
     leaves = learned(x.query, x.key, x.value)
     with torch.enable_grad():
-        return torch.autograd.grad(attend(*leaves), leaves, grad_outputs=x.ref_query)
+        return torch.autograd.grad(attend(*leaves), leaves, grad_outputs=x.output_gradient)
 
 
 def distillation_step(x: Inputs) -> tuple[Tensor, ...]:
@@ -158,7 +168,3 @@ def distillation_step(x: Inputs) -> tuple[Tensor, ...]:
         query, key, value = leaves
         loss = l1_loss(scaled_dot_product_attention(query, key, value), ideal)
         return *torch.autograd.grad(loss, leaves), loss.detach()
-
-
-def learned(*tensors: Tensor) -> list[Tensor]:
-    return [x.detach().requires_grad_() for x in tensors]

@@ -3,8 +3,9 @@
 import fnmatch
 from typing import Any
 
+from qalign_kernels.bench.measure import markdown
+
 from .machine_code import minor_version
-from .text_table import markdown
 
 Row = dict[str, Any]
 MEASURED_DTYPES = ("float32", "float16", "bfloat16")

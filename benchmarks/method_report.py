@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qalign.files import replacing
-
-from . import text_table
+from qalign_kernels.bench import measure
 
 
 @dataclass(frozen=True)
@@ -59,4 +58,4 @@ class MethodReport:
             found = [case["methods"][name] for case in self.cases if name in case["methods"]]
             means = {figure: sum(each[figure] for each in found) / len(found) for figure in figures if found and figure in found[0]}
             rows.append([name, len(found), *(f"{means[figure]:.3g}" if figure in means else "-" for figure in figures)])
-        return text_table.aligned(["method", self.kind, *figures.values()], rows)
+        return measure.aligned(["method", self.kind, *figures.values()], rows)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .shapes import Inputs
+from qalign_kernels.bench.measure import Inputs
 
 FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 

@@ -9,13 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from qalign_kernels import _backends
+from qalign_kernels.bench.measure import Inputs
+from qalign_kernels.bench.ops import SDPA, Op, attention_flops
 
 from . import eager, peers
-from .ops import OPS, Op, attention_flops
-from .shapes import Inputs, Shape
+from .shapes import Shape
 
 OURS = ("triton", "tiled")
-SDPA = "sdpa"
 FORCED_SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -26,10 +26,6 @@ PEERS = ("fa3", "sageattention", "flash_kmeans")
 FLEX_OPS = ("attention", "attention_counts", "attention_labels", "attention_gradient")
 COMPILED_OPS = ("attention", "similarity_argmax", "qalign_attention")
 MAIN_OPS = ("attention", "similarity_argmax", "qalign_attention", "qalign_attention_correlated")
-
-
-def op_named(name: str) -> Op:
-    return next(op for op in OPS if op.name == name)
 
 
 def names(op: Op, shape: Shape, device: str, quick: bool) -> list[str]:
@@ -57,9 +53,9 @@ def build(provider: str, op: Op, x: Inputs) -> Callable[[], Any]:
     if provider in OURS or provider == "reference":
         return lambda: op.run(x, provider)
     if provider == "eager":
-        return lambda: op.eager(x)
+        return lambda: eager.peer(op.name)(x)
     if provider == "eager compiled":
-        compiled = torch.compile(op.eager, dynamic=False)
+        compiled = torch.compile(eager.peer(op.name), dynamic=False)
         return lambda: compiled(x)
     if provider == "flex":
         return _flex(op.name, x)
@@ -103,8 +99,8 @@ def _flex(op_name: str, x: Inputs) -> Callable[[], Any]:
 def flops(provider: str, op: Op, shape: Shape) -> float | None:
     """FLOPs of the op's definition; SDPA and FlexAttention do plain attention whatever they stand beside."""
     if provider.startswith(SDPA):
-        return attention_flops(shape)
-    return op.flops(shape) if op.flops else None
+        return attention_flops(shape.sizes)
+    return op.flops(shape.sizes) if op.flops else None
 
 
 def refusal(provider: str, op: Op, x: Inputs) -> str | None:

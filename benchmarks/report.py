@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qalign_kernels.bench.measure import markdown
+
 from . import evidence
 from .providers import OURS, SDPA
-from .text_table import markdown
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 RESULTS = Path(__file__).with_name("results")

@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+
+from qalign_kernels.bench.measure import Inputs, Sizes, draw_inputs
+from qalign_kernels.bench.ops import MATCHED_FRACTION as UNIQUE_FRACTION
 
 
 class Shape(NamedTuple):
@@ -21,9 +23,13 @@ class Shape(NamedTuple):
         return [self.batch, self.heads, self.tokens, self.head_dim]
 
     @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.batch, self.heads, self.tokens, self.tokens, self.head_dim, self.head_dim)
+
+    @property
     def scores(self) -> int:
         """Score elements E = B·H·N²."""
-        return self.batch * self.heads * self.tokens**2
+        return self.sizes.scores
 
     @property
     def large(self) -> bool:
@@ -47,51 +53,17 @@ SHAPES = [
     Shape("sd21-1024px", 1, 5, 16384, 64, sweep=True),
 ]
 QUICK_SHAPES = ("sd15-mid", "sd15-low", "sd15-256px", "sd15-512px")
-UNIQUE_FRACTION = 0.55
-NUM_LABELS = 4
 
 
-class Inputs(NamedTuple):
-    """Everything an op may want: features [B, H, N, D], a match map [B, 1, N] and its counts, class ids and bit-set labels [B, N]:
-    `bit_sets` of NUM_LABELS equal regions, `half_sets` of two."""
-
-    query: Tensor
-    ref_query: Tensor
-    key: Tensor
-    value: Tensor
-    match_map: Tensor
-    counts: Tensor
-    bit_sets: Tensor
-    half_sets: Tensor
-    classes: Tensor
-
-
-def make_inputs(shape: Shape, correlated: bool, dtype: torch.dtype, device: str, seed: int = 0, asked_fraction: float = UNIQUE_FRACTION) -> Inputs:
-    """Normal features; `correlated` makes each query a noisy copy of its match among `asked_fraction` of the reference tokens, else matches
-    are by chance."""
-    generator = torch.Generator(device).manual_seed(seed)
-    size = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
-    query, ref_query, key, value = (torch.randn(size, generator=generator, device=device) for _ in range(4))
-    index = torch.randint(shape.tokens, (shape.batch, 1, shape.tokens), generator=generator, device=device)
-    if correlated:
-        index = torch.stack([_map(shape.tokens, asked_fraction, generator, device) for _ in range(shape.batch)]).unsqueeze(1)
-        rows = index.unsqueeze(-1).expand(-1, shape.heads, -1, shape.head_dim)
-        query = ref_query.gather(2, rows) + 0.5 * query
-    counts = torch.zeros_like(index).scatter_add_(2, index, torch.ones_like(index))
-    classes = torch.arange(shape.tokens, device=device).mul(NUM_LABELS).div(shape.tokens, rounding_mode="floor").expand(shape.batch, -1)
-    query, ref_query, key, value = (x.to(dtype) for x in (query, ref_query, key, value))
-    bit_sets, half_sets = ((1 << ids).int() for ids in (classes, classes.mul(2).div(NUM_LABELS, rounding_mode="floor")))
-    return Inputs(query, ref_query, key, value, index.int(), counts.int(), bit_sets, half_sets, classes.int().contiguous())
-
-
-def _map(tokens: int, fraction: float, generator: torch.Generator, device: str) -> Tensor:
-    """A match map onto exactly this fraction of the reference tokens."""
-    unique = max(1, round(fraction * tokens))
-    chosen = torch.randperm(tokens, generator=generator, device=device)[:unique]
-    repeated = chosen[torch.randint(unique, (tokens - unique,), generator=generator, device=device)]
-    return torch.cat((chosen, repeated))[torch.randperm(tokens, generator=generator, device=device)]
-
-
-def unique_fraction(index: Tensor) -> float:
-    """Distinct reference tokens per query token, U/N, averaged over the maps [B, G, N]."""
-    return sum(row.unique().numel() / row.numel() for row in index.flatten(0, 1)) / index.shape[:2].numel()
+def make_inputs(
+    shape: Shape,
+    correlated: bool,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    asked_fraction: float = UNIQUE_FRACTION,
+) -> Inputs:
+    """Normal features; `correlated` makes each query a noisy copy of its match among `asked_fraction` of the
+    reference tokens, else matches are by chance."""
+    fraction = asked_fraction if correlated else None
+    return draw_inputs(shape.sizes, dtype, device, matched_fraction=fraction, seed=seed)

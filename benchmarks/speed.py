@@ -4,7 +4,6 @@ import argparse
 import functools
 import itertools
 import json
-import platform
 import statistics
 import subprocess
 import time
@@ -15,11 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import memory, progress, providers, shapes, text_table, timing
-from .ops import OPS, Op
+from qalign_kernels.bench import measure
+from qalign_kernels.bench.measure import DTYPES
+from qalign_kernels.bench.ops import OPS, Op
+
+from . import memory, progress, providers, shapes
 from .shapes import QUICK_SHAPES, SHAPES, Shape
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REPEATS = 3
 MAX_ROUNDS = 100
 SLOW_PEERS = ("reference",)
@@ -106,11 +107,13 @@ class Plan:
                     self.failed.append(where)
                     return "check failed"
                 if item.op.match_map and self._unique_fraction is None:
-                    self._unique_fraction = shapes.unique_fraction(item.op.match_map(self._inputs, result, item.provider))
+                    match_map = item.op.match_map(self._inputs, result, item.provider)
+                    self._unique_fraction = measure.unique_fraction(match_map)
             del result
             estimate = self._estimate(call)
             peak = self._peak(item, call)
-            saved = memory.saved_mib(call, self._inputs)[0] if item.op.learned and item.provider != providers.SDPA else None
+            saves = item.op.learned and item.provider != providers.SDPA
+            saved = measure.saved_mib(call, self._inputs)[0] if saves else None
         except Exception as error:  # a peer that cannot run here is a note, one of ours is a failure
             (self.failed if item.provider in providers.OURS else self.notes).append(f"{where}: {type(error).__name__}: {error}".splitlines()[0])
             return "did not run"
@@ -137,10 +140,10 @@ class Plan:
         if not self.with_memory:
             return None
         if self.device == "cuda":
-            return memory.cuda_peak_mib(call)
+            return measure.cuda_peak_mib(call)
         if item.provider in ("eager compiled", "flex"):
             return None  # a fresh process would measure the compiler
-        return memory.cpu_peak_mib(item.provider, item.op.name, tuple(item.shape), DTYPES[self.dtype], torch.get_num_threads())
+        return memory.cpu_peak_mib(item.provider, item.op.name, tuple(item.shape), DTYPES[self.dtype])
 
     def _finish(self) -> None:
         """Rows of the group that ended."""
@@ -161,70 +164,9 @@ class Plan:
         )  # fmt: skip
 
 
-def result_row(
-    op: str,
-    size: list[int],
-    dtype: str,
-    device: str,
-    provider: str,
-    seconds: list[float],
-    *,
-    work: float | None = None,
-    yardstick: float | None = None,
-    peak_mib: float | None = None,
-    saved_mib: float | None = None,
-    unique_fraction: float | None = None,
-) -> dict[str, Any]:
-    """What a file of results holds of one provider; `work` is in FLOPs, `yardstick` SDPA's median in seconds."""
-    p20, p50, p80 = percentiles(seconds)
-    return {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "op": op,
-        "shape": size,
-        "dtype": dtype,
-        "provider": provider,
-        "p20_ms": round(p20 * 1e3, 4),
-        "p50_ms": round(p50 * 1e3, 4),
-        "p80_ms": round(p80 * 1e3, 4),
-        "tflops": None if work is None else float(f"{work / p50 / 1e12:.4g}"),
-        "peak_mib": None if peak_mib is None else round(peak_mib, 2),
-        "saved_mib": None if saved_mib is None else round(saved_mib, 2),
-        "ratio_to_sdpa": None if yardstick is None else float(f"{p50 / yardstick:.4g}"),
-        "unique_fraction": None if unique_fraction is None else round(unique_fraction, 4),
-        "commit": commit(),
-    }
-
-
-def percentiles(seconds: list[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80 of the rounds."""
-    if len(seconds) == 1:
-        return seconds[0], seconds[0], seconds[0]
-    tenths = statistics.quantiles(seconds, n=10, method="inclusive")
-    return tenths[1], tenths[4], tenths[7]
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{_processor()}, {torch.get_num_threads()} cores"
-
-
-def _processor() -> str:
-    try:
-        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-    return line.split(":", 1)[1].strip()
-
-
-def triton_version() -> str | None:
-    try:
-        import triton
-    except Exception:  # a broken installation may raise anything
-        return None
-    return triton.__version__
+def result_row(*arguments: Any, **figures: Any) -> dict[str, Any]:
+    """`measure.result_row`, and the commit of the checkout."""
+    return measure.result_row(*arguments, **figures) | {"commit": commit()}
 
 
 @functools.cache
@@ -288,7 +230,7 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = arguments.dtype or ("bf16" if device == "cuda" else "fp32")
     seconds = arguments.seconds or (0.3 if arguments.quick else 1.0) * (0.3 if device == "cuda" else 1.0)
     if device == "cuda":
-        timing.use_cuda()
+        measure.use_cuda()
     plan = Plan(choose_items(arguments, device), dtype, device, seconds, not arguments.no_memory, arguments.json)
     with torch.no_grad():
         code = pytest.main(_pytest_arguments(), plugins=[_Named(plan)])
@@ -322,11 +264,11 @@ def _pytest_arguments() -> list[str]:
         "no:cacheprovider",
         "--benchmark-only",
         "--benchmark-quiet",
-        "--benchmark-timer=benchmarks.timing.stamp",
+        "--benchmark-timer=qalign_kernels.bench.measure.stamp",
     ]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     head = ("op", "shape", "dtype", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "peak MiB", "saved MiB", "x SDPA", "U/N")
     keys = ("op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "saved_mib", "ratio_to_sdpa", "unique_fraction")
-    return text_table.aligned(head, [["-" if row[key] is None else row[key] for key in keys] for row in rows])
+    return measure.aligned(head, [["-" if row[key] is None else row[key] for key in keys] for row in rows])

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from . import machine_code, progress, text_table
+from qalign_kernels.bench.measure import aligned
+
+from . import machine_code, progress
 from .machine_code import Loop, MachineCode
 
 BUDGETS = Path(__file__).with_name("budgets.json")
@@ -364,4 +366,4 @@ def table(rows: list[Row]) -> str:
             "BROKEN" if row.problems else "ok",
         )  # fmt: skip
         lines.append(cells)
-    return text_table.aligned(head, lines)
+    return aligned(head, lines)

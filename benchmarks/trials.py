@@ -11,14 +11,25 @@ import qalign_kernels as qk
 from qalign_kernels import Segment, _backends, testing
 from qalign_kernels._triton._configs import Key
 from qalign_kernels.attention import Guide, guided_attention
+from qalign_kernels.bench.measure import FEATURES, NUM_LABELS, Inputs, processor_layout
+from qalign_kernels.bench.ops import (
+    CONTRAST,
+    OPS,
+    STRENGTH,
+    TOPK,
+    Op,
+    check_attention,
+    check_gradient,
+    check_match,
+    gradient,
+    sampled_rows,
+)
 from qalign_kernels.qalign_attention import unit
 
 from . import shapes
-from .eager import CONTRAST, STRENGTH, TOPK
-from .ops import OPS, Op, check_attention, check_gradient, check_match, gradient, sampled_rows
-from .shapes import NUM_LABELS, Inputs, Shape
+from .shapes import Shape
 
-FEATURES = ("query", "ref_query", "key", "value")
+LABELS = ("bit_sets", "half_sets", "query_bit_sets", "query_half_sets", "classes")
 HEADS = {40: 8, 64: 10, 80: 8, 128: 24, 160: 8}  # as the models that have these head dims
 FOLDED_HEAD_DIM = 64  # joint scores of heads in a row are taken in parts of this many channels, whatever the head dim
 USUAL_TOKENS = (4096, 1024, 16384, 256)  # most usual first
@@ -59,7 +70,7 @@ def make_ragged(inputs: Inputs, key: Key) -> Inputs:
     index = inputs.match_map[:, :, :tokens].clamp(max=tokens - 1)
     counts = torch.zeros_like(index).scatter_add_(2, index.long(), torch.ones_like(index))
     features = {name: getattr(inputs, name)[:, :, :tokens] for name in FEATURES}
-    labels = {name: getattr(inputs, name)[:, :tokens].contiguous() for name in ("bit_sets", "half_sets", "classes")}
+    labels = {name: getattr(inputs, name)[:, :tokens].contiguous() for name in LABELS}
     return _laid_out(inputs._replace(match_map=index.contiguous(), counts=counts, **features, **labels), key)
 
 
@@ -67,7 +78,8 @@ def _laid_out(inputs: Inputs, key: Key) -> Inputs:
     """[B, N, H, D] storage as attention processors have it, except where that would fold the heads into another head dim."""
     unfolded = key.op == "similarity" and key.mode in ("joint", "topk") and key.head_dim != FOLDED_HEAD_DIM
     features = {name: getattr(inputs, name) for name in FEATURES}
-    return inputs._replace(**{name: x.contiguous() if unfolded else x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in features.items()})
+    lay_out = Tensor.contiguous if unfolded else processor_layout
+    return inputs._replace(**{name: lay_out(x) for name, x in features.items()})
 
 
 def _attention(*, counts: bool = False, labels: bool = False, segments: int = 1, contrast: float = 1.0, guided: bool = False) -> Call:

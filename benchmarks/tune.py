@@ -16,8 +16,9 @@ from qalign.files import replacing
 from qalign_kernels import testing
 from qalign_kernels._triton import _configs
 from qalign_kernels._triton._configs import FILE, Key, Tile
+from qalign_kernels.bench import measure
 
-from . import progress, timing, trials
+from . import progress, trials
 from .trials import TRIALS, Trial
 
 DTYPES = ("bfloat16", "float16")  # float32 has no tensor cores to feed
@@ -174,10 +175,10 @@ class GpuSubject:
     def seconds(self, tile: Tile) -> float:
         with _configs.trying(self.key, tile):
             for _ in range(FLUSHES):
-                timing.before_round()
-            start = timing.stamp()
+                measure.before_round()
+            start = measure.stamp()
             self.trial.timed.run(self.inputs, "triton")
-            return timing.stamp() - start
+            return measure.stamp() - start
 
     def _right(self, call: Any, inputs: trials.Inputs, tile: Tile) -> bool:
         with _configs.trying(self.key, tile):
@@ -253,7 +254,7 @@ def run(arguments: argparse.Namespace) -> int:
     if _backends.interpreted():
         raise ValueError("TRITON_INTERPRET: expected unset, because interpreted kernels cannot be timed, got it set")
     target, triton = target_of(torch.device("cuda", torch.cuda.current_device())), _configs.triton_minor()
-    timing.use_cuda()
+    measure.use_cuda()
     chosen = choose_keys(arguments.op, target, triton)
     print(f"{torch.cuda.get_device_name()}, {target}, Triton {triton}: {len(chosen)} keys, {arguments.minutes:g} minutes", flush=True)
     with torch.no_grad():

@@ -31,7 +31,7 @@ examples:
 
 Everything runs on the model inside the package unless --model names another. `python -m qalign COMMAND --help` says more.
 After an error, `python -X dev -m qalign ...` shows where it came from."""
-NEEDS = ("diffusers", "transformers", "matplotlib", "PIL")
+NEEDS = ("diffusers", "transformers", "PIL")  # of a command that names none; OPTION_NEEDS: of one option
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,16 +49,25 @@ def parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"{__package__}.commands.{name}")
         command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=formatter)
         module.add_arguments(command)
-        command.set_defaults(run=module.run, needs=getattr(module, "NEEDS", NEEDS))
+        needs = {"": getattr(module, "NEEDS", NEEDS), **getattr(module, "OPTION_NEEDS", {})}
+        command.set_defaults(run=module.run, needs=needs)
     return top
+
+
+def missing_packages(options: argparse.Namespace) -> str | None:
+    """Say which packages the command, or an option that was given, needs and does not find, if any."""
+    for option, names in options.needs.items():
+        lacking = [name for name in names if importlib.util.find_spec(name) is None]
+        if lacking and (not option or getattr(options, option) is not None):
+            place = f"--{option}: " if option else ""
+            return f"{place}expected {', '.join(names)} to be installed, found no {', '.join(lacking)}"
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    missing = [name for name in options.needs if importlib.util.find_spec(name) is None]
-    if missing:
-        wanted, lacking = ", ".join(options.needs), ", ".join(missing)
-        sys.stderr.write(f"{options.command}: expected {wanted} to be installed, found no {lacking}: pip install -e '.[demo]'\n")
+    if refusal := missing_packages(options):
+        sys.stderr.write(f"{options.command}: {refusal}: pip install 'qalign-kernels[demo]'\n")
         return 2
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")  # read at import; otherwise they say what they would rather have installed

@@ -3,7 +3,6 @@
 Each function returns a figure of its own and leaves matplotlib's global state alone: `figure.savefig("grid.png")`.
 """
 
-import colorsys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,17 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from .denoiser import short_name
-
-Picture = Tensor | Image.Image  # a tensor is [3, H, W] in [0, 1]
+from .images import Picture, label_picture, palette, to_array
 
 RIGHT = "#1a9e77"
 WRONG = "#d1495b"
 GREY = "#6b7280"
 CURVES = (RIGHT, "#3b6fb6", GREY, "#c77d1e", "#8a4fb0")
-PALETTE = (
-    *((176, 208, 236), (205, 178, 132), (58, 122, 186), (92, 138, 66)),  # background: muted
-    *((232, 93, 47), (247, 197, 66), (139, 78, 166), (60, 64, 72), (214, 64, 112), (46, 184, 172), (250, 244, 230), (0, 0, 0)),
-)
 DPI = 110
 CAPTION: dict[str, Any] = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 2.5}
 TITLE: dict[str, Any] = {"fontsize": 13, "weight": "bold", "va": "top"}
@@ -52,24 +46,6 @@ class MatchPanel:
     right: Tensor | None = None
 
 
-def label_picture(labels: Tensor) -> Image.Image:
-    """A picture with a palette, whose pixel values are the labels [H, W] themselves."""
-    picture = Image.fromarray(labels.byte().numpy())
-    picture.putpalette([channel for colour in palette(int(labels.max()) + 1) for channel in colour])
-    return picture
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] as a PIL image."""
-    return Image.fromarray((_array(picture) * 255).round().astype("uint8"))
-
-
-def palette(count: int) -> list[tuple[int, int, int]]:
-    """Colours of the labels 0, 1, ...: those of the embedded scenes' parts, then hues a golden section apart."""
-    more = [colorsys.hsv_to_rgb(0.618 * number % 1, 0.6, 0.9) for number in range(count - len(PALETTE))]
-    return [*PALETTE, *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in more)][:count]
-
-
 def _hex(label: int) -> str:
     return "#{:02x}{:02x}{:02x}".format(*palette(label + 1)[label])
 
@@ -86,7 +62,7 @@ def transfer_grid(rows: Sequence[Mapping[str, Picture]], *, title: str = "", not
     figure, axes = _panels(len(rows), len(columns), title=title, note=note, aspect=_shape(rows[0][columns[0]]))
     for line, row in zip(axes, rows):
         for place, name in zip(line, columns):
-            place.imshow(_array(row[name]), interpolation="lanczos")
+            place.imshow(to_array(row[name]), interpolation="lanczos")
     for place, name in zip(axes[0], columns):
         place.set_title(name, fontsize=10.5)
     return figure
@@ -98,7 +74,7 @@ def comparison_grid(pictures: Mapping[str, Picture], *, columns: int = 4, title:
     figure, axes = _panels(lines, columns, title=title, note=note, aspect=_shape(next(iter(pictures.values()))), gap=0.68)
     places = [place for line in axes for place in line]
     for place, (name, picture) in zip(places, pictures.items()):
-        place.imshow(_array(picture), interpolation="lanczos")
+        place.imshow(to_array(picture), interpolation="lanczos")
         head, *more = name.split("\n")
         place.set_title(head, fontsize=10, pad=6 + 12 * len(more))
         place.text(0.5, 1.03, "\n".join(more), transform=place.transAxes, ha="center", va="bottom", fontsize=7, color=GREY)
@@ -114,7 +90,7 @@ def contact_sheet(pictures: Sequence[Picture], labels: Sequence[Tensor], caption
     for number, (picture, label, caption) in enumerate(zip(pictures, labels, captions)):
         place = axes[number // columns][number % columns]
         gap = numpy.ones((height // 32, width, 3), "float32")
-        place.imshow(numpy.concatenate([_array(picture), gap, _array(label_picture(label))]))
+        place.imshow(numpy.concatenate([to_array(picture), gap, to_array(label_picture(label))]))
         place.set_title("\n".join(textwrap.wrap(caption, 36)), fontsize=6.3, color=GREY)
     present = torch.cat([label.flatten() for label in labels]).unique().tolist()
     handles = [Patch(facecolor=_hex(label), edgecolor=GREY, lw=0.4, label=names[label]) for label in present]
@@ -138,7 +114,7 @@ def correspondence(
         curves: name -> errors in pixels of all matches, drawn beside the panels as the share within a distance; "chance" is dashed.
         tolerance: pixels, marked in the curves.
     """
-    first, second = _array(left), _array(right)
+    first, second = to_array(left), to_array(right)
     gap = first.shape[1] // 16
     pictures = numpy.concatenate([first, numpy.ones((first.shape[0], gap, 3), first.dtype), second], axis=1)
     wide = pictures.shape[1] / pictures.shape[0]
@@ -181,9 +157,9 @@ def point_heat_maps(
     """
     shape = _shape(structure)
     figure, axes = _panels(len(points), 1 + len(maps), title=title, note=note, aspect=shape)
-    grey = _array(appearance).mean(-1, keepdims=True) * 0.75 + 0.1
+    grey = to_array(appearance).mean(-1, keepdims=True) * 0.75 + 0.1
     for row, point in enumerate(points.tolist()):
-        axes[row][0].imshow(_array(structure), interpolation="lanczos")
+        axes[row][0].imshow(to_array(structure), interpolation="lanczos")
         axes[row][0].plot(*point, "o", ms=9, mfc="none", mec="white", mew=3.2)
         axes[row][0].plot(*point, "o", ms=9, mfc="none", mec=WRONG, mew=1.8)
         for place, (name, values) in zip(axes[row][1:], maps.items()):
@@ -279,13 +255,6 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Tensor], tolerance: float, siz
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.1, 0.93), fontsize=9)
-
-
-def _array(picture: Picture) -> Any:
-    """float32 [H, W, 3] in [0, 1]."""
-    if isinstance(picture, Image.Image):
-        return numpy.asarray(picture.convert("RGB"), dtype="float32") / 255
-    return picture.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def _shape(picture: Picture) -> tuple[int, int]:

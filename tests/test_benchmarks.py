@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bounded, distillation, distillation_step, memory, report, shapes, speed
-from benchmarks.ops import OPS
+from benchmarks import bounded, distillation, distillation_step, eager, memory, report
 from benchmarks.shapes import Shape, make_inputs
 from benchmarks.static import BUDGETS
 from qalign.embedded import scenes
 from qalign_kernels import similarity_argmax
+from qalign_kernels.bench import measure
+from qalign_kernels.bench.ops import OPS
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape("small", 2, 4, 300, 40)
@@ -38,8 +39,8 @@ def _speed(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
 def test_inputs_match_the_promised_fraction_of_tokens(correlated, fraction, within):
     inputs = make_inputs(Shape("", 2, 8, 1024, 40), correlated, torch.float32, "cpu")
     index = similarity_argmax(inputs.query, inputs.ref_query, backend="tiled").index
-    assert abs(shapes.unique_fraction(index) - fraction) < within
-    assert abs(shapes.unique_fraction(inputs.match_map) - fraction) < within
+    assert abs(measure.unique_fraction(index) - fraction) < within
+    assert abs(measure.unique_fraction(inputs.match_map) - fraction) < within
     assert torch.equal(inputs.counts.sum(-1), torch.full((2, 1), 1024))
 
 
@@ -47,13 +48,13 @@ def test_inputs_match_the_promised_fraction_of_tokens(correlated, fraction, with
 def test_correlated_inputs_match_the_asked_fraction(fraction):
     inputs = make_inputs(Shape("", 2, 4, 256, 40), True, torch.float32, "cpu", asked_fraction=fraction)
     match = similarity_argmax(inputs.query, inputs.ref_query, backend="tiled")
-    assert shapes.unique_fraction(match.index) == pytest.approx(fraction, abs=0.01)
+    assert measure.unique_fraction(match.index) == pytest.approx(fraction, abs=0.01)
     assert (inputs.counts > 0).float().mean().item() == pytest.approx(fraction, abs=0.01)
 
 
 def test_label_sets_are_equal_regions():
     inputs = make_inputs(SMALL, False, torch.float32, "cpu")
-    for sets, count in ((inputs.bit_sets, shapes.NUM_LABELS), (inputs.half_sets, 2)):
+    for sets, count in ((inputs.bit_sets, measure.NUM_LABELS), (inputs.half_sets, 2)):
         found, sizes = sets[0].unique(return_counts=True)
         assert found.tolist() == [1 << label for label in range(count)] and sizes.unique().tolist() == [SMALL.tokens // count]
 
@@ -68,7 +69,7 @@ def test_inputs_are_the_same_for_a_seed():
 def test_checks_take_what_is_right_from_everyone(op):
     inputs = make_inputs(SMALL, op.correlated, torch.float32, "cpu")
     assert op.check(inputs, op.run(inputs, "tiled"), "tiled")
-    peer = op.eager(inputs)
+    peer = eager.peer(op.name)(inputs)
     assert op.check(inputs, peer, "reference")
 
 
@@ -96,7 +97,7 @@ def test_rows_have_their_columns(tmp_path):
 
 def test_no_figure_for_a_failed_check(tmp_path):
     sabotage = (
-        "from benchmarks import ops, speed\n"
+        "from qalign_kernels.bench import ops\n"
         "ops.OPS[:] = [op._replace(run=lambda x, backend: x.counts + 1) if op.name == 'match_counts' else op for op in ops.OPS]"
     )
     done = _speed("--op", "match_counts", "--json", str(tmp_path / "rows.json"), code=sabotage)
@@ -117,15 +118,15 @@ def test_bad_arguments_give_one_line(arguments, complaint):
 
 
 def test_percentiles():
-    assert speed.percentiles([float(x) for x in range(11)]) == (2.0, 5.0, 8.0)
-    assert speed.percentiles([3.0]) == (3.0, 3.0, 3.0)
+    assert measure.percentiles([float(x) for x in range(11)]) == (2.0, 5.0, 8.0)
+    assert measure.percentiles([3.0]) == (3.0, 3.0, 3.0)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process restarts on Linux only")
 def test_memory_sees_the_scores_that_eager_holds():
     shape = (*Shape("", 1, 8, 1024, 40),)
-    scores_mib = 8 * 1024 * 1024 * 4 / memory.MIB
-    eager, tiled = (memory.cpu_peak_mib(provider, "attention", shape, torch.float32, 1) for provider in ("eager", "tiled"))
+    scores_mib = 8 * 1024 * 1024 * 4 / measure.MIB
+    eager, tiled = (memory.cpu_peak_mib(provider, "attention", shape, torch.float32) for provider in ("eager", "tiled"))
     assert scores_mib < eager < 4 * scores_mib
     assert 0 < tiled < scores_mib
 
@@ -134,9 +135,9 @@ def test_a_distillation_step_saves_its_output_log_sum_exp_and_signs():
     inputs = make_inputs(SMALL, False, torch.float32, "cpu")
     step = next(op for op in OPS if op.name == "distillation_step")
     elements, rows = inputs.query.numel(), inputs.query[..., 0].numel()
-    ours, peer = (memory.saved_mib(call, inputs)[0] for call in (lambda: step.run(inputs, "tiled"), lambda: step.eager(inputs)))
-    assert ours == (elements * 4 + rows * 4 + elements) / memory.MIB
-    assert peer == (elements * 4 + rows * 4 + elements * 4) / memory.MIB
+    ours, peer = (measure.saved_mib(call, inputs)[0] for call in (lambda: step.run(inputs, "tiled"), lambda: eager.peer(step.name)(inputs)))
+    assert ours == (elements * 4 + rows * 4 + elements) / measure.MIB
+    assert peer == (elements * 4 + rows * 4 + elements * 4) / measure.MIB
 
 
 def test_an_optimisation_step_is_that_of_the_plain_pipeline():

@@ -252,20 +252,66 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_scenes_are_written_with_their_labels(tmp_path, capsys):
-    assert run(tmp_path, "scenes --count 3 --seed 5 --held-out --size 40 --out {}/held") == 0
+    assert run(tmp_path, "scenes --count 3 --seed 5 --held-out --size 40 --out {}/held --sheet {}/sheet.png") == 0
     assert run(tmp_path, "scenes --count 3 --seed 5 --size 40 --out {}/train") == 0
-    assert f"contact sheet: {tmp_path}/held/sheet.png" in capsys.readouterr().out
+    assert f"contact sheet: {tmp_path}/sheet.png" in capsys.readouterr().out and (tmp_path / "sheet.png").is_file()
     seeds = [scenes.held_out_seed(number) for number in (5, 6, 7)]
     assert sorted(path.name for path in (tmp_path / "held").iterdir()) == [
         *(name for seed in seeds for name in (f"{seed:04}-labels.png", f"{seed:04}.png")),
-        "sheet.png",
     ]
-    assert {path.name for path in (tmp_path / "held").iterdir()} & {path.name for path in (tmp_path / "train").iterdir()} == {"sheet.png"}
+    assert not {path.name for path in (tmp_path / "held").iterdir()} & {path.name for path in (tmp_path / "train").iterdir()}
     truth = scenes.render(seeds[1:2], 40)
     with Image.open(tmp_path / "held" / f"{seeds[1]:04}-labels.png") as labels:
         assert torch.equal(torch.tensor(numpy.asarray(labels)).long(), truth.labels[0])
     written = pixels(tmp_path / "held" / f"{seeds[1]:04}.png").permute(2, 0, 1) / 255
     torch.testing.assert_close(written, truth.image[0], atol=0.51 / 255, rtol=0)
+
+
+@pytest.fixture
+def only_diffusers_extra(monkeypatch):
+    """What the extra `demo` adds to `diffusers` does not import."""
+    for name in ("matplotlib", "psutil", "skimage"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("qalign.plots", "qalign.memory"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "transfer --appearance {0}/a.png --structure {0}/b.png --model {0}/model --steps 2 --skip 0 --out {1}/o.png",
+        "distill --style {0}/a.png --content {0}/b.png --model {0}/model --steps 2 --out {1}/o.png",
+        "texture --style {0}/a.png --size 40x32 --model {0}/model --steps 2 --out {1}/o.png",
+        "bound --prompt fox --box fox 0 0 1 1 --model {0}/model --steps 2 --labels-out {1}/l.png --out {1}/o.png",
+        "scenes --count 2 --size 16 --out {1}",
+        "methods",
+    ],
+    ids=lambda text: text.split()[0],
+)
+def test_diffusers_extra_alone_runs(text, folder, tmp_path, only_diffusers_extra):
+    assert command_line.main(text.format(folder, tmp_path).split()) == 0
+    assert text == "methods" or any(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        (
+            "transfer --appearance {0}/none.png --structure {0}/b.png --grid {1}/g.png --out {1}/o.png",
+            "transfer: --grid: expected matplotlib to be installed, found no matplotlib",
+        ),
+        ("scenes --count 2 --sheet {1}/s.png --out {1}/s", "scenes: --sheet: expected matplotlib"),
+        ("compare --scenes 0 --out {1}/c.png", "to be installed, found no matplotlib, psutil"),
+        ("correspond --scenes 0 --out {1}/c", "to be installed, found no matplotlib"),
+        ("demo --out {1}/d", "to be installed, found no matplotlib, psutil, skimage"),
+    ],
+    ids=lambda text: text.split()[0],
+)
+def test_missing_packages_are_named_first(text, refusal, folder, tmp_path, only_diffusers_extra, capsys):
+    assert command_line.main(text.format(folder, tmp_path).split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert refusal in line and line.endswith(": pip install 'qalign-kernels[demo]'")
+    assert not any(tmp_path.iterdir())
 
 
 def test_correspond_writes_its_pictures(folder, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import evidence, ops
+from benchmarks import evidence
 from benchmarks.gpu import arguments, command, measure, must_show, plan, report, sanitizer, validation, worker
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.must_show import DEFAULT, EAGER, FASTEST, OURS, Bar, Line
@@ -18,6 +18,7 @@ from benchmarks.gpu.plan import Group
 from benchmarks.gpu.stages import Outcome, Stage
 from benchmarks.shapes import Shape
 from qalign_kernels import validate
+from qalign_kernels.bench import ops
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape("small", 1, 2, 300, 40)
@@ -265,7 +266,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(worker, "OURS", "tiled")
     monkeypatch.setattr(worker, "ROUNDS", 2)
     monkeypatch.setattr(worker, "capture", no_graph)
-    monkeypatch.setattr(worker.memory, "cuda_peak_mib", lambda call: 1.0)
+    monkeypatch.setattr(worker.measurement, "cuda_peak_mib", lambda call: 1.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
@@ -301,7 +302,7 @@ def test_ratios_of_the_speed_table_stay_within_a_run():
 
 def test_worker_shows_no_figure_for_a_failed_check(on_cpu, tmp_path, monkeypatch):
     wrong = ops.OPS[0]._replace(check=lambda x, result, backend: False)
-    monkeypatch.setattr(worker.providers, "OPS", [wrong])
+    monkeypatch.setattr(worker, "op_named", lambda name: wrong)
     journal = Journal(tmp_path / "journal")
     with torch.no_grad():
         assert worker.measure(Group(SMALL, None, ((wrong.name, "tiled"),)), journal, arguments.Clock(600)) == []

@@ -1,17 +1,16 @@
 """constraints.txt as a fresh machine meets it: resolved against what the public registry says, not what is installed here."""
 
-import importlib.metadata
 import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
-PINS = Path(__file__).resolve().parent.parent / "constraints.txt"
+from tests.project import ROOT, packaging_arguments
+
+PINS = ROOT / "constraints.txt"
 LINUX = "x86_64-manylinux_2_28"
 MACHINES = [(python, LINUX) for python in ("3.11", "3.12", "3.13", "3.14")]
 MACHINES += [("3.13", "aarch64-manylinux_2_28"), ("3.13", "aarch64-apple-darwin"), ("3.13", "x86_64-pc-windows-msvc")]
@@ -19,16 +18,9 @@ UNREACHABLE = re.compile(r"error sending request|Failed to fetch|network (was|is
 
 
 def _promised():
-    """Every requirement of this library, of all its extras, as its installed metadata states them."""
-    try:
-        stated = importlib.metadata.requires("qalign-kernels") or []
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("qalign-kernels is not installed: its requirements are read from its metadata")
-    requirements = [Requirement(text) for text in stated]
-    for requirement in requirements:
-        if requirement.marker is not None and "extra" in str(requirement.marker):
-            requirement.marker = None
-    return sorted({str(requirement) for requirement in requirements})
+    """Every requirement of this library and of all its extras."""
+    given = packaging_arguments()
+    return sorted({*given["install_requires"], *(text for extra in given["extras_require"].values() for text in extra)})
 
 
 def _resolve(folder, requirements, pins, python, platform):

@@ -6,7 +6,7 @@ import torch
 from matplotlib import colors
 from PIL import Image
 
-from qalign import plots
+from qalign import images, plots
 from qalign.plots import MatchPanel
 
 
@@ -24,7 +24,7 @@ def _shown(axes):
 
 def test_label_picture_keeps_the_labels_on_disk_and_gives_each_its_own_colour(tmp_path):
     labels = torch.arange(20).repeat(2, 1)
-    plots.label_picture(labels).save(tmp_path / "labels.png")
+    images.label_picture(labels).save(tmp_path / "labels.png")
     with Image.open(tmp_path / "labels.png") as read:
         assert read.mode == "P"
         assert torch.equal(torch.tensor(numpy.asarray(read)), labels.byte())
@@ -33,12 +33,12 @@ def test_label_picture_keeps_the_labels_on_disk_and_gives_each_its_own_colour(tm
 
 def test_to_image_rounds_to_the_nearest_byte():
     levels = torch.arange(256).expand(3, 1, 256)
-    assert torch.equal(torch.tensor(numpy.asarray(plots.to_image(levels / 255))), levels.permute(1, 2, 0).byte())
-    assert plots.to_image(torch.full((3, 1, 1), 0.5)).getpixel((0, 0)) == (128, 128, 128)
+    assert torch.equal(torch.tensor(numpy.asarray(images.to_image(levels / 255))), levels.permute(1, 2, 0).byte())
+    assert images.to_image(torch.full((3, 1, 1), 0.5)).getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_transfer_grid_shows_every_picture_in_its_place():
-    rows = [{"structure": _picture(0), "Q-Align": plots.to_image(_picture(1))}, {"structure": _picture(2), "Q-Align": _picture(3)}]
+    rows = [{"structure": _picture(0), "Q-Align": images.to_image(_picture(1))}, {"structure": _picture(2), "Q-Align": _picture(3)}]
     frames = _frames(plots.transfer_grid(rows, title="t"))
     assert [axes.get_title() for axes in frames] == ["structure", "Q-Align", "", ""]
     for seed, axes in enumerate(frames):
@@ -57,7 +57,7 @@ def test_contact_sheet_names_the_labels_that_occur_and_no_others():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sky", "water"]
     assert [axes.get_title() for axes in _frames(figure)] == ["one", "two"]
     below = _shown(_frames(figure)[0])[-1]
-    assert torch.equal((255 * below).round().byte(), torch.tensor(plots.PALETTE[2], dtype=torch.uint8).expand(32, 3))
+    assert torch.equal((255 * below).round().byte(), torch.tensor(images.PALETTE[2], dtype=torch.uint8).expand(32, 3))
 
 
 def test_correspondence_lines_end_where_matches_do_in_the_colour_of_their_verdict():

@@ -5,13 +5,11 @@ import importlib
 import inspect
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +17,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import qalign_kernels
+from tests.project import ROOT, own_files, packaging_arguments
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+SHOWN_ONLY = ("qalign/embedded/weights/samples.png",)  # linked by documents, read by no code
 STEMS = ("similarity", "rearrange", "attention", "probe", "qalign_attention", "distillation")
 OPS = [name for name in qalign_kernels.__all__ if inspect.isfunction(getattr(qalign_kernels, name)) and name != "use_backend"]
 
@@ -36,13 +35,7 @@ def _snippets(name):
 
 @pytest.fixture(scope="module")
 def packaging():
-    """The arguments that setup.py gives to setuptools."""
-    given = {}
-    fake = SimpleNamespace(setup=given.update, find_packages=lambda include: include)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "setuptools", fake)
-        runpy.run_path(str(ROOT / "setup.py"))
-    return given
+    return packaging_arguments()
 
 
 @pytest.mark.parametrize("snippet", _snippets("README.md"), ids=lambda text: text.splitlines()[0])
@@ -150,20 +143,19 @@ def test_packages_say_that_they_are_typed(packaging):
 def test_data_files_are_packaged(package, packaging):
     folder = ROOT / package
     packaged = {path for pattern in packaging["package_data"][package] for path in folder.glob(pattern)}
-    assert not [path for path in _own_files() if folder in path.parents and path.suffix != ".py" and path not in packaged]
+    packaged |= {ROOT / name for name in SHOWN_ONLY}
+    assert not [path for path in own_files() if folder in path.parents and path.suffix != ".py" and path not in packaged]
 
 
-def _own_files():
-    if not (ROOT / ".git").exists() or shutil.which("git") is None:
-        pytest.skip("not a git checkout")
-    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-co", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [path for path in map(ROOT.joinpath, names) if path.is_file()]
+def test_wheels_hold_no_file_for_show(packaging):
+    patterns = [(package, pattern) for package, names in packaging["package_data"].items() for pattern in names]
+    packaged = {path for package, pattern in patterns for path in (ROOT / package).glob(pattern)}
+    assert packaged and not packaged & {ROOT / name for name in SHOWN_ONLY}
 
 
 def test_no_file_holds_a_path_of_somebodys_machine():
     machine = re.compile(rb"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt|var)/\w")
-    holders = [str(path) for path in _own_files() if path.suffix != ".png" and path != Path(__file__) and machine.search(path.read_bytes())]
+    holders = [str(path) for path in own_files() if path.suffix != ".png" and path != Path(__file__) and machine.search(path.read_bytes())]
     assert not holders
 
 

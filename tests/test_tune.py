@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 
-from benchmarks import __main__, shapes, timing, trials, tune
+from benchmarks import __main__, shapes, trials, tune
 from benchmarks.shapes import Shape
 from benchmarks.trials import TRIALS, Call
 from benchmarks.tune import Change, Sweep
 from qalign_kernels import _backends
 from qalign_kernels._triton import _configs
 from qalign_kernels._triton._configs import WORK, Key, Tile
+from qalign_kernels.bench import measure
 
 KEY = Key("attention", "softmax", "sm_90", "3.6", "bfloat16", 4096, 64)
 OTHER = KEY._replace(head_dim=128)
@@ -218,7 +219,7 @@ def test_every_call_launches_with_the_tile_that_is_tried(trial, head_dim, device
 def test_a_short_sweep_on_a_gpu(tmp_path, monkeypatch, capsys):
     table = dict(_configs.tiles())
     monkeypatch.setattr(_configs, "tiles", lambda: table)
-    monkeypatch.setattr(timing, "_flush", None)
+    monkeypatch.setattr(measure, "_flush", None)
     file = tmp_path / "tiles.json"
     monkeypatch.setattr(sys, "argv", ["benchmarks", "tune", "--op", "packed", "--minutes", "0.5", "--out", str(file)])
     assert __main__.main() == 0

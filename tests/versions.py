@@ -6,7 +6,6 @@ A torch with CUDA takes some 7 GB while it is tried. Exit code: 0 all passed, 1 
 """
 
 import argparse
-import importlib.metadata
 import os
 import re
 import subprocess
@@ -16,9 +15,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from packaging.requirements import Requirement
+from tests.project import ROOT, packaging_arguments
 
-ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ("tests/kernels/test_backends.py", "tests/kernels/test_library.py", "tests/kernels/test_errors.py")
 LAYER = (
     "tests/processors/test_unet_contract.py",
@@ -61,15 +59,9 @@ class Row(NamedTuple):
 
 
 def requirements(extras: tuple[str, ...]) -> list[str]:
-    """What the installed metadata of this library requires, with these extras, without their markers for extras."""
-    found = []
-    for text in importlib.metadata.requires("qalign-kernels") or []:
-        requirement = Requirement(text)
-        marker = requirement.marker
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
-            requirement.marker = None
-            found.append(str(requirement))
-    return sorted(set(found))
+    """What setup.py requires with these extras."""
+    given = packaging_arguments()
+    return sorted({*given["install_requires"], *(text for extra in extras for text in given["extras_require"][extra])})
 
 
 def _uv(*arguments: str) -> None:

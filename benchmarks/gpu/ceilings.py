@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from .. import timing
-from ..speed import percentiles
+from qalign_kernels.bench import measure
+from qalign_kernels.bench.measure import percentiles
+
 from . import arguments
 from .environment import nvidia_smi
 
@@ -25,10 +26,10 @@ def times(call: Callable[[], Any], seconds: float) -> list[float]:
     start = time.monotonic()
     result: list[float] = []
     while len(result) < 5 or time.monotonic() - start < seconds:
-        timing.before_round()
-        before = timing.stamp()
+        measure.before_round()
+        before = measure.stamp()
         call()
-        result.append(timing.stamp() - before)
+        result.append(measure.stamp() - before)
     return result
 
 
@@ -78,13 +79,13 @@ class Clocks:
 
 def main() -> int:
     options = arguments.parser(__doc__).parse_args()
-    timing.use_cuda()
+    measure.use_cuda()
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     share = options.seconds / 12
-    for name, measure in (("copy", copy), ("matmul", matmul), ("instruction rates", _rates)):
+    for name, reach in (("copy", copy), ("matmul", matmul), ("instruction rates", _rates)):
         try:
-            found = measure(share)
+            found = reach(share)
             rows += found if isinstance(found, list) else [found]
         except Exception as error:  # the other ceilings are worth having
             problems.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])

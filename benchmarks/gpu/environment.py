@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from qalign_kernels import __version__
+from qalign_kernels.bench.measure import triton_version
 
-from ..speed import commit, triton_version
+from ..speed import commit
 from . import arguments
 
 FIELDS = (

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language import core
 from triton.language.extra.cuda import globaltimer
 
-from ..speed import percentiles
+from qalign_kernels.bench.measure import percentiles
 
 LANES = 32
 WARPS = 8

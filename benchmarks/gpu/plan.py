@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..ops import OPS
+from qalign_kernels.bench.ops import OPS
+
 from ..providers import EAGER_SDPA, FLEX_OPS, MAIN_OPS
 from ..shapes import SHAPES, Shape
 from .must_show import DEFAULT, LINES, OURS, Visit

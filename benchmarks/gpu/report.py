@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qalign_kernels.bench.measure import markdown
+
 from .. import evidence
-from ..text_table import markdown
 from .journal import Journal
 from .must_show import LINES, Line, Row, Verdict, describe, judge, ratio
 from .stages import Outcome

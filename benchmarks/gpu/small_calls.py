@@ -5,8 +5,8 @@ import sys
 import torch
 
 from qalign_kernels._triton import _labels
+from qalign_kernels.bench.ops import OPS
 
-from ..ops import OPS
 from ..shapes import Shape, make_inputs
 
 SHAPES = (Shape("small", 2, 2, 150, 64), Shape("small", 1, 3, 96, 40))

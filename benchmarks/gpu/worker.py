@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import memory, providers, shapes, timing
-from ..ops import Op
-from ..speed import DTYPES, percentiles, result_row
+from qalign_kernels.bench import measure as measurement
+from qalign_kernels.bench.measure import DTYPES, percentiles, time_rounds
+from qalign_kernels.bench.ops import Op, op_named
+
+from .. import providers, shapes
+from ..speed import result_row
 from . import arguments
 from .journal import Journal
 from .must_show import DEFAULT, OURS, Visit
@@ -108,7 +111,7 @@ def _time_all(order: list[Measured], reverse: bool) -> None:
             measured.graph_seconds += time_rounds(measured.graph.replay, measured.rounds)
 
 
-def _inputs(group: Group) -> shapes.Inputs:
+def _inputs(group: Group) -> measurement.Inputs:
     dtype = DTYPES[DTYPE]
     if group.asked_fraction is None:
         return shapes.make_inputs(group.shape, False, dtype, DEVICE)
@@ -127,7 +130,7 @@ def _first_visit(visit: Visit, group: Group, inputs: shapes.Inputs, journal: Jou
     journal.add("begin", name)
     measured = None
     try:
-        op = providers.op_named(op_name)
+        op = op_named(op_name)
         if reason := providers.refusal(provider, op, inputs):
             journal.add("note", f"{name}: not run, {reason}")
         else:
@@ -155,9 +158,11 @@ def _prepare(op: Op, provider: str, inputs: shapes.Inputs, name: str, journal: J
         return None
     if provider in CHECKED_PEERS and not op.check(inputs, result, "reference"):
         journal.add("note", f"{name}: its result is outside our error budget")
-    fraction = shapes.unique_fraction(op.match_map(inputs, result, provider)) if provider == OURS and op.match_map else None
-    output_mib = sum(part.nbytes for part in _tensors(result)) / memory.MIB
-    peak_mib = memory.cuda_peak_mib(call)
+    fraction = None
+    if provider == OURS and op.match_map:
+        fraction = measurement.unique_fraction(op.match_map(inputs, result, provider))
+    output_mib = sum(part.nbytes for part in _tensors(result)) / measurement.MIB
+    peak_mib = measurement.cuda_peak_mib(call)
     graph = _captured(call, result, provider, name, journal)
     del result
     seconds = time_rounds(call, 2)[-1]
@@ -199,19 +204,8 @@ def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-def time_rounds(call: Callable[[], Any], rounds: int) -> list[float]:
-    """Seconds of single calls with an empty L2 cache; rounds queue up as in a busy stream."""
-    stamps = []
-    for _ in range(rounds):
-        timing.before_round()
-        start = timing.stamp()
-        call()
-        stamps.append((start, timing.stamp()))
-    return [end - start for start, end in stamps]
-
-
 def _row(visit: Visit, group: Group, measured: Measured, yardstick: Measured | None) -> dict[str, Any]:
-    op, provider = providers.op_named(visit[0]), visit[1]
+    op, provider = op_named(visit[0]), visit[1]
     sdpa = percentiles(yardstick.eager_seconds)[1] if yardstick else None
     work = providers.flops(provider, op, group.shape)
     row = result_row(
@@ -233,7 +227,7 @@ def call_once(groups: list[Group], clock: arguments.Clock) -> None:
             if clock.left() < 0:
                 return
             try:
-                providers.build(provider, providers.op_named(op_name), inputs)()
+                providers.build(provider, op_named(op_name), inputs)()
                 torch.cuda.synchronize()
                 print(f"called {op_name} {provider} {group.name}", flush=True)
             except Exception as error:  # reported where it is measured
@@ -250,7 +244,7 @@ def main() -> int:
     if options.compile_part is not None:
         call_once(compile_parts()[options.compile_part], clock)
         return 0
-    timing.use_cuda()
+    measurement.use_cuda()
     where = files(options.out, options.plan)
     try:
         measure_groups(_groups(options), where, clock)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..comparison import Compared
 
+NEEDS = ("diffusers", "transformers", "PIL", "matplotlib", "psutil")
 HEAD = ("method", "time s", "peak MiB", "own part", "on background", "colour error")
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..correspondence import Capture
 
+NEEDS = ("diffusers", "transformers", "PIL", "matplotlib")
 SIDE = 16  # of the token grid that is shown where no layer is named
 
 

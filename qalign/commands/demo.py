@@ -18,7 +18,7 @@ from typing import Any
 
 from ._shared import COMPARED, count, folder_path, load_embedded, say, whole, write
 
-NEEDS = ("diffusers", "transformers", "psutil", "skimage", "matplotlib")
+NEEDS = ("diffusers", "transformers", "PIL", "accelerate", "matplotlib", "psutil", "skimage")
 PARTS = ("step", "transfer")
 ROWS = 2  # of the grid
 STEPS = 30  # of the transfers in the grid

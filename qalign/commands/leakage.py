@@ -21,7 +21,7 @@ from typing import Any
 from ._shared import ALIGNED, REFINEMENTS, add_model_arguments, count, load_pipeline, say, write
 
 CHOSEN = ("refinement", "aligned", "topk", "strength", "contrast")
-NEEDS = ("diffusers", "transformers", "accelerate")
+NEEDS = ("diffusers", "transformers", "PIL", "accelerate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,12 @@
 """Write sample pictures of the scenes that the embedded model was trained on, with the label of every pixel.
 
-For each scene SEED.png and SEED-labels.png, whose pixel values are the labels (a palette shows them in colours); and sheet.png with all.
+For each scene SEED.png and SEED-labels.png, whose pixel values are the labels (a palette shows them in
+colours). --sheet also writes one figure of up to 24 of them, above their labels; it needs matplotlib.
 Scenes with even seeds are for training, those with odd seeds are held out.
 
 examples:
   python -m qalign scenes --count 12 --out scenes
+  python -m qalign scenes --count 24 --sheet sheet.png --out scenes
   python -m qalign scenes --count 4 --held-out --seed 100 --size 512 --out large
 """
 
@@ -13,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
-from ._shared import count, folder_path, say, whole, write
+from ._shared import count, folder_path, picture_path, say, whole, write
 
-NEEDS = ("matplotlib", "PIL")
+NEEDS = ("PIL", "numpy")
+OPTION_NEEDS = {"sheet": ("matplotlib",)}
 SHEET = 24
 
 
@@ -25,11 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", action="store_true", help="scenes that the model was not trained on")
     parser.add_argument("--size", type=count, default=128, metavar="PIXELS", help="side of the pictures (default: %(default)s)")
     parser.add_argument("--out", type=folder_path, default=Path("scenes"), metavar="DIR", help="where to (default: %(default)s)")
+    parser.add_argument("--sheet", type=picture_path, metavar="SHEET.png", help="also one figure of all")
 
 
 def run(options: argparse.Namespace) -> int:
     from ..embedded.scenes import PARTS, held_out_seed, render, training_seed
-    from ..plots import contact_sheet, label_picture, to_image
+    from ..images import label_picture, to_image
 
     chosen = held_out_seed if options.held_out else training_seed
     seeds = [chosen(options.seed + number) for number in range(options.count)]
@@ -43,6 +47,9 @@ def run(options: argparse.Namespace) -> int:
             shown.append((scene.image[0], scene.labels[0], f"{seed}: {scene.captions[0]}"))
     say(f"scenes: {options.count} pictures and their labels in {options.out}, {seeds[0]:04}.png to {seeds[-1]:04}.png")
     say("labels: " + ", ".join(f"{number} {part}" for number, part in enumerate(PARTS)))
-    title = "Held-out scenes" if options.held_out else "Scenes for training"
-    write("contact sheet", contact_sheet(*zip(*shown), names=PARTS, title=title), options.out / "sheet.png")
+    if options.sheet:
+        from ..plots import contact_sheet
+
+        title = "Held-out scenes" if options.held_out else "Scenes for training"
+        write("contact sheet", contact_sheet(*zip(*shown), names=PARTS, title=title), options.sheet)
     return 0

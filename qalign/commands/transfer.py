@@ -34,6 +34,7 @@ from ._shared import (
     write,
 )
 
+OPTION_NEEDS = {"grid": ("matplotlib",)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "refinement": {
         "choices": REFINEMENTS,

@@ -291,7 +291,7 @@ def test_topk_attention_in_blocks_of_any_size(group, block_bytes):
 MEASURE = """
 import torch
 import qalign_kernels as qk
-from benchmarks.memory import cpu_rise_mib
+from qalign_kernels.bench.measure import cpu_rise_mib
 torch.set_num_threads(1)
 def call(tokens):
     query, ref_query, key, value = torch.randn(4, 1, {heads}, tokens, 40, generator=torch.Generator().manual_seed(0)){learned}

@@ -1,21 +1,24 @@
-"""The ops as they are measured: ours, the truth on sampled rows, eager PyTorch, the FLOPs of the definition."""
+"""The ops as they are measured: our call, its check against float64 on sampled rows, its FLOPs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 import qalign_kernels as qk
-from qalign_kernels import Segment, _backends, testing
-from qalign_kernels.attention import Guide
-from qalign_kernels.qalign_attention import unit
 
-from . import eager
-from .eager import CONTRAST, STRENGTH, TOPK
-from .shapes import NUM_LABELS, Inputs, Shape
+from .. import Segment, _backends, testing
+from ..attention import Guide
+from ..qalign_attention import unit
+from .measure import NUM_LABELS, Inputs, Sizes, draw_inputs, in_processor_layout
 
 CHECKED_ROWS = 256
+TOPK, STRENGTH, CONTRAST = 8, 20.0, 1.67
+MATCHED_FRACTION = 0.55  # of the reference tokens, where queries are correlated with them
+SDPA = "sdpa"
+WARM_UP_TOKENS = 64
 
 
 class Op(NamedTuple):
@@ -24,9 +27,8 @@ class Op(NamedTuple):
 
     name: str
     run: Callable[[Inputs, str], Any]
-    eager: Callable[[Inputs], Any]
     check: Callable[[Inputs, Any, str], bool]
-    flops: Callable[[Shape], float] | None
+    flops: Callable[[Sizes], float] | None
     correlated: bool = False
     match_map: Callable[[Inputs, Any, str], Tensor] | None = None
     learned: bool = False
@@ -49,7 +51,7 @@ def _reference(stem: str) -> Any:
 def _scores(x: Inputs, similarity: str, joint: bool, labels: bool) -> tuple[Tensor, Tensor]:
     """Scores of the sampled rows in the input dtype and in float64."""
     rows = sampled_rows(x)
-    query, sets = x.query[:, :, rows], (x.bit_sets[:, rows], x.bit_sets) if labels else ()
+    query, sets = x.query[:, :, rows], (x.query_bit_sets[:, rows], x.bit_sets) if labels else ()
     return tuple(_reference("similarity").scores(*pair, similarity, joint, *sets) for pair in ((query, x.ref_query), _double(query, x.ref_query)))
 
 
@@ -130,26 +132,28 @@ def _check_gather(x: Inputs, result: tuple[Tensor, Tensor], backend: str) -> boo
 
 
 def gradient(x: Inputs, backend: str, shared: bool = False) -> tuple[Tensor, ...]:
-    """Of query, key and value, for an output weighted by `ref_query`; `shared`: each query row reads its keys through a batch index."""
-    leaves = eager.learned(x.query, x.key, x.value)
+    """Of query, key and value, for an output weighted by `output_gradient`; `shared`: each query row reads its
+    keys through a batch index."""
+    leaves = learned(x.query, x.key, x.value)
     batch_index = torch.arange(x.query.shape[0], device=x.query.device, dtype=torch.int32) if shared else None
     with torch.enable_grad():
         output = qk.attention(leaves[0], Segment(*leaves[1:], batch_index=batch_index), backend=backend)
-        return torch.autograd.grad(output, leaves, grad_outputs=x.ref_query)
+        return torch.autograd.grad(output, leaves, grad_outputs=x.output_gradient)
 
 
 def check_gradient(x: Inputs, gradients: tuple[Tensor, ...], backend: str, shared: bool = False) -> bool:
     """Of sampled queries; of keys and values, which sum over all queries, in a second call that has the sampled ones alone."""
     rows = sampled_rows(x)
-    few = x._replace(query=x.query[:, :, rows], ref_query=x.ref_query[:, :, rows])
-    doubled = few._replace(**{name: getattr(few, name).double() for name in ("query", "ref_query", "key", "value")})
+    few = x._replace(query=x.query[:, :, rows], output_gradient=x.output_gradient[:, :, rows])
+    names = ("query", "key", "value", "output_gradient")
+    doubled = few._replace(**{name: getattr(few, name).double() for name in names})
     ours = (gradients[0][:, :, rows], *gradient(few, backend, shared)[1:])
     return all(testing.judge(*three, 4 * x.key.shape[2]).passed for three in zip(ours, gradient(few, "reference"), gradient(doubled, "reference")))
 
 
 def _distillation_step(x: Inputs, backend: str) -> tuple[Tensor, ...]:
     """The gradients of query, key and value, and the loss of their attention against the reference's."""
-    leaves = eager.learned(x.query, x.key, x.value)
+    leaves = learned(x.query, x.key, x.value)
     with torch.enable_grad():
         output = qk.attention(leaves[0], Segment(*leaves[1:]), backend=backend)
         loss = qk.distillation_loss(output, x.query, x.ref_query, x.value, backend=backend)
@@ -168,33 +172,52 @@ def _check_step(x: Inputs, result: tuple[Tensor, ...], backend: str) -> bool:
         for parts, name in ((few, backend), (few, "reference"), (_double(*few), "reference"))
     )
     right = testing.judge(ours, same, truth, x.key.shape[2]).passed and bool(result[3].isfinite())
-    return right and check_gradient(x._replace(ref_query=signs), result[:3], backend)
+    return right and check_gradient(x._replace(output_gradient=signs), result[:3], backend)
 
 
 def _segment(x: Inputs, **how: Any) -> Segment:
     return Segment(x.key, x.value, **how)
 
 
-def _pass(shape: Shape) -> float:
-    """One product with the N×N matrix: 2·E·D."""
-    return 2 * shape.scores * shape.head_dim
+def learned(*tensors: Tensor) -> list[Tensor]:
+    """Leaves of the same values that take gradients."""
+    return [x.detach().requires_grad_() for x in tensors]
 
 
-def attention_flops(shape: Shape) -> float:
-    return 2 * _pass(shape)
+def _match_flops(sizes: Sizes) -> float:
+    """One product of queries with keys: 2·E·D."""
+    return 2 * sizes.scores * sizes.head_dim
+
+
+def attention_flops(sizes: Sizes) -> float:
+    """The products with keys and with values: 2·E·(D + D_v)."""
+    return 2 * sizes.scores * (sizes.head_dim + sizes.value_dim)
 
 
 def _attention_op(name: str, how: Callable[[Inputs], dict], contrast: float = 1.0) -> Op:
-    """`how` gives what the segment holds beside keys and values; queries have the labels of the keys."""
+    """`how` gives what the segment holds beside keys and values, and with its labels those of the queries."""
+
+    def parts(x: Inputs) -> tuple[Segment, Tensor | None]:
+        held = how(x)
+        query_labels = held.pop("query_labels", None)
+        return _segment(x, **held), query_labels
 
     def run(x: Inputs, backend: str) -> Tensor:
-        return qk.attention(x.query, _segment(x, **how(x)), contrast=contrast, query_labels=how(x).get("labels"), backend=backend)
+        segment, query_labels = parts(x)
+        return qk.attention(x.query, segment, contrast=contrast, query_labels=query_labels, backend=backend)
 
     def check(x: Inputs, output: Tensor, backend: str) -> bool:
-        return check_attention(x, output, [_segment(x, **how(x))], contrast, how(x).get("labels"))
+        segment, query_labels = parts(x)
+        return check_attention(x, output, [segment], contrast, query_labels)
 
     counted = name == "attention_counts"
-    return Op(name, run, getattr(eager, name), check, attention_flops, match_map=(lambda x, output, backend: x.match_map) if counted else None)
+    match_map = (lambda x, output, backend: x.match_map) if counted else None
+    return Op(name, run, check, attention_flops, match_map=match_map)
+
+
+def _topk_flops(sizes: Sizes) -> float:
+    chosen = sizes.batch * sizes.heads * sizes.tokens * TOPK
+    return _match_flops(sizes) + 2 * chosen * (sizes.head_dim + sizes.value_dim)
 
 
 def _two_segments(x: Inputs) -> list[Segment]:
@@ -205,78 +228,82 @@ OPS = [
     Op(
         "similarity_argmax",
         lambda x, backend: qk.similarity_argmax(x.query, x.ref_query, backend=backend),
-        eager.similarity_argmax,
         lambda x, match, backend: check_match(x, match, "cosine", True),
-        _pass,
+        _match_flops,
         match_map=lambda x, match, backend: match.index,
     ),
     Op(
         "similarity_argmax_per_head",
         lambda x, backend: qk.similarity_argmax(x.query, x.ref_query, similarity="dot", heads="per_head", backend=backend),
-        eager.similarity_argmax_per_head,
         lambda x, match, backend: check_match(x, match, "dot", False),
-        _pass,
+        _match_flops,
         match_map=lambda x, match, backend: match.index,
     ),
     Op(
         "similarity_argmax_packed",
         lambda x, backend: qk.similarity_argmax(x.query, x.ref_query, similarity="dot", heads="per_head", exact=False, backend=backend),
-        eager.similarity_argmax_per_head,
         lambda x, match, backend: check_match(x, match, "dot", False, packed=True),
-        _pass,
+        _match_flops,
         match_map=lambda x, match, backend: match.index,
     ),
     Op(
         "similarity_topk",
         lambda x, backend: qk.similarity_topk(x.query, x.ref_query, TOPK, backend=backend),
-        eager.similarity_topk,
         lambda x, match, backend: check_match(x, match, "cosine", True),
-        _pass,
+        _match_flops,
     ),
     Op(
         "match_counts",
         lambda x, backend: qk.match_counts(x.match_map, x.key.shape[2], backend=backend),
-        eager.match_counts,
         lambda x, counts, backend: torch.equal(counts, x.counts),
         None,
         match_map=lambda x, counts, backend: x.match_map,
     ),
-    Op("rearrange_kv", lambda x, backend: qk.rearrange_kv(x.key, x.value, x.match_map, backend=backend), eager.rearrange_kv, _check_gather, None),
+    Op(
+        "rearrange_kv",
+        lambda x, backend: qk.rearrange_kv(x.key, x.value, x.match_map, backend=backend),
+        _check_gather,
+        None,
+    ),
     _attention_op("attention", lambda x: {}),
     _attention_op("attention_counts", lambda x: {"counts": x.counts}),
     _attention_op("attention_contrast", lambda x: {}, contrast=CONTRAST),
-    _attention_op("attention_labels", lambda x: {"labels": x.bit_sets}),
-    _attention_op("attention_half_labels", lambda x: {"labels": x.half_sets}),
+    _attention_op("attention_labels", lambda x: {"labels": x.bit_sets, "query_labels": x.query_bit_sets}),
+    _attention_op(
+        "attention_half_labels", lambda x: {"labels": x.half_sets, "query_labels": x.query_half_sets}
+    ),
     Op(
         "attention_segments",
         lambda x, backend: qk.attention(x.query, _two_segments(x), backend=backend),
-        eager.attention_segments,
         lambda x, output, backend: check_attention(x, output, _two_segments(x)),
-        lambda shape: 2 * attention_flops(shape),
+        lambda sizes: 2 * attention_flops(sizes),
     ),
-    Op("attention_gradient", gradient, eager.attention_gradient, check_gradient, lambda shape: 3.5 * attention_flops(shape), learned=True),
-    Op("distillation_step", _distillation_step, eager.distillation_step, _check_step, lambda shape: 4.5 * attention_flops(shape), learned=True),
+    Op("attention_gradient", gradient, check_gradient, lambda x: 3.5 * attention_flops(x), learned=True),
+    Op(
+        "distillation_step",
+        _distillation_step,
+        _check_step,
+        lambda x: 4.5 * attention_flops(x),
+        learned=True,
+    ),
     Op(
         "label_mass",
         lambda x, backend: qk.label_mass(x.query, x.key, x.classes, NUM_LABELS, backend=backend),
-        eager.label_mass,
         lambda x, mass, backend: _check_probe(x, mass, "label_mass", x.classes, NUM_LABELS, token_axis=2),
-        lambda shape: _pass(shape) + 2 * shape.scores * NUM_LABELS,
+        lambda sizes: _match_flops(sizes) + 2 * sizes.scores * NUM_LABELS,
     ),
     Op(
         "mean_attention_map",
         lambda x, backend: qk.mean_attention_map(x.query, x.key, backend=backend),
-        eager.mean_attention_map,
         lambda x, mean, backend: _check_probe(x, mean, "mean_attention_map", token_axis=1),
-        _pass,
+        _match_flops,
     ),
     *(
         Op(
             name,
             lambda x, backend: _qalign(x, backend),
-            eager.qalign_attention,
             _check_qalign,
-            lambda shape: 3 * _pass(shape),
+            lambda sizes: _match_flops(sizes) + attention_flops(sizes),
             correlated=correlated,
             match_map=lambda x, output, backend: _joint_map(x, backend).index,
         )
@@ -285,23 +312,45 @@ OPS = [
     Op(
         "qalign_attention_guided",
         lambda x, backend: _qalign(x, backend, refinement="guided", strength=STRENGTH),
-        eager.qalign_attention_guided,
         _check_guided,
-        lambda shape: 3 * _pass(shape),
+        lambda sizes: _match_flops(sizes) + attention_flops(sizes),
     ),
     Op(
         "qalign_attention_warped_output",
         lambda x, backend: _qalign(x, backend, refinement="warped_output"),
-        eager.qalign_attention_warped_output,
         _check_warped_output,
-        lambda shape: 3 * _pass(shape),
+        lambda sizes: _match_flops(sizes) + attention_flops(sizes),
         match_map=lambda x, output, backend: _joint_map(x, backend).index,
     ),
     Op(
         "qalign_attention_topk",
         lambda x, backend: _qalign(x, backend, refinement="topk", topk=TOPK),
-        eager.qalign_attention_topk,
         _check_topk_attention,
-        lambda shape: _pass(shape) + 4 * shape.batch * shape.heads * shape.tokens * TOPK * shape.head_dim,
+        _topk_flops,
     ),
 ]
+
+
+def op_named(name: str) -> Op:
+    return next(op for op in OPS if op.name == name)
+
+
+def draw(op: Op, sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
+    """Draw the inputs of an op in the layout of attention processors."""
+    fraction = MATCHED_FRACTION if op.correlated else None
+    return in_processor_layout(draw_inputs(sizes, dtype, device, matched_fraction=fraction))
+
+
+def build(provider: str, op: Op, inputs: Inputs) -> Callable[[], Any]:
+    """Make a function without arguments that does the op once on a backend, or SDPA on the same tensors."""
+    if provider == SDPA:
+        return lambda: scaled_dot_product_attention(inputs.query, inputs.key, inputs.value)
+    return lambda: op.run(inputs, provider)
+
+
+def prepare(provider: str, op_name: str, sizes: Sizes, dtype: torch.dtype) -> Callable[[], Any]:
+    """Build a call on the CPU after a small one, so that what the first call loads is not measured."""
+    op = op_named(op_name)
+    small = sizes._replace(batch=1, tokens=WARM_UP_TOKENS, key_tokens=WARM_UP_TOKENS)
+    build(provider, op, draw(op, small, dtype, "cpu"))()
+    return build(provider, op, draw(op, sizes, dtype, "cpu"))

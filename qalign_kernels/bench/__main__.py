@@ -1,0 +1,257 @@
+"""Measure time and peak memory of ops on this machine, at any shape, beside SDPA of the same shape.
+
+First each result is held against float64 under the error budget of `qalign_kernels.testing`, on up to 256
+sampled query rows; no figure is shown for one that is wrong. Inputs are random and laid out as the attention
+processors of diffusers hand them over. Rounds of the op and of SDPA alternate. On a GPU the L2 cache is emptied
+before each round.
+
+examples:
+  python -m qalign_kernels.bench --op attention --shape 1,8,4096,64 --dtype bf16
+  python -m qalign_kernels.bench --op attention label_mass --shape 2,8,1024,80 --key-tokens 77 --json FILE
+
+Exit code: 0 all measured, 1 a result was outside its budget, 2 bad arguments.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import __version__, _backends
+from . import measure
+from .measure import DTYPES, Inputs, Sizes
+from .ops import OPS, SDPA, TOPK, Op, build, draw, op_named, prepare
+
+REPEATS = 3  # visits of the op and of SDPA, there and back, so that drift cancels in their ratio
+MAX_ROUNDS = 100  # of one visit
+HEAD = ("op", "shape", "dtype", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "peak MiB", "x SDPA")
+SHOWN = ("dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "ratio_to_sdpa")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors of one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help says more)\n")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above zero, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above zero, got {text!r}")
+    return value
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected four numbers B,H,N,D above zero, such as 1,8,4096,64, got {text!r}"
+        )
+    return tuple(map(int, parts))
+
+
+def _new_file(text: str) -> Path:
+    """A file that can be written, judged before any work."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file that may be written, got {text!r}")
+    return path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what is measured, and where."""
+    names = [op.name for op in OPS]
+    parser.add_argument(
+        "--op", nargs="+", choices=names, required=True, metavar="NAME", help=", ".join(names)
+    )
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        required=True,
+        metavar="B,H,N,D",
+        help="batch, heads, tokens, channels of a head",
+    )
+    parser.add_argument(
+        "--key-tokens", type=_count, metavar="N", help="of keys and values (default: those of --shape)"
+    )
+    parser.add_argument(
+        "--value-dim", type=_count, metavar="D", help="channels of values (default: those of --shape)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--backend", choices=_backends.BACKENDS, default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=1.0,
+        metavar="S",
+        help="spent on rounds of each op (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write the rows to FILE")
+
+
+def _sizes(options: argparse.Namespace) -> Sizes:
+    batch, heads, tokens, head_dim = options.shape
+    return Sizes(batch, heads, tokens, options.key_tokens or tokens, head_dim, options.value_dim or head_dim)
+
+
+def choose_backend(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> str:
+    """Choose what is measured: "auto" takes Triton on a GPU that it serves, else the tiled path.
+
+    Raises:
+        ValueError: "triton" cannot serve these sizes, or the device is a CPU, which has its interpreter only.
+    """
+    if name not in ("auto", "triton"):
+        return name
+    probe = torch.empty(1, dtype=dtype, device=device)
+    refusal = _backends.triton_refusal(probe, (sizes.head_dim, sizes.value_dim))
+    if device == "cpu":
+        refusal = "on a CPU Triton has an interpreter only, whose time says nothing"
+    if name == "triton" and refusal:
+        raise ValueError(f"--backend: expected one that can be measured here, got triton: {refusal}")
+    return "tiled" if refusal else "triton"
+
+
+def measure_op(
+    op: Op, backend: str, sizes: Sizes, dtype: str, device: str, seconds: float
+) -> list[dict[str, Any]]:
+    """Check an op, then measure it and SDPA.
+
+    Args:
+        dtype: a key of `DTYPES`.
+        seconds: spent on the rounds of both together.
+
+    Returns:
+        A row of figures each; none where the check failed.
+    """
+    inputs = draw(op, sizes, DTYPES[dtype], device)
+    if not op.check(inputs, op.run(inputs, backend), backend):
+        return []
+    calls = {provider: build(provider, op, inputs) for provider in (backend, SDPA)}
+    rounds = {}
+    for provider, call in calls.items():
+        call()
+        once = max(measure.time_rounds(call, 1)[0], 1e-6)
+        rounds[provider] = max(1, min(MAX_ROUNDS, round(seconds / len(calls) / REPEATS / once)))
+    taken: dict[str, list[float]] = {provider: [] for provider in calls}
+    for repeat in range(REPEATS):
+        for provider in list(calls)[:: 1 if repeat % 2 == 0 else -1]:
+            taken[provider] += measure.time_rounds(calls[provider], rounds[provider])
+    yardstick = measure.percentiles(taken[SDPA])[1]
+    rows = []
+    for provider, call in calls.items():
+        row = measure.result_row(
+            op.name,
+            [sizes.batch, sizes.heads, sizes.tokens, sizes.head_dim],
+            dtype,
+            device,
+            provider,
+            taken[provider],
+            work=_work(provider, op, sizes),
+            yardstick=yardstick,
+            peak_mib=_peak_mib(provider, op, inputs, sizes, call),
+            saved_mib=_saved_mib(provider, op, inputs, call),
+        )
+        more = {"key_tokens": sizes.key_tokens, "value_dim": sizes.value_dim, "rounds": len(taken[provider])}
+        rows.append(row | more | {"version": __version__})
+    return rows
+
+
+def _work(provider: str, op: Op, sizes: Sizes) -> float | None:
+    """FLOPs of the op's definition; SDPA does plain attention beside every op."""
+    flops = op_named("attention").flops if provider == SDPA else op.flops
+    return flops(sizes) if flops else None
+
+
+def _peak_mib(provider: str, op: Op, inputs: Inputs, sizes: Sizes, call: Any) -> float | None:
+    if inputs.query.device.type == "cuda":
+        return measure.cuda_peak_mib(call)
+    arguments = (provider, op.name, sizes, inputs.query.dtype)
+    return measure.fresh_process_rise_mib(prepare, *arguments, preload="qalign_kernels.bench.ops")
+
+
+def _saved_mib(provider: str, op: Op, inputs: Inputs, call: Any) -> float | None:
+    tensors: Sequence[Tensor] = inputs
+    return measure.saved_mib(call, tensors)[0] if op.learned and provider != SDPA else None
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay out rows as text, one line each."""
+    lines = []
+    for row in rows:
+        batch, heads, tokens, head_dim = row["shape"]
+        size = f"{batch},{heads},{tokens},{head_dim}"
+        size += f" keys {row['key_tokens']}" if row["key_tokens"] != tokens else ""
+        size += f" values {row['value_dim']}" if row["value_dim"] != head_dim else ""
+        lines.append([row["op"], size, *("-" if row[key] is None else row[key] for key in SHOWN)])
+    return measure.aligned(HEAD, lines)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what the options say and print it; the exit code."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected a device of this machine, got cuda, and torch finds none")
+    dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
+    sizes = _sizes(options)
+    if any("topk" in name for name in options.op) and sizes.key_tokens < TOPK:
+        raise ValueError(
+            f"--key-tokens: expected at least {TOPK} for an op of the top {TOPK}, got {sizes.key_tokens}"
+        )
+    backend = choose_backend(options.backend, sizes, DTYPES[dtype], device)
+    if device == "cuda":
+        measure.use_cuda()
+    print(f"qalign_kernels {__version__}, torch {torch.__version__}, {measure.device_name(device)}")
+    print("each result is within the error budget against float64, or has no figure", flush=True)
+    rows: list[dict[str, Any]] = []
+    wrong = []
+    with torch.no_grad():
+        for name in options.op:
+            found = measure_op(op_named(name), backend, sizes, dtype, device, options.seconds)
+            rows += found
+            wrong += [] if found else [name]
+            if options.json:  # after every op, so that a run that is stopped leaves what it measured
+                lines = ",\n".join(json.dumps(row) for row in rows)
+                options.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    if rows:
+        print(table(rows))
+    for name in wrong:
+        print(f"FAILED {name} on {backend}: outside the error budget against float64; no speed is shown")
+    return 1 if wrong else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    parser = Parser(
+        prog="python -m qalign_kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        return run(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
