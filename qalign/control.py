@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from .layout import BatchLayout
-from .methods import Hook, Method
+from .methods import Hook, Method, require_method
 from .processors.unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
 from .regions import Regions
 from .schedule import Clock
@@ -76,8 +76,7 @@ class Control:
     ) -> None:
         self.model = find_unet(pipe_or_model)
         self.pipe = None if isinstance(pipe_or_model, nn.Module) else pipe_or_model
-        if method is None or not callable(getattr(method, "attend", None)) or isinstance(method, type):
-            raise TypeError(f"method: expected a method such as QAlign(), got {method!r}")
+        require_method(method)
         if not isinstance(layout, BatchLayout):
             raise TypeError(f"layout: expected a BatchLayout, got {layout!r}")
         self.method = method

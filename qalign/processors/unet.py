@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..layout import BatchLayout
-from ..methods import CrossImage, Method, QAlign
+from ..methods import CrossImage, Method, QAlign, require_method
 from ..regions import Regions
 from ..schedule import Clock
 from ..site import ForwardPass, Site
@@ -50,8 +50,8 @@ class UNetAttnProcessor:
         regions: Regions | None = None,
         forward: ForwardPass | None = None,
     ) -> None:
-        if method is not None and not callable(getattr(method, "attend", None)):
-            raise TypeError(f"method: expected None or a method such as QAlign(), got {method!r}")
+        if method is not None:
+            require_method(method)
         if not isinstance(layout, BatchLayout):
             raise TypeError(f"layout: expected a BatchLayout, got {layout!r}")
         self.method = method

@@ -139,7 +139,7 @@ def test_embedded_reconstructs_and_transfers() -> None:
     ("options", "message"),
     [
         ({"method": "qaling"}, f"method: expected a method or one of {', '.join(METHODS)}, got 'qaling'"),
-        ({"method": QAlign}, "method: expected a method such as QAlign(), got <class 'qalign.methods.qalign.QAlign'>"),
+        ({"method": QAlign}, "method: expected an instance, got the class QAlign: write QAlign()"),
         ({"adain": "mask"}, "adain: expected 'masked', 'whole' or None, got 'mask'"),
         ({"skip": 1.0}, "skip: expected a fraction that leaves at least one of 6 steps, got 1.0"),
         ({"skip": 0.95}, "skip: expected a fraction that leaves at least one of 6 steps, got 0.95"),
