@@ -159,5 +159,5 @@ def __dir__() -> list[str]:
 
 
 def _is_imported_from() -> bool:
-    """Whether `from qalign import name` asks: it would replace an AttributeError by a line without near names."""
+    """Whether `from qalign import name` asks, which hides the message of an AttributeError."""
     return sys._getframe(2).f_code.co_name == "_handle_fromlist"

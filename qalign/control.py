@@ -43,18 +43,18 @@ def attach(
     >>> with attach(pipe, QAlign(), layers="up", steps=(0.1, 0.9)) as control:
     ...     images = pipe([prompt] * 3, latents=latents, num_inference_steps=50, guidance_scale=1).images
 
-    The rows are output, appearance and structure, and the output begins as the structure. Their `latents` are inverted, for a pipeline with a
-    DDIMScheduler (first noisiest; an inversion has the rows appearance, structure):
+    The rows are output, appearance and structure, and the output begins as the structure. Their `latents` are
+    inverted, for a pipeline with a DDIMScheduler (noisiest first, in the rows appearance, structure):
 
     >>> tool = AppearanceTransferPipeline.from_pipe(pipe)  # shares the weights
     >>> settings = {"num_inference_steps": 50, "inversion": "ddim", "inversion_guidance_scale": 1}
     >>> latents = tool.invert(appearance, structure, prompt, **settings).latents[0][[1, 0, 1]].to(pipe.dtype)
 
-    or noised, by an image-to-image pipeline:
+    or noised, by an image-to-image pipeline, with the same noise for output and structure:
 
     >>> noising = AutoPipelineForImage2Image.from_pipe(pipe)
     >>> clean = tool.encode([structure, appearance])[[0, 1, 0]].to(pipe.dtype)
-    >>> generators = [torch.Generator().manual_seed(seed) for seed in (0, 1, 0)]  # the same noise for output and structure
+    >>> generators = [torch.Generator().manual_seed(seed) for seed in (0, 1, 0)]
     >>> settings = {"strength": 0.7, "num_inference_steps": 50, "guidance_scale": 1, "generator": generators}
     >>> with attach(noising, QAlign()):
     ...     images = noising([prompt] * 3, image=clean, **settings).images
@@ -73,7 +73,8 @@ def attach(
     Two methods on layers of their own are two `with` blocks, one inside the other.
 
     Returns:
-        what to enter: processors, hooks and clock are installed on entry and removed at the end, whatever happens in between.
+        what to enter. Processors, hooks and clock are installed on entry and removed at the end, after errors
+            too.
     Raises:
         TypeError, ValueError: a bad argument, named. RuntimeError, on entry: one of the layers carries a processor of this library already.
     """

@@ -44,7 +44,8 @@ class Site:
     >>> site.output_rows(q).tolist(), site.reference_rows(q).tolist()
     ([0, 3], [1, 4])
 
-    A method of your own mostly uses `reference` and `own` (segments of keys and values), `query_labels`, `stock` and `scale`.
+    Methods mostly use `reference` and `own` (segments of keys and values), `query_labels`, `stock` and
+    `scale`.
 
     Attributes:
         layout: the roles of the batch's rows.
@@ -213,6 +214,7 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
     >>> take(torch.zeros(3, 2, 16, 8), torch.tensor([0, 2])).shape
     torch.Size([2, 2, 16, 8])
 
-    Tokens stay outside heads in memory, as projections leave them: stock attention then sums in the same order.
+    Tokens stay outside heads in memory, as projections leave them, for stock attention to sum in the same
+    order.
     """
     return x.transpose(1, 2).index_select(0, rows).transpose(1, 2)

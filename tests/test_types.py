@@ -17,6 +17,7 @@ SCRIPT = """
 import dataclasses
 from typing import Any
 import torch
+from torch import Tensor
 import qalign
 import qalign_kernels
 from qalign import *
@@ -26,26 +27,28 @@ from qalign_kernels import Segment, attention, similarity_argmax
 class Own(Editing):
     weight: float = 0.5
 
-    def edit(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, reference: torch.Tensor, site: Site) -> torch.Tensor:
+    def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         return attention(take(q, output), site.reference(k, v, reference), scale=site.scale)
 
 picture: Any = None
 q = k = v = torch.zeros(1, 2, 4, 8)
 """
-PIPELINES = "qalign.pipelines"
+TRANSFER = "qalign.pipelines.appearance_transfer.AppearanceTransfer"
+DISTILLATION = "qalign.pipelines.attention_distillation.AttentionDistillation"
+BOUNDED = "qalign.pipelines.bounded_attention.BoundedAttention"
 TYPES = {
-    "AppearanceTransferPipeline.embedded()": f"{PIPELINES}.appearance_transfer.AppearanceTransferPipeline",
-    "AppearanceTransferPipeline.from_pipe(picture)": f"{PIPELINES}.appearance_transfer.AppearanceTransferPipeline",
-    "AppearanceTransferXLPipeline.from_pipe(picture)": f"{PIPELINES}.appearance_transfer.AppearanceTransferXLPipeline",
-    "AppearanceTransferPipeline.embedded()(picture, picture)": f"{PIPELINES}.appearance_transfer.AppearanceTransferOutput",
+    "AppearanceTransferPipeline.embedded()": f"{TRANSFER}Pipeline",
+    "AppearanceTransferPipeline.from_pipe(picture)": f"{TRANSFER}Pipeline",
+    "AppearanceTransferXLPipeline.from_pipe(picture)": f"{TRANSFER}XLPipeline",
+    "AppearanceTransferPipeline.embedded()(picture, picture)": f"{TRANSFER}Output",
     "AppearanceTransferPipeline.embedded().invert(picture, picture)": "qalign.inversion.Inversion",
-    "AttentionDistillationPipeline.embedded()": f"{PIPELINES}.attention_distillation.AttentionDistillationPipeline",
-    "AttentionDistillationXLPipeline.from_pipe(picture)": f"{PIPELINES}.attention_distillation.AttentionDistillationXLPipeline",
-    "AttentionDistillationPipeline.embedded()(picture)": f"{PIPELINES}.attention_distillation.AttentionDistillationOutput",
-    "AttentionDistillationPipeline.embedded().expand(picture, 64, 64)": f"{PIPELINES}.attention_distillation.AttentionDistillationOutput",
-    "BoundedAttentionPipeline.embedded()": f"{PIPELINES}.bounded_attention.BoundedAttentionPipeline",
-    "BoundedAttentionXLPipeline.from_pipe(picture)": f"{PIPELINES}.bounded_attention.BoundedAttentionXLPipeline",
-    "BoundedAttentionPipeline.embedded()('a', [])": f"{PIPELINES}.bounded_attention.BoundedAttentionOutput",
+    "AttentionDistillationPipeline.embedded()": f"{DISTILLATION}Pipeline",
+    "AttentionDistillationXLPipeline.from_pipe(picture)": f"{DISTILLATION}XLPipeline",
+    "AttentionDistillationPipeline.embedded()(picture)": f"{DISTILLATION}Output",
+    "AttentionDistillationPipeline.embedded().expand(picture, 64, 64)": f"{DISTILLATION}Output",
+    "BoundedAttentionPipeline.embedded()": f"{BOUNDED}Pipeline",
+    "BoundedAttentionXLPipeline.from_pipe(picture)": f"{BOUNDED}XLPipeline",
+    "BoundedAttentionPipeline.embedded()('a', [])": f"{BOUNDED}Output",
     "attach(picture, Own())": "qalign.control.Control",
     "attach(picture, Own(weight=0.3)).__enter__()": "qalign.control.Control",
     "attention(q, Segment(k, v))": "torch._tensor.Tensor",
@@ -55,12 +58,14 @@ TYPES = {
 
 @pytest.fixture
 def reveal(tmp_path):
-    """What mypy reveals of expressions, with the project's settings: then what `make lint` has kept serves here too."""
+    """What mypy reveals of expressions, with the project's settings: the cache of `make lint` serves."""
 
     def run(expressions):
         script = tmp_path / "script.py"
         script.write_text(SCRIPT + "\n".join(f"reveal_type({expression})" for expression in expressions))
-        found = subprocess.run([sys.executable, "-m", "mypy", script], cwd=ROOT, capture_output=True, text=True)
+        found = subprocess.run(
+            [sys.executable, "-m", "mypy", script], cwd=ROOT, capture_output=True, text=True
+        )
         assert found.returncode == 0, found.stdout + found.stderr
         return re.findall(r'Revealed type is "(.*)"', found.stdout)
 

@@ -34,9 +34,10 @@ class Card(NamedTuple):
 
 
 class Editing:
-    """The base of a method: its `edit` gives the attention output of the output rows, every other row is stock attention.
+    """The base of a method: its `edit` gives the attention output of the output rows.
 
-    A method is a frozen dataclass of settings. It knows tensors and roles, never a step number or a batch position: `site` knows those.
+    All other rows are stock attention. A method is a frozen dataclass of settings. It knows tensors and
+    roles, never a step number or a batch position: `site` knows those.
 
     >>> from dataclasses import dataclass
     >>> import torch
@@ -47,12 +48,13 @@ class Editing:
     ...     weight: float = 0.5
     ...
     ...     def edit(self, q, k, v, output, reference, site):
-    ...         appearance = site.reference(k, v, reference)  # its keys and values, with the labels of its regions
+    ...         appearance = site.reference(k, v, reference)  # keys and values, with the labels of regions
     ...         labels = site.query_labels(q)
     ...         read = attention(take(q, output), appearance, scale=site.scale, query_labels=labels)
     ...         return torch.lerp(site.stock(q, k, v, output), read, self.weight)
 
-    `attach(pipe, Blend(weight=0.3))` runs it on a UNet. On tensors, for three rows, two heads, 16 tokens and eight channels a head:
+    `attach(pipe, Blend(weight=0.3))` runs it on a UNet. On tensors of three rows, two heads, 16 tokens, eight
+    channels:
 
     >>> q, k, v = torch.randn(3, 3, 2, 16, 8)
     >>> site = Site(BatchLayout("output", "appearance", "structure"))
@@ -60,7 +62,8 @@ class Editing:
     torch.Size([3, 2, 16, 8])
 
     Attributes:
-        card: what the method is, in a line of `python -m qalign methods`; only the methods of this package need one.
+        card: what the method is, in a line of `python -m qalign methods`; only those of this package need
+            one.
         default_steps: (start, stop) as fractions of the denoising loop where the user names none; None is all of it.
 
     What else a method may have (`prepare`, `hooks`, `attend_cross`, ...) stands in `qalign.methods.Method`.
@@ -76,17 +79,19 @@ class Editing:
         edited = self.edit(q, k, v, output, site.reference_rows(q), site)
         shape = [len(output), *q.shape[1:]]
         if list(edited.shape) != shape or edited.dtype != q.dtype:
-            got = f"{edited.dtype} {list(edited.shape)}"
-            raise ValueError(f"{type(self).__name__}.edit: expected {q.dtype} [rows, H, N, D] = {shape}, got {got}")
+            expected, got = f"{q.dtype} [rows, H, N, D] = {shape}", f"{edited.dtype} {list(edited.shape)}"
+            raise ValueError(f"{type(self).__name__}.edit: expected {expected}, got {got}")
         return site.merge(q, k, v, edited)
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         """The attention output of the rows `output`, which read the rows `reference`.
 
         Args:
-            q, k, v: [B, H, N, D] of all rows of the batch. `take(q, output)` are the queries of the output rows.
+            q, k, v: [B, H, N, D] of all rows of the batch; `take(q, output)` are the queries of the output
+                rows.
             output: int32 [rows], which rows of the batch are edited, in every guidance part.
-            reference: int32 [rows], the row that each of these reads: its appearance, or its structure in a structure step.
+            reference: int32 [rows], the row that each of these reads: its appearance, or in some steps its
+                structure.
             site: layout, scale, labels and clock.
 
         Returns:
@@ -95,7 +100,7 @@ class Editing:
         raise NotImplementedError
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        """Which of `names`, the self-attention layers of a UNet, are edited where the user names none: the decoder's last six."""
+        """The layers that are edited where the user names none: the decoder's last six."""
         return last_six(names)
 
     def takes_structure(self, step: int, total: int) -> bool:
@@ -114,17 +119,20 @@ def require_method(method: Any) -> None:
     if len(missing) == len(needed) and not hasattr(method, "edit"):
         raise TypeError(f"method: expected an instance of a method such as QAlign(), got {method!r}")
     if isinstance(method, type):
-        raise TypeError(f"method: expected an instance, got the class {method.__name__}: write {method.__name__}()")
+        name = method.__name__
+        raise TypeError(f"method: expected an instance, got the class {name}: write {name}()")
     name = type(method).__name__
     if missing:
-        raise TypeError(f"method: expected {', '.join(needed)}, all of which qalign.Editing has, got {name} without {', '.join(missing)}")
+        expected = f"{', '.join(needed)}, all of which qalign.Editing has"
+        raise TypeError(f"method: expected {expected}, got {name} without {', '.join(missing)}")
     if not isinstance(method, Editing):
         return
     if type(method).attend is Editing.attend and type(method).edit is Editing.edit:
         parts = "edit(self, q, k, v, output, reference, site) or attend(self, q, k, v, site)"
         raise TypeError(f"method: expected {name} to define {parts}, got neither")
     if not is_dataclass(method):
-        raise TypeError(f"method: expected a frozen dataclass, got the plain class {name}: write @dataclass(frozen=True) above it")
+        advice = "write @dataclass(frozen=True) above it"
+        raise TypeError(f"method: expected a frozen dataclass, got the plain class {name}: {advice}")
 
 
 def last_six(names: Sequence[str]) -> list[str]:

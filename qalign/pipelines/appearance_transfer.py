@@ -241,7 +241,7 @@ class AppearanceTransfer(LatentDiffusion):
             generator: of the inversion's noise: one, from which all structures take the same, so that a structure's result does not depend
                 on the others; or one for each of [appearance, structures...]. None is new noise, unless any is cached.
             output_type: "pil", "np", "pt" or "latent".
-            return_dict: False: the tuple (images, reconstructions), which the type of the result does not say.
+            return_dict: False: the tuple (images, reconstructions); type checkers see the output class.
             callback_on_step_end: called with (pipe, i, timestep, {"latents": float32 [outputs, appearance, structures]}) after each step; the
                 latents it returns replace them. `pipe._interrupt = True` ends the loop.
 

@@ -117,7 +117,7 @@ class AttentionDistillationMixin(LatentDiffusion):
                 style's, or else the style's. Styles keep the size of the first.
             generator: of all noise.
             output_type: "pil", "np", "pt" or "latent".
-            return_dict: False: the tuple (images, losses), which the type of the result does not say.
+            return_dict: False: the tuple (images, losses); type checkers see the output class.
             callback_on_step_end: called with (pipe, i, timestep, {"latents": float32 [n, C, h, w]}) after each step; the latents it returns
                 replace them. `pipe._interrupt = True` ends the loop.
 

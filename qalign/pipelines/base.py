@@ -40,8 +40,9 @@ class LatentDiffusion:
             kwargs: components and settings to take in place of the pipeline's.
 
         Returns:
-            an instance of this class, or of its kin for the other family: `AppearanceTransferPipeline.from_pipe` of a Stable Diffusion XL
-            pipeline makes an `AppearanceTransferXLPipeline`, which has the same methods.
+            an instance of this class, or of its kin for the other family:
+            `AppearanceTransferPipeline.from_pipe` of a Stable Diffusion XL pipeline makes an
+            `AppearanceTransferXLPipeline`, which has the same methods.
         """
         components = getattr(pipeline, "components", {})
         if "unet" not in components or "text_encoder" not in components:
@@ -65,18 +66,22 @@ class LatentDiffusion:
         >>> clean = pipe.encode([structure, appearance])
 
         Args:
-            pictures: one or several of one size: PIL, tensors [3, H, W] or arrays [H, W, 3], floats in [0, 1] or bytes; or a batch of these.
+            pictures: one or several of one size: PIL, tensors [3, H, W] or arrays [H, W, 3], floats in [0, 1]
+                or bytes; or a batch of these.
 
         Raises:
-            TypeError, ValueError: no pictures, or not of one size. FloatingPointError: NaN or infinity in the latents.
+            TypeError, ValueError: no pictures, or not of one size. FloatingPointError: NaN or infinite
+                latents.
         """
         rows = to_tensors(pictures, "pictures")
         size = choose_size(rows[0], None, None, "pictures")
         other = next((tuple(row.shape[1:]) for row in rows if row.shape[1:] != size), None)
         if other is not None:
-            raise ValueError(f"pictures: expected one size, got {size[0]} x {size[1]} and {other[0]} x {other[1]}")
+            got = f"{size[0]} x {size[1]} and {other[0]} x {other[1]}"
+            raise ValueError(f"pictures: expected one size, got {got}")
         with self._wide_vae():
-            pixels = self.image_processor.normalize(torch.stack(rows)).to(self._execution_device, self.vae.dtype)
+            pixels = self.image_processor.normalize(torch.stack(rows))
+            pixels = pixels.to(self._execution_device, self.vae.dtype)
             latents = torch.cat([retrieve_latents(self.vae.encode(row), sample_mode="argmax") for row in pixels.split(1)])
             return require_finite(latents, "VAE latents", self.vae.dtype).float() * self.vae.config.scaling_factor
 

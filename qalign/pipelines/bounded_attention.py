@@ -103,7 +103,7 @@ class BoundedAttentionMixin(LatentDiffusion):
             height, width: of the output in pixels, multiples of 8; None: the model's own.
             generator: of the noise.
             output_type: "pil", "np", "pt" or "latent".
-            return_dict: False: the tuple (images, regions), which the type of the result does not say.
+            return_dict: False: the tuple (images, regions); type checkers see the output class.
             callback_on_step_end: called with (pipe, i, timestep, {"latents": float32 [1, C, h, w]}) after each step; the latents it returns
                 replace them. `pipe._interrupt = True` ends the loop.
 

@@ -108,8 +108,8 @@ class QAlignAttnProcessor(UNetAttnProcessor):
     >>> images = pipe([prompt] * 3, latents=latents, num_inference_steps=50, guidance_scale=1).images
     >>> pipe.unet.set_attn_processor(before)  # empties `before`
 
-    The last line restores what was there; `set_default_attn_processor` refuses processors that it does not know. `qalign.attach` restores by
-    itself, and says where `latents` come from.
+    The last line restores what was there; `set_default_attn_processor` refuses processors that it does not
+    know. `qalign.attach` restores by itself, and says where `latents` come from.
 
     Edits the output rows of every self-attention layer at every step, reading the appearance row; structure steps need the clock of
     `qalign.attach`, which also selects layers and steps.

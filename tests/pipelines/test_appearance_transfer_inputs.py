@@ -64,7 +64,7 @@ def test_encode_takes_every_kind_of_picture(small) -> None:
 @pytest.mark.parametrize(
     ("wrong", "line"),
     [
-        ([torch.zeros(3, 32, 32), torch.zeros(3, 32, 48)], "pictures: expected one size, got 32 x 32 and 32 x 48"),
+        ([torch.ones(3, 8, 8), torch.ones(3, 8, 16)], "pictures: expected one size, got 8 x 8 and 8 x 16"),
         (torch.full((3, 32, 32), 2.0), "pictures: expected values from 0 to 1, got 2 to 2"),
         ("a.png", "pictures: expected pictures (PIL, tensors [3, H, W] or arrays [H, W, 3]), got str"),
     ],
