@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+# for the user's shell, from the folder that make was called in
+ENTER := $(if $(filter-out $(CURDIR),$(PWD)),cd "$(CURDIR)" && )source $(VENV)/bin/activate
 OUT ?= demo_out
 ARGS ?=
 # waiting threads give their core away: half the processor time where cores are shared
@@ -54,6 +56,10 @@ $(READY): setup.py pyproject.toml constraints.txt
 
 demo: $(READY)
 	@$(PY) -m qalign demo --out $(OUT) $(ARGS)
+	@echo 'next: the environment, and one transfer of your choice'
+	@echo '  $(ENTER)'
+	@echo '  python -m qalign scenes --count 12 --held-out --out scenes'
+	@echo '  python -m qalign transfer --appearance scenes/0003.png --structure scenes/0011.png --out O.png'
 
 lint: $(READY)
 	@echo "lint: ruff, mypy"

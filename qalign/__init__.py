@@ -6,9 +6,14 @@
 
 >>> pipe = AppearanceTransferPipeline.from_pipe(pipe)
 >>> image = pipe(appearance, structure, "a photo of a zebra", method=QAlign()).images[0]
+
+`attach` says where latents come from, `Editing` how to write a method of your own.
 """
 
+import difflib
 import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
         CrossImage,
         CtrlX,
         DreamMatcher,
+        Editing,
         EyeForAnEye,
         FreeCustom,
         MasaCtrl,
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
     )
     from .processors import CrossImageAttnProcessor, QAlignAttnProcessor, UNetAttnProcessor
     from .regions import Regions
+    from .site import Site, take
 
 # imported when asked for: the pipelines bring diffusers, and the command line answers --help without torch
 _HOMES = {
@@ -63,6 +70,7 @@ _HOMES = {
         "CrossImage",
         "CtrlX",
         "DreamMatcher",
+        "Editing",
         "EyeForAnEye",
         "FreeCustom",
         "MasaCtrl",
@@ -87,8 +95,9 @@ _HOMES = {
         "BoundedAttentionPipeline",
         "BoundedAttentionXLPipeline",
     ),
-    "regions": ("Regions",),
     "processors": ("CrossImageAttnProcessor", "QAlignAttnProcessor", "UNetAttnProcessor"),
+    "regions": ("Regions",),
+    "site": ("Site", "take"),
 }
 
 __all__ = [
@@ -111,6 +120,7 @@ __all__ = [
     "CrossImageAttnProcessor",
     "CtrlX",
     "DreamMatcher",
+    "Editing",
     "EyeForAnEye",
     "FeatureBank",
     "FreeCustom",
@@ -120,6 +130,7 @@ __all__ = [
     "ReferenceOnly",
     "Regions",
     "SeAl",
+    "Site",
     "StoryDiffusion",
     "StyleAligned",
     "StyleID",
@@ -127,6 +138,7 @@ __all__ = [
     "VisualStylePrompting",
     "ZStar",
     "attach",
+    "take",
     "tuned_decoder",
 ]
 
@@ -135,4 +147,17 @@ def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    near = difflib.get_close_matches(name, __all__, cutoff=0.5)
+    advice = f"near names: {', '.join(near)}" if near else f"dir({__name__}) lists all names"
+    if _is_imported_from() and importlib.util.find_spec(f"{__name__}.{name}") is None:
+        raise ImportError(f"cannot import name {name!r} from {__name__!r} ({advice})", name=__name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r} ({advice})", name=name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_imported_from() -> bool:
+    """Whether `from qalign import name` asks, which hides the message of an AttributeError."""
+    return sys._getframe(2).f_code.co_name == "_handle_fromlist"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .control import attach
 from .layout import BatchLayout
-from .methods import Hook, Method
+from .methods import Hook, Method, require_method
 from .site import Site
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -131,8 +131,7 @@ class _Around:
     """A method that asks another one where and when."""
 
     def __init__(self, bank: FeatureBank, method: Method) -> None:
-        if not callable(getattr(method, "attend", None)):
-            raise TypeError(f"method: expected a method such as QAlign(), got {method!r}")
+        require_method(method)
         self.bank, self.method = bank, method
 
     def default_layers(self, names: Sequence[str]) -> list[str]:

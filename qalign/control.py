@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from .layout import BatchLayout
-from .methods import Hook, Method
+from .methods import Hook, Method, require_method
 from .processors.unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
 from .regions import Regions
 from .schedule import Clock
@@ -41,7 +41,23 @@ def attach(
     """Run `method` on a pipeline's UNet, or on a UNet, inside a `with` block.
 
     >>> with attach(pipe, QAlign(), layers="up", steps=(0.1, 0.9)) as control:
-    ...     images = pipe([prompt] * 3, latents=latents).images
+    ...     images = pipe([prompt] * 3, latents=latents, num_inference_steps=50, guidance_scale=1).images
+
+    The rows are output, appearance and structure, and the output begins as the structure. Their `latents` are
+    inverted, for a pipeline with a DDIMScheduler (noisiest first, in the rows appearance, structure):
+
+    >>> tool = AppearanceTransferPipeline.from_pipe(pipe)  # shares the weights
+    >>> settings = {"num_inference_steps": 50, "inversion": "ddim", "inversion_guidance_scale": 1}
+    >>> latents = tool.invert(appearance, structure, prompt, **settings).latents[0][[1, 0, 1]].to(pipe.dtype)
+
+    or noised, by an image-to-image pipeline, with the same noise for output and structure:
+
+    >>> noising = AutoPipelineForImage2Image.from_pipe(pipe)
+    >>> clean = tool.encode([structure, appearance])[[0, 1, 0]].to(pipe.dtype)
+    >>> generators = [torch.Generator().manual_seed(seed) for seed in (0, 1, 0)]
+    >>> settings = {"strength": 0.7, "num_inference_steps": 50, "guidance_scale": 1, "generator": generators}
+    >>> with attach(noising, QAlign()):
+    ...     images = noising([prompt] * 3, image=clean, **settings).images
 
     Args:
         pipe_or_model: a diffusers pipeline with a UNet, or the UNet. Only the UNet's self-attention is touched, unless the method asks for more:
@@ -56,6 +72,9 @@ def attach(
     A pipeline's steps are told from its scheduler, which has to be chosen before. The loop of a bare model goes through `control.track`.
     Two methods on layers of their own are two `with` blocks, one inside the other.
 
+    Returns:
+        what to enter. Processors, hooks and clock are installed on entry and removed at the end, after errors
+            too.
     Raises:
         TypeError, ValueError: a bad argument, named. RuntimeError, on entry: one of the layers carries a processor of this library already.
     """
@@ -76,8 +95,7 @@ class Control:
     ) -> None:
         self.model = find_unet(pipe_or_model)
         self.pipe = None if isinstance(pipe_or_model, nn.Module) else pipe_or_model
-        if method is None or not callable(getattr(method, "attend", None)) or isinstance(method, type):
-            raise TypeError(f"method: expected a method such as QAlign(), got {method!r}")
+        require_method(method)
         if not isinstance(layout, BatchLayout):
             raise TypeError(f"layout: expected a BatchLayout, got {layout!r}")
         self.method = method

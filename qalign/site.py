@@ -35,7 +35,17 @@ class ForwardPass:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """What a method knows besides queries, keys and values [B, H, N, D].
+    """What a method knows besides queries, keys and values [B, H, N, D]: rows, labels, scale and step.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, Site
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> q = torch.zeros(6, 2, 16, 8)  # two guidance parts of three rows
+    >>> site.output_rows(q).tolist(), site.reference_rows(q).tolist()
+    ([0, 3], [1, 4])
+
+    Methods mostly use `reference` and `own` (segments of keys and values), `query_labels`, `stock` and
+    `scale`.
 
     Attributes:
         layout: the roles of the batch's rows.
@@ -197,5 +207,14 @@ class Site:
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of [B, H, N, D] that keeps tokens outside heads in memory, as projections leave them: stock attention then sums in the same order."""
+    """Rows of [B, H, N, D], such as the queries of `site.output_rows(q)`.
+
+    >>> import torch
+    >>> from qalign import take
+    >>> take(torch.zeros(3, 2, 16, 8), torch.tensor([0, 2])).shape
+    torch.Size([2, 2, 16, 8])
+
+    Tokens stay outside heads in memory, as projections leave them, for stock attention to sum in the same
+    order.
+    """
     return x.transpose(1, 2).index_select(0, rows).transpose(1, 2)

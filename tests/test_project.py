@@ -1,16 +1,19 @@
 """The frame of the project: what its documents say is so, and its parts agree with each other."""
 
+import doctest
 import functools
 import importlib
 import inspect
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -38,24 +41,56 @@ def packaging():
     return packaging_arguments()
 
 
-@pytest.mark.parametrize("snippet", _snippets("README.md"), ids=lambda text: text.splitlines()[0])
-def test_readme_snippets_run(snippet, monkeypatch):
-    names = {}
-    if "pipe" in snippet:
-        pytest.importorskip("diffusers")
-        models = importlib.import_module("tests.processors.models")
-        pipe = models.make_pipe("sd15")
-        monkeypatch.setattr(type(pipe), "__call__", functools.partialmethod(type(pipe).__call__, num_inference_steps=2, output_type="latent"))
-        names = {"pipe": pipe, "prompt": models.PROMPTS[0], "latents": torch.randn(3, 4, models.SIZE, models.SIZE, generator=torch.manual_seed(0))}
-    exec(compile(snippet, "README.md", "exec"), names)
-    if "image" in names:
-        assert names["image"].size == (128, 128) and all(low < high for low, high in names["image"].getextrema())
-    elif "images" in names:
-        assert len(names["images"]) == 3 and names["images"].isfinite().all()
-    elif "pipe" in names:
-        assert {type(processor).__name__ for processor in names["pipe"].unet.attn_processors.values()} == {"QAlignAttnProcessor"}
-    else:
-        assert names["output"].shape == names["query"].shape
+@pytest.mark.parametrize("model, side", [("embedded", 128), ("sd15", 32), ("sdxl", 32)])
+def test_readme_python_runs_from_top_to_bottom(model, side, monkeypatch):
+    """Every block in one namespace, as a reader pastes them, with fewer steps; small models in its place.
+
+    Behind them the example of CONTRIBUTING and those in the docstrings of what the README drops in.
+    """
+    pytest.importorskip("diffusers")
+    models = importlib.import_module("tests.processors.models")
+    embedded = importlib.import_module("qalign.embedded")
+    scenes = importlib.import_module("qalign.embedded.scenes")
+    load = embedded.load if model == "embedded" else lambda *arguments: models.make_pipe(model)
+    monkeypatch.setattr(embedded, "load", lambda *arguments: models.quiet(load(*arguments)))
+    monkeypatch.setattr(scenes, "render", functools.partial(scenes.render, size=side))
+    qalign, examples = importlib.import_module("qalign"), doctest.DocTestParser().get_examples
+    parts = (qalign.QAlignAttnProcessor, qalign.attach)
+    shown = ["".join(example.source for example in examples(part.__doc__)) for part in parts]
+    names, edits = {}, 0
+    for block in [*_snippets("README.md"), *_snippets("CONTRIBUTING.md"), *shown]:
+        names.pop("images", None)
+        exec(compile(re.sub(r'(num_inference_steps"?[=:]) ?\d+', r"\1 6", block), "README.md", "exec"), names)
+        if "images" in names:
+            edits += 1
+            output, appearance, structure = (numpy.asarray(image, dtype=float) for image in names["images"])
+            assert output.shape == (side, side, 3), block
+            assert (output != structure).any() and (output != appearance).any(), block
+            left = {type(processor).__name__ for processor in names["pipe"].unet.attn_processors.values()}
+            assert left == {"AttnProcessor2_0"}, block
+    assert edits == 6 and names["image"].size == (side, side)
+    output, appearance, structure = names["latents"]
+    assert torch.equal(output, structure) and not torch.equal(output, appearance)
+    assert names["output"].shape == names["query"].shape
+
+
+def test_readme_commands_read_what_earlier_ones_write(tmp_path, monkeypatch):
+    """Each parses, and its pictures are there: those of `scenes`, or written by a command above it."""
+    monkeypatch.chdir(tmp_path)
+    parser = importlib.import_module("qalign.__main__").parser()
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", _read("README.md"), re.DOTALL))
+    lines = [line for line in blocks.splitlines() if line.startswith("python -m qalign ")]
+    made, commands = set(), [shlex.split(line, comments=True)[3:] for line in lines]
+    for words in commands:
+        options = parser.parse_args(words)
+        written = {str(getattr(options, name, None)) for name in ("out", "labels_out", "grid")}
+        missing = {word for word in words if word.endswith(".png")} - written - made
+        assert not missing, words
+        made |= written
+        if options.command == "scenes":
+            seeds = [2 * (options.seed + number) + options.held_out for number in range(options.count)]
+            made |= {f"{options.out}/{seed:04}{kind}.png" for seed in seeds for kind in ("", "-labels")}
+    assert {"scenes", "transfer", "distill", "texture", "bound", "compare"} <= {words[0] for words in commands}
 
 
 def test_readme_has_the_markers_that_the_report_fills():
@@ -182,6 +217,25 @@ def test_make_lists_its_verbs(bare_copy):
     text = subprocess.run(["make"], cwd=bare_copy, capture_output=True, text=True, check=True).stdout
     (verbs,) = re.findall(r"^\.PHONY: (.*)$", _read("Makefile"), re.MULTILINE)
     assert all(f"make {verb} " in text for verb in verbs.split() if verb != "help")
+
+
+@pytest.mark.parametrize("elsewhere", (False, True), ids=("in the folder", "from another"))
+def test_make_demo_says_how_to_go_on(bare_copy, elsewhere):
+    """Its last lines run in a shell without `python`: enter the environment, then a command of the README."""
+    binaries = bare_copy / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").write_text('#!/bin/sh\necho "ran in $(basename "$PWD"): $*"\n')
+    (binaries / "python").chmod(0o755)
+    (binaries / "activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
+    (bare_copy / ".venv" / ".ready").touch()
+    folder = bare_copy.parent if elsewhere else bare_copy
+    command = ["make", *(["-C", str(bare_copy)] if elsewhere else []), "--no-print-directory", "demo"]
+    settings = {"cwd": folder, "capture_output": True, "text": True, "check": True}
+    printed = subprocess.run(command, env={"PATH": os.environ["PATH"], "PWD": str(folder)}, **settings).stdout
+    *_, enter, scenes, transfer = (line.strip() for line in printed.splitlines())
+    assert all(shown in _read("README.md") for shown in (f"`{enter.split('&& ')[-1]}`", scenes, transfer))
+    went = subprocess.run(["bash", "-c", f"{enter} && {transfer}"], env={"PATH": "/usr/bin:/bin"}, **settings)
+    assert went.stdout == f"ran in {bare_copy.name}: {transfer.removeprefix('python ')}\n"
 
 
 def test_make_says_in_one_line_that_python_is_too_old(bare_copy):

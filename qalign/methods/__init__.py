@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..site import Site
-from ._editing import Hook
+from ._editing import Editing, Hook, require_method
 from .bounded import BoundedAttention
 from .consistory import ConsiStory
 from .cross_image import CrossImage
@@ -75,6 +75,7 @@ __all__ = [
     "CrossImage",
     "CtrlX",
     "DreamMatcher",
+    "Editing",
     "EyeForAnEye",
     "FreeCustom",
     "Hook",
@@ -88,4 +89,5 @@ __all__ = [
     "StyleID",
     "VisualStylePrompting",
     "ZStar",
+    "require_method",
 ]

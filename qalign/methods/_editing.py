@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from dataclasses import is_dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +34,39 @@ class Card(NamedTuple):
 
 
 class Editing:
-    """A method whose `edit` gives the attention output of the output rows.
+    """The base of a method: its `edit` gives the attention output of the output rows.
+
+    All other rows are stock attention. A method is a frozen dataclass of settings. It knows tensors and
+    roles, never a step number or a batch position: `site` knows those.
+
+    >>> from dataclasses import dataclass
+    >>> import torch
+    >>> from qalign import BatchLayout, Editing, Site, take
+    >>> from qalign_kernels import attention
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Blend(Editing):
+    ...     weight: float = 0.5
+    ...
+    ...     def edit(self, q, k, v, output, reference, site):
+    ...         appearance = site.reference(k, v, reference)  # keys and values, with the labels of regions
+    ...         labels = site.query_labels(q)
+    ...         read = attention(take(q, output), appearance, scale=site.scale, query_labels=labels)
+    ...         return torch.lerp(site.stock(q, k, v, output), read, self.weight)
+
+    `attach(pipe, Blend(weight=0.3))` runs it on a UNet. On tensors of three rows, two heads, 16 tokens, eight
+    channels:
+
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> Blend().attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Attributes:
-        card: what the method is, in a line.
+        card: what the method is, in a line of `python -m qalign methods`; only those of this package need
+            one.
         default_steps: (start, stop) as fractions of the denoising loop where the user names none; None is all of it.
+
+    What else a method may have (`prepare`, `hooks`, `attend_cross`, ...) stands in `qalign.methods.Method`.
     """
 
     card: ClassVar[Card]
@@ -46,17 +75,64 @@ class Editing:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         if site.idle:
             return site.plain(q, k, v)
-        return site.merge(q, k, v, self.edit(q, k, v, site.output_rows(q), site.reference_rows(q), site))
+        output = site.output_rows(q)
+        edited = self.edit(q, k, v, output, site.reference_rows(q), site)
+        shape = [len(output), *q.shape[1:]]
+        if list(edited.shape) != shape or edited.dtype != q.dtype:
+            expected, got = f"{q.dtype} [rows, H, N, D] = {shape}", f"{edited.dtype} {list(edited.shape)}"
+            raise ValueError(f"{type(self).__name__}.edit: expected {expected}, got {got}")
+        return site.merge(q, k, v, edited)
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
-        """The attention output of the rows `output`, which read the rows `reference`: [rows, H, N, D]."""
+        """The attention output of the rows `output`, which read the rows `reference`.
+
+        Args:
+            q, k, v: [B, H, N, D] of all rows of the batch; `take(q, output)` are the queries of the output
+                rows.
+            output: int32 [rows], which rows of the batch are edited, in every guidance part.
+            reference: int32 [rows], the row that each of these reads: its appearance, or in some steps its
+                structure.
+            site: layout, scale, labels and clock.
+
+        Returns:
+            [rows, H, N, D] in the dtype of `q`.
+        """
         raise NotImplementedError
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
+        """The layers that are edited where the user names none: the decoder's last six."""
         return last_six(names)
 
     def takes_structure(self, step: int, total: int) -> bool:
+        """Whether output rows read their structure instead of their appearance at this step: never."""
         return False
+
+
+def require_method(method: Any) -> None:
+    """The argument `method` has to be an instance of a method, with every part that `attach` uses.
+
+    Raises:
+        TypeError: it is not one, or a part is missing.
+    """
+    needed = ("attend", "default_layers", "takes_structure")
+    missing = [name for name in needed if not callable(getattr(method, name, None))]
+    if len(missing) == len(needed) and not hasattr(method, "edit"):
+        raise TypeError(f"method: expected an instance of a method such as QAlign(), got {method!r}")
+    if isinstance(method, type):
+        name = method.__name__
+        raise TypeError(f"method: expected an instance, got the class {name}: write {name}()")
+    name = type(method).__name__
+    if missing:
+        expected = f"{', '.join(needed)}, all of which qalign.Editing has"
+        raise TypeError(f"method: expected {expected}, got {name} without {', '.join(missing)}")
+    if not isinstance(method, Editing):
+        return
+    if type(method).attend is Editing.attend and type(method).edit is Editing.edit:
+        parts = "edit(self, q, k, v, output, reference, site) or attend(self, q, k, v, site)"
+        raise TypeError(f"method: expected {name} to define {parts}, got neither")
+    if not is_dataclass(method):
+        advice = "write @dataclass(frozen=True) above it"
+        raise TypeError(f"method: expected a frozen dataclass, got the plain class {name}: {advice}")
 
 
 def last_six(names: Sequence[str]) -> list[str]:

@@ -205,7 +205,7 @@ class AppearanceTransfer(LatentDiffusion):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> AppearanceTransferOutput | tuple[Any, ...]:
+    ) -> AppearanceTransferOutput:
         """Give each structure the appearance.
 
         >>> image = pipe(appearance, structure, "a photo of a zebra", method=QAlign()).images[0]
@@ -241,7 +241,7 @@ class AppearanceTransfer(LatentDiffusion):
             generator: of the inversion's noise: one, from which all structures take the same, so that a structure's result does not depend
                 on the others; or one for each of [appearance, structures...]. None is new noise, unless any is cached.
             output_type: "pil", "np", "pt" or "latent".
-            return_dict: False: the tuple (images, reconstructions).
+            return_dict: False: the tuple (images, reconstructions); type checkers see the output class.
             callback_on_step_end: called with (pipe, i, timestep, {"latents": float32 [outputs, appearance, structures]}) after each step; the
                 latents it returns replace them. `pipe._interrupt = True` ends the loop.
 
@@ -294,7 +294,9 @@ class AppearanceTransfer(LatentDiffusion):
         self.maybe_free_model_hooks()
         parts = [self.image_processor.postprocess(some, output_type=output_type) for some in pictures.split([outputs, outputs + 1])]
         result = AppearanceTransferOutput(*parts, masks, None if control is None else control.regions)
-        return result if return_dict else (result.images, result.reconstructions)
+        if not return_dict:
+            return result.images, result.reconstructions  # type: ignore[return-value]
+        return result
 
     def _noun_tokens(self: Any, prompt: str, noun: str | None) -> tuple[int, ...]:
         word = noun or default_noun(prompt)

@@ -87,7 +87,7 @@ class AttentionDistillationMixin(LatentDiffusion):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> AttentionDistillationOutput | tuple[Any, ...]:
+    ) -> AttentionDistillationOutput:
         """Give the content, or a new picture, the style's textures and colours.
 
         >>> image = pipe(style, content).images[0]
@@ -117,7 +117,7 @@ class AttentionDistillationMixin(LatentDiffusion):
                 style's, or else the style's. Styles keep the size of the first.
             generator: of all noise.
             output_type: "pil", "np", "pt" or "latent".
-            return_dict: False: the tuple (images, losses).
+            return_dict: False: the tuple (images, losses); type checkers see the output class.
             callback_on_step_end: called with (pipe, i, timestep, {"latents": float32 [n, C, h, w]}) after each step; the latents it returns
                 replace them. `pipe._interrupt = True` ends the loop.
 
@@ -175,7 +175,7 @@ class AttentionDistillationMixin(LatentDiffusion):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> AttentionDistillationOutput | tuple[Any, ...]:
+    ) -> AttentionDistillationOutput:
         """A texture of any size: "sample" without prompt and AdaIN, in overlapping windows whose latents are averaged after each step.
 
         >>> image = pipe.expand(texture, 256, 768).images[0]
@@ -218,14 +218,16 @@ class AttentionDistillationMixin(LatentDiffusion):
 
     def _result(
         self: Any, run: "_Run", latents: Tensor, tune_decoder: int, output_type: str, return_dict: bool
-    ) -> AttentionDistillationOutput | tuple[Any, ...]:
+    ) -> AttentionDistillationOutput:
         pictures, tuning = latents, []
         if output_type != "latent":
             pictures, tuning = self._decode_tuned(run, latents, 0 if run.interrupted else tune_decoder)
         self.maybe_free_model_hooks()
         images = self.image_processor.postprocess(pictures, output_type=output_type)
         losses = torch.tensor(run.losses).view(-1, len(Losses._fields))
-        return AttentionDistillationOutput(images, losses, run.interrupted, torch.tensor(tuning)) if return_dict else (images, losses)
+        if not return_dict:
+            return images, losses  # type: ignore[return-value]
+        return AttentionDistillationOutput(images, losses, run.interrupted, torch.tensor(tuning))
 
     def _decode_tuned(self: Any, run: "_Run", latents: Tensor, iterations: int) -> tuple[Tensor, list[float]]:
         """Pictures of latents, and the losses of the tuning; an interrupt while it lasts leaves the stock decoder."""

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..inversion import Predict, require_finite
 from .inversion_cache import digest
+from .pictures import choose_size, to_tensors
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -27,7 +28,7 @@ class LatentDiffusion:
         raise NotImplementedError
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
         """A pipeline of this kind with the components of any other of Stable Diffusion or Stable Diffusion XL.
 
         >>> pipe = AppearanceTransferPipeline.from_pipe(StableDiffusionPipeline.from_pretrained(folder).to(torch.bfloat16))
@@ -37,30 +38,50 @@ class LatentDiffusion:
         Args:
             pipeline: a diffusers pipeline.
             kwargs: components and settings to take in place of the pipeline's.
+
+        Returns:
+            an instance of this class, or of its kin for the other family:
+            `AppearanceTransferPipeline.from_pipe` of a Stable Diffusion XL pipeline makes an
+            `AppearanceTransferXLPipeline`, which has the same methods.
         """
         components = getattr(pipeline, "components", {})
         if "unet" not in components or "text_encoder" not in components:
             raise TypeError(f"pipeline: expected a Stable Diffusion or Stable Diffusion XL pipeline, got {type(pipeline).__name__}")
-        target: Any = cls._kinds()["text_encoder_2" in components]
+        kind = cls._kinds()["text_encoder_2" in components]
+        target: Any = cls if issubclass(cls, kind) else kind
         needed, settings = target._get_signature_keys(target)
         given = {name: components.get(name) for name in needed} | {name: pipeline.config[name] for name in settings if name in pipeline.config}
         return target(**{**given, **kwargs})
 
     @classmethod
-    def embedded(cls, dtype: torch.dtype = torch.float32) -> Any:
+    def embedded(cls, dtype: torch.dtype = torch.float32) -> Self:
         """A pipeline on the small model that comes with the package: pictures of 128 x 128 pixels, nothing to download."""
         from .. import embedded
 
         return cls.from_pipe(embedded.load(dtype))
 
-    def encode(self: Any, pictures: Tensor) -> Tensor:
-        """float32 latents [B, C, h, w] of pictures [B, 3, H, W] in [0, 1]: the mode of what the VAE says, picture by picture.
+    def encode(self: Any, pictures: Any) -> Tensor:
+        """float32 latents [B, C, h, w] of pictures: the mode of what the VAE says, picture by picture.
+
+        >>> clean = pipe.encode([structure, appearance])
+
+        Args:
+            pictures: one or several of one size: PIL, tensors [3, H, W] or arrays [H, W, 3], floats in [0, 1]
+                or bytes; or a batch of these.
 
         Raises:
-            FloatingPointError: NaN or infinity in the latents.
+            TypeError, ValueError: no pictures, or not of one size. FloatingPointError: NaN or infinite
+                latents.
         """
+        rows = to_tensors(pictures, "pictures")
+        size = choose_size(rows[0], None, None, "pictures")
+        other = next((tuple(row.shape[1:]) for row in rows if row.shape[1:] != size), None)
+        if other is not None:
+            got = f"{size[0]} x {size[1]} and {other[0]} x {other[1]}"
+            raise ValueError(f"pictures: expected one size, got {got}")
         with self._wide_vae():
-            pixels = self.image_processor.normalize(pictures).to(self._execution_device, self.vae.dtype)
+            pixels = self.image_processor.normalize(torch.stack(rows))
+            pixels = pixels.to(self._execution_device, self.vae.dtype)
             latents = torch.cat([retrieve_latents(self.vae.encode(row), sample_mode="argmax") for row in pixels.split(1)])
             return require_finite(latents, "VAE latents", self.vae.dtype).float() * self.vae.config.scaling_factor
 

@@ -80,7 +80,7 @@ class BoundedAttentionMixin(LatentDiffusion):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> BoundedAttentionOutput | tuple[Any, ...]:
+    ) -> BoundedAttentionOutput:
         """A picture with each subject in its box.
 
         >>> subjects = [("red bird", (0.05, 0.3, 0.45, 0.9)), ("blue bird", (0.55, 0.3, 0.95, 0.9))]
@@ -103,7 +103,7 @@ class BoundedAttentionMixin(LatentDiffusion):
             height, width: of the output in pixels, multiples of 8; None: the model's own.
             generator: of the noise.
             output_type: "pil", "np", "pt" or "latent".
-            return_dict: False: the tuple (images, regions).
+            return_dict: False: the tuple (images, regions); type checkers see the output class.
             callback_on_step_end: called with (pipe, i, timestep, {"latents": float32 [1, C, h, w]}) after each step; the latents it returns
                 replace them. `pipe._interrupt = True` ends the loop.
 
@@ -138,7 +138,9 @@ class BoundedAttentionMixin(LatentDiffusion):
         self.maybe_free_model_hooks()
         images = self.image_processor.postprocess(pictures, output_type=output_type)
         result = BoundedAttentionOutput(images, run.regions, torch.tensor(run.losses).view(-1, 2), run.interrupted)
-        return result if return_dict else (result.images, result.regions)
+        if not return_dict:
+            return result.images, result.regions  # type: ignore[return-value]
+        return result
 
 
 class BoundedAttentionPipeline(BoundedAttentionMixin, StableDiffusionPipeline):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..layout import BatchLayout
-from ..methods import CrossImage, Method, QAlign
+from ..methods import CrossImage, Method, QAlign, require_method
 from ..regions import Regions
 from ..schedule import Clock
 from ..site import ForwardPass, Site
@@ -50,8 +50,8 @@ class UNetAttnProcessor:
         regions: Regions | None = None,
         forward: ForwardPass | None = None,
     ) -> None:
-        if method is not None and not callable(getattr(method, "attend", None)):
-            raise TypeError(f"method: expected None or a method such as QAlign(), got {method!r}")
+        if method is not None:
+            require_method(method)
         if not isinstance(layout, BatchLayout):
             raise TypeError(f"layout: expected a BatchLayout, got {layout!r}")
         self.method = method
@@ -102,6 +102,14 @@ class UNetAttnProcessor:
 
 class QAlignAttnProcessor(UNetAttnProcessor):
     """Drop-in Q-Align: `pipe.unet.set_attn_processor(QAlignAttnProcessor())`.
+
+    >>> before = pipe.unet.attn_processors
+    >>> pipe.unet.set_attn_processor(QAlignAttnProcessor())
+    >>> images = pipe([prompt] * 3, latents=latents, num_inference_steps=50, guidance_scale=1).images
+    >>> pipe.unet.set_attn_processor(before)  # empties `before`
+
+    The last line restores what was there; `set_default_attn_processor` refuses processors that it does not
+    know. `qalign.attach` restores by itself, and says where `latents` come from.
 
     Edits the output rows of every self-attention layer at every step, reading the appearance row; structure steps need the clock of
     `qalign.attach`, which also selects layers and steps.

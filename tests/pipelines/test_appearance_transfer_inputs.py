@@ -50,6 +50,40 @@ def test_every_kind_of_picture_is_the_same_tensor() -> None:
     assert to_tensors(grey, "structure")[0].shape == (3, 8, 16)
 
 
+def test_encode_takes_every_kind_of_picture(small) -> None:
+    batch = pictures(2)
+    expected = small.encode(batch)
+    assert expected.shape == (2, 4, 16, 16) and expected.dtype == torch.float32
+    arrays = [picture.permute(1, 2, 0).numpy() for picture in batch]
+    assert torch.equal(small.encode(list(batch)), expected) and torch.equal(small.encode(arrays), expected)
+    assert torch.equal(small.encode(batch[0]), expected[:1])
+    image = Image.fromarray((arrays[0] * 255).astype(numpy.uint8))
+    assert (small.encode(image) - expected[:1]).abs().mean() < 0.02 * expected.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ([torch.ones(3, 8, 8), torch.ones(3, 8, 16)], "pictures: expected one size, got 8 x 8 and 8 x 16"),
+        (torch.full((3, 32, 32), 2.0), "pictures: expected values from 0 to 1, got 2 to 2"),
+        ("a.png", "pictures: expected pictures (PIL, tensors [3, H, W] or arrays [H, W, 3]), got str"),
+    ],
+    ids=("sizes", "range", "kind"),
+)
+def test_encode_refuses_what_is_no_batch(small, wrong, line) -> None:
+    with pytest.raises((TypeError, ValueError)) as refusal:
+        small.encode(wrong)
+    assert str(refusal.value) == line
+
+
+def test_from_pipe_makes_a_subclass_of_its_family() -> None:
+    class Own(AppearanceTransferPipeline):
+        """A user's."""
+
+    assert type(Own.from_pipe(make_pipe("small"))) is Own and type(Own.embedded()) is Own
+    assert type(Own.from_pipe(make_pipe("sdxl"))) is AppearanceTransferXLPipeline
+
+
 @pytest.mark.parametrize(("family", "dtype"), [("small", torch.float16), ("small", torch.bfloat16), ("sdxl", torch.bfloat16)])
 def test_half_precision_keeps_the_latents_in_float32(family, dtype, monkeypatch) -> None:
     exact = transfer(make(family), method=None, adain=None).reconstructions
@@ -139,7 +173,7 @@ def test_embedded_reconstructs_and_transfers() -> None:
     ("options", "message"),
     [
         ({"method": "qaling"}, f"method: expected a method or one of {', '.join(METHODS)}, got 'qaling'"),
-        ({"method": QAlign}, "method: expected a method such as QAlign(), got <class 'qalign.methods.qalign.QAlign'>"),
+        ({"method": QAlign}, "method: expected an instance, got the class QAlign: write QAlign()"),
         ({"adain": "mask"}, "adain: expected 'masked', 'whole' or None, got 'mask'"),
         ({"skip": 1.0}, "skip: expected a fraction that leaves at least one of 6 steps, got 1.0"),
         ({"skip": 0.95}, "skip: expected a fraction that leaves at least one of 6 steps, got 0.95"),

@@ -123,7 +123,7 @@ def test_rows_that_the_bank_stands_for_are_plain():
 def test_refusals():
     with pytest.raises(ValueError, match="roles: expected 'appearance', 'structure' or both, got \\('output',\\)"):
         FeatureBank("output")
-    with pytest.raises(TypeError, match="method: expected a method such as QAlign\\(\\), got 'seal'"):
+    with pytest.raises(TypeError, match="method: expected an instance .* QAlign\\(\\), got 'seal'"):
         FeatureBank("appearance").serve("seal")
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=2)
     with pytest.raises(ValueError, match="layout: expected 1 roles, as the bank has, got output, output"):
