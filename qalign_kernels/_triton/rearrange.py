@@ -11,7 +11,7 @@ from ._launch import launch
 from ._tile import advance, load_rows
 
 COUNT_BLOCK = 1024
-COMPACT_BLOCKS = (1024, 4096)  # the least and the most tokens at a time, eight a thread
+COMPACT_BLOCKS = (1024, 4096)  # the least and the most tokens at a time, up to 16 a thread: 16 warps spill under Triton 3.6
 GATHER_BLOCK_M = 64
 GATHER_WIDTH = 128
 
@@ -46,7 +46,7 @@ def compact(counts: Tensor) -> Multiplicity:
     dtypes = (torch.int32, torch.float32, torch.float32, torch.int32, torch.float32, torch.float32)
     multiplicity = Multiplicity(*(torch.empty(shape, device=counts.device, dtype=dtype) for shape, dtype in zip(shapes, dtypes)))
     launch(
-        _compact_kernel, (batch * maps,), num_warps=block // 256, num_stages=1, counts_ptr=counts,
+        _compact_kernel, (batch * maps,), num_warps=max(4, block // 512), num_stages=1, counts_ptr=counts,
         **{f"{name}_ptr": x for name, x in multiplicity._asdict().items()}, counts_stride_b=counts.stride(0), counts_stride_g=counts.stride(1),
         counts_stride_n=counts.stride(2), G=maps, N_K=tokens, BLOCK=block,
     )  # fmt: skip
