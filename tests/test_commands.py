@@ -391,7 +391,10 @@ def test_demo_reads_a_method_s_leakage_by_layer():
 
 def test_methods_are_all_in_the_table(capsys):
     assert command_line.main(["methods"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    written = capsys.readouterr().out.splitlines()
+    assert max(map(len, written)) <= 100
+    assert all(card in "\n".join(written) for kind in methods.METHODS.values() for card in (kind.card.edits, kind.card.layers, kind.card.uses))
+    lines = [line for line in written if not line.startswith(" ")]
     assert [line.split()[0] for line in lines] == ["name", *methods.METHODS, "-"]
     assert all(_shared.METHODS.get(name, kind.card.title) == kind.card.title for name, kind in methods.METHODS.items())
     assert lines[1].split()[-2:] == ["5.4", "10.7"] and lines[-1].split()[-2:] == ["10.7", "21.5"]
