@@ -166,4 +166,4 @@ def draw(rows: Any, path: Path) -> None:
                 ImageDraw.Draw(tile).rectangle([round(side * tile.width) for side in box], outline="white")
             sheet.paste(tile, (x * 132, y * 132))
     with replacing(path) as unfinished:
-        sheet.save(unfinished)
+        sheet.save(unfinished, format="png")

@@ -14,7 +14,11 @@ from . import text_table
 
 def files(options: argparse.Namespace) -> Files:
     """What a command with --json and --sheet writes."""
-    return Files(writes=[(f"--{name}", path) for name in ("json", "sheet") if (path := getattr(options, name)) is not None])
+    return Files(
+        writes=[
+            (f"--{name}", path) for name in ("json", "sheet") if (path := getattr(options, name)) is not None
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ class MethodReport:
             found = json.loads(path.read_text())
             found["settings"], found[kind]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"--json: expected a report of {kind} and their settings, got another file: {path}") from None
+            raise ValueError(
+                f"--json: expected a report of {kind} and their settings, got another file: {path}"
+            ) from None
         if found["settings"] != settings:
             raise ValueError(f"--json: expected a report of {settings}, got one of {found['settings']}")
         return cls(kind, settings, path, found[kind])

@@ -27,8 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def files(arguments: argparse.Namespace) -> Files:
-    written = [] if arguments.out is None else [("--out", arguments.out / name) for name in ("report.md", "report.png")]
-    return Files([("FILE", file) for file in arguments.files], written + ([("--readme", arguments.readme)] if arguments.readme else []))
+    written = (
+        []
+        if arguments.out is None
+        else [("--out", arguments.out / name) for name in ("report.md", "report.png")]
+    )
+    return Files(
+        [("FILE", file) for file in arguments.files],
+        written + ([("--readme", arguments.readme)] if arguments.readme else []),
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -132,7 +139,11 @@ def replace_section(readme: Path, text: str) -> None:
         raise ValueError(f"{readme}: expected the markers {BEGIN} and {END}, got a file without them")
     section = f"{BEGIN}\n{text}\n{END}"
     with replacing(readme) as unfinished:
-        unfinished.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: section, before, count=1, flags=re.DOTALL))
+        unfinished.write_text(
+            re.sub(
+                f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: section, before, count=1, flags=re.DOTALL
+            )
+        )
 
 
 def plot(rows: list[Row], file: Path) -> None:

@@ -300,7 +300,9 @@ def run(arguments: argparse.Namespace) -> int:
     with torch.no_grad():
         code = pytest.main(_pytest_arguments(), plugins=[_Named(plan)])
     if code == pytest.ExitCode.INTERRUPTED:
-        raise KeyboardInterrupt(f"{len(plan.rows)} rows are kept in {arguments.json}" if arguments.json else "")
+        raise KeyboardInterrupt(
+            f"{len(plan.rows)} rows are kept in {arguments.json}" if arguments.json else ""
+        )
     print(table(plan.rows))
     for line in itertools.chain(plan.notes, (f"check failed: {where}" for where in plan.failed)):
         print(line)

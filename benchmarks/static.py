@@ -110,7 +110,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def files(arguments: argparse.Namespace) -> Files:
-    return Files(reads=[("--budgets", arguments.budgets)], writes=[("--json", arguments.json)] if arguments.json else [])
+    return Files(
+        reads=[("--budgets", arguments.budgets)],
+        writes=[("--json", arguments.json)] if arguments.json else [],
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -37,7 +37,12 @@ NEEDS = ("diffusers", "transformers", "matplotlib", "PIL")
 
 def parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    top = _shared.Parser(prog="python -m qalign", description="Q-Align on diffusers models.", epilog=EPILOG, formatter_class=formatter)
+    top = _shared.Parser(
+        prog="python -m qalign",
+        description="Q-Align on diffusers models.",
+        epilog=EPILOG,
+        formatter_class=formatter,
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"{__package__}.commands.{name}")

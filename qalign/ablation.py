@@ -105,7 +105,13 @@ def probe(pipe: Any, pair: ScenePair, variants: Mapping[str, CrossImage], settin
 
 
 def run(
-    pipe: Any, *, pairs: int, transfers: int, settings: Settings, progress: Progress = iter, kept: KeptResults | None = None
+    pipe: Any,
+    *,
+    pairs: int,
+    transfers: int,
+    settings: Settings,
+    progress: Progress = iter,
+    kept: KeptResults | None = None,
 ) -> dict[str, Any]:
     """Matches, attention and pictures of every variant: plain numbers, ready for JSON; shared out over processes as in `leakage.run`.
 
@@ -116,8 +122,12 @@ def run(
         kept: as `leakage.run`.
     """
     chosen, variants = held_out_pairs(pairs, settings.seed), refinements()
-    probes = gathered(keeping(kept, "probe", lambda pair: probe(pipe, pair, variants, settings), Probe), chosen, progress)
-    transfer = keeping(kept, "transfer", lambda pair: measure_pair(pipe, pair, variants, settings), PairResult)
+    probes = gathered(
+        keeping(kept, "probe", lambda pair: probe(pipe, pair, variants, settings), Probe), chosen, progress
+    )
+    transfer = keeping(
+        kept, "transfer", lambda pair: measure_pair(pipe, pair, variants, settings), PairResult
+    )
     pictures = gathered(transfer, chosen[:transfers], progress)
     transferred = summarise(pictures, settings, {name: repr(method) for name, method in variants.items()})
     return {

@@ -209,14 +209,16 @@ def set_steps(scheduler: Any, steps: int) -> None:
     """Set a scheduler to `steps` inference steps.
 
     Raises:
-        ValueError: no steps, or more than it has timesteps. One whose timesteps begin at 1 has no room for all of them.
+        ValueError: no steps, or more than the scheduler has timesteps (one fewer where they begin at 1).
     """
     require_count("steps", steps, 1)
     known = scheduler.config.num_train_timesteps
     if steps <= known:
         scheduler.set_timesteps(steps)
     if steps > known or int(scheduler.timesteps.max()) >= known:
-        raise ValueError(f"steps: expected fewer inference steps than the {known} that the model was trained on, got {steps}")
+        raise ValueError(
+            f"steps: expected fewer inference steps than the {known} of the model's training, got {steps}"
+        )
 
 
 def _begin(scheduler: DDIMScheduler, clean: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -304,7 +304,9 @@ def run(
     return summarise(results, settings, {name: repr(method) for name, method in methods.items()})
 
 
-def keeping(kept: KeptResults | None, name: str, work: Callable[[ScenePair], Result], kind: Callable[..., Result]) -> Callable[[ScenePair], Result]:
+def keeping(
+    kept: KeptResults | None, name: str, work: Callable[[ScenePair], Result], kind: Callable[..., Result]
+) -> Callable[[ScenePair], Result]:
     """`work`, with its results kept where there is a place for them."""
     return work if kept is None else kept.keeping(name, work, kind)
 
@@ -335,8 +337,8 @@ def gathered(work: Callable[[Item], Result], items: Sequence[Item], progress: Pr
 def resample(columns: Mapping[str, Tensor], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Tensor]:
     """Means of columns [pairs] over all pairs (first) and over resamples of the pairs: [1 + resamples] each; NaN is left out.
 
-    The resamples are shared by all columns, so what is computed of several means is paired. Of a column with a figure of one pair or none they
-    are NaN: one pair says nothing of others.
+    The resamples are shared by all columns, so what is computed of several means is paired. A column with figures of fewer than two pairs
+    has NaN for them, because one pair has no spread.
     """
     table = torch.stack(list(columns.values()), 1).double()
     pairs = len(table)
@@ -351,7 +353,10 @@ def resample(columns: Mapping[str, Tensor], *, resamples: int = RESAMPLES, seed:
 def estimate(means: Tensor) -> dict[str, Any]:
     """The value and the central 95 % interval of something computed from `resample`'s means [1 + resamples]; None where there is none."""
     interval = torch.nanquantile(means[1:], torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return {"value": _finite(means[0].item()), "interval": interval if all(map(math.isfinite, interval)) else None}
+    return {
+        "value": _finite(means[0].item()),
+        "interval": interval if all(map(math.isfinite, interval)) else None,
+    }
 
 
 def _finite(number: float) -> float | None:
@@ -435,7 +440,10 @@ def render_report(report: Mapping[str, Any]) -> str:
     methods, differences, settings = report["methods"], report["differences"], report["settings"]
     baseline = next(iter(methods))
     mean = "mean [95 % interval, pairs resampled]" if report["pairs"] > 1 else "one pair has no interval"
-    lines = [f"{report['pairs']} held-out pairs, {settings['steps']} steps, seed {settings['seed']}; {mean}", ""]
+    lines = [
+        f"{report['pairs']} held-out pairs, {settings['steps']} steps, seed {settings['seed']}; {mean}",
+        "",
+    ]
     lines.append(row("", [*methods, *(f"{name} - {baseline}" for name in differences)]))
     for figure, title in TITLES.items():
         cells = [cell(method[figure], method["intervals"][figure]) for method in methods.values()]

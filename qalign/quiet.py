@@ -1,4 +1,4 @@
-"""diffusers and transformers without a word, for as long as something is imported or loaded that they need not speak of."""
+"""diffusers and transformers without warnings and progress bars, for imports and loads that need neither."""
 
 import contextlib
 import threading
@@ -10,7 +10,7 @@ _LOCK = threading.RLock()
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Errors alone are said, and no bars are drawn; afterwards both libraries are as talkative as before. One thread at a time."""
+    """Log errors only and draw no progress bars; then restore the settings of both libraries. One thread at a time."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""Results of a long run, kept one by one, so that a run that was stopped goes on."""
+"""Results of a long run, kept on disk one by one, so that a stopped run can continue."""
 
 import dataclasses
 import io
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class KeptResults:
-    """A folder of results, one file for each item of a run of the same settings. Several processes may share it.
+    """A folder with one file for each result, all of the same settings. Several processes may share it.
 
     >>> kept = KeptResults(Path("report.json.partial"), {"steps": 20})
     >>> results = list(map(kept.keeping("pair", measure, PairResult), pairs))
@@ -38,7 +38,8 @@ class KeptResults:
         found = json.loads(self._file.read_text(encoding="utf-8"))
         for name in sorted({*found, *self.settings}):
             if (there := found.get(name)) != (wanted := self.settings.get(name)):
-                raise ValueError(f"{folder}: expected results of {name} {wanted}, got {len(self)} of {name} {there}; delete it to begin anew")
+                got = f"{len(self)} of {name} {there}; delete it to begin anew"
+                raise ValueError(f"{folder}: expected results of {name} {wanted}, got {got}")
 
     @property
     def _file(self) -> Path:
@@ -47,8 +48,16 @@ class KeptResults:
     def __len__(self) -> int:
         return len(list(self.folder.glob("*.pt")))
 
-    def keeping(self, name: str, work: Callable[[Item], Result], kind: Callable[..., Result]) -> Callable[[Item], Result]:
-        """`work`, done once for each item. Items are dataclasses of numbers, results are dataclasses `kind` of plain values and tensors."""
+    def keeping(
+        self, name: str, work: Callable[[Item], Result], kind: Callable[..., Result]
+    ) -> Callable[[Item], Result]:
+        """`work`, which returns the kept result of an item where there is one.
+
+        Args:
+            name: of this work; one folder may hold the results of several.
+            work: its items are dataclasses of numbers.
+            kind: the dataclass of its results, whose fields hold plain values and tensors.
+        """
 
         def keep(item: Item) -> Result:
             numbers = dataclasses.astuple(item)  # type: ignore[call-overload]
@@ -66,5 +75,5 @@ class KeptResults:
         return keep
 
     def remove(self) -> None:
-        """All of it, once the report stands."""
+        """Remove the folder, once the report is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)

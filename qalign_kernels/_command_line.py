@@ -1,8 +1,9 @@
-"""What all command lines share: one-line errors, numbers, options that are read, and the end of a run. Needs no torch.
+"""What all command lines share: one-line errors, types of options, checks before a run, and its exit status. Needs no torch.
 
-A command is a module, or anything like it, with `add_arguments(parser)` and `run(options)`. It may have `files(options)`, the `Files` that it reads
-and writes, and `READINGS`, which say when an option is read. Exit status: what `run` returns, or 2 bad input, 3 an error of the library or too little
-memory, 130 Ctrl-C, 141 nothing reads the output any more.
+A command is a module with `add_arguments(parser)` and `run(options)`, which returns the exit status. It may also have
+`files(options)`, the `Files` that it reads and writes, and `READINGS`, the conditions under which it reads its options.
+`main` checks both before the run, and ends with another status where the run fails: 2 for bad input, 3 for an internal
+error or too little memory, 130 for Ctrl-C, 141 for a closed pipe.
 """
 
 import argparse
@@ -24,7 +25,13 @@ _OUR_WORDS = re.compile(r"([\w -]+: )?expected ")
 
 
 class Reading(NamedTuple):
-    """Options that are read only in some calls: where `when(options)`, in words `expected`, such as "with --mode sample"."""
+    """Options that a command reads only under a condition.
+
+    Attributes:
+        names: of the options, as attributes of the namespace.
+        when: the condition.
+        expected: the condition in words, such as "with --mode sample".
+    """
 
     names: tuple[str, ...]
     when: Callable[[argparse.Namespace], bool]
@@ -50,7 +57,10 @@ def main(
     arguments: Sequence[str] | None = None,
     prepare: Callable[[argparse.Namespace], None] = lambda options: None,
 ) -> int:
-    """Parse, prepare, check, run; the exit status. Whatever goes wrong is one line on stderr; --debug adds the traceback."""
+    """Parse, prepare, check and run; returns the exit status.
+
+    Errors are one line on stderr; --debug adds the traceback. `run` may raise `KeyboardInterrupt(text)` to add to that line.
+    """
     name, debug = "", False
     try:
         try:
@@ -79,8 +89,15 @@ def main(
 def describe(error: Exception) -> tuple[int, str]:
     """The exit status of an error, and what is said of it in one line."""
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return FAILED, f"out of memory: expected more of it, or less to do, got {text.split('.')[0] or 'none'}"
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+    ):
+        return (
+            FAILED,
+            f"out of memory: expected more of it, or less to do, got {text.split('.')[0] or 'none'}",
+        )
     if isinstance(error, OSError) and error.filename is not None:
         return REFUSED, f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)) or _OUR_WORDS.match(text):
@@ -96,7 +113,9 @@ def _checked_run(parser: argparse.ArgumentParser, command: Any, options: argpars
     return command.run(options)
 
 
-def check_read(options: argparse.Namespace, readings: Sequence[Reading], parser: argparse.ArgumentParser) -> None:
+def check_read(
+    options: argparse.Namespace, readings: Sequence[Reading], parser: argparse.ArgumentParser
+) -> None:
     """Refuse options that were given and would not be read.
 
     Raises:
@@ -107,8 +126,16 @@ def check_read(options: argparse.Namespace, readings: Sequence[Reading], parser:
             value = getattr(options, name)
             if value != parser.get_default(name) and not reading.when(options):
                 option = f"--{name.replace('_', '-')}"
-                given = " ".join(map(str, value)) if isinstance(value, list | tuple) else option if value is True else value
-                raise ValueError(f"{option}: expected {reading.expected}, got {given}, which would not be read")
+                given = (
+                    " ".join(map(str, value))
+                    if isinstance(value, list | tuple)
+                    else option
+                    if value is True
+                    else value
+                )
+                raise ValueError(
+                    f"{option}: expected {reading.expected}, got {given}, which would not be read"
+                )
 
 
 def _discard_output() -> None:
@@ -175,6 +202,10 @@ def require_device(name: str) -> None:
 
     try:
         (torch.ones(1, device=name) + 1).item()
-    except Exception as error:  # of the driver, of a torch built without it, of an unknown name: each has its own type
+    except (
+        Exception
+    ) as error:  # of the driver, of a torch built without it, of an unknown name: each has its own type
         reason = textwrap.shorten(str(error), 80, placeholder=" ...")
-        raise ValueError(f"--device: expected one that torch can compute on here, such as cpu, got {name!r} ({reason})") from error
+        raise ValueError(
+            f"--device: expected one that torch can compute on here, such as cpu, got {name!r} ({reason})"
+        ) from error

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the places for them, which are checked before any work. Needs no torch."""
+"""Files that are written whole or not at all, and checks of their destinations. Needs no torch."""
 
 import contextlib
 import os
@@ -25,12 +25,13 @@ class Files(NamedTuple):
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place when all went well: whoever reads `path` finds the old file or the whole new one.
+    """A temporary path beside `path`, which replaces `path` when the block ends without an error.
 
-    The folder of `path` is made; the suffix, from which writers tell the format, is kept. A link stays one: what it points to is replaced.
+    Readers of `path` find the old file or the whole new one. Missing folders are made. The temporary path has the suffix of
+    `path`, because writers choose the format by it. Where `path` is a link, the file that it points to is replaced.
 
     Raises:
-        OSError: the file could not be written, as on a full disk. The old file is as it was and nothing else is left.
+        OSError: the file could not be written, as on a full disk. The old file is unchanged and no temporary file is left.
     """
     path = path.resolve()
     unfinished = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
@@ -63,13 +64,19 @@ def check(files: Files) -> None:
     for option, path in files.writes:
         resolved = path.resolve()
         if resolved in inputs:
-            raise ValueError(f"{option}: expected another file than that of {inputs[resolved]}, which is read, got {path}")
+            raise ValueError(
+                f"{option}: expected another file than that of {inputs[resolved]}, which is read, got {path}"
+            )
         if resolved in outputs:
-            raise ValueError(f"{option}: expected another file than that of {outputs[resolved]}, got {path} for both")
+            raise ValueError(
+                f"{option}: expected another file than that of {outputs[resolved]}, got {path} for both"
+            )
         outputs[resolved] = option
     for resolved, option in outputs.items():
         if above := outputs.keys() & set(resolved.parents):
-            raise ValueError(f"{option}: expected a folder above it, got {min(above)}, the file of {outputs[min(above)]}")
+            raise ValueError(
+                f"{option}: expected a folder above it, got {min(above)}, the file of {outputs[min(above)]}"
+            )
 
 
 def _check_file(option: str, path: Path) -> None:

@@ -93,7 +93,9 @@ def report() -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    top = _command_line.Parser("python -m qalign_kernels.env", description="What runs here and why, for bug reports.")
+    top = _command_line.Parser(
+        "python -m qalign_kernels.env", description="What runs here and why, for bug reports."
+    )
     _command_line.add_command(top, sys.modules[__name__])
     return top
 

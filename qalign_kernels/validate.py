@@ -5,8 +5,8 @@ reference formula in float64; its budget is the error of the same formula in pla
 from eps and the length of the sums (`qalign_kernels.testing`). Memory that an op allocates is filled with NaN first. On a GPU each call
 is repeated on plain memory, held against the budget again, and must repeat bit by bit.
 
-Without a GPU the Triton kernels run in Triton's interpreter, in float32 and float16. Exit code: 0 all within budget, 1 not, 2 bad arguments,
-130 Ctrl-C, which leaves the rows so far in the file of --json.
+Without a GPU the Triton kernels run in Triton's interpreter, in float32 and float16. Exit code: 0 all within budget, 1 not,
+2 bad arguments, 130 Ctrl-C. The file of --json is written after every op, so that Ctrl-C keeps the rows so far.
 """
 
 import argparse
@@ -505,7 +505,9 @@ def _triton_state(device: torch.device) -> tuple[str | None, str]:
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    top = _command_line.Parser("python -m qalign_kernels.validate", description="Hold every op against float64 on this machine.")
+    top = _command_line.Parser(
+        "python -m qalign_kernels.validate", description="Hold every op against float64 on this machine."
+    )
     _command_line.add_command(top, sys.modules[__name__])
     return top
 
@@ -518,7 +520,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", nargs="+", metavar="NAME", help="ops whose name begins so, as the table writes them; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE, after every op")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows to FILE, after every op"
+    )
 
 
 def files(options: argparse.Namespace) -> Files:

@@ -48,7 +48,9 @@ def leaves() -> dict[str, argparse.ArgumentParser]:
     for name, program in PROGRAMS.items():
         top = program.parser()
         subparsers = [action for action in top._actions if isinstance(action, argparse._SubParsersAction)]
-        found |= {f"{name} {command}": parser for action in subparsers for command, parser in action.choices.items()}
+        found |= {
+            f"{name} {command}": parser for action in subparsers for command, parser in action.choices.items()
+        }
         if not subparsers:
             found[name] = top
     return found
@@ -117,13 +119,21 @@ def test_every_path_option_is_checked_before_work():
     elsewhere = {"start", "model"}  # folders that hold a model
     for name, parser in LEAVES.items():
         paths = [action for action in parser._actions if action.type in (Path, _shared.picture_path)]
-        options = argparse.Namespace(**{action.dest: parser.get_default(action.dest) for action in parser._actions})
+        options = argparse.Namespace(
+            **{action.dest: parser.get_default(action.dest) for action in parser._actions}
+        )
         for action in paths:
             several = action.nargs is not None
             setattr(options, action.dest, [Path(action.dest)] if several else Path(action.dest))
         checked = files_of(parser, options) if paths else Files()
-        known = {part for _, path in [*checked.reads, *checked.writes, *checked.folders] for part in path.parts}
-        missing = [action.dest for action in paths if action.dest not in elsewhere and not any(part.split("-")[0] == action.dest for part in known)]
+        known = {
+            part for _, path in [*checked.reads, *checked.writes, *checked.folders] for part in path.parts
+        }
+        missing = [
+            action.dest
+            for action in paths
+            if action.dest not in elsewhere and not any(part.split("-")[0] == action.dest for part in known)
+        ]
         assert not missing, name
 
 
@@ -135,43 +145,101 @@ def files_of(parser, options):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"{TRANSFER} --out {{}}/file/o.png", "--out: expected a folder to write to, got {}/file: Not a directory"),
+        (
+            f"{TRANSFER} --out {{}}/file/o.png",
+            "--out: expected a folder to write to, got {}/file: Not a directory",
+        ),
         (f"{TRANSFER} --out {{}}/dir.png", "--out: expected a file to write, got the folder {}/dir.png"),
-        (f"{TRANSFER} --out {{}}/a.png", "--out: expected another file than that of --appearance, which is read, got {}/a.png"),
-        (f"{TRANSFER} --out {{}}/./b.png", "--out: expected another file than that of --structure, which is read"),
-        (f"{TRANSFER} --out {{}}/o.png --grid {{}}/o.png", "--grid: expected another file than that of --out, got {}/o.png for both"),
-        (f"{TRANSFER} {{}}/a.png --out {{}}/o.png --grid {{}}/o-2.png", "--grid: expected another file than that of --out, got {}/o-2.png"),
-        (f"{TRANSFER} --out {{}}/o.png --grid {{}}/o.png/g.png", "--grid: expected a folder above it, got {}/o.png, the file of --out"),
-        (f"{TRANSFER} --out {{}}/o.png --cache {{}}/file", "--cache: expected a folder, got the file {}/file"),
-        (f"{TRANSFER} --out {{}}/o.png --regions {{}}/o.png {{}}/b.png", "--out: expected another file than that of --regions"),
-        (f"{DISTILL} --content {{}}/o.png", "--out: expected another file than that of --content, which is read"),
-        ("qalign texture --size 32 --style {}/a.png --out {}/a.png", "--out: expected another file than that of --style"),
+        (
+            f"{TRANSFER} --out {{}}/a.png",
+            "--out: expected another file than that of --appearance, which is read, got {}/a.png",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/./b.png",
+            "--out: expected another file than that of --structure, which is read",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --grid {{}}/o.png",
+            "--grid: expected another file than that of --out, got {}/o.png for both",
+        ),
+        (
+            f"{TRANSFER} {{}}/a.png --out {{}}/o.png --grid {{}}/o-2.png",
+            "--grid: expected another file than that of --out, got {}/o-2.png",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --grid {{}}/o.png/g.png",
+            "--grid: expected a folder above it, got {}/o.png, the file of --out",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --cache {{}}/file",
+            "--cache: expected a folder, got the file {}/file",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --regions {{}}/o.png {{}}/b.png",
+            "--out: expected another file than that of --regions",
+        ),
+        (
+            f"{DISTILL} --content {{}}/o.png",
+            "--out: expected another file than that of --content, which is read",
+        ),
+        (
+            "qalign texture --size 32 --style {}/a.png --out {}/a.png",
+            "--out: expected another file than that of --style",
+        ),
         (f"qalign compare {PAIR} --out {{}}/a.png", "--out: expected another file than that of --appearance"),
         ("qalign correspond --scenes 0 --out {}/file", "--out: expected a folder to write to, got {}/file"),
-        ("qalign bound --prompt fox --box fox 0 0 1 1 --out {}/o.png --labels-out {}/o.png", "--labels-out: expected another file"),
+        (
+            "qalign bound --prompt fox --box fox 0 0 1 1 --out {}/o.png --labels-out {}/o.png",
+            "--labels-out: expected another file",
+        ),
         ("qalign scenes --out {}/file", "--out: expected a folder, got the file {}/file"),
         ("qalign demo --out {}/file", "--out: expected a folder to write to, got {}/file"),
         ("qalign leakage --json .", "--json: expected a file to write, got the folder ."),
         ("qalign leakage --json {}/file/x.json", "--json: expected a folder to write to, got {}/file"),
-        ("qalign_kernels.validate --json {}/dir.png", "--json: expected a file to write, got the folder {}/dir.png"),
-        ("qalign_kernels.validate --json /dev/null", "--json: expected a file to write, got /dev/null, which is a device or a pipe"),
+        (
+            "qalign_kernels.validate --json {}/dir.png",
+            "--json: expected a file to write, got the folder {}/dir.png",
+        ),
+        (
+            "qalign_kernels.validate --json /dev/null",
+            "--json: expected a file to write, got /dev/null, which is a device or a pipe",
+        ),
         ("benchmarks static --json {}", "--json: expected a file to write, got the folder {}"),
-        ("benchmarks static --budgets {}/file --json {}/file", "--json: expected another file than that of --budgets"),
+        (
+            "benchmarks static --budgets {}/file --json {}/file",
+            "--json: expected another file than that of --budgets",
+        ),
         ("benchmarks speed --json {}/file/x", "--json: expected a folder to write to, got {}/file"),
-        ("benchmarks distillation --json {}/x --sheet {}/x", "--sheet: expected another file than that of --json"),
+        (
+            "benchmarks distillation --json {}/x --sheet {}/x",
+            "--sheet: expected another file than that of --json",
+        ),
         ("benchmarks bounded --json {}/x --sheet {}", "--sheet: expected a file to write, got the folder {}"),
         ("benchmarks distillation_step --json {}", "--json: expected a file to write, got the folder {}"),
         ("benchmarks report {}/file --readme {}/file", "--readme: expected another file than that of FILE"),
         ("benchmarks gpu --out {}/file", "--out: expected a folder, got the file {}/file"),
         ("qalign.embedded.train --work {}/file", "--work: expected a folder, got the file {}/file"),
-        ("qalign.embedded.train --work {}/w --out {}/file/x", "--out: expected a folder to write to, got {}/file"),
+        (
+            "qalign.embedded.train --work {}/w --out {}/file/x",
+            "--out: expected a folder to write to, got {}/file",
+        ),
     ],
 )
 def test_destinations_are_refused_before_any_work(folder, text, message, capsys, monkeypatch):
     def work(*_):
         raise AssertionError("work was begun")
 
-    for module in ("transfer", "distill", "texture", "bound", "compare", "correspond", "leakage", "demo", "scenes"):
+    for module in (
+        "transfer",
+        "distill",
+        "texture",
+        "bound",
+        "compare",
+        "correspond",
+        "leakage",
+        "demo",
+        "scenes",
+    ):
         monkeypatch.setattr(importlib.import_module(f"qalign.commands.{module}"), "run", work)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert run(folder, text) == 2
@@ -181,19 +249,23 @@ def test_destinations_are_refused_before_any_work(folder, text, message, capsys,
 
 
 def test_a_folder_that_refuses_new_files_is_refused(tmp_path, monkeypatch):
-    """A read-only mount, or bits of another user: root may ignore the bits, so the system's answer is what counts."""
+    """A read-only mount. Permission bits alone do not tell: root may ignore them."""
 
     def refuse(**_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(_files.tempfile, "mkdtemp", refuse)
-    with pytest.raises(ValueError, match="^--out: expected a folder to write to, got .*: Read-only file system$"):
+    with pytest.raises(
+        ValueError, match="^--out: expected a folder to write to, got .*: Read-only file system$"
+    ):
         _files.check(Files(writes=[("--out", tmp_path / "new" / "o.png")]))
 
 
 def test_a_read_only_file_is_refused(folder, monkeypatch):
     monkeypatch.setattr(_files.os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="^--json: expected a file to write, got .*file, which is read-only$"):
+    with pytest.raises(
+        ValueError, match="^--json: expected a file to write, got .*file, which is read-only$"
+    ):
         _files.check(Files(writes=[("--json", folder / "file")]))
 
 
@@ -234,36 +306,93 @@ def test_a_full_disk_leaves_the_old_file_alone(folder, capsys):
     report = folder / "rows.json"
     report.write_text("old")
     with no_room():
-        status = run(folder, f"qalign_kernels.validate --op match_counts --backend tiled --device cpu --quick --json {report}")
+        status = run(
+            folder,
+            f"qalign_kernels.validate --op match_counts --backend tiled --device cpu --quick --json {report}",
+        )
     assert status == 2
-    assert capsys.readouterr().err == f"qalign_kernels.validate: {report}: expected to be written, got File too large\n"
-    assert report.read_text() == "old" and {path.name for path in folder.iterdir()} == {"a.png", "b.png", "file", "dir.png", "rows.json"}
+    assert (
+        capsys.readouterr().err
+        == f"qalign_kernels.validate: {report}: expected to be written, got File too large\n"
+    )
+    assert report.read_text() == "old" and {path.name for path in folder.iterdir()} == {
+        "a.png",
+        "b.png",
+        "file",
+        "dir.png",
+        "rows.json",
+    }
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"{TRANSFER} --out {{}}/o.png --topk 3", "--topk: expected with --method qalign --refinement topk, or with --method seal, got 3"),
-        (f"{TRANSFER} --out {{}}/o.png --strength 3", "--strength: expected with --method qalign --refinement guided or soft, got 3.0"),
-        (f"{TRANSFER} --out {{}}/o.png --contrast 2", "--contrast: expected with --method qalign --refinement rearranged"),
-        (f"{TRANSFER} --out {{}}/o.png --method seal --strength 3", "--strength: expected with --method qalign"),
-        (f"{TRANSFER} --out {{}}/o.png --method masactrl --contrast 2", "--contrast: expected with --method qalign"),
-        (f"{TRANSFER} --out {{}}/o.png --method seal --refinement topk", "--refinement: expected with --method qalign, got topk"),
-        (f"{TRANSFER} --out {{}}/o.png --refinement guided --heads per_head", "--heads: expected with --method qalign --refinement rearranged"),
-        (f"{TRANSFER} --out {{}}/o.png --method z_star --similarity dot", "--similarity: expected with --method qalign, got dot"),
-        (f"{TRANSFER} --out {{}}/o.png --noun horse", "--noun: expected with --adain masked or --regions self, got horse"),
+        (
+            f"{TRANSFER} --out {{}}/o.png --topk 3",
+            "--topk: expected with --method qalign --refinement topk, or with --method seal, got 3",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --strength 3",
+            "--strength: expected with --method qalign --refinement guided or soft, got 3.0",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --contrast 2",
+            "--contrast: expected with --method qalign --refinement rearranged",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --method seal --strength 3",
+            "--strength: expected with --method qalign",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --method masactrl --contrast 2",
+            "--contrast: expected with --method qalign",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --method seal --refinement topk",
+            "--refinement: expected with --method qalign, got topk",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --refinement guided --heads per_head",
+            "--heads: expected with --method qalign --refinement rearranged",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --method z_star --similarity dot",
+            "--similarity: expected with --method qalign, got dot",
+        ),
+        (
+            f"{TRANSFER} --out {{}}/o.png --noun horse",
+            "--noun: expected with --adain masked or --regions self, got horse",
+        ),
         (f"{TRANSFER} --out {{}}/o.png --inversion ddim --seed 1", "--seed: expected with --inversion ddpm"),
         (f"{DISTILL} --prompt fox", "--prompt: expected with --mode sample, got fox"),
         (f"{DISTILL} --no-adain", "--no-adain: expected with --mode sample, got --no-adain"),
-        (f"{DISTILL} --mode sample --guidance 2", "--guidance: expected with --mode sample and a --prompt, got 2.0"),
+        (
+            f"{DISTILL} --mode sample --guidance 2",
+            "--guidance: expected with --mode sample and a --prompt, got 2.0",
+        ),
         (f"{DISTILL} --content-weight 1", "--content-weight: expected with --content, got 1.0"),
         (f"{DISTILL} --from-noise", "--from-noise: expected with --mode optimise and --content"),
         (f"{DISTILL} --mode sample --anneal", "--anneal: expected with --mode optimise"),
-        (f"{DISTILL} --content {{}}/b.png --seed 1", "--seed: expected with --mode sample, with --from-noise or without --content"),
-        ("qalign bound --prompt fox --box fox 0 0 1 1 --iterations 0 --rates 1 1 --out {}/o.png", "--rates: expected without --iterations 0"),
-        ("qalign bound --prompt fox --box fox 0 0 1 1 --iterations 0 --keep-boxes --layers up --out {}/o.png", "--layers: expected without both"),
-        ("qalign compare --scenes 0 --structure {}/a.png", "pictures: expected either --structure and --appearance, or --scenes"),
-        ("qalign correspond --scenes 0 --appearance {}/a.png", "pictures: expected either --structure and --appearance, or --scenes"),
+        (
+            f"{DISTILL} --content {{}}/b.png --seed 1",
+            "--seed: expected with --mode sample, with --from-noise or without --content",
+        ),
+        (
+            "qalign bound --prompt fox --box fox 0 0 1 1 --iterations 0 --rates 1 1 --out {}/o.png",
+            "--rates: expected without --iterations 0",
+        ),
+        (
+            "qalign bound --prompt fox --box fox 0 0 1 1 --iterations 0 --keep-boxes --layers up --out {}/o.png",
+            "--layers: expected without both",
+        ),
+        (
+            "qalign compare --scenes 0 --structure {}/a.png",
+            "pictures: expected either --structure and --appearance, or --scenes",
+        ),
+        (
+            "qalign correspond --scenes 0 --appearance {}/a.png",
+            "pictures: expected either --structure and --appearance, or --scenes",
+        ),
         ("qalign correspond --scenes 0 --size 64", "--size: expected without --scenes"),
         ("qalign compare --scenes 0 --size 64", "--size: expected without --scenes"),
         ("qalign leakage --transfers 3", "--transfers: expected with --ablation, got 3"),
@@ -272,7 +401,10 @@ def test_a_full_disk_leaves_the_old_file_alone(folder, capsys):
         ("qalign demo --only transfer --size 64", "--size: expected without --only transfer, got 64"),
         ("qalign demo --only step --pairs 3", "--pairs: expected without --only step, got 3"),
         ("benchmarks static --update", "--update: expected with --json, got --update"),
-        ("qalign.embedded.train --work {}/w --start {}/m --crop 32", "--crop: expected without --start, got 32"),
+        (
+            "qalign.embedded.train --work {}/w --start {}/m --crop 32",
+            "--crop: expected without --start, got 32",
+        ),
     ],
 )
 def test_options_that_would_not_be_read_are_refused(folder, text, message, capsys):
@@ -290,46 +422,92 @@ def test_a_setting_is_read_exactly_where_the_table_says(refinement):
     """By its effect on the op, with every other setting at its default."""
     op = importlib.import_module("qalign_kernels.qalign_attention").qalign_attention
     generator = torch.Generator().manual_seed(0)
-    query, match_query, ref_query, ref_key, ref_value, own_key = torch.randn(6, 1, 3, 12, 8, generator=generator)
+    query, match_query, ref_query, ref_key, ref_value, own_key = torch.randn(
+        6, 1, 3, 12, 8, generator=generator
+    )
     ref_query = ref_query * torch.linspace(0.2, 5, 12).view(-1, 1)  # so that "dot" and "cosine" differ
     tensors = {"match_query": match_query, "own_key": own_key if refinement == "warped_values" else None}
 
     def output(**changed):
-        return op(query, ref_query, ref_key, ref_value, refinement=refinement, **{"topk": 3, "strength": 1.0, **tensors, **changed})
+        return op(
+            query,
+            ref_query,
+            ref_key,
+            ref_value,
+            refinement=refinement,
+            **{"topk": 3, "strength": 1.0, **tensors, **changed},
+        )
 
     changes = {"similarity": "dot", "heads": "per_head", "topk": 5, "strength": 4.0, "contrast": 2.0}
     read = {name for name, value in changes.items() if not torch.equal(output(), output(**{name: value}))}
     read |= {"aligned"} if not torch.equal(output(), output(match_query=query)) else set()
-    assert read == {name for name, refinements in _shared.READ_BY_REFINEMENT.items() if refinement in refinements}
+    assert read == {
+        name for name, refinements in _shared.READ_BY_REFINEMENT.items() if refinement in refinements
+    }
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Folders of models: "sd", and of other kinds "flux", which has no weights at all, "unconditional" and "inpainting"."""
-    from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionInpaintPipeline, UNet2DConditionModel, UNet2DModel
+    """Folders of models: "sd", and those of other kinds: "flux" (without weights), "unconditional" and "inpainting"."""
+    from diffusers import (
+        DDPMPipeline,
+        DDPMScheduler,
+        StableDiffusionInpaintPipeline,
+        UNet2DConditionModel,
+        UNet2DModel,
+    )
 
     folder = tmp_path_factory.mktemp("models")
     pipe = models.make_pipe("sd15")
     pipe.save_pretrained(folder / "sd")
     (folder / "flux").mkdir()
-    (folder / "flux" / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "X"]}))
-    blocks = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "layers_per_block": 1}
-    DDPMPipeline(UNet2DModel(sample_size=16, **blocks), DDPMScheduler()).save_pretrained(folder / "unconditional")
-    parts = {**pipe.components, "unet": UNet2DConditionModel.from_config({**pipe.unet.config, "in_channels": 9})}
+    (folder / "flux" / "model_index.json").write_text(
+        json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "X"]})
+    )
+    blocks = {
+        "block_out_channels": (32,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "layers_per_block": 1,
+    }
+    DDPMPipeline(UNet2DModel(sample_size=16, **blocks), DDPMScheduler()).save_pretrained(
+        folder / "unconditional"
+    )
+    parts = {
+        **pipe.components,
+        "unet": UNet2DConditionModel.from_config({**pipe.unet.config, "in_channels": 9}),
+    }
     parts.pop("image_encoder", None)
-    StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(folder / "inpainting")
+    StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(
+        folder / "inpainting"
+    )
     return folder
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--model {}/flux", "--model: expected Stable Diffusion or Stable Diffusion XL, got FluxPipeline without unet, vae, text_encoder"),
-        ("--model {}/unconditional", "--model: expected Stable Diffusion or Stable Diffusion XL, got DDPMPipeline without vae"),
+        (
+            "--model {}/flux",
+            "--model: expected Stable Diffusion or Stable Diffusion XL, got FluxPipeline without unet, vae, text_encoder",
+        ),
+        (
+            "--model {}/unconditional",
+            "--model: expected Stable Diffusion or Stable Diffusion XL, got DDPMPipeline without vae",
+        ),
         ("--model {}/inpainting", "--model: expected a UNet for the VAE's 4 latent channels, got one for 9"),
-        ("--model {}/sd --device banana", "--device: expected one that torch can compute on here, such as cpu, got 'banana'"),
-        ("--model {}/sd --device meta", "--device: expected one that torch can compute on here, such as cpu, got 'meta'"),
-        ("--model {}/sd --steps 1000 --skip 0.99", "steps: expected fewer inference steps than the 1000 that the model was trained on, got 1000"),
+        (
+            "--model {}/sd --device banana",
+            "--device: expected one that torch can compute on here, such as cpu, got 'banana'",
+        ),
+        (
+            "--model {}/sd --device meta",
+            "--device: expected one that torch can compute on here, such as cpu, got 'meta'",
+        ),
+        (
+            "--model {}/sd --steps 1000 --skip 0.99",
+            "steps: expected fewer inference steps than the 1000 of the model's training, got 1000",
+        ),
         ("--model {}/sd --steps 5000", "steps: expected fewer inference steps than the 1000"),
     ],
 )
@@ -361,12 +539,24 @@ def test_cuda_without_a_gpu_is_one_line(folder, text, capsys):
     ("error", "status", "text"),
     [
         (ValueError("steps: expected 1, got\n2"), 2, "steps: expected 1, got 2"),
-        (RuntimeError("steps: expected a running clock, got none"), 2, "steps: expected a running clock, got none"),
+        (
+            RuntimeError("steps: expected a running clock, got none"),
+            2,
+            "steps: expected a running clock, got none",
+        ),
         (TypeError("method: expected a method, got 3"), 2, "method: expected a method, got 3"),
         (FileNotFoundError(2, "No such file", "x.json"), 2, "x.json: No such file"),
         (KeyError("rows"), 3, "internal error: KeyError: 'rows' (--debug shows where)"),
-        (RuntimeError("Given groups=1, expected input"), 3, "internal error: RuntimeError: Given groups=1, expected input (--debug shows where)"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 3, "out of memory: expected more of it, or less to do, got CUDA out of memory"),
+        (
+            RuntimeError("Given groups=1, expected input"),
+            3,
+            "internal error: RuntimeError: Given groups=1, expected input (--debug shows where)",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to"),
+            3,
+            "out of memory: expected more of it, or less to do, got CUDA out of memory",
+        ),
         (MemoryError(), 3, "out of memory: expected more of it, or less to do, got none"),
     ],
 )
@@ -394,8 +584,15 @@ def test_ctrl_c_is_one_line_in_every_command(name, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "run", interrupted)
-    needed = {"benchmarks gpu": "--out x", "qalign transfer": "--appearance a --structure b --out o.png", "qalign distill": "--style a --out o.png"}
-    needed |= {"qalign texture": needed["qalign distill"], "qalign bound": "--prompt fox --box fox 0 0 1 1 --out o.png"}
+    needed = {
+        "benchmarks gpu": "--out x",
+        "qalign transfer": "--appearance a --structure b --out o.png",
+        "qalign distill": "--style a --out o.png",
+    }
+    needed |= {
+        "qalign texture": needed["qalign distill"],
+        "qalign bound": "--prompt fox --box fox 0 0 1 1 --out o.png",
+    }
     assert run("", f"{name} {needed.get(name, '')}") == 130
     assert capsys.readouterr().err == f"{name.split()[-1]}: interrupted\n"
 
@@ -411,7 +608,17 @@ def test_an_interrupted_validation_keeps_its_rows(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(validate, "run_op", interrupted)
     file = tmp_path / "rows.json"
-    arguments = ["--backend", "tiled", "--device", "cpu", "--quick", "--op", "match_counts", "--json", str(file)]
+    arguments = [
+        "--backend",
+        "tiled",
+        "--device",
+        "cpu",
+        "--quick",
+        "--op",
+        "match_counts",
+        "--json",
+        str(file),
+    ]
     assert validate.main(arguments) == 130
     assert capsys.readouterr().err == "qalign_kernels.validate: interrupted\n"
     assert [row["dtype"] for row in json.loads(file.read_text())["rows"]] == ["float32", "float16"]
@@ -422,7 +629,13 @@ def test_a_closed_pipe_ends_a_command_without_a_word(arguments):
     reading, writing = os.pipe()
     os.close(reading)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", *arguments.split()], stdout=writing, stderr=subprocess.PIPE, env=environment, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments.split()],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -437,7 +650,12 @@ def test_the_embedded_model_loads_without_a_word():
         "print([(each.get_verbosity(), each.is_progress_bar_enabled()) for each in (first, second)])\n"
     )
     inherited = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**inherited, "PYTHONPATH": str(ROOT)}, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        env={**inherited, "PYTHONPATH": str(ROOT)},
+        text=True,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "[(30, True), (30, True)]\n"  # as the libraries begin
 
@@ -445,5 +663,7 @@ def test_the_embedded_model_loads_without_a_word():
 def test_a_report_of_something_else_is_one_line(tmp_path):
     for content in ("no JSON", "[]", "{}"):
         (tmp_path / "report.json").write_text(content)
-        with pytest.raises(ValueError, match="^--json: expected a report of pairs and their settings, got another file: "):
+        with pytest.raises(
+            ValueError, match="^--json: expected a report of pairs and their settings, got another file: "
+        ):
             MethodReport.open("pairs", {}, tmp_path / "report.json")

@@ -393,7 +393,11 @@ def test_methods_are_all_in_the_table(capsys):
     assert command_line.main(["methods"]) == 0
     written = capsys.readouterr().out.splitlines()
     assert max(map(len, written)) <= 100
-    assert all(card in "\n".join(written) for kind in methods.METHODS.values() for card in (kind.card.edits, kind.card.layers, kind.card.uses))
+    assert all(
+        card in "\n".join(written)
+        for kind in methods.METHODS.values()
+        for card in (kind.card.edits, kind.card.layers, kind.card.uses)
+    )
     lines = [line for line in written if not line.startswith(" ")]
     assert [line.split()[0] for line in lines] == ["name", *methods.METHODS, "-"]
     assert all(_shared.METHODS.get(name, kind.card.title) == kind.card.title for name, kind in methods.METHODS.items())

@@ -1,4 +1,4 @@
-"""The commands of `python -m qalign`, one module each: `add_arguments(parser)`, `files(options)`, `READINGS` and `run(options)`."""
+"""The commands of `python -m qalign`, one module each, as `qalign_kernels._command_line` describes them."""
 
 import importlib.util
 import sys
@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def _load_without_torch(name: str) -> None:
-    """Put a module of `qalign_kernels` that needs no torch where imports find it: its package imports torch, and --help does without."""
+    """Import a module of `qalign_kernels` that needs no torch, without its package, which imports torch.
+
+    So `--help` answers at once. Later imports find the module under its own name.
+    """
     if name in sys.modules:
         return
     package, stem = name.split(".")

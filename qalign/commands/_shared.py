@@ -8,7 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qalign_kernels._command_line import Parser, Reading, add_command, count, fraction, main, number, positive, require_device, seed, whole
+from qalign_kernels._command_line import (
+    Parser,
+    Reading,
+    add_command,
+    count,
+    fraction,
+    main,
+    number,
+    positive,
+    require_device,
+    seed,
+    whole,
+)
 from qalign_kernels._files import Files, replacing
 
 __all__ = [
@@ -88,10 +100,22 @@ def picture_path(text: str) -> Path:
     return path
 
 
+def label_path(text: str) -> Path:
+    """A file to write labels to, in the one format that keeps them."""
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"expected a file that ends in .png, got {text!r}")
+    return path
+
+
 def given_files(options: argparse.Namespace, *names: str) -> list[tuple[str, Path]]:
     """(option, path) of those options that were given, each a path or a list of paths."""
     found = [(f"--{name.replace('_', '-')}", getattr(options, name)) for name in names]
-    lists = [(option, value if isinstance(value, list) else [value]) for option, value in found if value is not None]
+    lists = [
+        (option, value if isinstance(value, list) else [value])
+        for option, value in found
+        if value is not None
+    ]
     return [(option, Path(path)) for option, paths in lists for path in paths]
 
 
@@ -173,6 +197,8 @@ def load_pipeline(options: argparse.Namespace) -> Any:
     dtype = getattr(torch, options.dtype)
     device = options.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     require_device(device)
+    if options.offload and torch.device(device).type == "cpu":
+        raise ValueError("--offload: expected a device with a memory of its own, got cpu")
     if options.model == "embedded":
         pipe = AppearanceTransferPipeline.embedded(dtype)
     else:
@@ -203,7 +229,9 @@ def _load_stock(model: str, dtype: Any) -> Any:
         raise ValueError(f"{wanted}, got {got} ({reason})") from error
     try:
         if foreign:
-            raise TypeError(f"expected Stable Diffusion or Stable Diffusion XL, got {index.get('_class_name')} without {', '.join(foreign)}")
+            raise TypeError(
+                f"expected Stable Diffusion or Stable Diffusion XL, got {index.get('_class_name')} without {', '.join(foreign)}"
+            )
         return AppearanceTransferPipeline.from_pipe(stock)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--model: {str(error).removeprefix('pipeline: ')}") from error

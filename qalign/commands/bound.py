@@ -13,13 +13,32 @@ examples:
 import argparse
 from typing import Any
 
-from ._shared import Files, Reading, add_model_arguments, count, given_files, load_pipeline, number, picture_path, say, seed, size, whole, write
+from ._shared import (
+    Files,
+    Reading,
+    add_model_arguments,
+    count,
+    given_files,
+    label_path,
+    load_pipeline,
+    number,
+    picture_path,
+    say,
+    seed,
+    size,
+    whole,
+    write,
+)
 
 EMBEDDED_RATES = (100.0, 25.0)  # those of Stable Diffusion hardly move the small model's latents (python -m benchmarks bounded)
 
 READINGS = (
     Reading(("rates",), lambda options: options.iterations != 0, "without --iterations 0"),
-    Reading(("layers",), lambda options: options.iterations != 0 or not options.keep_boxes, "without both --iterations 0 and --keep-boxes"),
+    Reading(
+        ("layers",),
+        lambda options: options.iterations != 0 or not options.keep_boxes,
+        "without both --iterations 0 and --keep-boxes",
+    ),
 )
 
 
@@ -35,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="words of the prompt (their plural in s will do), and where what they name belongs; once for each subject",
     )
     pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
-    pictures.add_argument("--labels-out", type=picture_path, metavar="L.png", help="also the subjects' masks in the end: 1 the first, 0 none")
+    pictures.add_argument("--labels-out", type=label_path, metavar="L.png", help="also the subjects' masks in the end: 1 the first, 0 none")
     pictures.add_argument("--size", type=size, metavar="S|WxH", help="in pixels, multiples of 8 (default: the model's own)")
 
     run = parser.add_argument_group("guidance")

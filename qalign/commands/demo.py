@@ -53,7 +53,14 @@ def side(text: str) -> int:
 
 
 def files(options: argparse.Namespace) -> Files:
-    return Files(writes=[("--out", options.out / name) for part in PARTS if options.only in (None, part) for name in WRITTEN[part]])
+    return Files(
+        writes=[
+            ("--out", options.out / name)
+            for part in PARTS
+            if options.only in (None, part)
+            for name in WRITTEN[part]
+        ]
+    )
 
 
 def run(options: argparse.Namespace) -> int:

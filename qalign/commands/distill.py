@@ -48,9 +48,17 @@ def _optimised(options: argparse.Namespace) -> bool:
 
 READINGS = (
     Reading(("prompt", "no_adain"), lambda options: options.mode == "sample", "with --mode sample"),
-    Reading(("guidance",), lambda options: options.mode == "sample" and options.prompt != "", "with --mode sample and a --prompt"),
+    Reading(
+        ("guidance",),
+        lambda options: options.mode == "sample" and options.prompt != "",
+        "with --mode sample and a --prompt",
+    ),
     Reading(("content_weight",), lambda options: options.content is not None, "with --content"),
-    Reading(("from_noise",), lambda options: _optimised(options) and options.content is not None, "with --mode optimise and --content"),
+    Reading(
+        ("from_noise",),
+        lambda options: _optimised(options) and options.content is not None,
+        "with --mode optimise and --content",
+    ),
     Reading(("anneal",), _optimised, "with --mode optimise"),
     Reading(
         ("seed",),

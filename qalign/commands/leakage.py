@@ -4,7 +4,8 @@ The appearance of one scene is transferred to another, and every edited layer te
 the same part, how much attention stays there, how much of the object's falls on background, and how many pairs leak. Intervals are a paired
 bootstrap over pairs. With --ablation, every matching signal and every refinement in place of the two methods.
 
-With --json FILE a run may be stopped: what each pair gave is kept in FILE.partial, and the same command goes on from there, with more --pairs too.
+With --json FILE a run can be stopped: the results of each pair are kept in FILE.partial until the report is complete. The same command
+continues from there; --pairs may change.
 
 examples:
   python -m qalign leakage --pairs 180 --json leakage.json
@@ -46,7 +47,11 @@ NEEDS = ("diffusers", "transformers", "accelerate")
 
 def _reads(name: str) -> Reading:
     refinements = READ_BY_REFINEMENT[name]
-    return Reading((name,), lambda options: refinement_of(options) in refinements, f"with --refinement {' or '.join(refinements)}")
+    return Reading(
+        (name,),
+        lambda options: refinement_of(options) in refinements,
+        f"with --refinement {' or '.join(refinements)}",
+    )
 
 
 READINGS = (
@@ -80,11 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def files(options: argparse.Namespace) -> Files:
-    return Files(writes=given_files(options, "json"), folders=[] if options.json is None else [("--json", partial_of(options.json))])
+    return Files(
+        writes=given_files(options, "json"),
+        folders=[] if options.json is None else [("--json", partial_of(options.json))],
+    )
 
 
 def partial_of(report: Path) -> Path:
-    """Where the pairs of a report are kept until it stands."""
+    """Where the results of pairs are kept until the report is complete."""
     return Path(f"{report}.partial")
 
 
@@ -95,10 +103,6 @@ def run(options: argparse.Namespace) -> int:
     from ..methods import CrossImage, QAlign
     from ..resuming import KeptResults
 
-    state = leakage.processes()
-    options.device = options.device or str(state.device)
-    pipe = load_pipeline(options)
-    pipe.set_progress_bar_config(disable=True)
     chosen = {name: getattr(options, name) for name in ("steps", "layers", "every", "seed", "threshold") if getattr(options, name) is not None}
     settings = leakage.Settings(adain=None if options.adain == "none" else options.adain, **chosen)
     given = {name: getattr(options, name) for name in CHOSEN if getattr(options, name) is not None}
@@ -107,9 +111,13 @@ def run(options: argparse.Namespace) -> int:
     kept = None
     if options.json is not None:
         decisive = {name: value for name, value in asdict(settings).items() if name != "threshold"}
-        of_model = {"model": options.model, "dtype": options.dtype, "version": __version__}
-        measured = "ablation" if options.ablation else {name: repr(method) for name, method in methods.items()}
-        kept = KeptResults(partial_of(options.json), decisive | of_model | {"methods": measured})
+        decisive |= {"model": options.model, "dtype": options.dtype, "version": __version__}
+        decisive["methods"] = "ablation" if options.ablation else [repr(method) for method in methods.values()]
+        kept = KeptResults(partial_of(options.json), decisive)
+    state = leakage.processes()
+    options.device = options.device or str(state.device)
+    pipe = load_pipeline(options)
+    pipe.set_progress_bar_config(disable=True)
     common: dict[str, Any] = {"pairs": options.pairs, "settings": settings, "kept": kept}
     try:
         with _progress(state.is_main_process) as common["progress"]:
@@ -120,7 +128,8 @@ def run(options: argparse.Namespace) -> int:
                 report = leakage.run(pipe, methods=methods, **common)
                 text = leakage.render_report(report)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("" if kept is None else f"{len(kept)} results are kept in {kept.folder}, the same command goes on") from None
+        what_stays = "" if kept is None else f"{len(kept)} results are kept in {kept.folder}, the same command goes on"
+        raise KeyboardInterrupt(what_stays) from None
     if state.is_main_process:
         say(text)
         if options.json is not None:

@@ -2,7 +2,7 @@
 
 Costs are of one edited layer and output row, in 10^9 multiply-adds: the first self-attention of SD 1.5 at 512 pixels (4096 tokens, 8 heads
 of 40 channels) and of SDXL at 1024 (4096 tokens, 10 heads of 64), beside the stock self-attention that is replaced. They are counted, not
-timed; masks, norms and gathers are left out. Under each method: what it edits in the output rows; its layers by default; what it is made of.
+timed; masks, norms and gathers are left out. Below each method: what it edits in the output rows, its default layers, and the ops it uses.
 
 examples:
   python -m qalign methods
@@ -27,7 +27,9 @@ def run(options: argparse.Namespace) -> int:
     stock = {family: 2 * tokens**2 * channels / 1e9 for family, (tokens, channels) in SHAPES.items()}
     cards = {name: kind.card for name, kind in METHODS.items()}  # type: ignore[attr-defined]
     lines = [(*HEAD, *stock)]
-    lines += [(name, card.title, card.paper, card.steps, *_costs(card.cost, stock)) for name, card in cards.items()]
+    lines += [
+        (name, card.title, card.paper, card.steps, *_costs(card.cost, stock)) for name, card in cards.items()
+    ]
     lines.append(("-", "stock self-attention", "-", "-", *_costs(1.0, stock)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:

@@ -39,7 +39,10 @@ def run(options: argparse.Namespace) -> int:
     shown: list[tuple[Any, Any, str]] = []
     for place in seeds:
         scene = render([place], options.size)
-        for name, picture in ((f"{place:04}.png", to_image(scene.image[0])), (f"{place:04}-labels.png", label_picture(scene.labels[0]))):
+        for name, picture in (
+            (f"{place:04}.png", to_image(scene.image[0])),
+            (f"{place:04}-labels.png", label_picture(scene.labels[0])),
+        ):
             with replacing(options.out / name) as temporary:
                 picture.save(temporary)
         if len(shown) < SHEET:

@@ -12,7 +12,16 @@ examples:
 import argparse
 from pathlib import Path
 
-from ._shared import Files, add_model_arguments, count, given_files, load_pipeline, picture_path, read_pictures, size
+from ._shared import (
+    Files,
+    add_model_arguments,
+    count,
+    given_files,
+    load_pipeline,
+    picture_path,
+    read_pictures,
+    size,
+)
 from .distill import add_run_arguments, read_regions, report, run_settings
 
 

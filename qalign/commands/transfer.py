@@ -52,9 +52,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "help": "of qalign: whose queries are aligned with the appearance's (default: both)",
     },
     "similarity": {"choices": ("cosine", "dot"), "help": "of qalign: by which queries are aligned"},
-    "heads": {"choices": ("joint", "per_head"), "help": "of qalign: one alignment for all heads, or one for each"},
-    "topk": {"type": count, "metavar": "K", "help": "of qalign: best-aligned tokens for each query, with --refinement topk"},
-    "strength": {"type": number, "metavar": "TAU", "help": "of qalign: weight of the alignment, with --refinement guided or soft"},
+    "heads": {
+        "choices": ("joint", "per_head"),
+        "help": "of qalign: one alignment for all heads, or one for each",
+    },
+    "topk": {
+        "type": count,
+        "metavar": "K",
+        "help": "of qalign: best-aligned tokens for each query, with --refinement topk",
+    },
+    "strength": {
+        "type": number,
+        "metavar": "TAU",
+        "help": "of qalign: weight of the alignment, with --refinement guided or soft",
+    },
     "contrast": {"type": positive, "metavar": "C", "help": "of the attention probabilities; 1 is none"},
 }
 
@@ -64,7 +75,9 @@ def _reads(name: str, *methods: str) -> Reading:
     refinements = READ_BY_REFINEMENT[name]
 
     def when(options: argparse.Namespace) -> bool:
-        return options.method in methods or options.method == "qalign" and refinement_of(options) in refinements
+        return (
+            options.method in methods or options.method == "qalign" and refinement_of(options) in refinements
+        )
 
     others = "".join(f", or with --method {method}" for method in methods)
     chosen = "" if refinements == REFINEMENTS else f" --refinement {' or '.join(refinements)}"
@@ -80,9 +93,15 @@ READINGS = (
     _reads("strength"),
     _reads("contrast", "cross_image"),
     Reading(
-        ("noun",), lambda options: options.adain == "masked" or options.regions == ["self"], "with --adain masked or --regions self"
+        ("noun",),
+        lambda options: options.adain == "masked" or options.regions == ["self"],
+        "with --adain masked or --regions self",
     ),
-    Reading(("seed",), lambda options: options.inversion == "ddpm", "with --inversion ddpm (that of ddim has no noise)"),
+    Reading(
+        ("seed",),
+        lambda options: options.inversion == "ddpm",
+        "with --inversion ddpm (that of ddim has no noise)",
+    ),
 )
 
 
@@ -122,7 +141,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def files(options: argparse.Namespace) -> Files:
-    labels = [] if options.regions in (None, ["self"]) else [("--regions", Path(path)) for path in options.regions]
+    labels = (
+        [] if options.regions in (None, ["self"]) else [("--regions", Path(path)) for path in options.regions]
+    )
     return Files(
         reads=given_files(options, "appearance", "structure") + labels,
         writes=[("--out", path) for path in pictures_out(options)] + given_files(options, "grid"),
@@ -134,14 +155,19 @@ def pictures_out(options: argparse.Namespace) -> list[Path]:
     """Where the picture of each structure goes."""
     if len(options.structure) == 1:
         return [options.out]
-    return [options.out.with_stem(f"{options.out.stem}-{number}") for number in range(1, len(options.structure) + 1)]
+    return [
+        options.out.with_stem(f"{options.out.stem}-{number}")
+        for number in range(1, len(options.structure) + 1)
+    ]
 
 
 def make_method(options: argparse.Namespace) -> Any:
     """The method with the settings that were given."""
     from ..pipelines import METHODS as KINDS
 
-    return KINDS[options.method](**{name: value for name in SETTINGS if (value := getattr(options, name)) is not None})
+    return KINDS[options.method](
+        **{name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
+    )
 
 
 def make_regions(options: argparse.Namespace, picture: Any) -> Any:

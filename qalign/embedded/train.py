@@ -542,7 +542,9 @@ def contact_sheet(pipe: Any, steps: int = 50, seed: int = 0) -> Any:
 MAY_BE_ZERO = ("autoencoder_steps", "steps", "refine_steps", "scenes_per_step", "first_scene")
 READINGS = (
     Reading(
-        ("autoencoder_steps", "autoencoder_batch", "autoencoder_rate", "crop"), lambda options: options.start is None, "without --start"
+        ("autoencoder_steps", "autoencoder_batch", "autoencoder_rate", "crop"),
+        lambda options: options.start is None,
+        "without --start",
     ),
     Reading(("decay",), lambda options: options.steps > 0, "with --steps above 0"),
 )
@@ -572,10 +574,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("embedded_training"), help="checkpoints; a second call goes on from there (%(default)s)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the model is written (%(default)s)")
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="train this written model on in place of a new one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME", help="cuda or cpu (%(default)s)")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        metavar="NAME",
+        help="cuda or cpu (%(default)s)",
+    )
     parser.add_argument("--minutes", type=_command_line.number, default=math.inf, help="stop after this long, to go on with a second call")
     for field in dataclasses.fields(Settings):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=_type_of(field), default=field.default, help="(%(default)s)")
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=_type_of(field),
+            default=field.default,
+            help="(%(default)s)",
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -585,10 +597,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     given = vars(options)
     _command_line.require_device(options.device)
+    if options.start is not None and not (options.start / "record.json").is_file():
+        raise ValueError(
+            f"--start: expected a folder that this command wrote, got {options.start} without a record.json"
+        )
     settings = Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
     prepare_process()
     report = functools.partial(print, flush=True)
-    training = Training(options.work, settings, torch.device(options.device), report, 60 * options.minutes, options.start)
+    training = Training(
+        options.work, settings, torch.device(options.device), report, 60 * options.minutes, options.start
+    )
     try:
         if training.start is None:
             training.train_autoencoder()

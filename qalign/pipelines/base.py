@@ -41,8 +41,12 @@ class LatentDiffusion:
         components = getattr(pipeline, "components", {})
         if "unet" not in components or "text_encoder" not in components:
             raise TypeError(f"pipeline: expected a Stable Diffusion or Stable Diffusion XL pipeline, got {type(pipeline).__name__}")
-        if (takes := components["unet"].config.in_channels) != (gives := components["vae"].config.latent_channels):
-            raise ValueError(f"pipeline: expected a UNet for the VAE's {gives} latent channels, got one for {takes}, as inpainting has")
+        if (takes := components["unet"].config.in_channels) != (
+            gives := components["vae"].config.latent_channels
+        ):
+            raise ValueError(
+                f"pipeline: expected a UNet for the VAE's {gives} latent channels, got one for {takes} (inpainting?)"
+            )
         target: Any = cls._kinds()["text_encoder_2" in components]
         needed, settings = target._get_signature_keys(target)
         given = {name: components.get(name) for name in needed} | {name: pipeline.config[name] for name in settings if name in pipeline.config}

@@ -220,7 +220,10 @@ def test_resampled_means_are_paired_and_their_spread_is_the_standard_error():
     assert (high - low) / 2 == pytest.approx(1.96 * values.std().item() / 20, rel=0.05)
     again = leakage.resample({"c": holes, "a": values}, seed=1)
     torch.testing.assert_close([again["a"], again["c"]], [means["a"], means["c"]], rtol=1e-12, atol=1e-12)
-    assert leakage.estimate(leakage.resample({"a": torch.full((3,), torch.nan)})["a"]) == {"value": None, "interval": None}
+    assert leakage.estimate(leakage.resample({"a": torch.full((3,), torch.nan)})["a"]) == {
+        "value": None,
+        "interval": None,
+    }
 
 
 def made_up(own: dict[str, float], colour: float) -> PairResult:
@@ -410,7 +413,7 @@ LEAKAGE = ["leakage", "--steps", "4", "--every", "1", "--pairs"]
 
 @pytest.fixture
 def small(pipe, monkeypatch):
-    """The command on the small pipeline; with `stop` set, Ctrl-C comes after so many pairs. `measured` are those that were measured."""
+    """The command on the small pipeline. `measured` are the pairs that were measured; Ctrl-C comes after `stop` of them."""
     measure, state = leakage.measure_pair, SimpleNamespace(measured=[], stop=None)
 
     def counted(*given):
@@ -442,10 +445,16 @@ def test_kept_pairs_of_other_settings_are_refused(small, tmp_path, capsys):
     small.stop = 1
     assert command_line.main([*LEAKAGE, "3", "--json", str(file)]) == 130
     capsys.readouterr()
-    for changed, wanted in (("--steps 5", "steps 5, got 1 of steps 4"), ("--aligned output", "methods"), ("--seed 7", "seed 7, got 1 of seed 0")):
+    for changed, wanted in (
+        ("--steps 5", "steps 5, got 1 of steps 4"),
+        ("--aligned output", "methods"),
+        ("--seed 7", "seed 7, got 1 of seed 0"),
+    ):
         assert command_line.main([*LEAKAGE, "3", "--json", str(file), *changed.split()]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"report.json.partial: expected results of {wanted}" in line and line.endswith("delete it to begin anew")
+        assert f"report.json.partial: expected results of {wanted}" in line and line.endswith(
+            "delete it to begin anew"
+        )
     assert len(small.measured) == 1
 
 
