@@ -93,7 +93,7 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
 
     say("\nAppearance transfer between held-out scenes, on the trained model inside the package.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = AppearanceTransferPipeline.embedded().to(device)
+    pipe = AppearanceTransferPipeline.embedded(torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for number in range(ROWS):
