@@ -3,31 +3,33 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
+
+from qalign_kernels import _command_line
 
 COMMANDS = {
     "static": "compile every kernel for every architecture and hold registers, spills, memory and instructions against budgets; needs no GPU",
     "speed": "time and memory of every op against its reference, eager PyTorch, SDPA and their compiled forms, on this machine",
     "gpu": "all that one GPU can show in nine minutes: ceilings, accuracy, sanitizer, speed against every peer; JSON and a report",
     "report": "Markdown tables and a plot from the files that speed wrote",
-    "tune": "sweep tiles on this GPU and rewrite the table that the kernels take them from, where a tile is 2 % faster",
+    "tune": "sweep tiles on this GPU and rewrite the table that the kernels take them from, where a tile is 2 %% faster",
     "bounded": "bounded attention on the embedded model: two creatures in boxes, with masks alone and with guidance",
     "distillation": "attention distillation on held-out scenes, beside key and value injection: loss, colours, layout",
     "distillation_step": "one optimisation step through a whole UNet, beside stock processors, SDPA and an L1: time, peak and saved memory",
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the kernels.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    top = _command_line.Parser(prog="python -m benchmarks", description="Measure the kernels.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        importlib.import_module(f"{__package__}.{name}").add_arguments(command)
-    arguments = parser.parse_args()
-    try:
-        return importlib.import_module(f"{__package__}.{arguments.command}").run(arguments)
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        print(f"{arguments.command}: {error}", file=sys.stderr)
-        return 2
+        _command_line.add_command(command, importlib.import_module(f"benchmarks.{name}"))
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return _command_line.main(parser, arguments)
 
 
 if __name__ == "__main__":

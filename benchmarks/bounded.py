@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qalign.files import replacing
+from qalign_kernels import _command_line
+from qalign_kernels._files import Files, replacing
 
+from . import method_report
 from .method_report import MethodReport
 
 LAYOUTS = {
@@ -38,11 +40,16 @@ METHODS = ("untouched", "masks alone", *RATES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=12, help="by each method: every plan in every layout once (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of DDIM (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="of the prompt (default: %(default)s)")
+    pictures = "by each method: every plan in every layout once (default: %(default)s)"
+    parser.add_argument("--pictures", type=_command_line.count, default=12, help=pictures)
+    parser.add_argument("--steps", type=_command_line.count, default=20, help="of DDIM (default: %(default)s)")
+    parser.add_argument("--guidance", type=_command_line.number, default=7.5, help="of the prompt (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the report there after every picture; what it already has is not measured again")
     parser.add_argument("--sheet", type=Path, help="all pictures with their boxes, a row for each method; of those measured now")
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return method_report.files(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -159,4 +166,4 @@ def draw(rows: Any, path: Path) -> None:
                 ImageDraw.Draw(tile).rectangle([round(side * tile.width) for side in box], outline="white")
             sheet.paste(tile, (x * 132, y * 132))
     with replacing(path) as unfinished:
-        sheet.save(unfinished)
+        sheet.save(unfinished, format="png")

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from qalign.files import replacing
+from qalign_kernels import _command_line
+from qalign_kernels._files import Files, replacing
 
+from . import method_report
 from .method_report import MethodReport
 
 TIMESTEPS = (1, 201, 401, 601, 801)  # at which clean latents are held against the style, before and after
@@ -31,11 +33,16 @@ METHODS = ("untouched", *INJECTIONS, *DISTILLATIONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, default=3, help="of held-out scenes (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="of the schedule; the descent at one timestep has as many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the pairs and of all noise (default: %(default)s)")
+    parser.add_argument("--pairs", type=_command_line.count, default=3, help="of held-out scenes (default: %(default)s)")
+    steps = "of the schedule; the descent at one timestep has as many (default: %(default)s)"
+    parser.add_argument("--steps", type=_command_line.count, default=100, help=steps)
+    parser.add_argument("--seed", type=_command_line.seed, default=0, help="of the pairs and of all noise (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the report there after every method; what it already has is not measured again")
     parser.add_argument("--sheet", type=Path, help="the pictures, a row for each pair that was measured now as a whole")
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return method_report.files(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:

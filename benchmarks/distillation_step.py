@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, scaled_dot_product_attention
 
-from qalign.files import replacing
+from qalign_kernels import _command_line
+from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench import measure as measurement
 
 from . import speed
@@ -47,15 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help="embedded, or sd15: its geometry, random weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=speed.DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
-    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="steps of each pipeline (default: %(default)s)")
+    parser.add_argument("--rounds", type=_command_line.count, default=6, metavar="N", help="steps of each pipeline (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return Files(writes=[("--json", arguments.json)] if arguments.json else [])
 
 
 def run(arguments: argparse.Namespace) -> int:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _command_line.require_device(device)
     dtype = arguments.dtype or ("bf16" if device == "cuda" else "fp32")
-    if arguments.rounds < 1:
-        raise ValueError(f"--rounds: expected at least 1, got {arguments.rounds}")
     rows = []
     for name in arguments.model:
         rows += measure(make(name, speed.DTYPES[dtype], device), name, dtype, device, arguments.rounds)

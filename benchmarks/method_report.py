@@ -1,13 +1,23 @@
 """Figures of methods, case by case, kept on disk after every one, so that an interrupted run goes on where it stopped."""
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalign.files import replacing
+from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench import measure
+
+
+def files(options: argparse.Namespace) -> Files:
+    """What a command with --json and --sheet writes."""
+    return Files(
+        writes=[
+            (f"--{name}", path) for name in ("json", "sheet") if (path := getattr(options, name)) is not None
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,13 @@ class MethodReport:
         """
         if path is None or not path.is_file():
             return cls(kind, settings, path, [])
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text())
+            found["settings"], found[kind]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(
+                f"--json: expected a report of {kind} and their settings, got another file: {path}"
+            ) from None
         if found["settings"] != settings:
             raise ValueError(f"--json: expected a report of {settings}, got one of {found['settings']}")
         return cls(kind, settings, path, found[kind])

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench.measure import markdown
 
 from . import evidence
@@ -25,6 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite the section between {BEGIN} and {END} in FILE")
 
 
+def files(arguments: argparse.Namespace) -> Files:
+    written = (
+        []
+        if arguments.out is None
+        else [("--out", arguments.out / name) for name in ("report.md", "report.png")]
+    )
+    return Files(
+        [("FILE", file) for file in arguments.files],
+        written + ([("--readme", arguments.readme)] if arguments.readme else []),
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     files = arguments.files or sorted(RESULTS.glob("*/*.json"))
     contents = [read(file) for file in files]
@@ -35,9 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
         replace_section(arguments.readme, "\n\n".join([*(summary(group) for group in by_device(rows)), *other_evidence(contents)]))
         print(f"wrote the section of {arguments.readme}")
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "report.md").write_text(report(rows, contents))
-        plot(rows, arguments.out / "report.png")
+        with replacing(arguments.out / "report.md") as unfinished:
+            unfinished.write_text(report(rows, contents))
+        with replacing(arguments.out / "report.png") as unfinished:
+            plot(rows, unfinished)
         print(f"wrote {arguments.out / 'report.md'} and {arguments.out / 'report.png'}")
     elif not arguments.readme:
         print(report(rows, contents), end="")
@@ -124,7 +138,12 @@ def replace_section(readme: Path, text: str) -> None:
     if BEGIN not in before or END not in before:
         raise ValueError(f"{readme}: expected the markers {BEGIN} and {END}, got a file without them")
     section = f"{BEGIN}\n{text}\n{END}"
-    readme.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: section, before, count=1, flags=re.DOTALL))
+    with replacing(readme) as unfinished:
+        unfinished.write_text(
+            re.sub(
+                f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: section, before, count=1, flags=re.DOTALL
+            )
+        )
 
 
 def plot(rows: list[Row], file: Path) -> None:

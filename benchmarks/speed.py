@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qalign_kernels import _command_line
+from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench import measure
 from qalign_kernels.bench.measure import DTYPES
 from qalign_kernels.bench.ops import OPS, Op
@@ -152,8 +154,8 @@ class Plan:
         for name, found in shown.items():
             self.rows.append(self._row(name, found, yardstick))
         if self.file:  # after every group, so that a run that is stopped leaves what it measured
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text("[\n" + ",\n".join(json.dumps(row) for row in self.rows) + "\n]\n")
+            with replacing(self.file) as unfinished:
+                unfinished.write_text("[\n" + ",\n".join(json.dumps(row) for row in self.rows) + "\n]\n")
         self._measured = {}
         self._inputs = None  # type: ignore[assignment]
 
@@ -187,9 +189,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", nargs="+", metavar="NAME", help=f"ops by name or by a part that several share ({', '.join(op.name for op in OPS)})")
     parser.add_argument("--shape", nargs="+", choices=[shape.name for shape in SHAPES], metavar="NAME", help=", ".join(map(_describe, SHAPES)))
     parser.add_argument("--quick", action="store_true", help=f"shapes {', '.join(QUICK_SHAPES)}, fewer rounds and peers; two minutes on two cores")
-    parser.add_argument("--seconds", type=float, metavar="S", help="time spent on each provider (default 1, with --quick 0.3; on cuda 0.3 of that)")
+    seconds = "time spent on each provider (default 1, with --quick 0.3; on cuda 0.3 of that)"
+    parser.add_argument("--seconds", type=_command_line.positive, metavar="S", help=seconds)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return Files(writes=[("--json", arguments.json)] if arguments.json else [])
 
 
 def _describe(shape: Shape) -> str:
@@ -225,8 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
     import pytest
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: expected one that is here, got cuda without a GPU")
+    _command_line.require_device(device)
     dtype = arguments.dtype or ("bf16" if device == "cuda" else "fp32")
     seconds = arguments.seconds or (0.3 if arguments.quick else 1.0) * (0.3 if device == "cuda" else 1.0)
     if device == "cuda":
@@ -234,6 +240,10 @@ def run(arguments: argparse.Namespace) -> int:
     plan = Plan(choose_items(arguments, device), dtype, device, seconds, not arguments.no_memory, arguments.json)
     with torch.no_grad():
         code = pytest.main(_pytest_arguments(), plugins=[_Named(plan)])
+    if code == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt(
+            f"{len(plan.rows)} rows are kept in {arguments.json}" if arguments.json else ""
+        )
     print(table(plan.rows))
     for line in itertools.chain(plan.notes, (f"check failed: {where}" for where in plan.failed)):
         print(line)

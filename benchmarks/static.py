@@ -1,13 +1,15 @@
 """The static gate: compile every kernel as it would be launched, on any machine, and hold what came out against budgets."""
 
 import argparse
+import contextlib
 import fnmatch
 import importlib
 import json
 import os
 import re
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -17,11 +19,14 @@ from typing import Any
 
 import torch
 
+from qalign_kernels import _command_line
+from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench.measure import aligned
 
 from . import machine_code, progress
 from .machine_code import Loop, MachineCode
 
+READINGS = (_command_line.Reading(("update",), lambda arguments: arguments.json is not None, "with --json"),)
 BUDGETS = Path(__file__).with_name("budgets.json")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -97,11 +102,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, metavar="D", help=f"head dims (default {dims})")
     parser.add_argument("--op", nargs="+", metavar="NAME", help="cases whose name contains one of these words")
     parser.add_argument("--quick", action="store_true", help="bf16: every case on sm_90 at d = 64, the core cases on sm_80 at 64 and gfx942 at 40")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="compile in N processes (default: one per core)")
+    jobs = "compile in N processes (default: one per core)"
+    parser.add_argument("--jobs", type=_command_line.count, default=os.cpu_count(), metavar="N", help=jobs)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--update", action="store_true", help="keep what FILE has of other cases, architectures, dtypes and head dims")
     parser.add_argument("--budgets", type=Path, default=BUDGETS, metavar="FILE", help="limits to hold (default benchmarks/budgets.json)")
     parser.add_argument("--cases", default="benchmarks.cases", metavar="MODULE", help="the module whose CASES are driven (default benchmarks.cases)")
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return Files(
+        reads=[("--budgets", arguments.budgets)],
+        writes=[("--json", arguments.json)] if arguments.json else [],
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -116,7 +129,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--op: expected part of a case name, got {' '.join(arguments.op)}")
     scope = list(_scope(arguments))
     jobs, rows = record(cases, scope, arguments.quick)
-    rows += compile_all(jobs, budgets, arguments.jobs)
+    try:
+        rows += compile_all(jobs, budgets, arguments.jobs)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command takes what was compiled from Triton's cache") from None
     rows.sort(key=lambda row: (row.cases, row.kernel, row.target, row.dtype, row.head_dim))
     unmatched = hold_instruction_budgets(rows, budgets, triton.__version__)
     print(table(rows))
@@ -124,7 +140,8 @@ def run(arguments: argparse.Namespace) -> int:
         results = [result(row) for row in rows]
         if arguments.update and arguments.json.is_file():
             results = merged(json.loads(arguments.json.read_text()), results, {case.name for case in cases}, set(scope))
-        arguments.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in results) + "\n]\n")
+        with replacing(arguments.json) as unfinished:
+            unfinished.write_text("[\n" + ",\n".join(json.dumps(row) for row in results) + "\n]\n")
     broken = [f"{row.target} {row.dtype} d={row.head_dim} {row.cases[0]} ({row.kernel}): {problem}" for row in rows for problem in row.problems]
     broken += unmatched
     print(f"\n{len(rows)} compilations, {len(broken)} budgets broken")
@@ -198,7 +215,8 @@ def compile_all(jobs: list[Job], budgets: dict, processes: int) -> list[Row]:
     global _jobs
     _jobs = jobs
     rows: list[Row] = []
-    with ProcessPoolExecutor(max(1, min(processes, len(jobs) or 1)), mp_context=get_context("fork")) as pool:
+    options: dict[str, Any] = {"mp_context": get_context("fork"), "initializer": _leave_interrupts}
+    with ProcessPoolExecutor(max(1, min(processes, len(jobs) or 1)), **options) as pool, _cancelling(pool):
         futures = {pool.submit(_compile, position): job for position, job in enumerate(jobs)}
         for future in as_completed(futures):
             job = futures[future]
@@ -211,6 +229,21 @@ def compile_all(jobs: list[Job], budgets: dict, processes: int) -> list[Row]:
             rows.append(row)
             progress.show(len(rows), len(jobs), f"{row.target} {row.dtype} d={row.head_dim} {row.kernel} {row.cases[0]}, {row.seconds:.1f} s")
     return rows
+
+
+def _leave_interrupts() -> None:
+    """To the parent, which says in one line that it was interrupted."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _cancelling(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """An interrupt waits for what is compiled now, and for nothing else."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def _row(job: Job) -> Row:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from qalign.files import replacing
-from qalign_kernels import testing
+from qalign_kernels import _command_line, testing
+from qalign_kernels._files import Files, replacing
 from qalign_kernels._triton import _configs
 from qalign_kernels._triton._configs import FILE, Key, Tile
 from qalign_kernels.bench import measure
@@ -220,7 +220,8 @@ def write(rows: list[dict[str, Any]], file: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", nargs="+", metavar="NAME", help=f"parts of names of {', '.join(trial.name for trial in TRIALS)}; default: all")
     parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="write the table there (default: the one that the library reads)")
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="stop after this time (default 10; all of it takes hours)")
+    minutes = "stop after this time (default 10; all of it takes hours)"
+    parser.add_argument("--minutes", type=_command_line.positive, default=10.0, metavar="M", help=minutes)
 
 
 def choose_keys(words: list[str] | None, architecture: str, triton: str) -> list[tuple[Trial, Key]]:
@@ -238,12 +239,12 @@ def choose_keys(words: list[str] | None, architecture: str, triton: str) -> list
     return sorted(chosen, key=lambda pair: trials.order(*pair))
 
 
+def files(arguments: argparse.Namespace) -> Files:
+    return Files(writes=[("--out", arguments.out)])
+
+
 def run(arguments: argparse.Namespace) -> int:
     choose_keys(arguments.op, "", "")
-    if not arguments.minutes > 0:
-        raise ValueError(f"--minutes: expected more than 0, got {arguments.minutes:g}")
-    if not arguments.out.parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that exists, got {arguments.out}")
     if not torch.cuda.is_available():
         raise RuntimeError("expected a GPU, because tiles are chosen by their time, got none")
     from qalign_kernels import _backends
@@ -264,7 +265,7 @@ def run(arguments: argparse.Namespace) -> int:
 def sweep(chosen: list[tuple[Trial, Key]], file: Path, seconds: float) -> int:
     """Sweep, keep what was found in `file` after each change, and print what changed."""
     rows = json.loads(FILE.read_text(encoding="utf-8"))
-    write(rows, file)  # where it cannot be written, this is the time to say so
+    write(rows, file)
     changes: list[Change] = []
 
     def keep(change: Change) -> None:

@@ -7,7 +7,8 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+
+from .commands import _shared
 
 COMMANDS = {
     "demo": "one denoising step over two photographs, then appearance transfer between two scenes, measured",
@@ -30,27 +31,25 @@ examples:
   python -m qalign leakage --pairs 12
 
 Everything runs on the model inside the package unless --model names another. `python -m qalign COMMAND --help` says more.
-After an error, `python -X dev -m qalign ...` shows where it came from."""
+After an error, --debug behind the command shows where it came from."""
 NEEDS = ("diffusers", "transformers", "PIL")  # of a command that names none; OPTION_NEEDS: of one option
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors of one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help says more)\n")
 
 
 def parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    top = Parser(prog="python -m qalign", description="Q-Align on diffusers models.", epilog=EPILOG, formatter_class=formatter)
+    top = _shared.Parser(
+        prog="python -m qalign",
+        description="Q-Align on diffusers models.",
+        epilog=EPILOG,
+        formatter_class=formatter,
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"{__package__}.commands.{name}")
         command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=formatter)
-        module.add_arguments(command)
+        _shared.add_command(command, module)
         needs = {"": getattr(module, "NEEDS", NEEDS), **getattr(module, "OPTION_NEEDS", {})}
-        command.set_defaults(run=module.run, needs=needs)
+        command.set_defaults(needs=needs)
     return top
 
 
@@ -65,23 +64,20 @@ def missing_packages(options: argparse.Namespace) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    return _shared.main(parser, arguments, prepare)
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Before a command: what it needs is installed, and the libraries below are quiet.
+
+    Raises:
+        ImportError: something is not installed, and what installs it.
+    """
     if refusal := missing_packages(options):
-        sys.stderr.write(f"{options.command}: {refusal}: pip install 'qalign-kernels[demo]'\n")
-        return 2
+        raise ImportError(f"{refusal}: pip install 'qalign-kernels[demo]'")
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")  # read at import; otherwise they say what they would rather have installed
     warnings.simplefilter("ignore", FutureWarning)  # between those libraries: nothing that a user of the command line could change
-    try:
-        return options.run(options)
-    except (ValueError, RuntimeError, ImportError, OSError, FloatingPointError) as error:
-        if sys.flags.dev_mode:
-            raise
-        sys.stderr.write(f"{options.command}: {' '.join(str(error).split())}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{options.command}: interrupted\n")
-        return 130
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from .denoiser import picture_size, short_name, token_grid
 from .embedded.scenes import PARTS, ScenePair, held_out_pairs, render, token_labels
 from .features import noised_features
 from .leakage import (
+    PairResult,
     Progress,
     Settings,
     Tallies,
@@ -26,6 +27,7 @@ from .leakage import (
     estimate,
     figures,
     gathered,
+    keeping,
     layers_of,
     measure,
     measure_pair,
@@ -37,6 +39,7 @@ from .leakage import (
     tally,
 )
 from .methods import CrossImage, QAlign
+from .resuming import KeptResults
 from .site import take
 
 NOISE = (0.2, 0.4, 0.6)  # of the training timesteps
@@ -101,17 +104,31 @@ def probe(pipe: Any, pair: ScenePair, variants: Mapping[str, CrossImage], settin
     return found
 
 
-def run(pipe: Any, *, pairs: int, transfers: int, settings: Settings, progress: Progress = iter) -> dict[str, Any]:
+def run(
+    pipe: Any,
+    *,
+    pairs: int,
+    transfers: int,
+    settings: Settings,
+    progress: Progress = iter,
+    kept: KeptResults | None = None,
+) -> dict[str, Any]:
     """Matches, attention and pictures of every variant: plain numbers, ready for JSON; shared out over processes as in `leakage.run`.
 
     Figures are averaged over noise levels and over the layers that Cross-Image edits; `best_layer` is of all decoder layers.
 
     Args:
         pairs, transfers: how many held-out pairs are probed, and how many of these are transferred with every refinement.
+        kept: as `leakage.run`.
     """
     chosen, variants = held_out_pairs(pairs, settings.seed), refinements()
-    probes = gathered(lambda pair: probe(pipe, pair, variants, settings), chosen, progress)
-    pictures = gathered(lambda pair: measure_pair(pipe, pair, variants, settings), chosen[:transfers], progress)
+    probes = gathered(
+        keeping(kept, "probe", lambda pair: probe(pipe, pair, variants, settings), Probe), chosen, progress
+    )
+    transfer = keeping(
+        kept, "transfer", lambda pair: measure_pair(pipe, pair, variants, settings), PairResult
+    )
+    pictures = gathered(transfer, chosen[:transfers], progress)
     transferred = summarise(pictures, settings, {name: repr(method) for name, method in variants.items()})
     return {
         "pairs": pairs,

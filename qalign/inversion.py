@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qalign_kernels._files import replacing
+
 from .checks import require_count
-from .files import replacing
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timesteps int64 [B]) -> the guided output, in the scheduler's prediction_type
 
@@ -205,13 +206,28 @@ def require_finite(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
+def set_steps(scheduler: Any, steps: int) -> None:
+    """Set a scheduler to `steps` inference steps.
+
+    Raises:
+        ValueError: no steps, or more than the scheduler has timesteps (one fewer where they begin at 1).
+    """
+    require_count("steps", steps, 1)
+    known = scheduler.config.num_train_timesteps
+    if steps <= known:
+        scheduler.set_timesteps(steps)
+    if steps > known or int(scheduler.timesteps.max()) >= known:
+        raise ValueError(
+            f"steps: expected fewer inference steps than the {known} of the model's training, got {steps}"
+        )
+
+
 def _begin(scheduler: DDIMScheduler, clean: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """The clean latents in float32, and the timesteps on the CPU, noisiest first."""
-    require_count("steps", steps, 1)
     if clean.ndim != 4 or not clean.is_floating_point() or not len(clean):
         raise ValueError(f"clean: expected floating-point latents [B, C, h, w], got {clean.dtype} {list(clean.shape)}")
     _check_scheduler(scheduler)
-    scheduler.set_timesteps(steps)
+    set_steps(scheduler, steps)
     return require_finite(clean, "clean latents", clean.dtype).float(), scheduler.timesteps.cpu().long()
 
 

@@ -36,6 +36,7 @@ from .features import noised_features
 from .layout import BatchLayout
 from .methods import CrossImage, QAlign
 from .methods._editing import Editing
+from .resuming import KeptResults
 from .site import Site, take
 
 LEAK_THRESHOLD = 0.79  # of the cross-region mass: on 30 pairs of seed 1 Cross-Image leaks in the paper's share of pairs, 94 of 180
@@ -276,7 +277,7 @@ def measure_pair(pipe: Any, pair: ScenePair, methods: Mapping[str, CrossImage], 
 
 
 def noise_seed(pair: ScenePair, settings: Settings) -> int:
-    return (settings.seed * 1_000_003 + pair.appearance) * 1_000_003 + pair.structure
+    return ((settings.seed * 1_000_003 + pair.appearance) * 1_000_003 + pair.structure) % 2**63
 
 
 def run(
@@ -286,6 +287,7 @@ def run(
     methods: Mapping[str, CrossImage] | None = None,
     settings: Settings = Settings(),
     progress: Progress = iter,
+    kept: KeptResults | None = None,
 ) -> dict[str, Any]:
     """Measure `methods` on held-out pairs and summarise. The processes of `accelerate launch` or `torchrun` share the pairs and all get the report.
 
@@ -294,10 +296,19 @@ def run(
         pairs: how many; `settings.seed` chooses them.
         methods: by name, the first being what the others are compared with; None: Cross-Image and Q-Align, by their defaults.
         progress: wraps the iterable of this process's pairs, as tqdm does.
+        kept: where what a pair gave is kept, and taken from where it is there already; None is nowhere.
     """
-    methods = {"cross_image": CrossImage(), "qalign": QAlign()} if methods is None else methods
-    results = gathered(lambda pair: measure_pair(pipe, pair, methods, settings), held_out_pairs(pairs, settings.seed), progress)
+    chosen = {"cross_image": CrossImage(), "qalign": QAlign()} if methods is None else methods
+    work = keeping(kept, "pair", lambda pair: measure_pair(pipe, pair, chosen, settings), PairResult)
+    results, methods = gathered(work, held_out_pairs(pairs, settings.seed), progress), chosen
     return summarise(results, settings, {name: repr(method) for name, method in methods.items()})
+
+
+def keeping(
+    kept: KeptResults | None, name: str, work: Callable[[ScenePair], Result], kind: Callable[..., Result]
+) -> Callable[[ScenePair], Result]:
+    """`work`, with its results kept where there is a place for them."""
+    return work if kept is None else kept.keeping(name, work, kind)
 
 
 def processes() -> Any:
@@ -326,7 +337,8 @@ def gathered(work: Callable[[Item], Result], items: Sequence[Item], progress: Pr
 def resample(columns: Mapping[str, Tensor], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Tensor]:
     """Means of columns [pairs] over all pairs (first) and over resamples of the pairs: [1 + resamples] each; NaN is left out.
 
-    The resamples are shared by all columns, so what is computed of several means is paired.
+    The resamples are shared by all columns, so what is computed of several means is paired. A column with figures of fewer than two pairs
+    has NaN for them, because one pair has no spread.
     """
     table = torch.stack(list(columns.values()), 1).double()
     pairs = len(table)
@@ -334,13 +346,17 @@ def resample(columns: Mapping[str, Tensor], *, resamples: int = RESAMPLES, seed:
     weights = torch.zeros(resamples, pairs, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
     weights = torch.cat([torch.ones(1, pairs, dtype=torch.float64), weights])
     means = (weights @ table.nan_to_num()) / (weights @ (~table.isnan()).double())
+    means[1:, (~table.isnan()).sum(0) < 2] = torch.nan
     return dict(zip(columns, means.unbind(1)))
 
 
 def estimate(means: Tensor) -> dict[str, Any]:
     """The value and the central 95 % interval of something computed from `resample`'s means [1 + resamples]; None where there is none."""
     interval = torch.nanquantile(means[1:], torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return {"value": _finite(means[0].item()), "interval": [_finite(bound) for bound in interval]}
+    return {
+        "value": _finite(means[0].item()),
+        "interval": interval if all(map(math.isfinite, interval)) else None,
+    }
 
 
 def _finite(number: float) -> float | None:
@@ -423,7 +439,11 @@ def render_report(report: Mapping[str, Any]) -> str:
     """The report as tables."""
     methods, differences, settings = report["methods"], report["differences"], report["settings"]
     baseline = next(iter(methods))
-    lines = [f"{report['pairs']} held-out pairs, {settings['steps']} steps, seed {settings['seed']}; mean [95 % interval, pairs resampled]", ""]
+    mean = "mean [95 % interval, pairs resampled]" if report["pairs"] > 1 else "one pair has no interval"
+    lines = [
+        f"{report['pairs']} held-out pairs, {settings['steps']} steps, seed {settings['seed']}; {mean}",
+        "",
+    ]
     lines.append(row("", [*methods, *(f"{name} - {baseline}" for name in differences)]))
     for figure, title in TITLES.items():
         cells = [cell(method[figure], method["intervals"][figure]) for method in methods.values()]
@@ -444,9 +464,11 @@ def row(title: str, cells: Sequence[str]) -> str:
     return f"{title:<40}" + "".join(f" {cell:>26}" for cell in cells)
 
 
-def cell(value: float | None, interval: Sequence[float | None], sign: str = "") -> str:
-    if value is None or None in interval:
+def cell(value: float | None, interval: Sequence[float] | None, sign: str = "") -> str:
+    if value is None:
         return "-"
+    if interval is None:
+        return f"{value:{sign}.3f}"
     low, high = interval
     return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 

@@ -1,14 +1,15 @@
 """What runs here and why, for bug reports: `python -m qalign_kernels.env`."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from . import __version__, _backends
+from . import __version__, _backends, _command_line
 
 OPS = (
     "similarity_argmax", "similarity_topk", "match_counts", "rearrange_kv", "attention", "topk_attention", "distillation_loss", "label_mass",
@@ -92,10 +93,27 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Print the report; the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    top = _command_line.Parser(
+        "python -m qalign_kernels.env", description="What runs here and why, for bug reports."
+    )
+    _command_line.add_command(top, sys.modules[__name__])
+    return top
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def run(options: argparse.Namespace) -> int:
     print(report())
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; the exit code."""
+    return _command_line.main(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ reference formula in float64; its budget is the error of the same formula in pla
 from eps and the length of the sums (`qalign_kernels.testing`). Memory that an op allocates is filled with NaN first. On a GPU each call
 is repeated on plain memory, held against the budget again, and must repeat bit by bit.
 
-Without a GPU the Triton kernels run in Triton's interpreter, in float32 and float16. Exit code: 0 all within budget, 1 not, 2 bad arguments.
+Without a GPU the Triton kernels run in Triton's interpreter, in float32 and float16. Exit code: 0 all within budget, 1 not,
+2 bad arguments, 130 Ctrl-C. The file of --json is written after every op, so that Ctrl-C keeps the rows so far.
 """
 
 import argparse
@@ -15,13 +16,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import __version__, _backends
+from . import __version__, _backends, _command_line
+from ._files import Files, replacing
 from .attention import Segment, attention, attention_with_lse
 from .distillation import distillation_loss
 from .probe import label_mass, mean_attention_map
@@ -500,8 +503,16 @@ def _triton_state(device: torch.device) -> tuple[str | None, str]:
     return problem, f"Triton not run: {problem}" if problem else f"Triton {sys.modules['triton'].__version__}{note}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m qalign_kernels.validate", description="Hold every op against float64 on this machine.")
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    top = _command_line.Parser(
+        "python -m qalign_kernels.validate", description="Hold every op against float64 on this machine."
+    )
+    _command_line.add_command(top, sys.modules[__name__])
+    return top
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", nargs="+", choices=_backends.BACKENDS[1:], metavar="NAME", help="triton, tiled, reference; default: the first two"
     )
@@ -509,8 +520,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--op", nargs="+", metavar="NAME", help="ops whose name begins so, as the table writes them; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
-    return parser
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows to FILE, after every op"
+    )
+
+
+def files(options: argparse.Namespace) -> Files:
+    return Files(writes=[("--json", options.json)] if options.json else [])
 
 
 def _header(device: torch.device, triton: str) -> str:
@@ -530,17 +546,20 @@ def _shown(failures: Sequence[str], limit: int = 3) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected a device of this machine, got cuda, and torch finds none")
+    return _command_line.main(parser, arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Validate and print the table; 0 where all is within budget."""
+    if options.device == "cuda":
+        _command_line.require_device("cuda")
     device = _device(options.device)
     names = [name for name in OPS if options.op is None or any(name.startswith(prefix) for prefix in options.op)]
     if unknown := [prefix for prefix in options.op or () if not any(name.startswith(prefix) for name in OPS)]:
-        parser.error(f"--op: expected the beginning of one of {', '.join(OPS)}, got {', '.join(unknown)}")
+        raise ValueError(f"--op: expected the beginning of one of {', '.join(OPS)}, got {', '.join(unknown)}")
     problem, triton = _triton_state(device)
     if problem and "triton" in (options.backend or ()):
-        parser.error(f"--backend: expected one that can run here, got triton: {problem}")
+        raise ValueError(f"--backend: expected one that can run here, got triton: {problem}")
     backends = options.backend or (["tiled"] if problem else ["triton", "tiled"])
 
     print(_header(device, triton))
@@ -556,8 +575,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(_line(row), *_shown(row.failures), sep="\n", flush=True)
             if options.json:  # after every op, so that a run that is stopped leaves what it found
                 report = {"device": _header(device, triton).splitlines(), "rows": [row._asdict() for row in rows]}
-                with open(options.json, "w", encoding="utf-8") as file:
-                    json.dump(report, file, indent=1)
+                with replacing(options.json) as unfinished:
+                    unfinished.write_text(json.dumps(report, indent=1), encoding="utf-8")
     cases, failures = sum(row.cases for row in rows), sum(len(row.failures) for row in rows)
     print(f"{cases} cases in {len(rows)} rows, {failures} failed, {time.perf_counter() - start:.0f} s")
     return 1 if failures or not rows else 0

@@ -135,12 +135,19 @@ def test_command_line_names_what_is_not_installed(monkeypatch, capsys):
     assert "found no no_such_package" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("only", "parts"), [((), ["step", "transfer"]), (("--only", "step"), ["step"]), (("--only", "transfer"), ["transfer"])])
-def test_command_line_hands_its_options_on(only, parts, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ("--size 256 --pairs 2", ["step", "transfer"]),
+        ("--size 256 --only step", ["step"]),
+        ("--pairs 2 --only transfer", ["transfer"]),
+    ],
+)
+def test_command_line_hands_its_options_on(given, parts, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(demo, "run", lambda out, **options: calls.append(("step", out, options)))
     monkeypatch.setattr(command, "show_transfer", lambda out, *options: calls.append(("transfer", out, options)))
-    assert command_line.main(["demo", "--out", str(tmp_path), "--size", "256", "--seed", "3", "--pairs", "2", *only]) == 0
+    assert command_line.main(["demo", "--out", str(tmp_path), "--seed", "3", *given.split()]) == 0
     expected = [("step", tmp_path, {"size": 256, "seed": 3}), ("transfer", tmp_path, (2, 3))]
     assert calls == [call for call in expected if call[0] in parts]
 

@@ -1,5 +1,5 @@
 """`python -m benchmarks gpu`: all that a GPU can show, measured by one command within a few minutes."""
 
-from .command import add_arguments, run
+from .command import add_arguments, files, run
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "files", "run"]

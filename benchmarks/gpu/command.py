@@ -4,6 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from qalign_kernels import _command_line
+from qalign_kernels._files import Files
+
 from .stages import Outcome, Stage, run_all
 
 MINUTES = 9.0
@@ -12,7 +15,7 @@ LEAST_MINUTES = 1.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="JSON rows of each stage, logs and report.md go there")
-    parser.add_argument("--minutes", type=float, default=MINUTES, metavar="M", help=f"time for all stages (default {MINUTES:g})")
+    parser.add_argument("--minutes", type=_command_line.number, default=MINUTES, metavar="M", help=f"time for all stages (default {MINUTES:g})")
 
 
 def stages(folder: Path) -> list[Stage]:
@@ -31,6 +34,10 @@ def stages(folder: Path) -> list[Stage]:
         stage("must_show", "measure", 150, 40, "--must-show"),
         stage("speed", "measure", 400, 20),
     ]
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return Files(writes=[("--out", arguments.out / "report.md")], folders=[("--out", arguments.out)])
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,13 +1,31 @@
 """What the commands share: pictures in, files out, and the model."""
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from qalign_kernels._command_line import (
+    Parser,
+    Reading,
+    add_command,
+    count,
+    fraction,
+    main,
+    number,
+    positive,
+    require_device,
+    seed,
+    whole,
+)
+from qalign_kernels._files import Files, replacing
+
+__all__ = [
+    "Files", "Parser", "Reading", "add_command", "count", "fraction", "main", "number", "positive", "replacing", "require_device", "seed", "whole",
+]  # fmt: skip
 
 MULTIPLE = 8  # pixels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -15,6 +33,15 @@ DTYPES = ("float32", "float16", "bfloat16")
 COMPARED = {"cross_image": "Cross-Image", "qalign": "Q-Align"}  # by demo and leakage
 REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")  # of qalign
 ALIGNED = ("both", "output", "structure")  # of qalign
+DEFAULT_REFINEMENT = "warped_output"
+READ_BY_REFINEMENT = {  # the settings of qalign, by the refinements that read them
+    "aligned": REFINEMENTS,
+    "similarity": REFINEMENTS,
+    "heads": ("rearranged", "topk", "warped_values", "warped_output", "none"),
+    "topk": ("topk",),
+    "strength": ("guided", "soft"),
+    "contrast": ("rearranged", "guided", "topk", "warped_values", "soft"),
+}
 METHODS = {
     **COMPARED,
     "eye_for_an_eye": "Eye-for-an-eye",
@@ -45,23 +72,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--offload", action="store_true", help="keep only the network that runs on the device, for little memory")
 
 
-def whole(text: str) -> int:
-    """A number from 0."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return int(text)
-
-
-def count(text: str) -> int:
-    """A number from 1."""
-    if whole(text) == 0:
-        raise argparse.ArgumentTypeError("expected a number above zero, got 0")
-    return int(text)
+def refinement_of(options: argparse.Namespace) -> str:
+    """That of qalign in this call."""
+    return options.refinement or DEFAULT_REFINEMENT
 
 
 def size(text: str) -> tuple[int, int]:
     """(width, height) of "S" or "WxH", each a multiple of 8."""
-    sides = [int(side) if side.isdigit() else 0 for side in text.lower().split("x")]
+    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
     if len(sides) not in (1, 2) or min(sides) <= 0:
         raise argparse.ArgumentTypeError(f"expected a size such as 512 or 512x768, got {text!r}")
     width, height = sides[0], sides[-1]
@@ -75,19 +93,42 @@ def nearest(width: int, height: int) -> str:
 
 
 def picture_path(text: str) -> Path:
-    """A file to write a picture to, judged before any work is done."""
+    """A file to write a picture to."""
     path = Path(text)
-    if path.suffix.lower() not in SUFFIXES or path.is_dir():
+    if path.suffix.lower() not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"expected a file that ends in {', '.join(SUFFIXES)}, got {text!r}")
     return path
 
 
-def folder_path(text: str) -> Path:
-    """A folder to write to, which need not exist."""
+def label_path(text: str) -> Path:
+    """A file to write labels to, in the one format that keeps them."""
     path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}")
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"expected a file that ends in .png, got {text!r}")
     return path
+
+
+def given_files(options: argparse.Namespace, *names: str) -> list[tuple[str, Path]]:
+    """(option, path) of those options that were given, each a path or a list of paths."""
+    found = [(f"--{name.replace('_', '-')}", getattr(options, name)) for name in names]
+    lists = [
+        (option, value if isinstance(value, list) else [value])
+        for option, value in found
+        if value is not None
+    ]
+    return [(option, Path(path)) for option, paths in lists for path in paths]
+
+
+def require_pair(options: argparse.Namespace) -> bool:
+    """Whether --structure and --appearance are given, and not --scenes.
+
+    Raises:
+        ValueError: both, neither, or a half.
+    """
+    given = [getattr(options, name) is not None for name in ("structure", "appearance", "scenes")]
+    if given not in ([True, True, False], [False, False, True]):
+        raise ValueError("pictures: expected either --structure and --appearance, or --scenes")
+    return given[0]
 
 
 def read_pictures(paths: Sequence[Path], wanted: tuple[int, int] | None) -> list[Any]:
@@ -155,34 +196,24 @@ def load_pipeline(options: argparse.Namespace) -> Any:
 
     dtype = getattr(torch, options.dtype)
     device = options.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    require_device(device)
+    if options.offload and torch.device(device).type == "cpu":
+        raise ValueError("--offload: expected a device with a memory of its own, got cpu")
     if options.model == "embedded":
-        pipe = load_embedded(dtype)
+        pipe = AppearanceTransferPipeline.embedded(dtype)
     else:
-        pipe = AppearanceTransferPipeline.from_pipe(_load_stock(options.model, dtype))
+        pipe = _load_stock(options.model, dtype)
     if options.offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
     return pipe.to(device)
 
 
-def load_embedded(dtype: Any) -> Any:
-    """The pipeline on the small model inside the package, loaded without the bars that large ones need."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+def _load_stock(model: str, dtype: Any) -> Any:
+    """The pipeline on a model of a folder or of the Hub. Its kind is known before its weights are read."""
+    from diffusers import DiffusionPipeline
 
     from ..pipelines import AppearanceTransferPipeline
-
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-    try:
-        return AppearanceTransferPipeline.embedded(dtype)
-    finally:
-        for library in (diffusers_logging, transformers_logging):
-            library.enable_progress_bar()
-
-
-def _load_stock(model: str, dtype: Any) -> Any:
-    from diffusers import DiffusionPipeline
 
     name = model.rstrip("/").split("/")[-1]
     got = f"{model!r}; `hf download {model if model.count('/') == 1 else 'NAMESPACE/MODEL'} --local-dir {name}` fetches one where there is a network"
@@ -190,10 +221,29 @@ def _load_stock(model: str, dtype: Any) -> Any:
     if Path(model).exists() and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"{wanted}, got a path without one, {got}")
     try:
-        return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+        index = json.loads(_index_of(model).read_text(encoding="utf-8"))
+        foreign = [name for name in ("unet", "vae", "text_encoder", "tokenizer") if name not in index]
+        stock = None if foreign else DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
     except Exception as error:  # of the hub's client, of requests, of the loader: each has its own family
         reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
         raise ValueError(f"{wanted}, got {got} ({reason})") from error
+    try:
+        if foreign:
+            raise TypeError(
+                f"expected Stable Diffusion or Stable Diffusion XL, got {index.get('_class_name')} without {', '.join(foreign)}"
+            )
+        return AppearanceTransferPipeline.from_pipe(stock)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--model: {str(error).removeprefix('pipeline: ')}") from error
+
+
+def _index_of(model: str) -> Path:
+    """The file of a model that names its parts."""
+    if Path(model).exists():
+        return Path(model) / "model_index.json"
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(model, "model_index.json"))
 
 
 def write(what: str, content: Any, path: Path) -> None:

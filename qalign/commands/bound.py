@@ -13,9 +13,33 @@ examples:
 import argparse
 from typing import Any
 
-from ._shared import add_model_arguments, count, load_pipeline, picture_path, say, size, whole, write
+from ._shared import (
+    Files,
+    Reading,
+    add_model_arguments,
+    count,
+    given_files,
+    label_path,
+    load_pipeline,
+    number,
+    picture_path,
+    say,
+    seed,
+    size,
+    whole,
+    write,
+)
 
 EMBEDDED_RATES = (100.0, 25.0)  # those of Stable Diffusion hardly move the small model's latents (python -m benchmarks bounded)
+
+READINGS = (
+    Reading(("rates",), lambda options: options.iterations != 0, "without --iterations 0"),
+    Reading(
+        ("layers",),
+        lambda options: options.iterations != 0 or not options.keep_boxes,
+        "without both --iterations 0 and --keep-boxes",
+    ),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,15 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="words of the prompt (their plural in s will do), and where what they name belongs; once for each subject",
     )
     pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
-    pictures.add_argument("--labels-out", type=picture_path, metavar="L.png", help="also the subjects' masks in the end: 1 the first, 0 none")
+    pictures.add_argument("--labels-out", type=label_path, metavar="L.png", help="also the subjects' masks in the end: 1 the first, 0 none")
     pictures.add_argument("--size", type=size, metavar="S|WxH", help="in pixels, multiples of 8 (default: the model's own)")
 
     run = parser.add_argument_group("guidance")
     run.add_argument("--steps", type=count, default=50, metavar="N", help="of DDIM (default: %(default)s)")
-    run.add_argument("--guidance", type=float, default=7.5, metavar="S", help="of the prompt (default: %(default)s)")
+    run.add_argument("--guidance", type=number, default=7.5, metavar="S", help="of the prompt (default: %(default)s)")
     run.add_argument(
         "--rates",
-        type=float,
+        type=number,
         nargs=2,
         metavar=("FIRST", "LAST"),
         help="of the descent in the first guided step and the last (default: as published, of the embedded model "
@@ -47,8 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--iterations", type=whole, metavar="M", help="at most, in each guided step; 0: masks alone (default: 5, as published)")
     run.add_argument("--layers", nargs="+", metavar="NAME", help="in which the loss is read: names, patterns (default: as published)")
     run.add_argument("--keep-boxes", action="store_true", help="do not let masks take the boxes' place")
-    run.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    run.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
     add_model_arguments(parser)
+
+
+def files(options: argparse.Namespace) -> Files:
+    return Files(writes=given_files(options, "out", "labels_out"))
 
 
 def subjects_of(options: argparse.Namespace) -> list[tuple[str, tuple[float, ...]]]:

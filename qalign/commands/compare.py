@@ -16,7 +16,22 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._shared import METHODS, add_model_arguments, count, load_pipeline, picture_path, read_pictures, say, size, whole, write
+from ._shared import (
+    METHODS,
+    Files,
+    Reading,
+    add_model_arguments,
+    count,
+    given_files,
+    load_pipeline,
+    picture_path,
+    read_pictures,
+    require_pair,
+    say,
+    seed,
+    size,
+    write,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +39,7 @@ if TYPE_CHECKING:
     from ..comparison import Compared
 
 NEEDS = ("diffusers", "transformers", "PIL", "matplotlib", "psutil")
+READINGS = (Reading(("size",), lambda options: options.scenes is None, "without --scenes"),)
 HEAD = ("method", "time s", "peak MiB", "own part", "on background", "colour error")
 
 
@@ -31,21 +47,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument("--appearance", type=Path, metavar="A.png", help="whose colours and textures to take")
     pictures.add_argument("--structure", type=Path, metavar="B.png", help="what to give them to")
-    pictures.add_argument("--scenes", type=whole, metavar="SEED", help="two held-out scenes in place of --appearance and --structure")
+    pictures.add_argument("--scenes", type=seed, metavar="SEED", help="two held-out scenes in place of --appearance and --structure")
     pictures.add_argument("--size", type=size, metavar="S|WxH", help="scale and crop both pictures to this, multiples of 8 (default: their own)")
     pictures.add_argument("--out", type=picture_path, default=Path("compare.png"), metavar="GRID.png", help="where to (default: %(default)s)")
     run = parser.add_argument_group("transfer")
     run.add_argument("--method", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)} (default: all)")
     run.add_argument("--prompt", default="", help="what the pictures show")
     run.add_argument("--steps", type=count, default=20, metavar="N", help="of the schedule (default: %(default)s)")
-    run.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    run.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
     add_model_arguments(parser)
 
 
+def files(options: argparse.Namespace) -> Files:
+    return Files(reads=given_files(options, "appearance", "structure"), writes=given_files(options, "out"))
+
+
 def run(options: argparse.Namespace) -> int:
-    given = options.structure is not None and options.appearance is not None
-    if given == (options.scenes is not None):
-        raise ValueError("pictures: expected either --structure and --appearance, or --scenes")
+    given = require_pair(options)
     from ..comparison import compare_methods
     from ..denoiser import picture_size
     from ..pipelines import METHODS as KINDS

@@ -15,7 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._shared import add_model_arguments, count, folder_path, load_pipeline, read_pictures, say, size, whole, write
+from ._shared import (
+    Files,
+    Reading,
+    add_model_arguments,
+    count,
+    given_files,
+    load_pipeline,
+    number,
+    read_pictures,
+    require_pair,
+    say,
+    seed,
+    size,
+    write,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +38,7 @@ if TYPE_CHECKING:
     from ..correspondence import Capture
 
 NEEDS = ("diffusers", "transformers", "PIL", "matplotlib")
+READINGS = (Reading(("size",), lambda options: options.scenes is None, "without --scenes"),)
 SIDE = 16  # of the token grid that is shown where no layer is named
 
 
@@ -31,16 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument("--structure", type=Path, metavar="B.png", help="where the lines begin")
     pictures.add_argument("--appearance", type=Path, metavar="A.png", help="where they end")
-    pictures.add_argument("--scenes", type=whole, metavar="SEED", help="two held-out scenes in place of --structure and --appearance")
+    pictures.add_argument("--scenes", type=seed, metavar="SEED", help="two held-out scenes in place of --structure and --appearance")
     pictures.add_argument("--size", type=size, metavar="S|WxH", help="scale and crop both pictures to this, multiples of 8 (default: their own)")
-    pictures.add_argument("--out", type=folder_path, default=Path("correspond_out"), metavar="DIR", help="where to (default: %(default)s)")
+    pictures.add_argument("--out", type=Path, default=Path("correspond_out"), metavar="DIR", help="where to (default: %(default)s)")
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--point", type=point, action="append", metavar="X,Y", help="in pixels of the structure, for the heat maps; repeatable")
     shown.add_argument("--lines", type=count, default=80, metavar="N", help="at most so many (default: %(default)s)")
     shown.add_argument("--layer", metavar="NAME", help=f"a self-attention layer or pattern (default: of the decoder, nearest {SIDE}x{SIDE} tokens)")
-    shown.add_argument("--noise", type=float, default=0.3, metavar="F", help="timestep as a fraction of those of training (default: %(default)s)")
+    shown.add_argument("--noise", type=number, default=0.3, metavar="F", help="timestep as a fraction of those of training (default: %(default)s)")
     shown.add_argument("--prompt", default="", help="what the pictures show")
-    shown.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    shown.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
     add_model_arguments(parser)
 
 
@@ -52,10 +67,13 @@ def point(text: str) -> tuple[float, float]:
     return x, y
 
 
+def files(options: argparse.Namespace) -> Files:
+    writes = [("--out", options.out / name) for name in ("correspondences.png", "heat_maps.png")]
+    return Files(reads=given_files(options, "appearance", "structure"), writes=writes)
+
+
 def run(options: argparse.Namespace) -> int:
-    given = options.structure is not None and options.appearance is not None
-    if given == (options.scenes is not None):
-        raise ValueError("pictures: expected either --structure and --appearance, or --scenes")
+    given = require_pair(options)
     if not 0 < options.noise < 1:
         raise ValueError(f"--noise: expected a fraction between 0 and 1, got {options.noise:g}")
     import torch

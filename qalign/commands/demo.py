@@ -16,10 +16,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ._shared import COMPARED, count, folder_path, load_embedded, say, whole, write
+from ._shared import COMPARED, Files, Reading, count, say, seed, write
 
 NEEDS = ("diffusers", "transformers", "PIL", "accelerate", "matplotlib", "psutil", "skimage")
 PARTS = ("step", "transfer")
+READINGS = (
+    Reading(("size",), lambda options: options.only != "transfer", "without --only transfer"),
+    Reading(("pairs",), lambda options: options.only != "step", "without --only step"),
+)
+WRITTEN = {
+    "step": ("correspondences.png", "demo.json"),
+    "transfer": ("transfer.png", "transfer_matches.png", "heat_maps.png", "leakage.png", "leakage.json"),
+}
 ROWS = 2  # of the grid
 STEPS = 30  # of the transfers in the grid
 MEASURED_STEPS = 20  # of those that are measured
@@ -29,11 +37,11 @@ FIGURES = ("part_agreement", "own_part_mass", "object_background_leakage", "leak
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = Path("demo_out")
-    parser.add_argument("--out", type=folder_path, default=out, metavar="DIR", help="for pictures and figures (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="for pictures and figures (default: %(default)s)")
     parser.add_argument("--only", choices=PARTS, help="one of the two parts")
     parser.add_argument("--size", type=side, default=512, metavar="PIXELS", help="side of the photographs, a multiple of 32 (default: %(default)s)")
     parser.add_argument("--pairs", type=count, default=6, metavar="N", help="of scenes whose leakage is measured (default: %(default)s)")
-    parser.add_argument("--seed", type=whole, default=0, help="of weights, noise and scenes (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights, noise and scenes (default: %(default)s)")
 
 
 def side(text: str) -> int:
@@ -42,6 +50,17 @@ def side(text: str) -> int:
     if value < 64 or value % 32:
         raise argparse.ArgumentTypeError(f"expected a multiple of 32 from 64, got {text!r}")
     return value
+
+
+def files(options: argparse.Namespace) -> Files:
+    return Files(
+        writes=[
+            ("--out", options.out / name)
+            for part in PARTS
+            if options.only in (None, part)
+            for name in WRITTEN[part]
+        ]
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -63,6 +82,7 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
     from .. import leakage
     from ..correspondence import compare
     from ..denoiser import picture_size
+    from ..pipelines import AppearanceTransferPipeline
     from ..plots import leakage_by_layer_and_step, transfer_grid
     from . import correspond
 
@@ -73,7 +93,7 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
 
     say("\nAppearance transfer between held-out scenes, on the trained model inside the package.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_embedded(torch.float32).to(device)
+    pipe = AppearanceTransferPipeline.embedded(torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for number in range(ROWS):

@@ -18,12 +18,54 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._shared import add_model_arguments, count, load_pipeline, picture_path, read_label_map, read_pictures, say, size, write
+from ._shared import (
+    Files,
+    Reading,
+    add_model_arguments,
+    count,
+    given_files,
+    load_pipeline,
+    number,
+    picture_path,
+    positive,
+    read_label_map,
+    read_pictures,
+    say,
+    seed,
+    size,
+    write,
+)
 
 if TYPE_CHECKING:
     from ..regions import Regions
 
 MODES = ("optimise", "sample")
+
+
+def _optimised(options: argparse.Namespace) -> bool:
+    return options.mode == "optimise"
+
+
+READINGS = (
+    Reading(("prompt", "no_adain"), lambda options: options.mode == "sample", "with --mode sample"),
+    Reading(
+        ("guidance",),
+        lambda options: options.mode == "sample" and options.prompt != "",
+        "with --mode sample and a --prompt",
+    ),
+    Reading(("content_weight",), lambda options: options.content is not None, "with --content"),
+    Reading(
+        ("from_noise",),
+        lambda options: _optimised(options) and options.content is not None,
+        "with --mode optimise and --content",
+    ),
+    Reading(("anneal",), _optimised, "with --mode optimise"),
+    Reading(
+        ("seed",),
+        lambda options: not _optimised(options) or options.content is None or options.from_noise,
+        "with --mode sample, with --from-noise or without --content (nothing else draws noise)",
+    ),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("mode")
     run.add_argument("--mode", choices=MODES, default="optimise", help="default: %(default)s")
     run.add_argument("--prompt", default="", help="of sample")
-    run.add_argument("--guidance", type=float, default=7.5, metavar="S", help="of the prompt, in sample (default: %(default)s)")
-    run.add_argument("--content-weight", type=float, default=0.2, metavar="L", help="of the content's queries (default: %(default)s)")
+    run.add_argument("--guidance", type=number, default=7.5, metavar="S", help="of the prompt, in sample (default: %(default)s)")
+    run.add_argument("--content-weight", type=number, default=0.2, metavar="L", help="of the content's queries (default: %(default)s)")
     run.add_argument("--no-adain", action="store_true", help="do not give sample's latents the style's statistics")
     run.add_argument("--from-noise", action="store_true", help="let optimise start from noise, not from the content")
     run.add_argument("--anneal", action="store_true", help="let optimise's rate fall to 0: less of the optimiser's noise in the picture")
@@ -52,7 +94,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("distillation")
     run.add_argument("--steps", type=count, metavar="N", help="of the schedule (default: as published)")
     run.add_argument("--iterations", type=count, metavar="M", help="of the optimiser at each step (default: as published)")
-    run.add_argument("--rate", type=float, metavar="R", help="of the optimiser (default: as published)")
+    run.add_argument("--rate", type=positive, metavar="R", help="of the optimiser (default: as published)")
     run.add_argument("--layers", nargs="+", metavar="NAME", help="self-attention layers: up, names, patterns (default: the last six of the decoder)")
     run.add_argument(
         "--tune-decoder",
@@ -63,7 +105,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="decode sharply: tune the VAE's decoder to the style first, for N iterations (default without N: %(const)s; without it: not at all)",
     )
-    run.add_argument("--seed", type=int, default=0, help="of all noise (default: %(default)s)")
+    run.add_argument("--seed", type=seed, default=0, help="of all noise (default: %(default)s)")
 
 
 def run_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -99,6 +141,10 @@ def report(result: Any, path: Path) -> int:
     if result.interrupted:
         say("interrupted: the picture is the best there was")
     return 130 if result.interrupted else 0
+
+
+def files(options: argparse.Namespace) -> Files:
+    return Files(reads=given_files(options, "style", "content", "mask"), writes=given_files(options, "out"))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,6 +4,9 @@ The appearance of one scene is transferred to another, and every edited layer te
 the same part, how much attention stays there, how much of the object's falls on background, and how many pairs leak. Intervals are a paired
 bootstrap over pairs. With --ablation, every matching signal and every refinement in place of the two methods.
 
+With --json FILE a run can be stopped: the results of each pair are kept in FILE.partial until the report is complete. The same command
+continues from there; --pairs may change.
+
 examples:
   python -m qalign leakage --pairs 180 --json leakage.json
   accelerate launch --multi_gpu --num_processes 2 -m qalign leakage     (the same figures from two processes, on GPUs or without any)
@@ -13,23 +16,58 @@ examples:
 """
 
 import argparse
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ._shared import ALIGNED, REFINEMENTS, add_model_arguments, count, load_pipeline, say, write
+from ._shared import (
+    ALIGNED,
+    READ_BY_REFINEMENT,
+    REFINEMENTS,
+    Files,
+    Reading,
+    add_model_arguments,
+    count,
+    given_files,
+    load_pipeline,
+    number,
+    positive,
+    refinement_of,
+    say,
+    seed,
+    write,
+)
 
 CHOSEN = ("refinement", "aligned", "topk", "strength", "contrast")
 NEEDS = ("diffusers", "transformers", "PIL", "accelerate")
 
 
+def _reads(name: str) -> Reading:
+    refinements = READ_BY_REFINEMENT[name]
+    return Reading(
+        (name,),
+        lambda options: refinement_of(options) in refinements,
+        f"with --refinement {' or '.join(refinements)}",
+    )
+
+
+READINGS = (
+    Reading(("transfers",), lambda options: options.ablation, "with --ablation"),
+    Reading(CHOSEN, lambda options: not options.ablation, "without --ablation"),
+    _reads("topk"),
+    _reads("strength"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured = parser.add_argument_group("measurement")
     measured.add_argument("--pairs", type=count, default=180, metavar="N", help="of held-out scenes (default: %(default)s)")
-    measured.add_argument("--seed", type=int, default=0, help="chooses the pairs and all noise (default: %(default)s)")
+    measured.add_argument("--seed", type=seed, default=0, help="chooses the pairs and all noise (default: %(default)s)")
     measured.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    measured.add_argument("--threshold", type=float, metavar="MASS", help="a pair leaks above this cross-region mass (default: qalign.leakage's)")
+    measured.add_argument("--threshold", type=number, metavar="MASS", help="a pair leaks above this cross-region mass (default: qalign.leakage's)")
     measured.add_argument("--every", type=count, default=3, metavar="N", help="measure every N-th step (default: %(default)s)")
     measured.add_argument("--ablation", action="store_true", help="compare all matching signals and all refinements")
     measured.add_argument("--transfers", type=count, default=24, metavar="N", help="pairs that --ablation transfers (default: %(default)s)")
@@ -38,45 +76,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--refinement", choices=REFINEMENTS, help="of qalign (default: its own)")
     method.add_argument("--aligned", choices=ALIGNED, help="of qalign: whose queries are aligned with the appearance's (default: both)")
     method.add_argument("--topk", type=count, metavar="K", help="of qalign: reference tokens per query")
-    method.add_argument("--strength", type=float, metavar="TAU", help="of qalign: the weight of the alignment")
-    method.add_argument("--contrast", type=float, metavar="C", help="of both; 1 is none (default: their own)")
+    method.add_argument("--strength", type=number, metavar="TAU", help="of qalign: the weight of the alignment")
+    method.add_argument("--contrast", type=positive, metavar="C", help="of both; 1 is none (default: their own)")
     method.add_argument("--layers", nargs="+", metavar="NAME", help="self-attention layers: up, names, patterns (default: the method's own)")
     method.add_argument("--steps", type=count, default=20, metavar="N", help="of the schedule (default: %(default)s)")
     method.add_argument("--adain", choices=("masked", "whole", "none"), default="none", help="of the latents (default: %(default)s)")
     add_model_arguments(parser)
 
 
+def files(options: argparse.Namespace) -> Files:
+    return Files(
+        writes=given_files(options, "json"),
+        folders=[] if options.json is None else [("--json", partial_of(options.json))],
+    )
+
+
+def partial_of(report: Path) -> Path:
+    """Where the results of pairs are kept until the report is complete."""
+    return Path(f"{report}.partial")
+
+
 def run(options: argparse.Namespace) -> int:
+    from qalign_kernels import __version__
+
     from .. import ablation, leakage
     from ..methods import CrossImage, QAlign
+    from ..resuming import KeptResults
 
+    chosen = {name: getattr(options, name) for name in ("steps", "layers", "every", "seed", "threshold") if getattr(options, name) is not None}
+    settings = leakage.Settings(adain=None if options.adain == "none" else options.adain, **chosen)
+    given = {name: getattr(options, name) for name in CHOSEN if getattr(options, name) is not None}
+    contrast = {name: value for name, value in given.items() if name == "contrast"}
+    methods = {"cross_image": CrossImage(**contrast), "qalign": QAlign(**given)}
+    kept = None
+    if options.json is not None:
+        decisive = {name: value for name, value in asdict(settings).items() if name != "threshold"}
+        decisive |= {"model": options.model, "dtype": options.dtype, "version": __version__}
+        decisive["methods"] = "ablation" if options.ablation else [repr(method) for method in methods.values()]
+        kept = KeptResults(partial_of(options.json), decisive)
     state = leakage.processes()
     options.device = options.device or str(state.device)
     pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
-    chosen = {name: getattr(options, name) for name in ("steps", "layers", "every", "seed", "threshold") if getattr(options, name) is not None}
-    settings = leakage.Settings(adain=None if options.adain == "none" else options.adain, **chosen)
-    common: dict[str, Any] = {"pairs": options.pairs, "settings": settings, "progress": _progress(state.is_main_process)}
-    if options.ablation:
-        report = ablation.run(pipe, transfers=min(options.transfers, options.pairs), **common)
-        text = ablation.render_report(report)
-    else:
-        given = {name: getattr(options, name) for name in CHOSEN if getattr(options, name) is not None}
-        contrast = {name: value for name, value in given.items() if name == "contrast"}
-        report = leakage.run(pipe, methods={"cross_image": CrossImage(**contrast), "qalign": QAlign(**given)}, **common)
-        text = leakage.render_report(report)
+    common: dict[str, Any] = {"pairs": options.pairs, "settings": settings, "kept": kept}
+    try:
+        with _progress(state.is_main_process) as common["progress"]:
+            if options.ablation:
+                report = ablation.run(pipe, transfers=min(options.transfers, options.pairs), **common)
+                text = ablation.render_report(report)
+            else:
+                report = leakage.run(pipe, methods=methods, **common)
+                text = leakage.render_report(report)
+    except KeyboardInterrupt:
+        what_stays = "" if kept is None else f"{len(kept)} results are kept in {kept.folder}, the same command goes on"
+        raise KeyboardInterrupt(what_stays) from None
     if state.is_main_process:
         say(text)
         if options.json is not None:
             write("figures", json.dumps(report, indent=2) + "\n", options.json)
     leakage.leave()
+    if kept is not None and state.is_main_process:
+        kept.remove()
     return 0
 
 
-def _progress(shown: bool) -> Any:
+@contextlib.contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[Iterable], Iterable]]:
+    """A bar around an iterable, which ends its line whatever happens."""
     from tqdm import tqdm
 
-    def bar(items: Iterable) -> Iterable:
-        return tqdm(items, unit="pair", disable=not shown)
-
-    return bar
+    with contextlib.ExitStack() as bars:
+        yield lambda items: bars.enter_context(tqdm(items, unit="pair", disable=not shown))

@@ -2,7 +2,7 @@
 
 Costs are of one edited layer and output row, in 10^9 multiply-adds: the first self-attention of SD 1.5 at 512 pixels (4096 tokens, 8 heads
 of 40 channels) and of SDXL at 1024 (4096 tokens, 10 heads of 64), beside the stock self-attention that is replaced. They are counted, not
-timed; masks, norms and gathers are left out.
+timed; masks, norms and gathers are left out. Below each method: what it edits in the output rows, its default layers, and the ops it uses.
 
 examples:
   python -m qalign methods
@@ -14,7 +14,7 @@ from ._shared import say
 
 NEEDS: tuple[str, ...] = ()
 SHAPES = {"SD 1.5": (4096, 8 * 40), "SDXL": (4096, 10 * 64)}
-HEAD = ("name", "method", "arXiv", "edits in the output rows", "layers", "steps", "made of")
+HEAD = ("name", "method", "arXiv", "steps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +25,20 @@ def run(options: argparse.Namespace) -> int:
     from ..methods import METHODS
 
     stock = {family: 2 * tokens**2 * channels / 1e9 for family, (tokens, channels) in SHAPES.items()}
+    cards = {name: kind.card for name, kind in METHODS.items()}  # type: ignore[attr-defined]
     lines = [(*HEAD, *stock)]
     lines += [
-        (name, *kind.card[:6], *(f"{kind.card.cost * work:.1f}" for work in stock.values()))  # type: ignore[attr-defined]
-        for name, kind in METHODS.items()
+        (name, card.title, card.paper, card.steps, *_costs(card.cost, stock)) for name, card in cards.items()
     ]
-    lines.append(("-", "stock self-attention", "-", "-", "-", "-", "-", *(f"{work:.1f}" for work in stock.values())))
+    lines.append(("-", "stock self-attention", "-", "-", *_costs(1.0, stock)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         say("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        if card := cards.get(line[0]):
+            indent = " " * (widths[0] + 2)
+            say(f"{indent}{card.edits}\n{indent}{card.layers}; {card.uses}")
     return 0
+
+
+def _costs(cost: float, stock: dict[str, float]) -> list[str]:
+    return [f"{cost * work:.1f}" for work in stock.values()]

@@ -14,8 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
-from ._shared import count, folder_path, picture_path, say, whole, write
+from ._shared import Files, count, given_files, picture_path, replacing, say, seed, write
 
 NEEDS = ("PIL", "numpy")
 OPTION_NEEDS = {"sheet": ("matplotlib",)}
@@ -24,11 +23,15 @@ SHEET = 24
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=count, default=12, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=whole, default=0, help="number of the first scene (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="number of the first scene (default: %(default)s)")
     parser.add_argument("--held-out", action="store_true", help="scenes that the model was not trained on")
     parser.add_argument("--size", type=count, default=128, metavar="PIXELS", help="side of the pictures (default: %(default)s)")
-    parser.add_argument("--out", type=folder_path, default=Path("scenes"), metavar="DIR", help="where to (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("scenes"), metavar="DIR", help="where to (default: %(default)s)")
     parser.add_argument("--sheet", type=picture_path, metavar="SHEET.png", help="also one figure of all")
+
+
+def files(options: argparse.Namespace) -> Files:
+    return Files(writes=given_files(options, "sheet"), folders=[("--out", options.out)])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,13 +41,16 @@ def run(options: argparse.Namespace) -> int:
     chosen = held_out_seed if options.held_out else training_seed
     seeds = [chosen(options.seed + number) for number in range(options.count)]
     shown: list[tuple[Any, Any, str]] = []
-    for seed in seeds:
-        scene = render([seed], options.size)
-        for name, picture in ((f"{seed:04}.png", to_image(scene.image[0])), (f"{seed:04}-labels.png", label_picture(scene.labels[0]))):
+    for place in seeds:
+        scene = render([place], options.size)
+        for name, picture in (
+            (f"{place:04}.png", to_image(scene.image[0])),
+            (f"{place:04}-labels.png", label_picture(scene.labels[0])),
+        ):
             with replacing(options.out / name) as temporary:
                 picture.save(temporary)
         if len(shown) < SHEET:
-            shown.append((scene.image[0], scene.labels[0], f"{seed}: {scene.captions[0]}"))
+            shown.append((scene.image[0], scene.labels[0], f"{place}: {scene.captions[0]}"))
     say(f"scenes: {options.count} pictures and their labels in {options.out}, {seeds[0]:04}.png to {seeds[-1]:04}.png")
     say("labels: " + ", ".join(f"{number} {part}" for number, part in enumerate(PARTS)))
     if options.sheet:

@@ -12,7 +12,16 @@ examples:
 import argparse
 from pathlib import Path
 
-from ._shared import add_model_arguments, count, load_pipeline, picture_path, read_pictures, size
+from ._shared import (
+    Files,
+    add_model_arguments,
+    count,
+    given_files,
+    load_pipeline,
+    picture_path,
+    read_pictures,
+    size,
+)
 from .distill import add_run_arguments, read_regions, report, run_settings
 
 
@@ -29,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     windows.add_argument("--stride", type=count, metavar="N", help="in latents (default: half a window)")
     windows.add_argument("--batch", type=count, default=8, metavar="N", help="windows in one call of the network (default: %(default)s)")
     add_model_arguments(parser)
+
+
+def files(options: argparse.Namespace) -> Files:
+    return Files(reads=given_files(options, "style", "mask"), writes=given_files(options, "out"))
 
 
 def run(options: argparse.Namespace) -> int:

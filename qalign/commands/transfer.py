@@ -22,14 +22,22 @@ from typing import Any
 from ._shared import (
     ALIGNED,
     METHODS,
+    READ_BY_REFINEMENT,
     REFINEMENTS,
+    Files,
+    Reading,
     add_model_arguments,
     count,
-    folder_path,
+    fraction,
+    given_files,
     load_pipeline,
+    number,
     picture_path,
+    positive,
     read_label_map,
     read_pictures,
+    refinement_of,
+    seed,
     size,
     write,
 )
@@ -45,11 +53,57 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "help": "of qalign: whose queries are aligned with the appearance's (default: both)",
     },
     "similarity": {"choices": ("cosine", "dot"), "help": "of qalign: by which queries are aligned"},
-    "heads": {"choices": ("joint", "per_head"), "help": "of qalign: one alignment for all heads, or one for each"},
-    "topk": {"type": count, "metavar": "K", "help": "of qalign: best-aligned tokens for each query, with --refinement topk"},
-    "strength": {"type": float, "metavar": "TAU", "help": "of qalign: weight of the alignment, with --refinement guided or soft"},
-    "contrast": {"type": float, "metavar": "C", "help": "of the attention probabilities; 1 is none"},
+    "heads": {
+        "choices": ("joint", "per_head"),
+        "help": "of qalign: one alignment for all heads, or one for each",
+    },
+    "topk": {
+        "type": count,
+        "metavar": "K",
+        "help": "of qalign: best-aligned tokens for each query, with --refinement topk",
+    },
+    "strength": {
+        "type": number,
+        "metavar": "TAU",
+        "help": "of qalign: weight of the alignment, with --refinement guided or soft",
+    },
+    "contrast": {"type": positive, "metavar": "C", "help": "of the attention probabilities; 1 is none"},
 }
+
+
+def _reads(name: str, *methods: str) -> Reading:
+    """A setting that qalign reads with some refinements, and `methods` always."""
+    refinements = READ_BY_REFINEMENT[name]
+
+    def when(options: argparse.Namespace) -> bool:
+        return (
+            options.method in methods or options.method == "qalign" and refinement_of(options) in refinements
+        )
+
+    others = "".join(f", or with --method {method}" for method in methods)
+    chosen = "" if refinements == REFINEMENTS else f" --refinement {' or '.join(refinements)}"
+    return Reading((name,), when, f"with --method qalign{chosen}{others}")
+
+
+READINGS = (
+    Reading(("refinement",), lambda options: options.method == "qalign", "with --method qalign"),
+    _reads("aligned"),
+    _reads("similarity"),
+    _reads("heads", "seal"),
+    _reads("topk", "seal"),
+    _reads("strength"),
+    _reads("contrast", "cross_image"),
+    Reading(
+        ("noun",),
+        lambda options: options.adain == "masked" or options.regions == ["self"],
+        "with --adain masked or --regions self",
+    ),
+    Reading(
+        ("seed",),
+        lambda options: options.inversion == "ddpm",
+        "with --inversion ddpm (that of ddim has no noise)",
+    ),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,28 +131,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--prompt", default="", help="what the pictures show")
     run.add_argument("--noun", help="the word of the prompt that is the object, for masks (default: guessed)")
     run.add_argument("--steps", type=count, default=50, metavar="N", help="of the schedule (default: %(default)s)")
-    run.add_argument("--skip", type=float, default=0.32, metavar="F", help="the noisiest fraction of them is left out (default: %(default)s)")
+    run.add_argument("--skip", type=fraction, default=0.32, metavar="F", help="the noisiest fraction of them is left out (default: %(default)s)")
     run.add_argument("--inversion", choices=("ddpm", "ddim"), default="ddpm", help="default: %(default)s")
     run.add_argument("--adain", choices=("masked", "whole", "none"), default="none", help="of the latents (default: %(default)s)")
-    run.add_argument("--swap-guidance", type=float, default=3.5, metavar="S", help="1 is none, and faster (default: %(default)s)")
+    run.add_argument("--swap-guidance", type=number, default=3.5, metavar="S", help="1 is none, and faster (default: %(default)s)")
     run.add_argument("--freeu", action="store_true", help="with FreeU as Cross-Image attention has it")
-    run.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    run.add_argument("--cache", type=folder_path, metavar="DIR", help="keep inversions there, and take them from there")
+    run.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
+    run.add_argument("--cache", type=Path, metavar="DIR", help="keep inversions there, and take them from there")
     add_model_arguments(parser)
+
+
+def files(options: argparse.Namespace) -> Files:
+    labels = (
+        [] if options.regions in (None, ["self"]) else [("--regions", Path(path)) for path in options.regions]
+    )
+    return Files(
+        reads=given_files(options, "appearance", "structure") + labels,
+        writes=[("--out", path) for path in pictures_out(options)] + given_files(options, "grid"),
+        folders=given_files(options, "cache"),
+    )
+
+
+def pictures_out(options: argparse.Namespace) -> list[Path]:
+    """Where the picture of each structure goes."""
+    if len(options.structure) == 1:
+        return [options.out]
+    return [
+        options.out.with_stem(f"{options.out.stem}-{number}")
+        for number in range(1, len(options.structure) + 1)
+    ]
 
 
 def make_method(options: argparse.Namespace) -> Any:
     """The method with the settings that were given."""
-    from dataclasses import fields
-
     from ..pipelines import METHODS as KINDS
 
-    method = KINDS[options.method]()
-    given = {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
-    foreign = set(given) - {field.name for field in fields(method)}  # type: ignore[arg-type]
-    if foreign:
-        raise ValueError(f"--{min(foreign)}: expected with --method qalign or another that has it, got --method {options.method}")
-    return type(method)(**given)
+    return KINDS[options.method](
+        **{name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
+    )
 
 
 def make_regions(options: argparse.Namespace, picture: Any) -> Any:
@@ -146,8 +216,7 @@ def run(options: argparse.Namespace) -> int:
         cache=options.cache,
         generator=torch.Generator().manual_seed(options.seed),
     ).images
-    for number, image in enumerate(images, 1):
-        path = options.out if len(images) == 1 else options.out.with_stem(f"{options.out.stem}-{number}")
+    for path, image in zip(pictures_out(options), images, strict=True):
         write("picture", image, path)
     if options.grid:
         from ..plots import transfer_grid

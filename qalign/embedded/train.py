@@ -14,8 +14,9 @@ import functools
 import json
 import math
 import platform
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import replacing
+from qalign_kernels import _command_line
+from qalign_kernels._command_line import Reading
+from qalign_kernels._files import Files, replacing
+
 from . import FOLDER
 from .fitness import best_decoder_layer, self_attention_fitness
 from .scenes import BACKGROUNDS, COLOURS, COUNTS, OBJECT_PARTS, PARTS, PLANS, TEXTURES, held_out_seed, render, token_labels, training_seed
@@ -535,32 +539,87 @@ def contact_sheet(pipe: Any, steps: int = 50, seed: int = 0) -> Any:
     return make_image_grid(free + told, 6, 8)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m qalign.embedded.train", description=__doc__.splitlines()[0])
+MAY_BE_ZERO = ("autoencoder_steps", "steps", "refine_steps", "scenes_per_step", "first_scene")
+READINGS = (
+    Reading(
+        ("autoencoder_steps", "autoencoder_batch", "autoencoder_rate", "crop"),
+        lambda options: options.start is None,
+        "without --start",
+    ),
+    Reading(("decay",), lambda options: options.steps > 0, "with --steps above 0"),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _command_line.Parser(prog="python -m qalign.embedded.train", description=__doc__.splitlines()[0])
+    _command_line.add_command(top, sys.modules[__name__])
+    return top
+
+
+def files(options: argparse.Namespace) -> Files:
+    written = [("--out", options.out / name) for name in ("model_index.json", "record.json", "samples.png")]
+    return Files(writes=written, folders=[("--out", options.out), ("--work", options.work)])
+
+
+def _type_of(field: dataclasses.Field) -> Callable[[str], Any]:
+    """By which an option of `Settings` is read."""
+    if field.name == "seed":
+        return _command_line.seed
+    if field.type is float:
+        return _command_line.number
+    return _command_line.whole if field.name in MAY_BE_ZERO else _command_line.count
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, default=Path("embedded_training"), help="checkpoints; a second call goes on from there (%(default)s)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the model is written (%(default)s)")
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="train this written model on in place of a new one")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long, to go on with a second call")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        metavar="NAME",
+        help="cuda or cpu (%(default)s)",
+    )
+    parser.add_argument("--minutes", type=_command_line.number, default=math.inf, help="stop after this long, to go on with a second call")
     for field in dataclasses.fields(Settings):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, help="(%(default)s)")
-    given = vars(parser.parse_args(arguments))
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=_type_of(field),
+            default=field.default,
+            help="(%(default)s)",
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return _command_line.main(parser, arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    given = vars(options)
+    _command_line.require_device(options.device)
+    if options.start is not None and not (options.start / "record.json").is_file():
+        raise ValueError(
+            f"--start: expected a folder that this command wrote, got {options.start} without a record.json"
+        )
     settings = Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
     prepare_process()
     report = functools.partial(print, flush=True)
-    training = Training(given["work"], settings, given["device"], report, 60 * given["minutes"], given["start"])
-    stopped = False
+    training = Training(
+        options.work, settings, torch.device(options.device), report, 60 * options.minutes, options.start
+    )
     try:
         if training.start is None:
             training.train_autoencoder()
         training.train_denoiser()
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {given['work']}", flush=True)
-        stopped = True
-    if not stopped:
-        write(training, given["out"])
-        print(f"wrote {given['out']}")
-    return int(stopped)
+        goes_on = f"the same command goes on from {options.work}"
+        if time.monotonic() <= training.deadline:
+            raise KeyboardInterrupt(goes_on) from None
+        print(f"stopped; {goes_on}", flush=True)
+        return 1
+    write(training, options.out)
+    print(f"wrote {options.out}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,24 @@
 """Pipelines: appearance transfer on any Stable Diffusion or Stable Diffusion XL pipeline."""
 
-from .appearance_transfer import METHODS, AppearanceTransferOutput, AppearanceTransferPipeline, AppearanceTransferXLPipeline
-from .attention_distillation import AttentionDistillationOutput, AttentionDistillationPipeline, AttentionDistillationXLPipeline
-from .bounded_attention import BoundedAttentionOutput, BoundedAttentionPipeline, BoundedAttentionXLPipeline
+from ..quiet import quiet_libraries
+
+with quiet_libraries():  # transformers would say which image library it had rather found
+    from .appearance_transfer import (
+        METHODS,
+        AppearanceTransferOutput,
+        AppearanceTransferPipeline,
+        AppearanceTransferXLPipeline,
+    )
+    from .attention_distillation import (
+        AttentionDistillationOutput,
+        AttentionDistillationPipeline,
+        AttentionDistillationXLPipeline,
+    )
+    from .bounded_attention import (
+        BoundedAttentionOutput,
+        BoundedAttentionPipeline,
+        BoundedAttentionXLPipeline,
+    )
 
 __all__ = [
     "METHODS",

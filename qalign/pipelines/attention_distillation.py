@@ -15,6 +15,7 @@ from ..adain import adain as adain_latents
 from ..checks import require_count
 from ..decoder_tuning import tuned_decoder
 from ..distillation import AttentionReader, descend, frozen
+from ..inversion import set_steps
 from ..methods.attention_distillation import AttentionDistillation, Losses
 from ..regions import Regions, label_scale
 from .base import Condition, LatentDiffusion, XLConditions, check_output
@@ -288,7 +289,7 @@ class _Run:
         self.regions, self.generator = regions, generator
         self.read = AttentionReader(pipe, layers)
         self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)
-        self.scheduler.set_timesteps(settings.steps)
+        set_steps(self.scheduler, settings.steps)
         self.losses: list[tuple[float, float, float]] = []
         self.interrupted = False
 

@@ -47,6 +47,12 @@ class LatentDiffusion:
         components = getattr(pipeline, "components", {})
         if "unet" not in components or "text_encoder" not in components:
             raise TypeError(f"pipeline: expected a Stable Diffusion or Stable Diffusion XL pipeline, got {type(pipeline).__name__}")
+        if (takes := components["unet"].config.in_channels) != (
+            gives := components["vae"].config.latent_channels
+        ):
+            raise ValueError(
+                f"pipeline: expected a UNet for the VAE's {gives} latent channels, got one for {takes} (inpainting?)"
+            )
         kind = cls._kinds()["text_encoder_2" in components]
         target: Any = cls if issubclass(cls, kind) else kind
         needed, settings = target._get_signature_keys(target)

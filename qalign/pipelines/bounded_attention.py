@@ -16,6 +16,7 @@ from ..checks import require_count
 from ..control import find_unet, select_layers
 from ..denoiser import decoder_layers
 from ..distillation import AttentionReader, frozen, gradient
+from ..inversion import set_steps
 from ..masks import noun_tokens
 from ..methods.bounded import BoundedAttention
 from ..regions import Regions
@@ -132,7 +133,7 @@ class BoundedAttentionMixin(LatentDiffusion):
         run = _Run(self, guidance, method, Regions.from_boxes(boxes, *shape[-2:]), layers, mask_layers)
         run.told = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False)
-        scheduler.set_timesteps(num_inference_steps)
+        set_steps(scheduler, num_inference_steps)
         latents = run.walk(latents.to(self._execution_device, torch.float32), scheduler, self.conditions(prompt, *size), guidance_scale)
         pictures = latents if output_type == "latent" else self._decode(latents)
         self.maybe_free_model_hooks()

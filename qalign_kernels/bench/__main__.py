@@ -14,16 +14,16 @@ Exit code: 0 all measured, 1 a result was outside its budget, 2 bad arguments.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import __version__, _backends
+from .. import __version__, _backends, _command_line
+from .._files import Files, replacing
 from . import measure
 from .measure import DTYPES, Inputs, Sizes
 from .ops import OPS, SDPA, TOPK, Op, build, draw, op_named, prepare
@@ -34,29 +34,6 @@ HEAD = ("op", "shape", "dtype", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP
 SHOWN = ("dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "ratio_to_sdpa")
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors of one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help says more)\n")
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above zero, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds above zero, got {text!r}")
-    return value
-
-
 def _shape(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if len(parts) != 4 or not all(part.isdigit() and int(part) for part in parts):
@@ -64,16 +41,6 @@ def _shape(text: str) -> tuple[int, ...]:
             f"expected four numbers B,H,N,D above zero, such as 1,8,4096,64, got {text!r}"
         )
     return tuple(map(int, parts))
-
-
-def _new_file(text: str) -> Path:
-    """A file that can be written, judged before any work."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"expected a file that may be written, got {text!r}")
-    return path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,22 +57,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="batch, heads, tokens, channels of a head",
     )
     parser.add_argument(
-        "--key-tokens", type=_count, metavar="N", help="of keys and values (default: those of --shape)"
+        "--key-tokens", type=_command_line.count, metavar="N", help="of keys and values (default: those of --shape)"
     )
     parser.add_argument(
-        "--value-dim", type=_count, metavar="D", help="channels of values (default: those of --shape)"
+        "--value-dim", type=_command_line.count, metavar="D", help="channels of values (default: those of --shape)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--backend", choices=_backends.BACKENDS, default="auto", help="default: %(default)s")
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=_command_line.positive,
         default=1.0,
         metavar="S",
         help="spent on rounds of each op (default: %(default)s)",
     )
-    parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+
+
+def files(options: argparse.Namespace) -> Files:
+    """What a call writes."""
+    return Files(writes=[] if options.json is None else [("--json", options.json)])
 
 
 def _sizes(options: argparse.Namespace) -> Sizes:
@@ -230,7 +202,8 @@ def run(options: argparse.Namespace) -> int:
             wrong += [] if found else [name]
             if options.json:  # after every op, so that a run that is stopped leaves what it measured
                 lines = ",\n".join(json.dumps(row) for row in rows)
-                options.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+                with replacing(options.json) as temporary:
+                    temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     if rows:
         print(table(rows))
     for name in wrong:
@@ -238,19 +211,20 @@ def run(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
-    parser = Parser(
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    top = _command_line.Parser(
         prog="python -m qalign_kernels.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_arguments(parser)
-    options = parser.parse_args(arguments)
-    try:
-        return run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    _command_line.add_command(top, sys.modules[__name__])
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    return _command_line.main(parser, arguments)
 
 
 if __name__ == "__main__":

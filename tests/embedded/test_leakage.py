@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,7 +220,10 @@ def test_resampled_means_are_paired_and_their_spread_is_the_standard_error():
     assert (high - low) / 2 == pytest.approx(1.96 * values.std().item() / 20, rel=0.05)
     again = leakage.resample({"c": holes, "a": values}, seed=1)
     torch.testing.assert_close([again["a"], again["c"]], [means["a"], means["c"]], rtol=1e-12, atol=1e-12)
-    assert leakage.estimate(leakage.resample({"a": torch.full((3,), torch.nan)})["a"]) == {"value": None, "interval": [None, None]}
+    assert leakage.estimate(leakage.resample({"a": torch.full((3,), torch.nan)})["a"]) == {
+        "value": None,
+        "interval": None,
+    }
 
 
 def made_up(own: dict[str, float], colour: float) -> PairResult:
@@ -402,6 +406,67 @@ def test_the_command_refuses_bad_arguments(arguments, capsys):
         command_line.main(["leakage", *arguments])
     assert refusal.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+LEAKAGE = ["leakage", "--steps", "4", "--every", "1", "--pairs"]
+
+
+@pytest.fixture
+def small(pipe, monkeypatch):
+    """The command on the small pipeline. `measured` are the pairs that were measured; Ctrl-C comes after `stop` of them."""
+    measure, state = leakage.measure_pair, SimpleNamespace(measured=[], stop=None)
+
+    def counted(*given):
+        if len(state.measured) == state.stop:
+            raise KeyboardInterrupt
+        state.measured.append(given[1])
+        return measure(*given)
+
+    monkeypatch.setattr(leakage, "measure_pair", counted)
+    monkeypatch.setattr("qalign.commands.leakage.load_pipeline", lambda options: pipe)
+    return state
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(small, tmp_path, capsys, report):
+    file, partial = tmp_path / "report.json", tmp_path / "report.json.partial"
+    small.stop = 2
+    assert command_line.main([*LEAKAGE, "3", "--json", str(file)]) == 130
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"leakage: interrupted; 2 results are kept in {partial}, the same command goes on"
+    small.stop = None
+    assert command_line.main([*LEAKAGE, "3", "--json", str(file)]) == 0
+    assert len(small.measured) == len(set(small.measured)) == 3
+    assert not partial.exists() and list(tmp_path.iterdir()) == [file]
+    assert json.loads(file.read_text())["methods"] == json.loads(json.dumps(report["methods"]))
+
+
+def test_kept_pairs_of_other_settings_are_refused(small, tmp_path, capsys):
+    file = tmp_path / "report.json"
+    small.stop = 1
+    assert command_line.main([*LEAKAGE, "3", "--json", str(file)]) == 130
+    capsys.readouterr()
+    for changed, wanted in (
+        ("--steps 5", "steps 5, got 1 of steps 4"),
+        ("--aligned output", "methods"),
+        ("--seed 7", "seed 7, got 1 of seed 0"),
+    ):
+        assert command_line.main([*LEAKAGE, "3", "--json", str(file), *changed.split()]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"report.json.partial: expected results of {wanted}" in line and line.endswith(
+            "delete it to begin anew"
+        )
+    assert len(small.measured) == 1
+
+
+def test_one_pair_has_no_interval(small, tmp_path, capsys):
+    file = tmp_path / "report.json"
+    assert command_line.main([*LEAKAGE, "1", "--json", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "[" not in text and "one pair has no interval" in text
+    report = json.loads(file.read_text())
+    for method in report["methods"].values():
+        assert set(method["intervals"].values()) == {None}
+    assert {entry["interval"] for entry in report["differences"]["qalign"].values()} == {None}
 
 
 def test_two_processes_give_the_figures_of_one(tmp_path, report):

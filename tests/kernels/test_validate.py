@@ -164,9 +164,12 @@ def test_an_op_that_raises_fails_and_says_what(monkeypatch, capsys):
     ],
 )
 def test_bad_arguments_end_with_two(arguments, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        validate.main(arguments)
-    assert caught.value.code == 2 and message in capsys.readouterr().err
+    try:
+        status = validate.main(arguments)
+    except SystemExit as refusal:
+        status = refusal.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2 and message in line
 
 
 def test_every_public_op_has_its_rows():

@@ -1,0 +1,79 @@
+"""Results of a long run, kept on disk one by one, so that a stopped run can continue."""
+
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from qalign_kernels._files import replacing
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class KeptResults:
+    """A folder with one file for each result, all of the same settings. Several processes may share it.
+
+    >>> kept = KeptResults(Path("report.json.partial"), {"steps": 20})
+    >>> results = list(map(kept.keeping("pair", measure, PairResult), pairs))
+    >>> kept.remove()
+
+    Args:
+        folder: made with the first result.
+        settings: plain values that decide the results.
+
+    Raises:
+        ValueError: the folder holds results of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+        if not self._file.is_file():
+            return
+        found = json.loads(self._file.read_text(encoding="utf-8"))
+        for name in sorted({*found, *self.settings}):
+            if (there := found.get(name)) != (wanted := self.settings.get(name)):
+                got = f"{len(self)} of {name} {there}; delete it to begin anew"
+                raise ValueError(f"{folder}: expected results of {name} {wanted}, got {got}")
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "settings.json"
+
+    def __len__(self) -> int:
+        return len(list(self.folder.glob("*.pt")))
+
+    def keeping(
+        self, name: str, work: Callable[[Item], Result], kind: Callable[..., Result]
+    ) -> Callable[[Item], Result]:
+        """`work`, which returns the kept result of an item where there is one.
+
+        Args:
+            name: of this work; one folder may hold the results of several.
+            work: its items are dataclasses of numbers.
+            kind: the dataclass of its results, whose fields hold plain values and tensors.
+        """
+
+        def keep(item: Item) -> Result:
+            numbers = dataclasses.astuple(item)  # type: ignore[call-overload]
+            path = self.folder / f"{name}-{'-'.join(map(str, numbers))}.pt"
+            if path.is_file():
+                return kind(**torch.load(path, weights_only=True))
+            result, content = work(item), io.BytesIO()
+            torch.save(vars(result), content)
+            with replacing(self._file) as unfinished:
+                unfinished.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+            with replacing(path) as unfinished:
+                unfinished.write_bytes(content.getvalue())
+            return result
+
+        return keep
+
+    def remove(self) -> None:
+        """Remove the folder, once the report is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
