@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _backends
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIB = 2**20
 NUM_LABELS = 4
@@ -339,11 +341,7 @@ def _processor() -> str:
 
 def triton_version() -> str | None:
     """The version of Triton, or None where it does not import."""
-    try:
-        import triton
-    except Exception:  # a broken installation may raise anything
-        return None
-    return triton.__version__
+    return None if _backends.triton_problem() else sys.modules["triton"].__version__
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
