@@ -14,7 +14,7 @@ if VERSION is None:
 # torch brings the Triton that fits it; a torch for CPUs alone brings none, and the interpreter and the compiler need one
 TRITON = ['triton>=3.6; platform_system == "Linux"']
 DIFFUSERS = ["diffusers>=0.36", "transformers>=5", "accelerate>=1.10", "safetensors>=0.4.5", "scikit-learn>=1.4"]
-BESIDES = ["numpy>=1.26", "Pillow>=10", "threadpoolctl>=3", "tokenizers", "tqdm>=4.66"]  # imported; DIFFUSERS bring them too
+BESIDES = ["huggingface_hub", "numpy>=1.26", "Pillow>=10", "threadpoolctl>=3", "tokenizers", "tqdm>=4.66"]  # imported; DIFFUSERS bring them too
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib", *TRITON]
 DEMO = ["scikit-image", "matplotlib", "psutil"]
 DEV = ["pytest>=8", "pytest-xdist>=3.6", "packaging>=23", "setuptools>=77", "ruff", "mypy", "uv", *TRITON]

@@ -20,6 +20,7 @@ from tests.project import ROOT, own_files, packaging_arguments
 
 OURS = ("benchmarks", "qalign", "qalign_kernels", "tests")
 DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}  # by import
+BROUGHT = {"triton"}  # by a torch for GPUs; where it is absent, "auto" does without
 COMMANDS_OF_DIFFUSERS = ("bound", "distill", "leakage", "methods", "scenes", "texture", "transfer")
 
 
@@ -66,7 +67,7 @@ def _packages(modules: list[str]) -> set[str]:
                     for name in (".".join(parts[:end]) for end in range(1, len(parts) + 1))
                     if _file(name)
                 ]
-            elif top not in sys.stdlib_module_names:
+            elif top not in sys.stdlib_module_names | BROUGHT:
                 found.add(top)
     return found
 

@@ -70,6 +70,14 @@ def test_wrong_results_show_no_speed(tmp_path, monkeypatch, capsys):
     assert json.loads(file.read_text()) == []
 
 
+def _status(*arguments):
+    """The exit status, whether the parser or the run refuses."""
+    try:
+        return bench.main(arguments)
+    except SystemExit as refusal:
+        return refusal.code
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -77,29 +85,26 @@ def test_wrong_results_show_no_speed(tmp_path, monkeypatch, capsys):
         ("--op attention --shape 1,8", "--shape: expected four numbers B,H,N,D above zero"),
         ("--op attention --shape 1,8,0,64", "--shape: expected four numbers B,H,N,D above zero"),
         ("--op attention --dtype bf16 --backend triton", "--backend: expected one that can be measured"),
-        ("--op attention --key-tokens 0", "--key-tokens: expected a whole number above zero"),
+        ("--op attention --key-tokens 0", "--key-tokens: expected a number above zero"),
         ("--op similarity_topk --key-tokens 5", "--key-tokens: expected at least 8"),
-        ("--op attention --seconds nan", "--seconds: expected seconds above zero"),
-        ("--op attention --json {}", "--json: expected a file in a folder that exists"),
-        ("--op attention --json {}/none/rows.json", "--json: expected a file in a folder that exists"),
+        ("--op attention --seconds nan", "--seconds: expected a finite number"),
+        ("--op attention --json {}", "--json: expected a file to write"),
         ("--op attention --backend fast", "--backend: invalid choice: 'fast'"),
     ],
 )
 def test_bad_arguments_give_one_line(arguments, complaint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure_op", None)  # no work is begun
-    with pytest.raises(SystemExit) as refusal:
-        bench.main((*BRIEF, *arguments.format(tmp_path).split()))
+    status = _status(*BRIEF, *arguments.format(tmp_path).split())
     said = capsys.readouterr()
-    assert refusal.value.code == 2 and not said.out
+    assert status == 2 and not said.out
     (line,) = said.err.splitlines()
     assert complaint in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_named(capsys):
-    with pytest.raises(SystemExit) as refusal:
-        bench.main(("--op", "attention", "--shape", "1,2,48,16", "--device", "cuda"))
-    assert refusal.value.code == 2 and "got cuda, and torch finds none" in capsys.readouterr().err
+    assert _status("--op", "attention", "--shape", "1,2,48,16", "--device", "cuda") == 2
+    assert "got cuda, and torch finds none" in capsys.readouterr().err
 
 
 def test_fresh_processes_that_fail_give_no_figure():
