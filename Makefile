@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
+LIBRARY := -e ".[diffusers,bench,demo,dev]"
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # for the user's shell, from the folder that make was called in
 ENTER := $(if $(filter-out $(CURDIR),$(PWD)),cd "$(CURDIR)" && )source $(VENV)/bin/activate
@@ -51,7 +52,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@echo "setup 2/3: $(TORCH), the large one (progress: $(VENV)/install.log)"
 	@$(call install,$(TORCH))
 	@echo "setup 3/3: this library and its tools, as pinned in constraints.txt"
-	@$(call install,-e ".[diffusers,bench,demo,dev]")
+	@$(call install,$(LIBRARY))
 	@touch $@
 
 demo: $(READY)

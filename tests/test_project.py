@@ -259,6 +259,12 @@ def _write_wheel(folder, name, version, *requirements):
         wheel.writestr(f"{info}/RECORD", "")
 
 
+def test_make_installs_every_extra_it_needs(bare_copy):
+    """A comma in an argument of $(call) cuts it: the shell then met half a command."""
+    text = subprocess.run(["make", "-n", "test"], cwd=bare_copy, capture_output=True, text=True, check=True).stdout
+    assert 'install -e ".[diffusers,bench,demo,dev]" -c constraints.txt' in text
+
+
 def test_make_shows_why_pip_refuses(bare_copy, tmp_path_factory):
     """A quiet pip says that pins conflict and hides which."""
     wheels = tmp_path_factory.mktemp("wheels")
