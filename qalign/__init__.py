@@ -12,8 +12,6 @@
 
 import difflib
 import importlib
-import importlib.util
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -149,15 +147,8 @@ def __getattr__(name: str) -> Any:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     near = difflib.get_close_matches(name, __all__, cutoff=0.5)
     advice = f"near names: {', '.join(near)}" if near else f"dir({__name__}) lists all names"
-    if _is_imported_from() and importlib.util.find_spec(f"{__name__}.{name}") is None:
-        raise ImportError(f"cannot import name {name!r} from {__name__!r} ({advice})", name=__name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r} ({advice})", name=name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _is_imported_from() -> bool:
-    """Whether `from qalign import name` asks, which hides the message of an AttributeError."""
-    return sys._getframe(2).f_code.co_name == "_handle_fromlist"
