@@ -24,6 +24,7 @@ from .leakage import (
     Tallies,
     by_layer_and_step,
     cell,
+    check_steps,
     estimate,
     figures,
     gathered,
@@ -122,6 +123,7 @@ def run(
         kept: as `leakage.run`.
     """
     chosen, variants = held_out_pairs(pairs, settings.seed), refinements()
+    check_steps(variants, settings)
     probes = gathered(
         keeping(kept, "probe", lambda pair: probe(pipe, pair, variants, settings), Probe), chosen, progress
     )

@@ -267,13 +267,24 @@ def measure_pair(pipe: Any, pair: ScenePair, methods: Mapping[str, CrossImage], 
     for name, method in methods.items():
         measured = Measured(method, labels, every=settings.every)
         pictures[name] = pipe(None, None, prompt, method=measured, output_type="pt", **options).images[0].float().cpu()
-        if not measured.tallies:
-            wanted = "a step that is edited and does not read the structure"
-            raise ValueError(f"every: expected {wanted} among the multiples of {settings.every}, got none in {settings.steps} inference steps")
         tallies[name] = measured.tallies
     layout = read_layouts(pipe, pictures | {"appearance": appearance}, scenes, prompt, seed=seed)
     colour = {name: colour_error(picture, structure_labels, appearance, appearance_labels) for name, picture in pictures.items()}
     return PairResult(tallies, colour, layout)
+
+
+def check_steps(methods: Mapping[str, CrossImage], settings: Settings) -> None:
+    """Every method has a step that is measured, known before any pair is.
+
+    Raises:
+        ValueError: a method has none.
+    """
+    from .pipelines.appearance_transfer import edited_steps
+
+    for name, method in methods.items():
+        if not any(step % settings.every == 0 for step in edited_steps(method, settings.steps)):
+            wanted = f"an edited step of {name} among the multiples of {settings.every}"
+            raise ValueError(f"every: expected {wanted}, got none in {settings.steps} inference steps")
 
 
 def noise_seed(pair: ScenePair, settings: Settings) -> int:
@@ -299,6 +310,7 @@ def run(
         kept: where what a pair gave is kept, and taken from where it is there already; None is nowhere.
     """
     chosen = {"cross_image": CrossImage(), "qalign": QAlign()} if methods is None else methods
+    check_steps(chosen, settings)
     work = keeping(kept, "pair", lambda pair: measure_pair(pipe, pair, chosen, settings), PairResult)
     results, methods = gathered(work, held_out_pairs(pairs, settings.seed), progress), chosen
     return summarise(results, settings, {name: repr(method) for name, method in methods.items()})

@@ -24,6 +24,7 @@ from ..masks import MOST_TOKENS, MapCollector, default_noun, noun_tokens, object
 from ..methods import METHODS as ALL_METHODS
 from ..methods import Method, QAlign
 from ..regions import Regions
+from ..schedule import Clock
 from .base import Condition, LatentDiffusion, XLConditions, check_output
 from .inversion_cache import InversionCache, digest
 from .pictures import choose_size, cover, to_tensors
@@ -438,6 +439,18 @@ def _method(method: Method | str | None) -> Method | None:
 
 def _active(method: Method, edit_steps: tuple[float, float] | None) -> tuple[float, float]:
     return edit_steps or getattr(method, "default_steps", None) or PUBLISHED_STEPS
+
+
+def edited_steps(method: Method, num_inference_steps: int, *, skip: float = 0.32) -> list[int]:
+    """The steps of a transfer, counted from the first that `skip` leaves, at which `method` edits and reads the appearance."""
+    total = num_inference_steps - _skipped(skip, num_inference_steps)
+    clock = Clock(_active(method, None), method.takes_structure)
+    found = []
+    for step in range(total):
+        clock.set(step, total)
+        if not clock.idle and not clock.from_structure:
+            found.append(step)
+    return found
 
 
 def _structures(inversion: Inversion) -> int:

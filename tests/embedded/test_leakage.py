@@ -25,6 +25,7 @@ from qalign.features import noised_features  # noqa: E402
 from qalign.layout import ROLES  # noqa: E402
 from qalign.leakage import Measured, PairResult, Settings  # noqa: E402
 from qalign.pipelines import AppearanceTransferPipeline  # noqa: E402
+from qalign.pipelines.appearance_transfer import edited_steps  # noqa: E402
 from qalign.schedule import Clock  # noqa: E402
 from qalign.site import Site  # noqa: E402
 from qalign_kernels import label_mass, match_counts, similarity_argmax  # noqa: E402
@@ -326,9 +327,20 @@ def test_the_matches_of_a_pair_are_those_of_the_transfer_itself(pipe):
     assert torch.equal(*painted) and wrapped.tallies
 
 
-def test_a_run_that_measures_no_step_says_so(pipe):
-    with pytest.raises(ValueError, match="^every: expected a step that is edited .* among the multiples of 3, got none in 3 inference steps$"):
-        leakage.run(pipe, pairs=1, settings=Settings(steps=3, adain=None))
+def test_run_that_measures_no_step_is_refused_early(pipe, monkeypatch):
+    monkeypatch.setattr(leakage, "measure_pair", None)  # no pair is begun
+    wanted = "^every: expected an edited step of cross_image among the multiples of 3, got none in 4 inference steps$"
+    with pytest.raises(ValueError, match=wanted):
+        leakage.run(pipe, pairs=1, settings=Settings(steps=4, adain=None))
+
+
+@pytest.mark.parametrize("steps", [4, 10, 20])
+def test_edited_steps_are_those_that_are_measured(pipe, steps):
+    (pair,) = held_out_pairs(1, 0)
+    methods = {"cross_image": CrossImage(), "qalign": QAlign()}
+    result = leakage.measure_pair(pipe, pair, methods, Settings(steps=steps, every=1, adain=None))
+    for name, method in methods.items():
+        assert sorted({step for _, step in result.tallies[name]}) == edited_steps(method, steps)
 
 
 def test_the_best_layer_is_named_below_its_agreement():
