@@ -22,11 +22,15 @@ ROOT = PACKAGE.parent
 
 BLOCKERS = {
     "absent": "raise ModuleNotFoundError(\"No module named 'triton'\")",
-    "broken": "raise OSError('libtriton.so: undefined symbol')",
+    "broken": "return importlib.machinery.ModuleSpec(name, self)",
 }
 BLOCK = """
-import sys
+import importlib.machinery, sys
 class Blocker:
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        raise OSError("libtriton.so: undefined symbol")
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "triton":
             {statement}
