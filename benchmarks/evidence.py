@@ -42,7 +42,7 @@ def _error(row: Row | None) -> str:
 
 
 def machine_code(rows: list[Row], budgets: Row) -> str:
-    """One line for each architecture and dtype, then the kernels that have a budget of instructions; the pinned Triton first."""
+    """One line for each architecture, dtype and Triton, the pinned Triton first; then the kernels of the pinned one that have a budget."""
     rows = sorted(rows, key=lambda row: (minor_version(row["triton"]) != budgets["pinned_triton"], row["triton"]))
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
@@ -57,23 +57,22 @@ def machine_code(rows: list[Row], budgets: Row) -> str:
         [
             " ".join([budget["case"], *([budget["kernel"]] if "kernel" in budget else [])]),
             budget["target"],
-            minor_version(row["triton"]),
             row["tile"],
             row["registers"],
             row["lane_instructions"],
-            budget["limits"][minor_version(row["triton"])],
+            budget["limits"][budgets["pinned_triton"]],
         ]
         for budget in budgets["lane_instructions"]
         for row in rows
-        if _is_budgeted(row, budget)
+        if minor_version(row["triton"]) == budgets["pinned_triton"] and _is_budgeted(row, budget)
     ]
-    names = ("kernel (bf16, d = 64)", "architecture", "Triton", "tile", "registers", "lane-instructions per score", "budget")
+    kernel = f"kernel (bf16, d = 64, Triton {budgets['pinned_triton']})"
+    names = (kernel, "architecture", "tile", "registers", "lane-instructions per score", "budget")
     return f"{markdown(head, lines)}\n\n{markdown(names, held)}"
 
 
 def _is_budgeted(row: Row, budget: Row) -> bool:
     same = all(row[name] == budget[name] for name in ("target", "dtype", "head_dim"))
-    same = same and minor_version(row["triton"]) in budget["limits"]
     held = fnmatch.fnmatch(row["kernel"], budget.get("kernel", "*"))
     flags = all((flag in row["flags"]) == value for flag, value in budget.get("constexprs", {}).items())
     return same and held and flags and budget["case"] in row["cases"] and row["lane_instructions"] is not None
