@@ -83,7 +83,10 @@ def triton_problem() -> str | None:
 @functools.cache
 def interpreter_problem() -> str | None:
     """Why Triton's interpreter cannot run the kernels beside the installed numpy, or None."""
-    triton, numpy = sys.modules["triton"].__version__, importlib.metadata.version("numpy")
+    try:
+        triton, numpy = sys.modules["triton"].__version__, importlib.metadata.version("numpy")
+    except importlib.metadata.PackageNotFoundError:  # torch does without
+        return "Triton's interpreter needs numpy, which is not installed"
     if version_numbers(triton) < INTERPRETER_ON_NUMPY_2_4 and version_numbers(numpy) >= (2, 4):
         return f"the interpreter of Triton {triton} does not work with numpy {numpy}: numpy 2.3 or Triton 3.7 mends it"
     return None

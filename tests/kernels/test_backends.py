@@ -299,3 +299,17 @@ def test_old_interpreter_beside_new_numpy_is_named(versions, monkeypatch):
     monkeypatch.setattr(_backends, "interpreted", lambda: False)
     with FakeTensorMode():  # a GPU does not interpret
         assert _backends.triton_refusal(torch.empty(1, device="cuda"), (64,)) is None
+
+
+def test_report_needs_no_numpy(versions, monkeypatch):
+    """torch does not require numpy; only the interpreter does."""
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    versions(triton="3.7.1")
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr(_backends, "interpreted", lambda: False)
+    assert "interpreter off; Triton's interpreter needs numpy" in env.report()
+    with FakeTensorMode():
+        assert _backends.triton_refusal(torch.empty(1, device="cuda"), (64,)) is None
