@@ -312,8 +312,8 @@ def run(
     chosen = {"cross_image": CrossImage(), "qalign": QAlign()} if methods is None else methods
     check_steps(chosen, settings)
     work = keeping(kept, "pair", lambda pair: measure_pair(pipe, pair, chosen, settings), PairResult)
-    results, methods = gathered(work, held_out_pairs(pairs, settings.seed), progress), chosen
-    return summarise(results, settings, {name: repr(method) for name, method in methods.items()})
+    results = gathered(work, held_out_pairs(pairs, settings.seed), progress)
+    return summarise(results, settings, {name: repr(method) for name, method in chosen.items()})
 
 
 def keeping(
