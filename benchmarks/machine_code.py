@@ -117,9 +117,12 @@ def parse_sass(text: str) -> list[Instruction]:
 
 
 def read_amdgcn(text: str, shared_bytes: int) -> MachineCode:
-    """Registers are the vector registers of a lane, accumulators included; spills count private memory and spilled scalars."""
+    """Registers are the vector registers of a lane, accumulators included; spills are bytes of private memory and spilled vectors.
+
+    A scalar that the compiler "spills" goes into a lane of a vector register: it costs instructions, which are counted, and no memory.
+    """
     numbers = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
-    spills = numbers["private_segment_fixed_size"] + 4 * (numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"])
+    spills = numbers["private_segment_fixed_size"] + 4 * numbers["vgpr_spill_count"]
     return MachineCode(numbers["vgpr_count"], spills, shared_bytes, 64, parse_amdgcn(text))
 
 

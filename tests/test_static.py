@@ -153,7 +153,7 @@ AMDGCN = """
 
 def test_amdgcn_is_read():
     code = machine_code.read_amdgcn(AMDGCN, 1024)
-    assert (code.registers, code.spill_bytes, code.lanes) == (60, 16 + 4 * 3, 64)
+    assert (code.registers, code.spill_bytes, code.lanes) == (60, 16 + 4 * 2, 64)
     assert code.hot_loop() == Loop(3, ["v_mfma_f32_32x32x8_bf16"])
 
 

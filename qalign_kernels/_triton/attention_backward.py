@@ -60,12 +60,12 @@ def _gradient_rows(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor,
     """log2 of the sums of the exponentials, inf for a query without keys, and dO·O - dlse, float32 [B, H, N_Q]."""
     batch, heads, tokens, value_dim = output.shape
     known, delta = (torch.empty((batch, heads, tokens), device=output.device, dtype=torch.float32) for _ in range(2))
-    grad_lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
+    grad_lse_strides, width = (0, 0, 0) if grad_lse is None else grad_lse.stride(), triton.next_power_of_2(value_dim)
     launch(
-        gradient_rows_kernel, (batch * heads * triton.cdiv(tokens, GRADIENT_ROWS),), num_warps=4, num_stages=1, grad_ptr=grad_output,
-        grad_lse_ptr=grad_lse, output_ptr=output, lse_ptr=lse, known_ptr=known, delta_ptr=delta, **pitch_arguments("grad", grad_output),
-        **dict(zip(("grad_lse_stride_b", "grad_lse_stride_h", "grad_lse_stride_n"), grad_lse_strides)), H=heads, N_Q=tokens, D_V=value_dim,
-        WIDTH=triton.next_power_of_2(value_dim), BLOCK=GRADIENT_ROWS,
+        gradient_rows_kernel, (batch * heads * triton.cdiv(tokens, GRADIENT_ROWS),), num_warps=max(4, width // 32), num_stages=1,
+        grad_ptr=grad_output, grad_lse_ptr=grad_lse, output_ptr=output, lse_ptr=lse, known_ptr=known, delta_ptr=delta, H=heads, N_Q=tokens,
+        **pitch_arguments("grad", grad_output), **dict(zip(("grad_lse_stride_b", "grad_lse_stride_h", "grad_lse_stride_n"), grad_lse_strides)),
+        D_V=value_dim, WIDTH=width, BLOCK=GRADIENT_ROWS,
     )  # fmt: skip
     return known, delta
 
