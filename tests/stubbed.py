@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 from benchmarks.stub_driver import stub_driver
 
+sys.path.append("tests")
 with stub_driver(Path(sys.argv[1])) as stub:
 """
 
 
 def run_over_stub(body: str, folder: Path) -> Any:
-    """What the code assigns to `result`, by JSON. It sees `torch` and `stub`; what it compiles is kept in `folder`."""
+    """What the code, which sees `torch` and `stub`, assigns to `result`; `folder` keeps what it compiles."""
     if reason := _backends.triton_problem():
         pytest.skip(reason)
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
