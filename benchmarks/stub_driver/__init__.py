@@ -5,8 +5,8 @@
 ...     stub.launches
 4
 
-Tensors live on the CPU; kernels are really compiled, for sm_90, and results are whatever memory holds. What it shows is the
-host's part of a launch: its time, its grids, and the parameters that a kernel would get.
+Tensors live on the CPU; kernels are really compiled, for sm_90, and results are whatever memory holds. It shows
+the host's part of a launch: its time, its grids, and the parameters that a kernel would get.
 """
 
 import contextlib
@@ -88,14 +88,20 @@ def stub_driver(folder: Path) -> Iterator[Stub]:
     """Inside, the ops take backend="triton" on CPU tensors and launch on a GPU that does nothing.
 
     Args:
-        folder: where the driver and what Triton compiles is kept, made at need. A second use of it compiles nothing.
+        folder: keeps the driver and what Triton compiles; made at need. A second use of it compiles nothing.
 
     Raises:
-        RuntimeError: where `problem` gives a reason. A process that was in here has kernels that no GPU can run.
+        RuntimeError: where `problem` gives a reason.
+
+    A process that was in here keeps kernels that no GPU can run.
     """
     if reason := problem():
-        raise RuntimeError(f"stub_driver: expected a machine with Triton and a C compiler but no GPU, got {reason}")
-    library = ctypes.CDLL(str(_build(folder)), mode=ctypes.RTLD_GLOBAL)  # Triton's dlopen finds it by its name
+        raise RuntimeError(
+            f"stub_driver: expected a machine with Triton and a C compiler but no GPU, got {reason}"
+        )
+    library = ctypes.CDLL(
+        str(_build(folder)), mode=ctypes.RTLD_GLOBAL
+    )  # Triton's dlopen finds it by its name
     library.stub_launches.restype = library.stub_recorded.restype = ctypes.c_long
     stub = Stub(library)
 

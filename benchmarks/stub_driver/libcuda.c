@@ -1,14 +1,19 @@
-/* A CUDA driver without a GPU: what Triton's own driver code calls, as an H100 would answer, and kernels that do nothing.
+/* A CUDA driver without a GPU. It answers Triton's own driver code as an H100 would; kernels do nothing.
 
-A kernel's handle is what its cubin says of its parameters. Launches are counted; while `stub_record` gave a buffer, each one
-is appended to it: int32 grid[3], block[3], shared bytes, parameter bytes; uint64 stream, function; the parameters, packed. */
+A kernel's handle is what its cubin says of its parameters. Launches are counted. `stub_record` gives a buffer, to
+which each is appended: int32 grid[3], block[3], shared bytes, parameter bytes; uint64 stream, function; the
+parameters. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { MAX_PARAMETERS = 512 };
 typedef struct { int count; uint16_t offset[MAX_PARAMETERS], size[MAX_PARAMETERS]; } Kernel;
-typedef struct { unsigned grid[3], block[3], shared; void *stream; void *attributes; unsigned num_attributes; } Config;
+typedef struct {
+  unsigned grid[3], block[3], shared;
+  void *stream, *attributes;
+  unsigned num_attributes;
+} Config;
 
 static long launches;
 static unsigned char *buffer;
@@ -22,8 +27,8 @@ int cuLaunchKernelEx(const Config *config, Kernel *kernel, void **parameters, vo
   __atomic_add_fetch(&launches, 1, __ATOMIC_RELAXED);
   if (!buffer) return 0;
   int bytes = kernel->count ? kernel->offset[kernel->count - 1] + kernel->size[kernel->count - 1] : 0;
-  int header[8] = {config->grid[0], config->grid[1], config->grid[2], config->block[0], config->block[1], config->block[2],
-                   config->shared, bytes};
+  const unsigned *grid = config->grid, *block = config->block;
+  unsigned header[8] = {grid[0], grid[1], grid[2], block[0], block[1], block[2], config->shared, bytes};
   uint64_t handles[2] = {(uint64_t)config->stream, (uint64_t)kernel};
   long length = sizeof header + sizeof handles + bytes;
   if (used + length > capacity) return 2; /* out of memory */
@@ -36,7 +41,7 @@ int cuLaunchKernelEx(const Config *config, Kernel *kernel, void **parameters, vo
   return 0;
 }
 
-/* An ELF64 file ends with its section headers; of a parameter, 04 17 0c 00 and 12 bytes have its ordinal, offset and size. */
+/* An ELF64 file ends with its section headers. 04 17 0c 00 and 12 bytes are a parameter's ordinal, offset, size. */
 int cuModuleLoadData(Kernel **module, const unsigned char *image) {
   uint64_t headers;
   uint16_t header_size, header_count;
@@ -58,14 +63,15 @@ int cuModuleLoadData(Kernel **module, const unsigned char *image) {
 int cuModuleGetFunction(Kernel **function, Kernel *module, const char *name) { return *function = module, 0; }
 
 int cuFuncGetAttribute(int *value, int attribute, void *function) {
-  *value = attribute == 0 ? 1024 : attribute == 4 ? 128 : 0; /* threads of a block, registers of a thread; nothing spills */
+  *value = attribute == 0 ? 1024 : attribute == 4 ? 128 : 0; /* threads of a block, registers of a thread */
   return 0;
 }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   static const int H100[][2] = {
-      {1, 1024}, {2, 1024}, {3, 1024}, {4, 64}, {5, 2147483647}, {6, 65535}, {7, 65535}, {8, 49152}, {10, 32}, {12, 65536}, {13, 1980000},
-      {16, 132}, {36, 2619000}, {37, 5120}, {38, 52428800}, {39, 2048}, {75, 9}, {76, 0}, {81, 233472}, {82, 65536}, {97, 232448}, {106, 32},
+      {1, 1024}, {2, 1024}, {3, 1024}, {4, 64}, {5, 2147483647}, {6, 65535}, {7, 65535}, {8, 49152}, {10, 32},
+      {12, 65536}, {13, 1980000}, {16, 132}, {36, 2619000}, {37, 5120}, {38, 52428800}, {39, 2048}, {75, 9},
+      {76, 0}, {81, 233472}, {82, 65536}, {97, 232448}, {106, 32},
   };
   *value = 0;
   for (unsigned i = 0; i < sizeof H100 / sizeof *H100; i++)
@@ -82,7 +88,7 @@ int cuCtxGetDevice(int *device) { return *device = 0, 0; }
 int cuCtxGetCurrent(void **context) { return *context = &launches, 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &launches, 0; }
 int cuCtxGetLimit(size_t *value, int limit) { return *value = 0, 0; }
-int cuOccupancyMaxActiveClusters(int *clusters, void *function, const void *config) { return *clusters = 132, 0; }
+int cuOccupancyMaxActiveClusters(int *clusters, void *kernel, void *config) { return *clusters = 132, 0; }
 int cuInit(unsigned flags) { return 0; }
 int cuCtxSetCurrent(void *context) { return 0; }
 int cuCtxSetLimit(int limit, size_t value) { return 0; }
