@@ -5,8 +5,8 @@
 ...     stub.launches
 4
 
-Tensors live on the CPU; kernels are really compiled, for sm_90, and results are whatever memory holds. It shows
-the host's part of a launch: its time, its grids, and the parameters that a kernel would get.
+Tensors live on the CPU; kernels are really compiled, for sm_90, and results are whatever memory holds. It
+shows the host's part of a launch: its time, its grids, and the parameters that a kernel would get.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 /* A CUDA driver without a GPU. It answers Triton's own driver code as an H100 would; kernels do nothing.
 
 A kernel's handle is what its cubin says of its parameters. Launches are counted. `stub_record` gives a buffer, to
-which each is appended: int32 grid[3], block[3], shared bytes, parameter bytes; uint64 stream, function; the
-parameters. */
+which each is appended: int32 grid[3], block[3], shared bytes, parameter bytes; uint64 stream, function; then
+the parameters. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -41,7 +41,7 @@ int cuLaunchKernelEx(const Config *config, Kernel *kernel, void **parameters, vo
   return 0;
 }
 
-/* An ELF64 file ends with its section headers. 04 17 0c 00 and 12 bytes are a parameter's ordinal, offset, size. */
+/* An ELF64 file ends with its section headers. 04 17 0c 00 and 12 bytes hold a parameter's ordinal, offset, size. */
 int cuModuleLoadData(Kernel **module, const unsigned char *image) {
   uint64_t headers;
   uint16_t header_size, header_count;

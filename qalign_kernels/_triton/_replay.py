@@ -50,7 +50,7 @@ class Buffer(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """A kernel's arguments. A slot (place, what) puts a numbered pointer, or further arguments, into `values`."""
+    """A kernel's arguments. A slot (place, what) puts a numbered pointer, or more arguments, into `values`."""
 
     values: list[Any]
     slots: tuple[tuple[int, Any], ...]
