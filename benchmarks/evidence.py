@@ -24,6 +24,11 @@ def is_stage(content: Any) -> bool:
     return isinstance(content, dict) and "stage" in content
 
 
+def is_host(content: Any) -> bool:
+    """What `host` writes."""
+    return isinstance(content, list) and all(isinstance(row, dict) and "kernels_us" in row for row in content)
+
+
 def accuracy(validation: Row) -> str:
     """The worst error of each op, backend and dtype, and the share of its budget that it takes."""
     rows: dict[tuple[str, str], dict[str, Row]] = {}

@@ -41,7 +41,7 @@ def files(arguments: argparse.Namespace) -> Files:
 def run(arguments: argparse.Namespace) -> int:
     files = arguments.files or sorted(RESULTS.glob("*/*.json"))
     contents = [read(file) for file in files]
-    rows = [row for content in contents if isinstance(content, list) and not evidence.is_static(content) for row in content]
+    rows = [row for content in contents if isinstance(content, list) and _is_timing(content) for row in content]
     if not rows:
         raise ValueError("FILE: expected at least one file with rows of `speed`, got none")
     if arguments.readme:
@@ -63,11 +63,15 @@ def read(file: Path) -> Any:
         rows = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: expected JSON rows, got {error}") from None
-    if evidence.is_validation(rows) or evidence.is_static(rows) or evidence.is_stage(rows):
+    if any(known(rows) for known in (evidence.is_validation, evidence.is_static, evidence.is_stage, evidence.is_host)):
         return rows
     if not isinstance(rows, list) or any(not isinstance(row, dict) or "p50_ms" not in row for row in rows):
         raise ValueError(f"{file}: expected a list of rows as `speed --json` writes it, got something else")
     return rows
+
+
+def _is_timing(rows: list[Row]) -> bool:
+    return not evidence.is_static(rows) and not evidence.is_host(rows)
 
 
 def by_device(rows: list[Row]) -> list[list[Row]]:

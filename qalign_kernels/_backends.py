@@ -13,7 +13,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -145,7 +144,11 @@ def require_gradient(op: str, backend: str, tensor: Tensor, head_dims: tuple[int
         raise RuntimeError(f"backend: expected one that can run {op} here, got 'triton': its kernels have no backward")
 
 
-def implementation(backend: str, stem: str) -> ModuleType:
-    """The module that implements `stem` for "triton", "tiled" or "reference"."""
+@functools.cache
+def implementation(backend: str, stem: str) -> Any:
+    """The functions that implement `stem` for "triton", "tiled" or "reference"; those of Triton launch again what they launched before."""
     package = {"triton": "_triton", "tiled": "tiled", "reference": "reference"}[backend]
-    return importlib.import_module(f"qalign_kernels.{package}.{stem}")
+    module = importlib.import_module(f"qalign_kernels.{package}.{stem}")
+    if backend != "triton":
+        return module
+    return importlib.import_module("qalign_kernels._triton._replay").replayed(module)

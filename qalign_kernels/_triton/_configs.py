@@ -22,6 +22,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
+_generation = 0
+
+
 class Tile(NamedTuple):
     """Query rows and key columns of one score tile, and how it is run."""
 
@@ -133,11 +136,18 @@ def row_keys(row: dict[str, Any]) -> list[Key]:
 
 def put(key: Key, tile: Tile | None) -> Tile | None:
     """Give `key` the tile in this process, or with None its row back to the more general ones; returns what it had."""
+    global _generation
     before = tiles().pop(key, None)
     if tile is not None:
         tiles()[key] = tile
     choose_tile.cache_clear()
+    _generation += 1
     return before
+
+
+def generation() -> int:
+    """A number that changes with the table: what was chosen under another one may be out of date."""
+    return _generation
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """The one door through which kernels are launched, so that a launch can also be recorded and compiled for a GPU that is not here."""
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,15 @@ class Launch(NamedTuple):
     num_stages: int
 
 
+class _Thread(threading.local):
+    """Who watches the launches of this thread."""
+
+    watcher: Callable | None = None
+
+
 _recorded: list[Launch] | None = None
 _assumed_target: str | None = None
+_thread = _Thread()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **arguments: Any) -> None:
@@ -26,7 +34,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: in
         _recorded.append(Launch(kernel, arguments, num_warps, num_stages))
     else:
         with torch.cuda.device_of(next(x for x in arguments.values() if isinstance(x, torch.Tensor))):  # Triton launches on the current device
-            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+            compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        if _thread.watcher is not None:
+            _thread.watcher(kernel, grid, arguments, compiled)
+
+
+def plain() -> bool:
+    """Whether launches of this thread only run: they are not noted, nor watched."""
+    return _recorded is None and _thread.watcher is None
+
+
+@contextlib.contextmanager
+def watching(watcher: Callable[[Any, tuple[int, ...], dict[str, Any], Any], None]) -> Iterator[None]:
+    """Inside, each launch of this thread is followed by `watcher(kernel, grid, arguments, compiled kernel)`."""
+    _thread.watcher = watcher
+    try:
+        yield
+    finally:
+        _thread.watcher = None
 
 
 @contextlib.contextmanager

@@ -327,3 +327,14 @@ def test_gradients_are_those_of_the_formula(refinement, contrast, device):
 def test_the_map_is_that_of_similarity_argmax(backend, device):
     features, index = draw(device)
     assert torch.equal(similarity_argmax(*features[:2], backend=backend).index, index)
+
+
+def test_repeated_calls_read_their_own_tensors(precision, device):
+    """From the third call on Triton's launches are replayed: on a GPU the results must still be right."""
+    backend, dtype = precision
+    for seed in range(4):
+        features, _ = draw(device, tokens=17, dtype=dtype)
+        features = [x + random_features(*x.shape, seed=10 + seed, dtype=dtype, device=device) / 8 for x in features]
+        output = qalign_attention(*features, backend=backend, scale=0.2)
+        settings = {"refinement": "rearranged", "scale": 0.2}
+        assert judge_formula(output, by_reference(settings), *features, reduction=80).passed
