@@ -1,0 +1,44 @@
+"""Run code in a process of its own whose kernels launch on the stub driver."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qalign_kernels import _backends
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = """
+import json, sys
+from pathlib import Path
+import torch
+from benchmarks.stub_driver import stub_driver
+
+with stub_driver(Path(sys.argv[1])) as stub:
+"""
+
+
+def run_over_stub(body: str, folder: Path) -> Any:
+    """What the code assigns to `result`, by JSON. It sees `torch` and `stub`; what it compiles is kept in `folder`."""
+    if reason := _backends.triton_problem():
+        pytest.skip(reason)
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        pytest.skip("no C compiler (gcc, clang or CC) builds the stub driver")
+    code = HEAD + textwrap.indent(textwrap.dedent(body), "    ") + "\n    print(json.dumps(result))\n"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
