@@ -179,6 +179,13 @@ TRIALS = (
     Trial("attention_backward", "keys", _OPS["attention_gradient"]),
     Trial("attention_backward", "shared keys", _SHARED_GRADIENT),
 )  # fmt: skip
+
+
+def trial_named(name: str) -> Trial:
+    """Look up a trial, such as "similarity joint"."""
+    return next(trial for trial in TRIALS if trial.name == name)
+
+
 CORE = ("similarity joint", "attention counted softmax", "attention softmax", "attention contrast", "attention guided", "similarity topk")
 CORE_HEAD_DIMS = (64, 40, 128)
 
