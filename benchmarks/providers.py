@@ -1,5 +1,6 @@
 """Who may serve a measured op: our backends, the reference, eager PyTorch and its compiled form, SDPA by name, FlexAttention, other peers."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ FORCED_SDPA = {
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 EAGER_SDPA = "eager sdpa"
+FLEX_FLASH = "flex flash"  # FlexAttention on FlashAttention 4, where torch has both
+CHANNEL_PEERS = ("sdpa channels", "varlen channels")
 PEERS = ("fa3", "sageattention", "flash_kmeans")
 FLEX_OPS = ("attention", "attention_counts", "attention_labels", "attention_gradient")
 COMPILED_OPS = ("attention", "similarity_argmax", "qalign_attention")
@@ -39,7 +42,9 @@ def names(op: Op, shape: Shape, device: str, quick: bool) -> list[str]:
     if op.name in COMPILED_OPS and not quick and (cuda or not shape.large):
         result.append("eager compiled")
     if op.name in FLEX_OPS and not quick and (cuda or not shape.large):
-        result.append("flex")
+        result += ["flex", FLEX_FLASH] if cuda else ["flex"]
+    if op.name == "attention_counts" and cuda:
+        result += CHANNEL_PEERS
     return result
 
 
@@ -57,8 +62,10 @@ def build(provider: str, op: Op, x: Inputs) -> Callable[[], Any]:
     if provider == "eager compiled":
         compiled = torch.compile(eager.peer(op.name), dynamic=False)
         return lambda: compiled(x)
-    if provider == "flex":
-        return _flex(op.name, x)
+    if provider in ("flex", FLEX_FLASH):
+        return _flex(op.name, x, {"BACKEND": "FLASH"} if provider == FLEX_FLASH else None)
+    if provider in CHANNEL_PEERS:
+        return peers.counted_sdpa(x) if provider == "sdpa channels" else peers.counted_varlen(x)
     if provider == EAGER_SDPA:
         return lambda: eager.qalign_attention_by_sdpa(x)
     if provider == "flash_kmeans":
@@ -75,10 +82,10 @@ def _forced_sdpa(backend: SDPBackend, x: Inputs) -> Tensor:
         return scaled_dot_product_attention(x.query, x.key, x.value)
 
 
-def _flex(op_name: str, x: Inputs) -> Callable[[], Any]:
+def _flex(op_name: str, x: Inputs, options: dict[str, Any] | None) -> Callable[[], Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(functools.partial(flex_attention, kernel_options=options), dynamic=False)
     if op_name == "attention_counts":
         bias = x.counts.float().log().squeeze(1)
 
@@ -98,7 +105,7 @@ def _flex(op_name: str, x: Inputs) -> Callable[[], Any]:
 
 def flops(provider: str, op: Op, shape: Shape) -> float | None:
     """FLOPs of the op's definition; SDPA and FlexAttention do plain attention whatever they stand beside."""
-    if provider.startswith(SDPA):
+    if provider.startswith(SDPA) and provider not in CHANNEL_PEERS:
         return attention_flops(shape.sizes)
     return op.flops(shape.sizes) if op.flops else None
 

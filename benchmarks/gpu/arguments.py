@@ -6,6 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qalign_kernels._files import replacing
+
+from . import processes
+
 
 class Clock:
     """The seconds that are left of a stage."""
@@ -18,6 +22,8 @@ class Clock:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a stage, whose process ends with the command that started it."""
+    processes.end_with_parent()
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--out", type=Path, required=True, metavar="DIR")
     result.add_argument("--seconds", type=float, required=True, metavar="S")
@@ -25,5 +31,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def write(folder: Path, stage: str, **content: Any) -> None:
-    """The stage's JSON; the key "stage" tells it from files of rows."""
-    (folder / f"{stage}.json").write_text(json.dumps({"stage": stage, **content}, indent=1) + "\n")
+    """Write the stage's JSON; the key "stage" tells it from files of rows."""
+    write_json(folder / f"{stage}.json", {"stage": stage, **content})
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Replace the file as a whole."""
+    with replacing(file) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
