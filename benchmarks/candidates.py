@@ -1,6 +1,6 @@
-"""Tiles that only a GPU can judge: data in candidates.json, tried by `gpu --first` and by `tune`, taken by no kernel.
+"""Tiles that only a GPU can judge: data in candidates.json. `gpu --first` and `tune` try them, no kernel takes them.
 
-A row holds for an op, a mode, a family of architectures and head dims, whatever the dtype and the number of tokens.
+A row holds for an op, a mode, a family of architectures and head dims, for every dtype and number of tokens.
 """
 
 import functools
@@ -23,7 +23,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def tiles(key: Key) -> list[Tile]:
-    """List the candidates of a key, the most promising first, without those that its architecture cannot hold."""
+    """List the candidates of a key that its architecture can hold, the most promising first."""
     family = FAMILIES[_configs.nearest_architecture(key.architecture)]
     place = key.op, key.mode, family
     found = [

@@ -173,7 +173,7 @@ class Plan:
         )  # fmt: skip
 
 
-def result_row(*arguments: Any, layout: str, **figures: Any) -> dict[str, Any]:
+def result_row(*arguments: Any, layout: str = shapes.PROCESSOR, **figures: Any) -> dict[str, Any]:
     """`measure.result_row`, the layout of the inputs and the commit of the checkout."""
     return measure.result_row(*arguments, **figures) | {"layout": layout, "commit": commit()}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks import __main__ as benchmarks_main
 from benchmarks import candidates, evidence, providers, shapes, tune
@@ -324,9 +325,21 @@ def test_sdpa_is_named_by_the_kernel_that_ran(kernel, name):
     assert sdpa_implementation(["void at::native::elementwise_kernel<>", kernel][-1:]) == name
 
 
-@pytest.mark.parametrize("peer", ["sdpa channels"])
+def _varlen_attention(query, key, value, start_q, start_k, max_q, max_k, *, scale, seqused_k):
+    """torch's `varlen_attn`, which has no CPU kernel: rows are [tokens of all sequences, H, D]."""
+    outputs = []
+    for row, used in enumerate(seqused_k.tolist()):
+        own = query[start_q[row] : start_q[row + 1]]
+        parts = [own, *(x[start_k[row] : start_k[row + 1]][:used] for x in (key, value))]
+        outputs.append(sdpa(*(x.transpose(0, 1) for x in parts), scale=scale).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("peer", providers.CHANNEL_PEERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_counts_are_two_channels_of_any_sdpa(peer, dtype):
+def test_counts_are_two_channels_of_any_sdpa(monkeypatch, peer, dtype):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", _varlen_attention)
     op = ops.op_named("attention_counts")
     inputs = shapes.make_inputs(SMALL, False, dtype, "cpu")
     assert op.check(inputs, providers.build(peer, op, inputs)(), "reference")
@@ -459,6 +472,7 @@ def test_validation_merges_its_jobs_and_names_what_is_missing(tmp_path, capsys):
     merged = validation.Merged(tmp_path, jobs, "Toy")
     merged.add(jobs[0], forks.Answer({"rows": [row], "dropped": ["attention, bfloat16, B=9"]}))
     merged.add(jobs[1], forks.Answer(error="ended its process with exit code -11"))
+    assert merged.without_memory() == jobs[:1]
     again = validation.Merged(tmp_path, [], "Toy")
     assert again.conclude() == 1
     said = capsys.readouterr().out
@@ -468,6 +482,8 @@ def test_validation_merges_its_jobs_and_names_what_is_missing(tmp_path, capsys):
     assert evidence.is_validation(again.content)
     text = report.text(tmp_path, [Outcome("validate", "failed", 0.1, "")])
     assert "Not run for want of memory: attention, bfloat16, B=9." in text and "float32 attention (stopped)" in text
+    merged.add(jobs[0], forks.Answer({"rows": [row], "dropped": []}))
+    assert len(merged.content["rows"]) == 1 and not merged.content["dropped"]
 
 
 @pytest.mark.parametrize(("code", "summary", "expected"), [(0, "0 errors", 0), (99, "4 errors", 1)])

@@ -8,8 +8,6 @@ from typing import Any
 
 from qalign_kernels._files import replacing
 
-from . import processes
-
 
 class Clock:
     """The seconds that are left of a stage."""
@@ -22,8 +20,7 @@ class Clock:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Make the parser of a stage, whose process ends with the command that started it."""
-    processes.end_with_parent()
+    """Make the parser of a stage."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--out", type=Path, required=True, metavar="DIR")
     result.add_argument("--seconds", type=float, required=True, metavar="S")

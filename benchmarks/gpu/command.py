@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--first",
         action="store_true",
-        help="in 300 s: is each op right, how fast are the main ones, is another tile faster; warms the compile cache",
+        help="in 300 s: is each op right, how fast are the main ones, is another tile faster",
     )
     parser.add_argument(
         "--minutes",
@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _stage(folder: Path, name: str, module: str, seconds: float, least_seconds: float, *arguments: str) -> Stage:
+def _stage(
+    folder: Path, name: str, module: str, seconds: float, least_seconds: float, *arguments: str
+) -> Stage:
     command = (sys.executable, "-m", "benchmarks.gpu", module, "--out", str(folder), *arguments)
     return Stage(name, command, seconds, least_seconds)
 
@@ -68,7 +70,7 @@ def first_stages(folder: Path) -> list[Stage]:
 
 
 def stages(folder: Path) -> list[Stage]:
-    """List what is measured, the table of the report first; the sum of the least times fits in `LEAST_MINUTES`."""
+    """List what is measured, the table of the report first."""
     return [
         _stage(folder, "environment", "environment", 20, 5),
         _stage(folder, "compile", "measure", 60, 10, "--compile"),
@@ -150,7 +152,10 @@ def execute(plan: list[Stage], folder: Path, seconds: float, report: Report) -> 
     def after_each(outcomes: list[Outcome]) -> None:
         last = outcomes[-1]
         note = f" ({last.note})" if last.note else ""
-        print(f"[{len(outcomes)}/{len(plan)}] {last.stage}: {last.status}, {last.seconds:.0f} s{note}", flush=True)
+        print(
+            f"[{len(outcomes)}/{len(plan)}] {last.stage}: {last.status}, {last.seconds:.0f} s{note}",
+            flush=True,
+        )
         problems[:] = _write_report(folder, outcomes, report)
 
     outcomes = run_all(plan, folder, seconds, after_each)

@@ -48,25 +48,32 @@ def tile_rows(shape: Shape, name: str, right: list[Row]) -> list[Row]:
     key = tile_key(trial.op, trial.mode, shape, DTYPES[0])
     inputs = shapes.make_inputs(shape, True, torch.bfloat16, "cuda")
     shipped = _configs.look_up(key, 2)
-    judged = {tuple(row["tile"]): row for row in right if row["op"] == name and row["shape"] == shape.size and row["tile"]}
+    judged = {
+        tuple(row["tile"]): row
+        for row in right
+        if row["op"] == name and row["shape"] == shape.size and row["tile"]
+    }
     chosen = [Tile(*tile) for tile, row in judged.items() if row.get("right") and row.get("same_bits")]
     graphs: dict[Tile, torch.cuda.CUDAGraph] = {}
     problems: list[Row] = []
-    place = {"what": "tile", "op": name, "shape": shape.size}
+    place: Row = {"what": "tile", "op": name, "shape": shape.size}
     for tile in dict.fromkeys([shipped, *chosen]):
         try:
             with _configs.trying(key, tile):
                 graphs[tile] = capture(lambda: trial.timed.run(inputs, OURS))[0]
         except Exception as error:  # a tile that does not fit is a finding
             torch.cuda.synchronize()
-            problems.append(place | {"tile": tile, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
-    seconds = tune.medians(list(graphs), lambda tile: measure.time_rounds(graphs[tile].replay, 1)[0], TILE_ROUNDS)
+            problems.append(
+                place | {"tile": tile, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            )
+    seconds = tune.medians(
+        list(graphs), lambda tile: measure.time_rounds(graphs[tile].replay, 1)[0], TILE_ROUNDS
+    )
     base = seconds.get(shipped)
-    rows = [
-        place
-        | {"tile": tile, "us": round(time * 1e6, 2), "shipped": tile == shipped, "of_shipped": base and round(time / base, 4)}
-        for tile, time in seconds.items()
-    ]
+    rows: list[Row] = []
+    for tile, time in seconds.items():
+        figures = {"us": round(time * 1e6, 2), "of_shipped": base and round(time / base, 4)}
+        rows.append({**place, "tile": tile, "shipped": tile == shipped, **figures})
     return rows + problems
 
 
@@ -81,7 +88,9 @@ def l2_rows() -> list[Row]:
         for _ in range(TILE_ROUNDS):
             call()
         seconds = (measure.stamp() - start) / TILE_ROUNDS
-        rows.append({"what": "L2", "name": f"sum of {mib} MiB", "value": (mib << 20) / seconds / 1e9, "unit": "GB/s"})
+        rows.append(
+            {"what": "L2", "name": f"sum of {mib} MiB", "value": (mib << 20) / seconds / 1e9, "unit": "GB/s"}
+        )
     matmul = statistics.median(measure.time_rounds(large_matmul(), TILE_ROUNDS))
     return [*rows, {"what": "ceiling", "name": "matmul", "value": matmul_tflops(matmul), "unit": "TFLOP/s"}]
 
@@ -93,7 +102,8 @@ def steps(right: list[Row]) -> dict[str, Callable[[], list[Row]]]:
     }
     for call in tile_calls():
         found.setdefault(
-            f"tiles of {call.name} {call.shape.size}", functools.partial(tile_rows, call.shape, call.name, right)
+            f"tiles of {call.name} {call.shape.size}",
+            functools.partial(tile_rows, call.shape, call.name, right),
         )
     found["L2"] = l2_rows
     return found
@@ -113,7 +123,13 @@ def take(wanted: dict[str, Callable[[], list[Row]]], where: Files, clock: argume
         try:
             rows += step()
         except Exception as error:  # the next step is worth having
-            rows.append({"what": "error", "name": name, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+            rows.append(
+                {
+                    "what": "error",
+                    "name": name,
+                    "error": f"{type(error).__name__}: {error}".splitlines()[0][:300],
+                }
+            )
             torch.cuda.synchronize()  # ends the process where the device is lost
         where.write_rows(rows)
         where.journal.add("end", name)

@@ -51,7 +51,9 @@ def core_table(rows: Sequence[Row]) -> str:
         of_sdpa = ratio(row, sdpa) if sdpa else None
         share = row["graph_tflops"] and row["graph_tflops"] / row["ceiling_tflops"]
         time = "not captured" if row["graph_p50_ms"] is None else f"{1e3 * row['graph_p50_ms']:.1f}"
-        provider = f"{row['provider']} ({row['implementation']})" if row["implementation"] else row["provider"]
+        provider = (
+            f"{row['provider']} ({row['implementation']})" if row["implementation"] else row["provider"]
+        )
         figures = ("-" if value is None else f"{value:.2f}" for value in (of_sdpa, share))
         host = "-" if row["host_us"] is None else f"{row['host_us']:.0f}"
         lines.append((row["op"], str(row["shape"]), provider, time, *figures, host))
@@ -76,7 +78,10 @@ def kernel_table(rows: Sequence[Row]) -> str:
 def tile_table(rows: Sequence[Row]) -> str:
     """Lay out the tiles of each trial and shape, the fastest first."""
     found = [row for row in rows if row["what"] == "tile" and "us" in row]
-    order = {name: position for position, name in enumerate(dict.fromkeys((row["op"], *row["shape"]) for row in found))}
+    order = {
+        name: position
+        for position, name in enumerate(dict.fromkeys((row["op"], *row["shape"]) for row in found))
+    }
     found.sort(key=lambda row: (order[(row["op"], *row["shape"])], row["us"]))
     lines = [
         (row["op"], str(row["shape"]), str(row["tile"]), f"{row['us']:.1f}", _relative(row)) for row in found
@@ -90,8 +95,16 @@ def _relative(row: Row) -> str:
 
 def other_lines(rows: Sequence[Row]) -> str:
     """List the ceilings and the steps that failed."""
-    lines = [f"- {row['name']}: {row['value']:.0f} {row['unit']}" for row in rows if row["what"] in ("L2", "ceiling")]
-    lines += [f"- FAILED {row['what']} {row.get('name', '')} {row.get('tile', '')}: {row['error']}" for row in rows if "error" in row]
+    lines = [
+        f"- {row['name']}: {row['value']:.0f} {row['unit']}"
+        for row in rows
+        if row["what"] in ("L2", "ceiling")
+    ]
+    lines += [
+        f"- FAILED {row['what']} {row.get('name', '')} {row.get('tile', '')}: {row['error']}"
+        for row in rows
+        if "error" in row
+    ]
     return "\n".join(lines) or "Not measured."
 
 

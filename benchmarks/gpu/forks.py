@@ -1,4 +1,4 @@
-"""Functions in processes of their own, which start with everything imported and no device: a fork server has it ready."""
+"""Functions in processes of their own, forked from a server that has everything imported and no device."""
 
 import multiprocessing
 import os
@@ -9,8 +9,20 @@ from typing import Any, NamedTuple
 
 from . import processes
 
-STEMS = ("attention", "attention_backward", "distillation", "probe", "qalign_attention", "rearrange", "similarity")
-PRELOADED = ("benchmarks.gpu.right", "benchmarks.gpu.validation", *(f"qalign_kernels._triton.{stem}" for stem in STEMS))
+STEMS = (
+    "attention",
+    "attention_backward",
+    "distillation",
+    "probe",
+    "qalign_attention",
+    "rearrange",
+    "similarity",
+)
+PRELOADED = (
+    "benchmarks.gpu.right",
+    "benchmarks.gpu.validation",
+    *(f"qalign_kernels._triton.{stem}" for stem in STEMS),
+)
 
 
 class Answer(NamedTuple):

@@ -1,8 +1,8 @@
-"""Stage "gluon": a prototype of the joint argmax for Hopper that has never run: one warp loads, eight multiply.
+"""Stage "gluon": a prototype of the joint argmax for Hopper. One warp loads, eight multiply. It has never run.
 
-Triton's Gluon gives each warp its role. A producer copies tiles of queries and reference with the bulk copy engine
-into a ring of buffers; the consumers multiply each buffer and keep the best score and its index for every query.
-Each program takes a part of the reference tokens; the parts meet in PyTorch. It may hang, so it comes last.
+Triton's Gluon gives each warp its role. A producer copies tiles of queries and reference with the bulk copy
+engine into a ring of buffers; the consumers multiply each buffer and keep the best score and its index for every
+query. Each program takes a part of the reference tokens; the parts meet in PyTorch. It may hang: it comes last.
 """
 
 import statistics
@@ -44,7 +44,19 @@ TILES = (Tile(128, 256, 4, 4), Tile(128, 256, 3, 4), Tile(128, 128, 4, 4), Tile(
 
 
 @gluon.jit
-def _produce(query, reference, query_ring, reference_ring, full, empty, row, first, tiles, channels, BUFFERS: gl.constexpr):
+def _produce(
+    query,
+    reference,
+    query_ring,
+    reference_ring,
+    full,
+    empty,
+    row,
+    first,
+    tiles,
+    channels,
+    BUFFERS: gl.constexpr,
+):
     """Copy the channels of the queries and of one reference tile after the other."""
     BLOCK_K: gl.constexpr = query.block_type.shape[1]
     BLOCK_N: gl.constexpr = reference.block_type.shape[0]
@@ -56,15 +68,32 @@ def _produce(query, reference, query_ring, reference_ring, full, empty, row, fir
             mbarrier.expect(full.index(slot), query.block_type.nbytes + reference.block_type.nbytes)
             tma.async_copy_global_to_shared(query, [row, channel], full.index(slot), query_ring.index(slot))
             start = (first + tile) * BLOCK_N
-            tma.async_copy_global_to_shared(reference, [start, channel], full.index(slot), reference_ring.index(slot))
+            tma.async_copy_global_to_shared(
+                reference, [start, channel], full.index(slot), reference_ring.index(slot)
+            )
             step += 1
 
 
 @gluon.jit
 def _consume(
-    query_ring, reference_ring, full, empty, norm_ptr, score_ptr, index_ptr, row, out, first, tiles, channels,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BUFFERS: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
+    query_ring,
+    reference_ring,
+    full,
+    empty,
+    norm_ptr,
+    score_ptr,
+    index_ptr,
+    row,
+    out,
+    first,
+    tiles,
+    channels,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BUFFERS: gl.constexpr,
+    WARPS: gl.constexpr,
+):
     """Keep the best score of each query and the lowest index that has it."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_N, 16]
@@ -99,9 +128,18 @@ def _consume(
 
 @gluon.jit
 def joint_kernel(
-    query, reference, norm_ptr, score_ptr, index_ptr, tokens, tiles, channels, BUFFERS: gl.constexpr, WARPS: gl.constexpr
-):  # fmt: skip
-    """Descriptors of bf16 [N, C] queries and reference, their tiles as blocks; results fp32 and int32 [parts, N]."""
+    query,
+    reference,
+    norm_ptr,
+    score_ptr,
+    index_ptr,
+    tokens,
+    tiles,
+    channels,
+    BUFFERS: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Descriptors of bf16 [N, C] queries and reference, their tiles as blocks; fp32 and int32 [parts, N]."""
     BLOCK_M: gl.constexpr = query.block_type.shape[0]
     BLOCK_K: gl.constexpr = query.block_type.shape[1]
     BLOCK_N: gl.constexpr = reference.block_type.shape[0]
@@ -119,18 +157,45 @@ def joint_kernel(
             (
                 _consume,
                 (
-                    query_ring, reference_ring, full, empty, norm_ptr, score_ptr, index_ptr, row, out, first, tiles, channels,
-                    BLOCK_M, BLOCK_N, BLOCK_K, BUFFERS, WARPS,
+                    query_ring,
+                    reference_ring,
+                    full,
+                    empty,
+                    norm_ptr,
+                    score_ptr,
+                    index_ptr,
+                    row,
+                    out,
+                    first,
+                    tiles,
+                    channels,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    BUFFERS,
+                    WARPS,
                 ),
             ),
             (
                 _produce,
-                (query, reference, query_ring, reference_ring, full, empty, row, first, tiles, channels, BUFFERS),
+                (
+                    query,
+                    reference,
+                    query_ring,
+                    reference_ring,
+                    full,
+                    empty,
+                    row,
+                    first,
+                    tiles,
+                    channels,
+                    BUFFERS,
+                ),
             ),
         ],
         [1],
         [PRODUCER_REGISTERS],
-    )  # fmt: skip
+    )
 
 
 class Joint(NamedTuple):
@@ -140,7 +205,7 @@ class Joint(NamedTuple):
     reference: torch.Tensor
     norm: torch.Tensor
     score: torch.Tensor
-    index: torch.Tensor
+    match: torch.Tensor
     tile: Tile
 
     def launch(self) -> Any:
@@ -152,14 +217,23 @@ class Joint(NamedTuple):
         grid = tokens // tile.block_m, tile.parts
         tiles = tokens // tile.block_n // tile.parts
         return joint_kernel[grid](
-            query, reference, self.norm, self.score, self.index, tokens, tiles, channels, BUFFERS=tile.buffers,
-            WARPS=WARPS, num_warps=WARPS,
-        )  # fmt: skip
+            query,
+            reference,
+            self.norm,
+            self.score,
+            self.match,
+            tokens,
+            tiles,
+            channels,
+            BUFFERS=tile.buffers,
+            WARPS=WARPS,
+            num_warps=WARPS,
+        )
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Let the parts meet: the best score and its index, of equal ones the lowest."""
         score, part = self.score.max(0)
-        return score, self.index.gather(0, part[None])[0]
+        return score, self.match.gather(0, part[None])[0]
 
 
 def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:

@@ -3,6 +3,7 @@
 The stages write into a folder of their own beside many logs; a thread copies what has changed.
 """
 
+import contextlib
 import io
 import json
 import tarfile
@@ -44,6 +45,7 @@ class Publisher:
 
     def __init__(self, work: Path, out: Path, layout: Layout) -> None:
         self._work, self._out, self._layout = work, out, layout
+        self._seen: dict[str, tuple[int, ...]] = {}
         self._shown: dict[str, tuple[int, ...]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -87,22 +89,25 @@ class Publisher:
     def _follow(self) -> None:
         archived = time.monotonic()
         while not self._stop.wait(SECONDS_BETWEEN_LOOKS):
-            self.show()
-            if time.monotonic() - archived > SECONDS_BETWEEN_ARCHIVES:
-                self.archive()
-                archived = time.monotonic()
+            with contextlib.suppress(
+                OSError
+            ):  # a disk that is full now may have room later; the last call raises
+                self.show()
+                if time.monotonic() - archived > SECONDS_BETWEEN_ARCHIVES:
+                    self.archive()
+                    archived = time.monotonic()
 
     def _changed(self, name: str, sources: Sequence[str]) -> bool:
         """Whether a source has been written since `name` was shown."""
         files = [self._work / source for source in sources]
         state = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
-        changed = any(state) and state != self._shown.get(name)
-        self._shown[name] = state
-        return changed
+        self._seen[name] = state
+        return any(state) and state != self._shown.get(name)
 
     def _write(self, name: str, text: str) -> None:
         with replacing(self._out / name) as unfinished:
             unfinished.write_text(text)
+        self._shown[name] = self._seen[name]
 
 
 def _content(file: Path) -> Any:

@@ -1,5 +1,7 @@
-"""Stage "right": whether every op and every candidate tile is right and repeats bit by bit, each call in a process
-of its own, side by side. Whatever one does to its device, the others are judged; and all is compiled afterwards.
+"""Stage "right": whether every op and every candidate tile is right and repeats bit by bit.
+
+Each call has a process of its own, side by side: whatever one does to its device, the others are judged. What the
+next stages time is compiled afterwards.
 """
 
 import contextlib
@@ -53,11 +55,17 @@ class Call(NamedTuple):
 
 
 def calls() -> list[Call]:
-    """List what is judged: what the next stages time, core ops, their tiles, everything else; bfloat16 first."""
+    """List what is judged: what the next stages time, core ops, tiles, everything else; bfloat16 first."""
     timed = [Call(op, shape, PROCESSOR, DTYPES[0]) for shape in core_shapes() for op in CORE_OPS]
     others = [op.name for op in OPS if op.name not in CORE_OPS and not op.correlated]
     core, half = (_everywhere(CORE_OPS, dtype) for dtype in DTYPES)
-    return [*timed, *core, *tile_calls(), *half, *(call for dtype in DTYPES for call in _everywhere(others, dtype))]
+    return [
+        *timed,
+        *core,
+        *tile_calls(),
+        *half,
+        *(call for dtype in DTYPES for call in _everywhere(others, dtype)),
+    ]
 
 
 def _everywhere(names: Sequence[str], dtype: str) -> list[Call]:
@@ -82,7 +90,7 @@ def tile_shapes() -> list[Shape]:
 
 
 def tile_key(op: str, mode: str, shape: Shape, dtype: str) -> Key:
-    """Give the key by which a launch on this machine looks up its tile, for inputs as processors have them."""
+    """Give the key by which a launch here looks up its tile, for inputs as processors have them."""
     folded = mode in ("joint", "topk") and shape.heads * shape.head_dim % FOLDED_HEAD_DIM == 0
     head_dim = FOLDED_HEAD_DIM if folded else shape.head_dim
     tokens, triton = _configs.token_bucket(shape.tokens), _configs.triton_minor()

@@ -1,6 +1,6 @@
-"""Stage "validate": `qalign_kernels.validate --quick` on the device, op by op in as many processes as there are cores.
+"""Stage "validate": `qalign_kernels.validate --quick` on the device, in as many processes as there are cores.
 
-Core ops and bfloat16 come first; a second call takes what the first has not ended. The file has what is known so far.
+A process has one op in one dtype. Core ops come first, then bfloat16. The file has what is known so far.
 """
 
 import json
@@ -19,10 +19,16 @@ from . import arguments, forks
 
 DTYPES = ("bfloat16", "float16", "float32")
 CORE = (
-    "qalign_attention rearranged", "similarity_argmax", "attention counts", "attention", "attention contrast", "similarity_argmax packed",
-    "similarity_topk", "rearrange_kv", "match_counts",
-)  # fmt: skip
-GIB_OF_A_JOB = 4  # the float64 truth of one case at 4096 tokens, most of the time less
+    "qalign_attention rearranged",
+    "similarity_argmax",
+    "attention counts",
+    "attention",
+    "attention contrast",
+    "similarity_argmax packed",
+    "similarity_topk",
+    "rearrange_kv",
+    "match_counts",
+)
 SECONDS_TO_START = 8.0
 
 
@@ -47,15 +53,13 @@ def jobs(core: bool) -> list[Job]:
     return [Job(dtype, name) for dtype in DTYPES for name in names]
 
 
-def _memory_gib() -> int:
-    return torch.cuda.get_device_properties(0).total_memory >> 30
-
-
 def rows(job: Job) -> dict[str, Any]:
     """Validate one op in one dtype on the device."""
     device = torch.device("cuda", 0)
     probe = torch.empty(1, dtype=validate.DTYPES[job.dtype], device=device)
-    backends = [name for name in ("triton", "tiled") if name == "tiled" or _backends.triton_refusal(probe, ()) is None]
+    backends = [
+        name for name in ("triton", "tiled") if name == "tiled" or _backends.triton_refusal(probe, ()) is None
+    ]
     found = validate.run_op(job.op, backends, job.dtype, device, quick=True)
     return {"rows": [row._asdict() for row in found.rows], "dropped": found.dropped}
 
@@ -67,55 +71,70 @@ def run(job: Job, folder: Path, clock: arguments.Clock) -> forks.Answer:
     return forks.ask(rows, job, log=job.log(folder), seconds=clock.left())
 
 
-def run_all(chosen: list[Job], folder: Path, clock: arguments.Clock) -> Iterator[tuple[Job, forks.Answer]]:
+def run_all(
+    chosen: list[Job], folder: Path, clock: arguments.Clock, workers: int
+) -> Iterator[tuple[Job, forks.Answer]]:
     """Yield each job as it ends."""
-    forks.preload()
-    workers = min(len(chosen), os.cpu_count() or 1, _memory_gib() // GIB_OF_A_JOB)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(run, job, folder, clock): job for job in chosen}
         for future in as_completed(waiting):
             yield waiting[future], future.result()
 
 
 class Merged:
-    """validate.json: one file like that of `validate --json`, and the names of what has not ended, with the reason."""
+    """validate.json: one file like that of `validate --json`, and what has not ended, with the reason."""
 
     def __init__(self, folder: Path, chosen: list[Job], device: str) -> None:
         self._file = folder / "validate.json"
         nothing: dict[str, Any] = {"device": [device], "rows": [], "dropped": [], "unfinished": {}}
-        self.content = json.loads(self._file.read_text()) if self._file.is_file() else nothing
-        self.content["unfinished"] |= {job.name: "stopped" for job in chosen}
+        self._before = json.loads(self._file.read_text()) if self._file.is_file() else nothing
+        self._answers = {job: forks.Answer(error="stopped") for job in chosen}
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Join what earlier stages wrote and the last answer of every job."""
+        found = [self._before, *(answer.value for answer in self._answers.values() if answer.value)]
+        missing = {job.name: answer.error for job, answer in self._answers.items() if not answer.value}
+        joined = {name: [item for part in found for item in part[name]] for name in ("rows", "dropped")}
+        return {
+            "device": self._before["device"],
+            **joined,
+            "unfinished": self._before["unfinished"] | missing,
+        }
 
     def add(self, job: Job, answer: forks.Answer) -> None:
-        """Take what a job gave."""
-        if answer.value:
-            self.content["rows"] += answer.value["rows"]
-            self.content["dropped"] += answer.value["dropped"]
-            del self.content["unfinished"][job.name]
-        else:
-            self.content["unfinished"][job.name] = answer.error
+        """Take what a job gave, in place of what it gave before."""
+        self._answers[job] = answer
         arguments.write_json(self._file, self.content)
+
+    def without_memory(self) -> list[Job]:
+        """List the jobs that dropped a case."""
+        return [job for job, answer in self._answers.items() if answer.value and answer.value["dropped"]]
 
     def conclude(self) -> int:
         """Print the sums; 1 where a case failed, or a job has not ended."""
-        failures = [failure for row in self.content["rows"] for failure in row["failures"]]
-        for failure in failures:
-            print(f"FAILED {failure}")
-        for case in self.content["dropped"]:
-            print(f"not run for want of memory: {case}")
-        for name, reason in self.content["unfinished"].items():
-            print(f"not ended: {name}, {reason}")
-        cases, unfinished = sum(row["cases"] for row in self.content["rows"]), len(self.content["unfinished"])
-        print(f"{cases} cases, {len(failures)} failed, {unfinished} ops not ended")
-        return 1 if failures or unfinished or not self.content["rows"] else 0
+        content = self.content
+        failures = [failure for row in content["rows"] for failure in row["failures"]]
+        lines = [f"FAILED {failure}" for failure in failures]
+        lines += [f"not run for want of memory: {case}" for case in content["dropped"]]
+        lines += [f"not ended: {name}, {reason}" for name, reason in content["unfinished"].items()]
+        cases = sum(row["cases"] for row in content["rows"])
+        print(*lines, sep="\n")
+        print(f"{cases} cases, {len(failures)} failed, {len(content['unfinished'])} ops not ended")
+        return 1 if failures or content["unfinished"] or not content["rows"] else 0
 
 
 def main() -> int:
     parser = arguments.parser(__doc__)
     parser.add_argument("--core", action="store_true")
     options = parser.parse_args()
+    clock = arguments.Clock(options.seconds)
     chosen = jobs(options.core)
     merged = Merged(options.out, chosen, f"{measure.device_name('cuda')}, torch {torch.__version__}")
-    for job, answer in run_all(chosen, options.out, arguments.Clock(options.seconds)):
+    forks.preload()
+    for job, answer in run_all(chosen, options.out, clock, os.cpu_count() or 1):
         merged.add(job, answer)
+    for job, answer in run_all(merged.without_memory(), options.out, clock, workers=1):  # with all of it
+        if answer.value:
+            merged.add(job, answer)
     return merged.conclude()

@@ -1,6 +1,7 @@
 """Measures groups, one after the other, in one process. Whatever a peer does, the others are measured; see `measure` for what ends the process."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,7 +94,7 @@ def measure_groups(groups: list[Group], where: Files, clock: arguments.Clock) ->
 def measure(group: Group, journal: Journal, clock: arguments.Clock) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows after each repeat. Visits alternate, there and back, so that drift cancels in their ratios,
     and the ceiling that shares are shares of is measured between the repeats."""
-    torch.compiler.reset()
+    _forget_compiled()
     torch.cuda.empty_cache()
     inputs = _inputs(group)
     found: dict[Visit, Measured] = {}
@@ -113,6 +114,12 @@ def measure(group: Group, journal: Journal, clock: arguments.Clock) -> Iterator[
             yardstick, tflops = found.get(DEFAULT[0]), matmul_tflops(percentiles(ceiling_seconds)[1])
             yield [_row(visit, group, measured, yardstick, tflops) for visit, measured in found.items()]
     journal.add("end", group.name)
+
+
+def _forget_compiled() -> None:
+    """Reset torch.compile where a peer has used it: to import it takes seconds."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _time_all(order: list[Measured], reverse: bool) -> None:
@@ -254,7 +261,7 @@ def _row(
 def call_once(groups: list[Group], clock: arguments.Clock) -> None:
     """Only that everything is compiled: what fails here is reported where it is measured."""
     for group in groups:
-        torch.compiler.reset()
+        _forget_compiled()
         inputs = _inputs(group)
         for op_name, provider in group.visits:
             if clock.left() < 0:
