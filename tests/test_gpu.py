@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import candidates, evidence, providers, shapes, tune
+from benchmarks import candidates, evidence, providers, shapes, trials, tune
 from benchmarks.gpu import (
     arguments,
     command,
@@ -33,7 +33,7 @@ from benchmarks.gpu.must_show import DEFAULT, EAGER, FASTEST, OURS, Bar, Line
 from benchmarks.gpu.plan import Group
 from benchmarks.gpu.stages import Outcome, Stage
 from benchmarks.shapes import Shape
-from qalign_kernels import validate
+from qalign_kernels import _backends, validate
 from qalign_kernels._triton import _configs
 from qalign_kernels.bench import ops
 
@@ -298,6 +298,22 @@ def test_first_contact_begins_with_core_ops_in_bfloat16(monkeypatch):
     assert {(call.name, call.dtype) for call in calls if not call.tile} == {
         (op.name, dtype) for op in ops.OPS if not op.correlated for dtype in right.DTYPES
     }
+
+
+def test_candidates_are_what_is_launched(monkeypatch):
+    if problem := _backends.triton_problem():
+        pytest.skip(problem)
+    from qalign_kernels._triton._launch import recording
+
+    monkeypatch.setattr(right, "target_of", lambda device: "sm_90")
+    for call in right.tile_calls():
+        small = call.shape._replace(batch=1, tokens=1032)  # in the bucket of 4096
+        inputs = shapes.make_inputs(small, True, torch.float16, "cpu")
+        tried = call._replace(shape=small, dtype="float16")
+        with right._trying(tried), recording("sm_90") as launches:
+            trials.trial_named(call.name).timed.run(inputs, "triton")
+        found = {(one.arguments.get("BLOCK_M"), one.arguments.get("BLOCK_N"), one.num_warps, one.num_stages) for one in launches}
+        assert tuple(call.tile) in found, call
 
 
 def test_candidates_are_tiles_of_this_table_that_fit():

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ def driver(tmp_path_factory) -> Path:
     """Where the stub driver and what was compiled are kept for all tests."""
     if reason := _backends.triton_problem():
         pytest.skip(reason)
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        pytest.skip("no C compiler (gcc, clang or CC) builds the stub driver")
     return tmp_path_factory.mktemp("driver")
 
 
@@ -112,13 +115,16 @@ def test_everything_from_end_to_end(driver, tmp_path):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_files_are_whole_whenever_it_is_killed(driver, tmp_path, name):
     process = _start(driver, tmp_path, *COMMANDS[name])
-    second = random.uniform(10, 35)
+    out = tmp_path / "out"
+    while not out.exists() and process.poll() is None:
+        time.sleep(0.1)
+    second = random.uniform(0, 25)
     time.sleep(second)
     process.kill()
     killed = time.time()
     process.wait()
-    out, works = tmp_path / "out", list((tmp_path / "work").glob("qalign-gpu-*"))
-    assert works, f"killed after {second:.1f} s: {(tmp_path / 'said').read_text()}"
+    works = list((tmp_path / "work").glob("qalign-gpu-*"))
+    assert works, (tmp_path / "said").read_text()
     assert _ended(works[0]), f"killed after {second:.1f} s"
     shown = list(out.rglob("*"))
     assert len(shown) <= MOST_FILES and all(file.parent == out for file in shown)

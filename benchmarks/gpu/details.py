@@ -23,7 +23,7 @@ from . import arguments
 from .ceilings import large_matmul, matmul_tflops
 from .kernels import kernels
 from .plan import core_shapes
-from .right import DTYPES, tile_calls, tile_key
+from .right import DTYPES, ITEMSIZE, tile_calls, tile_key
 from .worker import OURS, Files, capture, files
 
 SECONDS_OF_STEP = 3.0
@@ -47,7 +47,7 @@ def tile_rows(shape: Shape, name: str, right: list[Row]) -> list[Row]:
     trial = trials.trial_named(name)
     key = tile_key(trial.op, trial.mode, shape, DTYPES[0])
     inputs = shapes.make_inputs(shape, True, torch.bfloat16, "cuda")
-    shipped = _configs.look_up(key, 2)
+    shipped = _configs.look_up(key, ITEMSIZE)
     judged = {
         tuple(row["tile"]): row
         for row in right
