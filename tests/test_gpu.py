@@ -1,10 +1,12 @@
 """The GPU run, without a GPU: stages that fail, hang and overrun, workers that die, verdicts, plans, the report."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tarfile
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from benchmarks import candidates, evidence, providers, shapes, trials, tune
 from benchmarks.gpu import (
     arguments,
     command,
+    first_report,
     forks,
     measure,
     must_show,
@@ -28,7 +31,7 @@ from benchmarks.gpu import (
     worker,
 )
 from benchmarks.gpu.journal import Journal
-from benchmarks.gpu.kernels import sdpa_implementation
+from benchmarks.gpu.kernels import kernels, sdpa_implementation
 from benchmarks.gpu.must_show import DEFAULT, EAGER, FASTEST, OURS, Bar, Line
 from benchmarks.gpu.plan import Group
 from benchmarks.gpu.stages import Outcome, Stage
@@ -349,6 +352,40 @@ def _varlen_attention(query, key, value, start_q, start_k, max_q, max_k, *, scal
         parts = [own, *(x[start_k[row] : start_k[row + 1]][:used] for x in (key, value))]
         outputs.append(sdpa(*(x.transpose(0, 1) for x in parts), scale=scale).transpose(0, 1))
     return torch.cat(outputs)
+
+
+def test_kernels_are_those_of_one_call_without_the_flush(monkeypatch):
+    Event = namedtuple("Event", "key device_time_total count")
+    events = [Event("short", 40.0, 20), Event("long", 90.0, 10), Event("Memset (Device)", 900.0, 10), Event("cpu", 0, 1)]
+
+    class Profile(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def key_averages(self):
+            return events
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: Profile())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = kernels(lambda: None, rounds=10)
+    assert found == [("long", 9.0, 1.0), ("short", 2.0, 2.0)]
+    rows = [{"what": "kernel", "shape": [1, 2], "name": name, "us": us, "launches": n} for name, us, n in found]
+    assert "| [1, 2] | long | 9.0 | 1 |" in first_report.kernel_table(rows)
+
+
+def test_first_report_names_what_is_wrong_and_what_is_missing(tmp_path):
+    row = {"op": "attention", "shape": [1, 2, 3, 4], "layout": "processor", "dtype": "bfloat16", "tile": None}
+    rows = [row | {"right": True, "same_bits": True}, row | {"error": "illegal address"}]
+    rows += [row | {"right": True, "same_bits": False}, row | {"right": False, "same_bits": True, "tile": [1, 2, 3, 4]}]
+    arguments.write_json(tmp_path / "right.json", rows)
+    text = first_report.text(tmp_path, [Outcome("right", "failed", 3.0, "")])
+    assert "1 of 4 calls are right" in text and "bfloat16: illegal address" in text
+    assert "two calls differ in bits" in text and "tile [1, 2, 3, 4]: wrong" in text and "Not measured." in text
+
+
+def test_what_json_has_no_word_for_is_null(tmp_path):
+    arguments.write_json(tmp_path / "rows.json", [{"error": float("inf"), "tile": (1, float("nan"))}])
+    assert json.loads((tmp_path / "rows.json").read_text()) == [{"error": None, "tile": [1, None]}]
 
 
 @pytest.mark.parametrize("peer", providers.CHANNEL_PEERS)

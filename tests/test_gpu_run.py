@@ -70,6 +70,15 @@ def _run(driver: Path, folder: Path, *words: str) -> Path:
     return folder / "out"
 
 
+def _read(file: Path):
+    """What the file holds; NaN and infinities, which Python reads, are no JSON."""
+
+    def refuse(word):
+        raise ValueError(f"{file}: expected JSON, got {word}")
+
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
 def _statuses(run: dict) -> dict[str, str]:
     return {outcome["stage"]: outcome["status"] for outcome in run["stages"]["outcomes"]}
 
@@ -78,7 +87,7 @@ def test_first_contact_from_end_to_end(driver, tmp_path):
     """It needs no package but torch, Triton and numpy, which the stub makes sure of."""
     out = _run(driver, tmp_path, *COMMANDS["first"])
     assert {file.name for file in out.iterdir()} == set(command.FIRST.files)
-    first = json.loads((out / "first.json").read_text())
+    first = _read(out / "first.json")
     statuses = _statuses(first)
     assert list(statuses) == ["environment", "right", "core", "details", "gluon"], (
         tmp_path / "said"
@@ -97,15 +106,15 @@ def test_first_contact_from_end_to_end(driver, tmp_path):
 def test_everything_from_end_to_end(driver, tmp_path):
     out = _run(driver, tmp_path, *COMMANDS["minutes"])
     assert {file.name for file in out.iterdir()} == set(command.WHOLE.files)
-    run = json.loads((out / "run.json").read_text())
+    run = _read(out / "run.json")
     statuses = _statuses(run)
     assert len(statuses) == len(command.stages(tmp_path)), (tmp_path / "said").read_text()
     assert {statuses[name] for name in ("environment", "must_show", "speed", "sanitizer")} == {"ok"}, statuses
-    assert {row["op"] for row in json.loads((out / "speed.json").read_text())} >= {
+    assert {row["op"] for row in _read(out / "speed.json")} >= {
         "match_counts",
         "rearrange_kv",
     }
-    validated = json.loads((out / "validate.json").read_text())
+    validated = _read(out / "validate.json")
     assert {row["op"] for row in validated["rows"]} == {"match_counts", "rearrange_kv"} and not validated[
         "unfinished"
     ]
@@ -128,7 +137,7 @@ def test_files_are_whole_whenever_it_is_killed(driver, tmp_path, name):
     assert _ended(works[0]), f"killed after {second:.1f} s"
     shown = list(out.rglob("*"))
     assert len(shown) <= MOST_FILES and all(file.parent == out for file in shown)
-    contents = {file.name: json.loads(file.read_text()) for file in out.glob("[!.]*.json")}
+    contents = {file.name: _read(file) for file in out.glob("[!.]*.json")}
     for archive in out.glob("[!.]*.tar.gz"):
         with tarfile.open(archive) as logs:
             assert logs.getnames()
@@ -138,7 +147,7 @@ def test_files_are_whole_whenever_it_is_killed(driver, tmp_path, name):
         if written.stat().st_mtime > killed - LAG_SECONDS:
             continue
         found = contents[layout.whole][written.stem] if stage else contents[written.name]
-        assert found == json.loads(written.read_text()), f"{written.name}, killed after {second:.1f} s"
+        assert found == _read(written), f"{written.name}, killed after {second:.1f} s"
 
 
 def _ended(work: Path) -> bool:

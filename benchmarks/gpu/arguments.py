@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,14 @@ def write(folder: Path, stage: str, **content: Any) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Replace the file as a whole."""
+    """Replace the file as a whole; what is not finite, which JSON has no word for, is null."""
     with replacing(file) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -101,7 +101,7 @@ def other_lines(rows: Sequence[Row]) -> str:
         if row["what"] in ("L2", "ceiling")
     ]
     lines += [
-        f"- FAILED {row['what']} {row.get('name', '')} {row.get('tile', '')}: {row['error']}"
+        f"- FAILED {row.get('name') or (row['op'], row['shape'], row['tile'])}: {row['error']}"
         for row in rows
         if "error" in row
     ]

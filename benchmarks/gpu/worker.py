@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qalign_kernels._files import replacing
 from qalign_kernels.bench import measure as measurement
 from qalign_kernels.bench.measure import DTYPES, percentiles, time_rounds
 from qalign_kernels.bench.ops import Op, op_named
@@ -65,8 +64,7 @@ class Files(NamedTuple):
         return json.loads(self.rows.read_text()) if self.rows.is_file() else []
 
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
-        with replacing(self.rows) as unfinished:
-            unfinished.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        arguments.write_json(self.rows, rows)
 
 
 def files(folder: Path, plan: str) -> Files:
