@@ -1,5 +1,6 @@
 """Who may serve a measured op: our backends, the reference, eager PyTorch and its compiled form, SDPA by name, FlexAttention, other peers."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,11 @@ FORCED_SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+IMPLEMENTATIONS = {
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
+    SDPBackend.MATH: "math",
 }
 EAGER_SDPA = "eager sdpa"
 FLEX_FLASH = "flex flash"  # FlexAttention on FlashAttention 4, where torch has both
@@ -75,6 +81,22 @@ def build(provider: str, op: Op, x: Inputs) -> Callable[[], Any]:
     if provider == SDPA:
         return lambda: scaled_dot_product_attention(x.query, x.key, x.value)
     return lambda: _forced_sdpa(FORCED_SDPA[provider], x)
+
+
+def sdpa_implementation(provider: str, x: Inputs) -> str | None:
+    """Name what torch chooses for SDPA on these inputs, without a profiler; None for what is not SDPA."""
+    if provider not in (SDPA, *FORCED_SDPA):
+        return None
+    forced = FORCED_SDPA.get(provider)
+    with sdpa_kernel(forced) if forced else contextlib.nullcontext():
+        chosen = SDPBackend(torch._fused_sdp_choice(x.query, x.key, x.value))
+    return _flash_implementation() if chosen == SDPBackend.FLASH_ATTENTION else IMPLEMENTATIONS.get(chosen, chosen.name)
+
+
+def _flash_implementation() -> str:
+    """Name the FlashAttention that this torch is set to: FA2 unless another one was activated."""
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    return active or "FA2"
 
 
 def _forced_sdpa(backend: SDPBackend, x: Inputs) -> Tensor:

@@ -141,7 +141,7 @@ def test_stages_fit_in_the_time_of_the_command(tmp_path):
 
 def test_first_contact_fits_in_300_seconds(tmp_path):
     stages = command.first_stages(tmp_path)
-    assert [stage.name for stage in stages] == ["environment", "right", "core", "details", "gluon"]
+    assert [stage.name for stage in stages] == ["environment", "right", "core", "kernels", "tiles", "gluon"]
     assert sum(stage.seconds for stage in stages[:-2]) + sum(stage.least_seconds for stage in stages[-2:]) < 280
     assert command.FIRST_SECONDS < 300
     for stage in (*stages, *command.stages(tmp_path)):
@@ -369,8 +369,15 @@ def test_kernels_are_those_of_one_call_without_the_flush(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     found = kernels(lambda: None, rounds=10)
     assert found == [("long", 9.0, 1.0), ("short", 2.0, 2.0)]
-    rows = [{"what": "kernel", "shape": [1, 2], "name": name, "us": us, "launches": n} for name, us, n in found]
-    assert "| [1, 2] | long | 9.0 | 1 |" in first_report.kernel_table(rows)
+    place = {"what": "kernel", "op": "attention", "provider": "sdpa", "shape": [1, 2], "implementation": "FA2"}
+    rows = [place | {"name": name, "us": us, "launches": n} for name, us, n in found]
+    assert "| attention | sdpa (FA2) | [1, 2] | long | 9.0 | 1 |" in first_report.kernel_table(rows)
+
+
+def test_sdpa_is_named_by_what_torch_chooses():
+    inputs = shapes.make_inputs(SMALL, False, torch.float32, "cpu")
+    assert providers.sdpa_implementation("sdpa", inputs) in ("FA2", "math")  # of a CPU
+    assert providers.sdpa_implementation("triton", inputs) is None
 
 
 def test_first_report_names_what_is_wrong_and_what_is_missing(tmp_path):

@@ -89,7 +89,7 @@ def test_first_contact_from_end_to_end(driver, tmp_path):
     assert {file.name for file in out.iterdir()} == set(command.FIRST.files)
     first = _read(out / "first.json")
     statuses = _statuses(first)
-    assert list(statuses) == ["environment", "right", "core", "details", "gluon"], (
+    assert list(statuses) == ["environment", "right", "core", "kernels", "tiles", "gluon"], (
         tmp_path / "said"
     ).read_text()
     assert {name: status for name, status in statuses.items() if status != "ok"} == {"gluon": "failed"}, first
@@ -99,7 +99,7 @@ def test_first_contact_from_end_to_end(driver, tmp_path):
     assert all(row["right"] and row["same_bits"] for row in first["right"])
     assert {row["provider"] for row in first["core"]} == {"triton", "sdpa"}
     assert all(row["graph_p50_ms"] > 0 and row["ceiling_tflops"] > 0 for row in first["core"])
-    assert {tuple(row["tile"]) for row in first["details"] if row["what"] == "tile"} >= {(64, 128, 4, 3)}
+    assert {tuple(row["tile"]) for row in first["tiles"] if row["what"] == "tile"} >= {(64, 128, 4, 3)}
     assert [row["right"] for row in first["gluon"]] == [False]  # its kernel ran and wrote nothing
 
 

@@ -22,7 +22,15 @@ FIRST_SECONDS = 285.0
 READINGS = (_command_line.Reading(("minutes",), lambda options: not options.first, "without --first"),)
 FIRST = Layout(
     whole="first.json",
-    parts=("stages.json", "environment.json", "right.json", "core.json", "details.json", "gluon.json"),
+    parts=(
+        "stages.json",
+        "environment.json",
+        "right.json",
+        "core.json",
+        "kernels.json",
+        "tiles.json",
+        "gluon.json",
+    ),
     copies=(),
     archive="first.tar.gz",
 )
@@ -62,9 +70,10 @@ def first_stages(folder: Path) -> list[Stage]:
     """List what a GPU is for first; what may hang is last."""
     return [
         _stage(folder, "environment", "environment", 20, 5),
-        _stage(folder, "right", "right", 115, 20),
-        _stage(folder, "core", "measure", 60, 25, "--plan", "core"),
-        _stage(folder, "details", "measure", 90, 20, "--plan", "details"),
+        _stage(folder, "right", "right", 105, 20),
+        _stage(folder, "core", "measure", 55, 25, "--plan", "core"),
+        _stage(folder, "kernels", "measure", 30, 15, "--plan", "kernels"),
+        _stage(folder, "tiles", "measure", 90, 20, "--plan", "tiles"),
         _stage(folder, "gluon", "gluon_joint", 30, 20),
     ]
 

@@ -15,13 +15,13 @@ import torch
 from qalign_kernels._triton import _configs
 from qalign_kernels._triton._configs import Tile
 from qalign_kernels.bench import measure
-from qalign_kernels.bench.ops import op_named
+from qalign_kernels.bench.ops import SDPA, op_named
 
-from .. import shapes, trials, tune
+from .. import providers, shapes, trials, tune
 from ..shapes import Shape
 from . import arguments
 from .ceilings import large_matmul, matmul_tflops
-from .kernels import kernels
+from .kernels import kernels, sdpa_implementation
 from .plan import core_shapes
 from .right import DTYPES, ITEMSIZE, tile_calls, tile_key
 from .worker import OURS, Files, capture, files
@@ -29,17 +29,23 @@ from .worker import OURS, Files, capture, files
 SECONDS_OF_STEP = 3.0
 TILE_ROUNDS = 20
 L2_MIB = (16, 32)
-PROFILED_OP = "qalign_attention"
+PROFILED = (("qalign_attention", OURS), ("attention", SDPA))
 Row = dict[str, Any]
+Step = Callable[[], list[Row]]
 
 
 def kernel_rows(shape: Shape) -> list[Row]:
-    """Time the kernels of one call of PROFILED_OP."""
+    """Time the kernels of one call of ours and of SDPA, whose implementation they tell."""
     inputs = shapes.make_inputs(shape, True, torch.bfloat16, "cuda")
-    op = op_named(PROFILED_OP)
-    found = kernels(lambda: op.run(inputs, OURS))
-    place = {"what": "kernel", "op": op.name, "shape": shape.size}
-    return [place | {"name": name[:80], "us": time, "launches": count} for name, time, count in found]
+    rows: list[Row] = []
+    for name, provider in PROFILED:
+        found = kernels(providers.build(provider, op_named(name), inputs))
+        implementation = sdpa_implementation([kernel.name for kernel in found]) if provider == SDPA else None
+        place = {"what": "kernel", "op": name, "provider": provider, "shape": shape.size}
+        for kernel in found:
+            figures = {"us": kernel.microseconds, "launches": kernel.launches}
+            rows.append({**place, "name": kernel.name[:80], **figures, "implementation": implementation})
+    return rows
 
 
 def tile_rows(shape: Shape, name: str, right: list[Row]) -> list[Row]:
@@ -95,11 +101,14 @@ def l2_rows() -> list[Row]:
     return [*rows, {"what": "ceiling", "name": "matmul", "value": matmul_tflops(matmul), "unit": "TFLOP/s"}]
 
 
-def steps(right: list[Row]) -> dict[str, Callable[[], list[Row]]]:
-    """List the steps by name, what decides most first."""
-    found: dict[str, Callable[[], list[Row]]] = {
-        f"kernels {shape.size}": functools.partial(kernel_rows, shape) for shape in core_shapes()
-    }
+def kernel_steps(right: list[Row]) -> dict[str, Step]:
+    """List the steps in which torch's profiler watches, which slows down what is timed after it."""
+    return {f"kernels {shape.size}": functools.partial(kernel_rows, shape) for shape in core_shapes()}
+
+
+def tile_steps(right: list[Row]) -> dict[str, Step]:
+    """List the steps that time, what decides most first."""
+    found: dict[str, Step] = {}
     for call in tile_calls():
         found.setdefault(
             f"tiles of {call.name} {call.shape.size}",
@@ -109,7 +118,10 @@ def steps(right: list[Row]) -> dict[str, Callable[[], list[Row]]]:
     return found
 
 
-def take(wanted: dict[str, Callable[[], list[Row]]], where: Files, clock: arguments.Clock) -> None:
+PLANS = {"kernels": kernel_steps, "tiles": tile_steps}
+
+
+def take(wanted: dict[str, Step], where: Files, clock: arguments.Clock) -> None:
     """Run the steps that no worker before this one has done or failed in."""
     done = {*where.journal.texts("group"), *where.journal.texts("skip")}
     rows = where.read_rows()
@@ -138,11 +150,15 @@ def take(wanted: dict[str, Callable[[], list[Row]]], where: Files, clock: argume
 
 def main() -> int:
     parser = arguments.parser(__doc__)
-    parser.add_argument("--plan", choices=("details",), default="details")
+    parser.add_argument("--plan", choices=PLANS, required=True)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     measure.use_cuda()
-    take(steps(_right(options.out)), files(options.out, options.plan), arguments.Clock(options.seconds))
+    take(
+        PLANS[options.plan](_right(options.out)),
+        files(options.out, options.plan),
+        arguments.Clock(options.seconds),
+    )
     return 0
 
 

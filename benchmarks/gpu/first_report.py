@@ -15,15 +15,15 @@ SHOWN_KERNELS = 6  # of each shape
 
 def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
     """Lay out stages, wrong calls, times of the main ops, their kernels, better tiles."""
-    names = ("right", "core", "details", "gluon")
-    right, core, details, gluon = (read_stage(folder / f"{name}.json", []) for name in names)
+    names = ("right", "core", "kernels", "tiles", "gluon")
+    right, core, kernels, tiles, gluon = (read_stage(folder / f"{name}.json", []) for name in names)
     parts = [
         stage_table(outcomes),
         f"## Right?\n\n{right_text(right)}",
         f"## Main ops, graph times\n\n{core_table(core)}",
-        f"## Kernels of one call, µs\n\n{kernel_table(details)}",
-        f"## Tiles, time over the shipped one's\n\n{tile_table(details)}",
-        f"## Ceilings, and what failed\n\n{other_lines(details)}",
+        f"## Kernels of one call, µs\n\n{kernel_table(kernels)}",
+        f"## Tiles, time over the shipped one's\n\n{tile_table(tiles)}",
+        f"## Ceilings, and what failed\n\n{other_lines([*kernels, *tiles])}",
         f"## Gluon\n\n{gluon_lines(gluon)}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -66,13 +66,14 @@ def kernel_table(rows: Sequence[Row]) -> str:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if row["what"] == "kernel":
-            groups.setdefault(tuple(row["shape"]), []).append(row)
-    lines = [
-        (str(list(shape)), row["name"][:60], f"{row['us']:.1f}", f"{row['launches']:g}")
-        for shape, found in groups.items()
-        for row in found[:SHOWN_KERNELS]
-    ]
-    return markdown(("[B, H, N, D]", "kernel", "µs", "launches"), lines) if lines else "Not measured."
+            groups.setdefault((row["op"], row["provider"], *row["shape"]), []).append(row)
+    lines = []
+    for (op, provider, *shape), found in groups.items():
+        name = f"{provider} ({found[0]['implementation']})" if found[0]["implementation"] else provider
+        for row in found[:SHOWN_KERNELS]:
+            lines.append((op, name, str(shape), row["name"][:60], f"{row['us']:.1f}", f"{row['launches']:g}"))
+    head = ("op", "provider", "[B, H, N, D]", "kernel", "µs", "launches")
+    return markdown(head, lines) if lines else "Not measured."
 
 
 def tile_table(rows: Sequence[Row]) -> str:

@@ -15,7 +15,13 @@ from .must_show import OURS
 WORKERS = 6
 STALL_SECONDS = 60.0
 SECONDS_TO_END = 4.0
-WORKER_OF = {"core": "worker", "details": "details", "must_show": "worker", "speed": "worker"}
+WORKER_OF = {
+    "core": "worker",
+    "kernels": "details",
+    "tiles": "details",
+    "must_show": "worker",
+    "speed": "worker",
+}
 
 
 def supervise(command: Sequence[str], journal: Journal, clock: arguments.Clock, stall_seconds: float = STALL_SECONDS) -> int:

@@ -19,7 +19,6 @@ from ..speed import result_row
 from . import arguments
 from .ceilings import large_matmul, matmul_tflops
 from .journal import Journal
-from .kernels import kernels, sdpa_implementation
 from .must_show import DEFAULT, OURS, Visit
 from .plan import Group, compile_parts, core_groups, must_show_groups, other_groups
 
@@ -186,16 +185,8 @@ def _prepare(op: Op, provider: str, inputs: shapes.Inputs, name: str, journal: J
     seconds = time_rounds(call, 2)[-1]
     rounds = max(2, min(ROUNDS, int(SECONDS_OF_VISIT / max(seconds, 1e-6))))
     hidden = measurement.hide_host(call)
-    implementation = _implementation(call) if provider.startswith(providers.SDPA) else None
+    implementation = providers.sdpa_implementation(provider, inputs)
     return Measured(call, graph, rounds, hidden, peak_mib, output_mib, fraction, implementation)
-
-
-def _implementation(call: Callable[[], Any]) -> str:
-    try:
-        return sdpa_implementation([kernel.name for kernel in kernels(call, rounds=1)])
-    except Exception as error:  # some machines let no profiler see their kernels
-        _require_device()
-        return f"unknown: {type(error).__name__}"
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
