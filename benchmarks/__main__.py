@@ -11,7 +11,7 @@ COMMANDS = {
     "static": "compile every kernel for every architecture and hold registers, spills, memory and instructions against budgets; needs no GPU",
     "speed": "time and memory of every op against its reference, eager PyTorch, SDPA and their compiled forms, on this machine",
     "host": "time of the host's part of one call, launches replayed and not, over a driver that does nothing; needs no GPU",
-    "gpu": "all that one GPU can show in nine minutes: ceilings, accuracy, sanitizer, speed against every peer; JSON and a report",
+    "gpu": "what one GPU can show: with --first in 300 s what decides most, then accuracy and speed against every peer; JSON and a report",
     "report": "Markdown tables and a plot from the files that speed wrote",
     "tune": "sweep tiles on this GPU and rewrite the table that the kernels take them from, where a tile is 2 %% faster",
     "bounded": "bounded attention on the embedded model: two creatures in boxes, with masks alone and with guidance",

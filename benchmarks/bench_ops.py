@@ -1,5 +1,6 @@
 """The function that pytest collects: one op, one provider, one shape, one repeat. `python -m benchmarks speed` runs it."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -15,5 +16,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def bench_op(item: Any, benchmark: Any, request: pytest.FixtureRequest) -> None:
     plan: Any = request.config.pluginmanager.get_plugin("qalign-speed")
     measured = plan.prepare(item)
-    benchmark.pedantic(measured.call, setup=measure.before_round, rounds=measured.rounds, iterations=1)
+    setup = functools.partial(measure.before_round, measured.hidden.flushes)
+    benchmark.pedantic(measured.call, setup=setup, rounds=measured.rounds, iterations=1)
     measured.seconds += benchmark.stats.stats.data

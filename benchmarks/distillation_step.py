@@ -177,8 +177,11 @@ def measure(model: Model, name: str, dtype: str, device: str, rounds: int) -> li
     widest = max(sizes, key=lambda size: size[2])
     rows = []
     for provider in pipelines:
-        figures = {"peak_mib": peak_mib[provider], "saved_mib": saved_mib[provider]}
-        row = speed.result_row(f"optimisation_step {name}", widest, dtype, device, provider, seconds[provider], **figures)
+        step = f"optimisation_step {name}"
+        memory = peak_mib[provider], saved_mib[provider]
+        row = speed.result_row(
+            step, widest, dtype, device, provider, seconds[provider], peak_mib=memory[0], saved_mib=memory[1]
+        )
         rows.append(row | {"layers": sizes, "gradient_difference": float(f"{difference:.2g}") if provider == backend else None})
     return rows
 

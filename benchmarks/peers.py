@@ -8,8 +8,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 
 from qalign_kernels.bench.measure import Inputs
 
@@ -42,6 +43,59 @@ def flash_kmeans(x: Inputs, joint: bool) -> Callable[[], Tensor]:
     takes_squares = "x_sq" in inspect.signature(assign).parameters
     squares = {"x_sq": points.float().square().sum(-1)} if takes_squares else {}
     return lambda: assign(points, centroids, **squares)
+
+
+COUNT_CHANNELS = 8  # two, and what keeps rows aligned to 16 bytes
+NEVER = -30000.0  # a logit whose weight is zero, finite in float16
+
+
+def _with_counts(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [q, 1, 1], key [k, high, low] with high + low = ln(counts) / scale, and a value of the same width.
+
+    Two channels of the inputs' precision hold the logarithm about as well as fp32 does.
+    """
+    dtype, scale = x.key.dtype, x.query.shape[3] ** -0.5
+    logit = (x.counts.float().log() / scale).clamp(min=NEVER)
+    high = logit.to(dtype)
+    low = (logit - high.float()).to(dtype)
+    channels = torch.stack((high, low), -1).expand(-1, x.key.shape[1], -1, -1)
+    ones = torch.ones_like(x.query[..., :2])
+    rest = (0, COUNT_CHANNELS - 2)
+    query, key = pad(torch.cat((x.query, ones), -1), rest), pad(torch.cat((x.key, channels), -1), rest)
+    return query, key, pad(x.value, (0, COUNT_CHANNELS))
+
+
+def counted_sdpa(x: Inputs) -> Callable[[], Tensor]:
+    """Attention with counts by any SDPA: the counts are two more channels."""
+    scale, width = x.query.shape[3] ** -0.5, x.value.shape[3]
+    query, key, value = (_as_processors(part) for part in _with_counts(x))
+    return lambda: scaled_dot_product_attention(query, key, value, scale=scale)[..., :width]
+
+
+def counted_varlen(x: Inputs) -> Callable[[], Tensor]:
+    """Attention with counts over the keys that have one, whose number stays on the device."""
+    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    if "seqused_k" not in inspect.signature(attend).parameters:
+        raise ImportError("varlen_attn of this torch has no seqused_k")
+    scale, width, batch = x.query.shape[3] ** -0.5, x.value.shape[3], x.query.shape[0]
+    query, key, value = _with_counts(x)
+    order = (x.counts.squeeze(1) == 0).sort(dim=-1, stable=True).indices  # [B, N_k], matched keys first
+    places = order[:, None, :, None]
+    key, value = (part.take_along_dim(places, dim=2) for part in (key, value))
+    rows = [part.transpose(1, 2).flatten(0, 1).contiguous() for part in (query, key, value)]
+    lengths = [part.shape[2] for part in (query, key)]
+    starts = [torch.arange(batch + 1, device=x.query.device, dtype=torch.int32) * length for length in lengths]
+    used = (x.counts.squeeze(1) > 0).sum(-1).int()
+
+    def call() -> Tensor:
+        output = attend(*rows, *starts, *lengths, scale=scale, seqused_k=used)
+        return output.unflatten(0, (batch, -1)).transpose(1, 2)[..., :width]
+
+    return call
+
+
+def _as_processors(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _joined(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Who may serve a measured op: our backends, the reference, eager PyTorch and its compiled form, SDPA by name, FlexAttention, other peers."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,14 @@ FORCED_SDPA = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+IMPLEMENTATIONS = {
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
+    SDPBackend.MATH: "math",
+}
 EAGER_SDPA = "eager sdpa"
+FLEX_FLASH = "flex flash"  # FlexAttention on FlashAttention 4, where torch has both
+CHANNEL_PEERS = ("sdpa channels", "varlen channels")
 PEERS = ("fa3", "sageattention", "flash_kmeans")
 FLEX_OPS = ("attention", "attention_counts", "attention_labels", "attention_gradient")
 COMPILED_OPS = ("attention", "similarity_argmax", "qalign_attention")
@@ -39,7 +48,9 @@ def names(op: Op, shape: Shape, device: str, quick: bool) -> list[str]:
     if op.name in COMPILED_OPS and not quick and (cuda or not shape.large):
         result.append("eager compiled")
     if op.name in FLEX_OPS and not quick and (cuda or not shape.large):
-        result.append("flex")
+        result += ["flex", FLEX_FLASH] if cuda else ["flex"]
+    if op.name == "attention_counts" and cuda:
+        result += CHANNEL_PEERS
     return result
 
 
@@ -57,8 +68,10 @@ def build(provider: str, op: Op, x: Inputs) -> Callable[[], Any]:
     if provider == "eager compiled":
         compiled = torch.compile(eager.peer(op.name), dynamic=False)
         return lambda: compiled(x)
-    if provider == "flex":
-        return _flex(op.name, x)
+    if provider in ("flex", FLEX_FLASH):
+        return _flex(op.name, x, {"BACKEND": "FLASH"} if provider == FLEX_FLASH else None)
+    if provider in CHANNEL_PEERS:
+        return peers.counted_sdpa(x) if provider == "sdpa channels" else peers.counted_varlen(x)
     if provider == EAGER_SDPA:
         return lambda: eager.qalign_attention_by_sdpa(x)
     if provider == "flash_kmeans":
@@ -70,15 +83,31 @@ def build(provider: str, op: Op, x: Inputs) -> Callable[[], Any]:
     return lambda: _forced_sdpa(FORCED_SDPA[provider], x)
 
 
+def sdpa_implementation(provider: str, x: Inputs) -> str | None:
+    """Name what torch chooses for SDPA on these inputs, without a profiler; None for what is not SDPA."""
+    if provider not in (SDPA, *FORCED_SDPA):
+        return None
+    forced = FORCED_SDPA.get(provider)
+    with sdpa_kernel(forced) if forced else contextlib.nullcontext():
+        chosen = SDPBackend(torch._fused_sdp_choice(x.query, x.key, x.value))
+    return _flash_implementation() if chosen == SDPBackend.FLASH_ATTENTION else IMPLEMENTATIONS.get(chosen, chosen.name)
+
+
+def _flash_implementation() -> str:
+    """Name the FlashAttention that this torch is set to: FA2 unless another one was activated."""
+    active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    return active or "FA2"
+
+
 def _forced_sdpa(backend: SDPBackend, x: Inputs) -> Tensor:
     with sdpa_kernel(backend):
         return scaled_dot_product_attention(x.query, x.key, x.value)
 
 
-def _flex(op_name: str, x: Inputs) -> Callable[[], Any]:
+def _flex(op_name: str, x: Inputs, options: dict[str, Any] | None) -> Callable[[], Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(functools.partial(flex_attention, kernel_options=options), dynamic=False)
     if op_name == "attention_counts":
         bias = x.counts.float().log().squeeze(1)
 
@@ -98,7 +127,7 @@ def _flex(op_name: str, x: Inputs) -> Callable[[], Any]:
 
 def flops(provider: str, op: Op, shape: Shape) -> float | None:
     """FLOPs of the op's definition; SDPA and FlexAttention do plain attention whatever they stand beside."""
-    if provider.startswith(SDPA):
+    if provider.startswith(SDPA) and provider not in CHANNEL_PEERS:
         return attention_flops(shape.sizes)
     return op.flops(shape.sizes) if op.flops else None
 

@@ -11,6 +11,7 @@ from qalign_kernels.bench.measure import markdown
 
 from . import evidence
 from .providers import OURS, SDPA
+from .shapes import CONTIGUOUS
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 RESULTS = Path(__file__).with_name("results")
@@ -79,7 +80,8 @@ def by_device(rows: list[Row]) -> list[list[Row]]:
     groups: dict[tuple, dict[tuple, Row]] = {}
     for row in rows:
         setting = tuple(row[name] for name in ("device", "torch", "triton", "dtype"))
-        groups.setdefault(setting, {})[(row["op"], *row["shape"], row.get("asked_fraction"), row["provider"])] = row
+        place = row["op"], *row["shape"], row.get("asked_fraction"), row.get("layout"), row["provider"]
+        groups.setdefault(setting, {})[place] = row
     return [list(group.values()) for group in groups.values()]
 
 
@@ -100,11 +102,11 @@ def other_evidence(contents: list[Any]) -> list[str]:
 
 def report(rows: list[Row], contents: list[Any]) -> str:
     """Every row of every device, losses and wins alike."""
-    head = ("op", "[B, H, N, D]", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "x SDPA", "peak MiB", "U/N")
-    keys = ("op", "shape", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "ratio_to_sdpa", "peak_mib", "unique_fraction")
+    head = ("op", "[B, H, N, D]", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "x SDPA", "peak MiB", "U/N", "layout")
+    keys = ("op", "shape", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "ratio_to_sdpa", "peak_mib", "unique_fraction", "layout")
     parts = ["# Benchmarks", f"{NOTE} TFLOP/s count the op's definition, whoever runs it."]
     for group in by_device(rows):
-        parts += [f"## {heading(group)}", markdown(head, [[_cell(row[key]) for key in keys] for row in group])]
+        parts += [f"## {heading(group)}", markdown(head, [[_cell(row.get(key)) for key in keys] for row in group])]
     return "\n\n".join([*parts, *other_evidence(contents)]) + "\n"
 
 
@@ -119,7 +121,9 @@ def summary(rows: list[Row]) -> str:
     head = ("op", "[B, H, N, D]", "backend", "ms", "x SDPA", "eager ms", "reference ms", "MiB", "eager MiB", "reference MiB", "U/N")
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        groups.setdefault((row["op"], *row["shape"], row.get("asked_fraction")), {})[row["provider"]] = row
+        if row.get("layout") != CONTIGUOUS:
+            place = row["op"], *row["shape"], row.get("asked_fraction")
+            groups.setdefault(place, {})[row["provider"]] = row
     lines = []
     for found in groups.values():
         for name in OURS:
@@ -161,7 +165,12 @@ def plot(rows: list[Row], file: Path) -> None:
     figure, panels = pyplot.subplots(len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False)
     for (time_panel, memory_panel), group in zip(panels, groups):
         by_chance = [row for row in group if row["op"] == PLOTTED_OP and row.get("asked_fraction") is None]
-        chosen = [row for row in by_chance if (row["shape"][0], row["shape"][1], row["shape"][3]) == PLOTTED_HEADS]
+        chosen = [
+            row
+            for row in by_chance
+            if (row["shape"][0], row["shape"][1], row["shape"][3]) == PLOTTED_HEADS
+            and row.get("layout") != CONTIGUOUS
+        ]
         for provider in dict.fromkeys(row["provider"] for row in chosen):
             own = sorted((row for row in chosen if row["provider"] == provider), key=lambda row: row["shape"][2])
             tokens = [row["shape"][2] for row in own]

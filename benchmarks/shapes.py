@@ -4,8 +4,12 @@ from typing import NamedTuple
 
 import torch
 
-from qalign_kernels.bench.measure import Inputs, Sizes, draw_inputs
+from qalign_kernels.bench.measure import Inputs, Sizes, draw_inputs, in_processor_layout
 from qalign_kernels.bench.ops import MATCHED_FRACTION as UNIQUE_FRACTION
+
+PROCESSOR, CONTIGUOUS = LAYOUTS = ("processor", "contiguous")  # [B, N, H, D] storage, [B, H, N, D] storage
+JOINT_OPS = ("similarity_argmax", "similarity_topk", "qalign_attention")
+FOLDED_HEAD_DIM = 64  # joint scores of heads in a row are taken in parts of this many channels
 
 
 class Shape(NamedTuple):
@@ -62,8 +66,17 @@ def make_inputs(
     device: str,
     seed: int = 0,
     asked_fraction: float = UNIQUE_FRACTION,
+    layout: str = PROCESSOR,
 ) -> Inputs:
-    """Normal features; `correlated` makes each query a noisy copy of its match among `asked_fraction` of the
-    reference tokens, else matches are by chance."""
+    """Draw normal features; `correlated` makes each query a noisy copy of its match among `asked_fraction` of
+    the reference tokens, else matches are by chance. `layout` is one of LAYOUTS."""
     fraction = asked_fraction if correlated else None
-    return draw_inputs(shape.sizes, dtype, device, matched_fraction=fraction, seed=seed)
+    inputs = draw_inputs(shape.sizes, dtype, device, matched_fraction=fraction, seed=seed)
+    return in_processor_layout(inputs) if layout == PROCESSOR else inputs
+
+
+def layouts(op_name: str, shape: Shape) -> tuple[str, ...]:
+    """Name the layouts in which an op takes different kernels: joint scores fold the heads of one only."""
+    folds = op_name in JOINT_OPS and shape.head_dim != FOLDED_HEAD_DIM
+    folds = folds and shape.heads * shape.head_dim % FOLDED_HEAD_DIM == 0
+    return LAYOUTS if folds else (PROCESSOR,)

@@ -33,6 +33,7 @@ class Item(NamedTuple):
 
     op: Op
     shape: Shape
+    layout: str
     repeat: int
     provider: str
 
@@ -43,6 +44,7 @@ class Measured:
 
     call: Callable[[], Any]
     rounds: int
+    hidden: measure.Hidden
     peak_mib: float | None
     saved_mib: float | None
     seconds: list[float] = field(default_factory=list)
@@ -56,20 +58,21 @@ class Plan:
         self.rows: list[dict[str, Any]] = []
         self.failed: list[str] = []
         self.notes: list[str] = []
-        self._group: tuple[str, str] | None = None
+        self._group: tuple[str, str, str] | None = None
         self._measured: dict[str, Measured | str] = {}
         self._unique_fraction: float | None = None
         self._sdpa_peak: dict[str, float | None] = {}
         self._done = 0
 
     def identify(self, item: Item) -> str:
-        return f"{item.op.name}-{item.shape.name}-{item.repeat}-{item.provider.replace(' ', '_')}"
+        provider = item.provider.replace(" ", "_")
+        return f"{item.op.name}-{item.shape.name}-{item.layout}-{item.repeat}-{provider}"
 
     def prepare(self, item: Item) -> Measured:
         """What is to be timed now; skips the visit where the provider shows no figure."""
         import pytest
 
-        if (item.op.name, item.shape.name) != self._group:
+        if (item.op.name, item.shape.name, item.layout) != self._group:
             self._finish()
             self._start(item)
         self._done += 1
@@ -88,9 +91,12 @@ class Plan:
         return "", "", ""  # the progress is ours
 
     def _start(self, item: Item) -> None:
-        self._group, self._op, self._shape = (item.op.name, item.shape.name), item.op, item.shape
+        self._group = item.op.name, item.shape.name, item.layout
+        self._op, self._shape, self._layout = item.op, item.shape, item.layout
         self._measured, self._unique_fraction = {}, None
-        self._inputs = shapes.make_inputs(item.shape, item.op.correlated, DTYPES[self.dtype], self.device)
+        self._inputs = shapes.make_inputs(
+            item.shape, item.op.correlated, DTYPES[self.dtype], self.device, layout=item.layout
+        )
         torch.compiler.reset()
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -112,7 +118,7 @@ class Plan:
                     match_map = item.op.match_map(self._inputs, result, item.provider)
                     self._unique_fraction = measure.unique_fraction(match_map)
             del result
-            estimate = self._estimate(call)
+            estimate, hidden = self._estimate(call), measure.hide_host(call)
             peak = self._peak(item, call)
             saves = item.op.learned and item.provider != providers.SDPA
             saved = measure.saved_mib(call, self._inputs)[0] if saves else None
@@ -120,7 +126,7 @@ class Plan:
             (self.failed if item.provider in providers.OURS else self.notes).append(f"{where}: {type(error).__name__}: {error}".splitlines()[0])
             return "did not run"
         rounds = int(self.seconds / REPEATS / estimate)
-        return Measured(call, max(1, min(rounds, MAX_ROUNDS)), peak, saved)
+        return Measured(call, max(1, min(rounds, MAX_ROUNDS)), hidden, peak, saved)
 
     def _estimate(self, call: Callable[[], Any]) -> float:
         if self.device == "cuda":
@@ -163,12 +169,13 @@ class Plan:
         return result_row(
             self._op.name, self._shape.size, self.dtype, self.device, provider, found.seconds, work=providers.flops(provider, self._op, self._shape),
             yardstick=yardstick, peak_mib=found.peak_mib, saved_mib=found.saved_mib, unique_fraction=self._unique_fraction,
+            hidden=found.hidden, layout=self._layout,
         )  # fmt: skip
 
 
-def result_row(*arguments: Any, **figures: Any) -> dict[str, Any]:
-    """`measure.result_row`, and the commit of the checkout."""
-    return measure.result_row(*arguments, **figures) | {"commit": commit()}
+def result_row(*arguments: Any, layout: str = shapes.PROCESSOR, **figures: Any) -> dict[str, Any]:
+    """`measure.result_row`, the layout of the inputs and the commit of the checkout."""
+    return measure.result_row(*arguments, **figures) | {"layout": layout, "commit": commit()}
 
 
 @functools.cache
@@ -219,13 +226,25 @@ def choose_items(arguments: argparse.Namespace, device: str) -> list[Item]:
             brief = shape.sweep or device == "cpu" and (shape.large or arguments.quick and shape.scores > 2e6)
             if brief and not arguments.op and op.name not in providers.MAIN_OPS:
                 continue
-            order = providers.names(op, shape, device, arguments.quick)
-            visits = [order if repeat % 2 == 0 else order[::-1] for repeat in range(REPEATS)]
-            visited_once = SLOW_PEERS if arguments.quick else ()
-            items += [Item(op, shape, n, provider) for n, row in enumerate(visits) for provider in row if n == 0 or provider not in visited_once]
+            for layout in shapes.layouts(op.name, shape) if device == "cuda" else (shapes.PROCESSOR,):
+                items += _visits(op, shape, layout, device, arguments.quick)
     if not items:
         raise ValueError(f"--op: expected part of an op's name, got {' '.join(arguments.op)}")
     return items
+
+
+def _visits(op: Op, shape: Shape, layout: str, device: str, quick: bool) -> list[Item]:
+    """Alternate the providers, in the second layout only those that take other kernels in it."""
+    order = providers.names(op, shape, device, quick)
+    if layout != shapes.PROCESSOR:
+        order = [name for name in order if name in ("triton", providers.SDPA)]
+    visited_once = SLOW_PEERS if quick else ()
+    return [
+        Item(op, shape, layout, repeat, provider)
+        for repeat in range(REPEATS)
+        for provider in (order if repeat % 2 == 0 else order[::-1])
+        if repeat == 0 or provider not in visited_once
+    ]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -281,4 +300,8 @@ def _pytest_arguments() -> list[str]:
 def table(rows: list[dict[str, Any]]) -> str:
     head = ("op", "shape", "dtype", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "peak MiB", "saved MiB", "x SDPA", "U/N")
     keys = ("op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "saved_mib", "ratio_to_sdpa", "unique_fraction")
-    return measure.aligned(head, [["-" if row[key] is None else row[key] for key in keys] for row in rows])
+    lines = [["-" if row[key] is None else row[key] for key in keys] for row in rows]
+    for line, row in zip(lines, rows):
+        line[3] += f" {row['layout']}" if row["layout"] != shapes.PROCESSOR else ""
+        line[3] += " host-bound" if row["host_bound"] else ""
+    return measure.aligned(head, lines)

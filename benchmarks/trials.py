@@ -27,11 +27,10 @@ from qalign_kernels.bench.ops import (
 from qalign_kernels.qalign_attention import unit
 
 from . import shapes
-from .shapes import Shape
+from .shapes import FOLDED_HEAD_DIM, Shape
 
 LABELS = ("bit_sets", "half_sets", "query_bit_sets", "query_half_sets", "classes")
 HEADS = {40: 8, 64: 10, 80: 8, 128: 24, 160: 8}  # as the models that have these head dims
-FOLDED_HEAD_DIM = 64  # joint scores of heads in a row are taken in parts of this many channels, whatever the head dim
 USUAL_TOKENS = (4096, 1024, 16384, 256)  # most usual first
 LARGE_K = 64
 
@@ -180,6 +179,13 @@ TRIALS = (
     Trial("attention_backward", "keys", _OPS["attention_gradient"]),
     Trial("attention_backward", "shared keys", _SHARED_GRADIENT),
 )  # fmt: skip
+
+
+def trial_named(name: str) -> Trial:
+    """Look up a trial, such as "similarity joint"."""
+    return next(trial for trial in TRIALS if trial.name == name)
+
+
 CORE = ("similarity joint", "attention counted softmax", "attention softmax", "attention contrast", "attention guided", "similarity topk")
 CORE_HEAD_DIMS = (64, 40, 128)
 

@@ -18,7 +18,7 @@ from qalign_kernels._triton import _configs
 from qalign_kernels._triton._configs import FILE, Key, Tile
 from qalign_kernels.bench import measure
 
-from . import progress, trials
+from . import candidates, progress, trials
 from .trials import TRIALS, Trial
 
 DTYPES = ("bfloat16", "float16")  # float32 has no tensor cores to feed
@@ -158,6 +158,13 @@ def neighbours(key: Key, tile: Tile) -> list[Tile]:
     ]  # fmt: skip
 
 
+def candidate_tiles(key: Key, tile: Tile) -> list[Tile]:
+    """List what is tried beside the shipped tile: the candidates of the key, then its neighbours."""
+    tried = dict.fromkeys([*candidates.tiles(key), *neighbours(key, tile)])
+    tried.pop(tile, None)
+    return list(tried)
+
+
 class GpuSubject:
     """A key's trial on the GPU."""
 
@@ -278,7 +285,7 @@ def sweep(chosen: list[tuple[Trial, Key]], file: Path, seconds: float) -> int:
     start = time.monotonic()
     found = Sweep(
         subject=lambda key: GpuSubject(key, trial_of[key]), late=lambda: time.monotonic() - start > seconds, keep=keep,
-        settle=torch.cuda.synchronize, candidates=neighbours,
+        settle=torch.cuda.synchronize, candidates=candidate_tiles,
     )  # fmt: skip
     interrupted = True
     with contextlib.suppress(KeyboardInterrupt):

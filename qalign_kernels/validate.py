@@ -10,6 +10,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, in float32 and flo
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -365,6 +366,18 @@ def _ops() -> dict[str, Op]:
 OPS = _ops()
 
 
+class Found(NamedTuple):
+    """What one op in one dtype showed.
+
+    Attributes:
+        rows: one for each backend that ran a case.
+        dropped: the cases that ran nowhere, because their float64 truth wants more memory than there is.
+    """
+
+    rows: list["Row"]
+    dropped: list[str]
+
+
 class Row(NamedTuple):
     """One line of the table. `error` and `budget` are those of the case with the largest ratio of the two."""
 
@@ -452,13 +465,21 @@ def _fits(shape: Shape, device: torch.device) -> bool:
     return 8 * 8 * shape.batch * shape.heads * shape.query_tokens * shape.key_tokens < free // 2
 
 
-def run_op(name: str, backends: Sequence[str], dtype: str, device: torch.device, *, quick: bool = False) -> list[Row]:
-    """The rows of one op in one dtype, one for each backend that serves it."""
+def run_op(
+    name: str, backends: Sequence[str], dtype: str, device: torch.device, *, quick: bool = False
+) -> Found:
+    """Run the cases of one op in one dtype, on each backend that serves it.
+
+    On a GPU a case is called once before its time is taken, so that no compilation counts.
+    """
     op = OPS[name]
     backends = [backend for backend in backends if backend in op.backends]
     shapes = list(op.shapes[:1] if quick else op.shapes)
-    if device.type == "cuda":
-        shapes += [shape for shape in (LARGE[:1] if quick else LARGE) if _fits(shape, device)]
+    dropped: list[str] = []
+    if device.type == "cuda" and backends:
+        large = LARGE[:1] if quick else LARGE
+        dropped += [f"{name}, {dtype}, {shape}" for shape in large if not _fits(shape, device)]
+        shapes += [shape for shape in large if _fits(shape, device)]
     verdicts: dict[str, list[Verdict]] = {backend: [] for backend in backends}
     failures: dict[str, list[str]] = {backend: [] for backend in backends}
     seconds = dict.fromkeys(backends, 0.0)
@@ -466,9 +487,12 @@ def run_op(name: str, backends: Sequence[str], dtype: str, device: torch.device,
         for case in op.cases(Draw(shape, DTYPES[dtype], device)):
             try:
                 truth = Truth(case)
-            except torch.OutOfMemoryError:
-                continue  # the float64 tables are the largest thing here: other programs may hold the memory
+            except torch.OutOfMemoryError:  # other programs may hold the memory
+                dropped.append(f"{name}, {dtype}, {case.description}")
+                continue
             for backend in backends:
+                if device.type == "cuda":
+                    _compile(case, backend)
                 start = time.perf_counter()
                 verdict, problem = _run_case(truth, backend, device)
                 seconds[backend] += time.perf_counter() - start
@@ -480,7 +504,13 @@ def run_op(name: str, backends: Sequence[str], dtype: str, device: torch.device,
         worst = max(verdicts[backend], key=_ratio)
         figures = (len(verdicts[backend]), worst.error, worst.budget, _ratio(worst))
         rows.append(Row(name, backend, dtype, *figures, not failures[backend], tuple(failures[backend]), seconds[backend]))
-    return rows
+    return Found(rows, dropped)
+
+
+def _compile(case: Case, backend: str) -> None:
+    """Call the case; what it raises, it raises again where it is judged."""
+    with contextlib.suppress(Exception):
+        case.call(case.inputs, backend)
 
 
 def _device(name: str | None) -> torch.device:
@@ -565,18 +595,27 @@ def run(options: argparse.Namespace) -> int:
     print(_header(device, triton))
     print(COLUMNS.format("op", "backend", "dtype", "cases", "error", "budget", "error/budget", "verdict", "time_s"), flush=True)
     rows: list[Row] = []
+    dropped: list[str] = []
     start = time.perf_counter()
     for name in names:
         for dtype in options.dtype or list(DTYPES)[:3]:
             probe = torch.empty(1, dtype=DTYPES[dtype], device=device)
             served = [backend for backend in backends if backend != "triton" or _backends.triton_refusal(probe, ()) is None]
-            for row in run_op(name, served, dtype, device, quick=options.quick):
+            found = run_op(name, served, dtype, device, quick=options.quick)
+            dropped += found.dropped
+            for row in found.rows:
                 rows.append(row)
                 print(_line(row), *_shown(row.failures), sep="\n", flush=True)
             if options.json:  # after every op, so that a run that is stopped leaves what it found
-                report = {"device": _header(device, triton).splitlines(), "rows": [row._asdict() for row in rows]}
+                report = {
+                    "device": _header(device, triton).splitlines(),
+                    "rows": [row._asdict() for row in rows],
+                    "dropped": dropped,
+                }
                 with replacing(options.json) as unfinished:
                     unfinished.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    for case in dropped:
+        print(f"not run for want of memory: {case}")
     cases, failures = sum(row.cases for row in rows), sum(len(row.failures) for row in rows)
     print(f"{cases} cases in {len(rows)} rows, {failures} failed, {time.perf_counter() - start:.0f} s")
     return 1 if failures or not rows else 0

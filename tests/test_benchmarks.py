@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bounded, distillation, distillation_step, eager, memory, report
-from benchmarks.shapes import Shape, make_inputs
+from benchmarks import __main__ as benchmarks_main
+from benchmarks import bounded, cases, distillation, distillation_step, eager, memory, report, speed
+from benchmarks.shapes import CONTIGUOUS, Shape, make_inputs
 from benchmarks.static import BUDGETS
 from qalign.embedded import scenes
 from qalign_kernels import similarity_argmax
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = Shape("small", 2, 4, 300, 40)
 COLUMNS = [
     "device", "torch", "triton", "op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "saved_mib", "ratio_to_sdpa",
-    "unique_fraction", "commit",
+    "unique_fraction", "host_us", "host_bound", "layout", "commit",
 ]  # fmt: skip
 
 
@@ -50,6 +51,58 @@ def test_correlated_inputs_match_the_asked_fraction(fraction):
     match = similarity_argmax(inputs.query, inputs.ref_query, backend="tiled")
     assert measure.unique_fraction(match.index) == pytest.approx(fraction, abs=0.01)
     assert (inputs.counts > 0).float().mean().item() == pytest.approx(fraction, abs=0.01)
+
+
+def test_inputs_lie_as_attention_processors_have_them():
+    shape = Shape("", 2, 4, 300, 40)
+    usual = make_inputs(shape, False, torch.float32, "cpu")
+    other = make_inputs(shape, False, torch.float32, "cpu", layout=CONTIGUOUS)
+    for name in measure.FEATURES:
+        here, there = getattr(usual, name), getattr(other, name)
+        assert here.transpose(1, 2).is_contiguous() and there.is_contiguous() and torch.equal(here, there)
+
+
+def test_static_compiles_for_the_strides_of_measured_inputs():
+    shape = Shape("", cases.BATCH, cases.NUM_HEADS, 4096, 40)
+    measured = make_inputs(shape._replace(tokens=48), False, torch.bfloat16, "cpu")
+    compiled = cases._features(shape.head_dim, torch.bfloat16, 48, 1)[0]
+    assert compiled.stride() == measured.query.stride()
+
+
+@pytest.mark.parametrize(
+    ("op", "head_dim", "count"), [("qalign_attention", 40, 2), ("qalign_attention", 64, 1), ("attention", 40, 1)]
+)
+def test_ops_that_fold_heads_are_measured_in_both_layouts(op, head_dim, count):
+    options = benchmarks_main.parser().parse_args(["speed", "--op", op, "--shape", "sd15", "sdxl"])
+    items = speed.choose_items(options, "cuda")
+    found = {(item.layout, item.provider) for item in items if item.op.name == op and item.shape.head_dim == head_dim}
+    assert len({layout for layout, _ in found}) == count
+    assert {name for layout, name in found if layout == CONTIGUOUS} <= {"triton", "sdpa"}
+
+
+class Stamp(float):
+    """Seconds of a time line that only `spend` moves."""
+
+    def __sub__(self, earlier):
+        return float(self) - float(earlier)
+
+
+@pytest.mark.parametrize(("host_ms", "flushes", "bound"), [(0.01, 2, False), (0.3, 6, False), (9.0, 32, True)])
+def test_flushes_take_longer_than_the_host(monkeypatch, host_ms, flushes, bound):
+    """The eager time of a call whose launches take longer than one flush was that of the host."""
+    now = [0.0]
+
+    def spend(ms):
+        now[0] += ms / 1e3
+
+    monkeypatch.setattr(measure, "_flush", torch.empty(0))
+    monkeypatch.setattr(measure, "before_round", lambda count=1: spend(0.1 * count))
+    monkeypatch.setattr(measure, "stamp", lambda: Stamp(now[0]))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    hidden = measure.hide_host(lambda: spend(host_ms))
+    assert (hidden.flushes, hidden.host_bound) == (flushes, bound)
+    assert hidden.host_seconds == pytest.approx(host_ms / 1e3)
 
 
 def test_label_sets_are_equal_regions():

@@ -163,7 +163,7 @@ def test_what_was_found_is_kept_at_once(interrupted, tmp_path, monkeypatch, caps
         return Fake({shipped[key]: 1.0, FAST: 0.5 if key == KEY else 2.0})
 
     monkeypatch.setattr(tune, "GpuSubject", subject)
-    monkeypatch.setattr(tune, "neighbours", lambda key, tile: [FAST])
+    monkeypatch.setattr(tune, "candidate_tiles", lambda key, tile: [FAST])
     assert tune.sweep([(TRIALS[1], KEY), (TRIALS[1], OTHER)], file, 60.0) == (130 if interrupted else 0)
     assert set(_configs.expand(json.loads(file.read_text()))) - set(_configs.expand(json.loads(_configs.FILE.read_text()))) == {KEY}
     first, *_, last = capsys.readouterr().out.splitlines()

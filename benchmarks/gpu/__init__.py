@@ -1,5 +1,5 @@
-"""`python -m benchmarks gpu`: all that a GPU can show, measured by one command within a few minutes."""
+"""`python -m benchmarks gpu`: what a GPU can show, first in 300 s, then everything in a few minutes."""
 
-from .command import add_arguments, files, run
+from .command import READINGS, add_arguments, files, run
 
-__all__ = ["add_arguments", "files", "run"]
+__all__ = ["READINGS", "add_arguments", "files", "run"]

@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
+
+from qalign_kernels._files import replacing
 
 
 class Clock:
@@ -18,6 +21,7 @@ class Clock:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a stage."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--out", type=Path, required=True, metavar="DIR")
     result.add_argument("--seconds", type=float, required=True, metavar="S")
@@ -25,5 +29,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def write(folder: Path, stage: str, **content: Any) -> None:
-    """The stage's JSON; the key "stage" tells it from files of rows."""
-    (folder / f"{stage}.json").write_text(json.dumps({"stage": stage, **content}, indent=1) + "\n")
+    """Write the stage's JSON; the key "stage" tells it from files of rows."""
+    write_json(folder / f"{stage}.json", {"stage": stage, **content})
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Replace the file as a whole; what is not finite, which JSON has no word for, is null."""
+    with replacing(file) as unfinished:
+        unfinished.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

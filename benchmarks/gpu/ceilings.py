@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qalign_kernels.bench import measure
 from qalign_kernels.bench.measure import percentiles
@@ -42,13 +43,26 @@ def copy(seconds: float) -> dict[str, Any]:
     return {"name": "copy", "unit": "GB/s", "value": moved / p50 / 1e9, "p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3}
 
 
+def large_matmul() -> Callable[[], Tensor]:
+    """Make the call that shares are shares of: zeros would show more, as they cost less power."""
+    left, right, product = (
+        torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+    )
+    return lambda: torch.matmul(left, right, out=product)
+
+
+def matmul_tflops(seconds: float) -> float:
+    """Convert the time of one `large_matmul`."""
+    return 2 * MATMUL_SIZE**3 / seconds / 1e12
+
+
 def matmul(seconds: float) -> dict[str, Any]:
-    """The ceiling that shares are shares of: zeros would show more, as they cost less power."""
-    left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    """What `large_matmul` reaches, and the clocks at which it does."""
+    call = large_matmul()
     with Clocks() as clocks:
-        p20, p50, p80 = percentiles(times(lambda: left @ right, seconds))
+        p20, p50, p80 = percentiles(times(call, seconds))
     figures = {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "sm_mhz_while_running": clocks.summary()}
-    return {"name": "matmul bf16 8192^3", "unit": "TFLOP/s", "value": 2 * MATMUL_SIZE**3 / p50 / 1e12, **figures}
+    return {"name": "matmul bf16 8192^3", "unit": "TFLOP/s", "value": matmul_tflops(p50), **figures}
 
 
 class Clocks:
@@ -99,7 +113,3 @@ def _rates(seconds: float) -> list[dict[str, Any]]:
     from .instruction_rates import measure
 
     return measure(seconds)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

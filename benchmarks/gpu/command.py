@@ -1,51 +1,120 @@
 """The command: its stages in order, the report after each of them, the exit code."""
 
 import argparse
+import contextlib
+import shutil
+import signal
 import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from qalign_kernels import _command_line
-from qalign_kernels._files import Files
+from qalign_kernels._files import Files, replacing
 
+from .publishing import Layout, Publisher
 from .stages import Outcome, Stage, run_all
 
-MINUTES = 9.0
+MINUTES = 7.0
 LEAST_MINUTES = 1.0
+FIRST_SECONDS = 285.0
+READINGS = (_command_line.Reading(("minutes",), lambda options: not options.first, "without --first"),)
+FIRST = Layout(
+    whole="first.json",
+    parts=(
+        "stages.json",
+        "environment.json",
+        "right.json",
+        "core.json",
+        "kernels.json",
+        "tiles.json",
+        "gluon.json",
+    ),
+    copies=(),
+    archive="first.tar.gz",
+)
+WHOLE = Layout(
+    whole="run.json",
+    parts=("stages.json", "environment.json", "ceilings.json", "sanitizer.json"),
+    copies=("report.md", "must_show.json", "speed.json", "validate.json"),
+    archive="logs.tar.gz",
+)
+Report = Callable[[Path, Sequence[Outcome]], str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="JSON rows of each stage, logs and report.md go there")
-    parser.add_argument("--minutes", type=_command_line.number, default=MINUTES, metavar="M", help=f"time for all stages (default {MINUTES:g})")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="at most 8 files go there")
+    parser.add_argument(
+        "--first",
+        action="store_true",
+        help="in 300 s: is each op right, how fast are the main ones, is another tile faster",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=_command_line.number,
+        default=MINUTES,
+        metavar="M",
+        help=f"time for everything else, after --first (default {MINUTES:g})",
+    )
+
+
+def _stage(
+    folder: Path, name: str, module: str, seconds: float, least_seconds: float, *arguments: str
+) -> Stage:
+    command = (sys.executable, "-m", "benchmarks.gpu", module, "--out", str(folder), *arguments)
+    return Stage(name, command, seconds, least_seconds)
+
+
+def first_stages(folder: Path) -> list[Stage]:
+    """List what a GPU is for first; what may hang is last."""
+    return [
+        _stage(folder, "environment", "environment", 20, 5),
+        _stage(folder, "right", "right", 105, 20),
+        _stage(folder, "core", "measure", 55, 25, "--plan", "core"),
+        _stage(folder, "kernels", "measure", 30, 15, "--plan", "kernels"),
+        _stage(folder, "tiles", "measure", 90, 20, "--plan", "tiles"),
+        _stage(folder, "gluon", "gluon_joint", 30, 20),
+    ]
 
 
 def stages(folder: Path) -> list[Stage]:
-    """What is measured, the table of the report first; the sum of the least times fits in two minutes."""
-
-    def stage(name: str, module: str, seconds: float, least_seconds: float, *arguments: str) -> Stage:
-        command = (sys.executable, "-m", f"benchmarks.gpu.{module}", "--out", str(folder), *arguments)
-        return Stage(name, command, seconds, least_seconds)
-
+    """List what is measured, the table of the report first."""
     return [
-        stage("environment", "environment", 30, 5),
-        stage("ceilings", "ceilings", 45, 10),
-        stage("validate", "validation", 110, 10),
-        stage("sanitizer", "sanitizer", 60, 5),
-        stage("compile", "measure", 70, 10, "--compile"),
-        stage("must_show", "measure", 150, 40, "--must-show"),
-        stage("speed", "measure", 400, 20),
+        _stage(folder, "environment", "environment", 20, 5),
+        _stage(folder, "compile", "measure", 60, 10, "--compile"),
+        _stage(folder, "must_show", "measure", 130, 40, "--plan", "must_show"),
+        _stage(folder, "validate", "validation", 50, 15, "--core"),
+        _stage(folder, "ceilings", "ceilings", 20, 10),
+        _stage(folder, "speed", "measure", 400, 20, "--plan", "speed"),
+        _stage(folder, "validate rest", "validation", 60, 20),
+        _stage(folder, "sanitizer", "sanitizer", 45, 10),
     ]
 
 
 def files(arguments: argparse.Namespace) -> Files:
-    return Files(writes=[("--out", arguments.out / "report.md")], folders=[("--out", arguments.out)])
+    layout = FIRST if arguments.first else WHOLE
+    return Files(
+        writes=[("--out", arguments.out / name) for name in layout.files], folders=[("--out", arguments.out)]
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from . import first_report, report
+
     if arguments.minutes < LEAST_MINUTES:
         raise ValueError(f"--minutes: expected at least {LEAST_MINUTES:g}, got {arguments.minutes:g}")
     require_gpu()
-    folder = arguments.out.resolve()
-    return execute(stages(folder), folder, 60 * arguments.minutes)
+    out = arguments.out.resolve()
+    layout = FIRST if arguments.first else WHOLE
+    with _work_folder() as work, _ending_when_terminated(), Publisher(work, out, layout):
+        if arguments.first:
+            code = execute(first_stages(work), work, FIRST_SECONDS, first_report.text)
+            print((work / "report.md").read_text())
+        else:
+            code = execute(stages(work), work, 60 * arguments.minutes, report.text)
+    print(f"wrote {', '.join(name for name in layout.files if (out / name).exists())} to {out}")
+    return code
 
 
 def require_gpu() -> None:
@@ -59,29 +128,58 @@ def require_gpu() -> None:
         raise RuntimeError(f"expected a Triton that imports, got {problem}")
 
 
-def execute(plan: list[Stage], folder: Path, seconds: float) -> int:
-    """0 where every stage ended well, else 1; the report stands in either case."""
+@contextlib.contextmanager
+def _work_folder() -> Iterator[Path]:
+    """Make a folder of this run alone, which its end removes."""
+    folder = Path(tempfile.mkdtemp(prefix="qalign-gpu-"))
+    (folder / "logs").mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _ending_when_terminated() -> Iterator[None]:
+    """Inside, SIGTERM stops the stages and shows what there is, as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def execute(plan: list[Stage], folder: Path, seconds: float, report: Report) -> int:
+    """Run the stages; 0 where every one ended well, else 1. The report stands in either case."""
     folder.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
 
     def after_each(outcomes: list[Outcome]) -> None:
         last = outcomes[-1]
-        print(f"[{len(outcomes)}/{len(plan)}] {last.stage}: {last.status}, {last.seconds:.0f} s{f' ({last.note})' if last.note else ''}", flush=True)
-        problems[:] = _write_report(folder, outcomes)
+        note = f" ({last.note})" if last.note else ""
+        print(
+            f"[{len(outcomes)}/{len(plan)}] {last.stage}: {last.status}, {last.seconds:.0f} s{note}",
+            flush=True,
+        )
+        problems[:] = _write_report(folder, outcomes, report)
 
     outcomes = run_all(plan, folder, seconds, after_each)
     for problem in problems:
         print(f"report: {problem}")
-    print(f"wrote {folder / 'report.md'}")
     return 1 if problems or any(outcome.status != "ok" for outcome in outcomes) else 0
 
 
-def _write_report(folder: Path, outcomes: list[Outcome]) -> list[str]:
-    from . import report
-
+def _write_report(folder: Path, outcomes: list[Outcome], report: Report) -> list[str]:
+    problems = []
     try:
-        (folder / "report.md").write_text(report.text(folder, outcomes))
+        text = report(folder, outcomes)
     except Exception as error:  # what was measured lies beside it as JSON
-        (folder / "report.md").write_text(f"The report could not be written: {type(error).__name__}: {error}\n")
-        return [f"{type(error).__name__}: {error}"]
-    return []
+        problems.append(f"{type(error).__name__}: {error}")
+        text = f"The report could not be written: {problems[0]}\n"
+    with replacing(folder / "report.md") as unfinished:
+        unfinished.write_text(text)
+    return problems

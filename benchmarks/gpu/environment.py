@@ -67,6 +67,7 @@ def facts() -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main() -> int:
     options = arguments.parser(__doc__).parse_args()
     arguments.write(options.out, "environment", **facts())
+    return 0

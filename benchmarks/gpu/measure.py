@@ -15,6 +15,13 @@ from .must_show import OURS
 WORKERS = 6
 STALL_SECONDS = 60.0
 SECONDS_TO_END = 4.0
+WORKER_OF = {
+    "core": "worker",
+    "kernels": "details",
+    "tiles": "details",
+    "must_show": "worker",
+    "speed": "worker",
+}
 
 
 def supervise(command: Sequence[str], journal: Journal, clock: arguments.Clock, stall_seconds: float = STALL_SECONDS) -> int:
@@ -72,7 +79,7 @@ def compile_all(folder: Path, clock: arguments.Clock) -> None:
     from .plan import compile_parts
 
     def part(number: int) -> None:
-        command = (sys.executable, "-m", "benchmarks.gpu.worker", "--out", str(folder), "--compile-part", str(number))
+        command = (sys.executable, "-m", "benchmarks.gpu", "worker", "--out", str(folder), "--compile-part", str(number))
         left = clock.left()
         if left > 0:
             processes.run((*command, "--seconds", f"{left - 2:.1f}"), folder / "logs" / f"compile-{number}.log", left)
@@ -85,20 +92,20 @@ def compile_all(folder: Path, clock: arguments.Clock) -> None:
 def main() -> int:
     parser = arguments.parser(__doc__)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--must-show", action="store_true")
+    parser.add_argument("--plan", choices=WORKER_OF, default="speed")
     options = parser.parse_args()
     clock = arguments.Clock(options.seconds)
     logs = options.out / "logs"
     if options.compile:
         compile_all(options.out, clock)
         return 0
-    plan = "must_show" if options.must_show else "speed"
+    plan = options.plan
     journal_file = logs / f"{plan}.journal"
     for old in (journal_file, options.out / f"{plan}.json"):
         old.unlink(missing_ok=True)
     journal = Journal(journal_file)
-    command = (sys.executable, "-m", "benchmarks.gpu.worker", "--out", str(options.out), "--plan", plan)
-    code = supervise(command, journal, clock)
+    command = (sys.executable, "-m", "benchmarks.gpu", WORKER_OF[plan], "--out", str(options.out))
+    code = supervise((*command, "--plan", plan), journal, clock)
     failures = journal.texts("failure")
     for failure in failures:
         print(failure)
@@ -106,7 +113,3 @@ def main() -> int:
         print("no figure")
         return 1
     return 1 if failures else code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..shapes import SHAPES, UNIQUE_FRACTION, Shape
+from ..shapes import PROCESSOR, SHAPES, UNIQUE_FRACTION, Shape
 
 Row = dict[str, Any]
 Visit = tuple[str, str]  # op, provider
@@ -13,6 +13,7 @@ FA3: tuple[Visit, ...] = (("attention", "fa3"),)
 FASTEST: tuple[Visit, ...] = (("attention", "sdpa cudnn"), ("attention", "fa3"))
 EAGER: tuple[Visit, ...] = (("qalign_attention", "eager sdpa"),)
 UNMASKED: tuple[Visit, ...] = (("attention", OURS),)
+NOT_CAPTURED = "not captured"
 BYTES_PER_ROW = 64  # what O(N) may be for each head of each token: maps, counts, log-sum-exps, their like
 
 
@@ -110,39 +111,46 @@ class Verdict(NamedTuple):
     text: str
 
 
-def judge(line: Line, rows: Sequence[Row], ceiling_tflops: float | None) -> Verdict:
-    found = {(row["op"], row["provider"]): row for row in rows if row["shape"] == line.shape.size and row["asked_fraction"] == line.asked_fraction}
+def judge(line: Line, rows: Sequence[Row]) -> Verdict:
+    """Hold the rows of inputs as attention processors have them against a line."""
+    place = line.shape.size, line.asked_fraction, PROCESSOR
+    found = {
+        (row["op"], row["provider"]): row
+        for row in rows
+        if (row["shape"], row["asked_fraction"], row["layout"]) == place
+    }
     mine = found.get((line.op, OURS))
     if mine is None:
         return Verdict((None,) * (1 + len(line.goals)), "-", None, "not measured")
-    measured, modes = zip(*(_measure(line, bar, mine, found, ceiling_tflops) for bar in (line.must, *line.goals)))
+    measured, modes = zip(*(_measure(line, bar, mine, found) for bar in (line.must, *line.goals)))
     absent = dict.fromkeys(provider for bar in line.goals for op, provider in bar.against if (op, provider) not in found)
-    word = _word(line, measured)
-    text = f"{word}; without {', '.join(absent)}" if absent and word != "not measured" else word
+    word = modes[0] if modes[0] == NOT_CAPTURED else _word(line, measured)
+    text = f"{word}; without {', '.join(absent)}" if absent and measured[0] is not None else word
     return Verdict(measured, modes[0], mine["unique_fraction"], text)
 
 
-def _measure(line: Line, bar: Bar, mine: Row, found: dict[Visit, Row], ceiling_tflops: float | None) -> tuple[float | None, str]:
-    """The figure that the bar is held against, and the mode of its times."""
-    if line.measure == "graph µs":
-        return (None if mine["graph_p50_ms"] is None else 1e3 * mine["graph_p50_ms"]), "graph"
+def _measure(line: Line, bar: Bar, mine: Row, found: dict[Visit, Row]) -> tuple[float | None, str]:
+    """Give the figure that the bar is held against, and the mode of its times."""
     if line.measure == "memory ratio":
         return memory_ratio(line.shape, mine), "-"
-    if line.measure == "ceiling share":
-        mode, tflops = ("eager", mine["tflops"]) if mine["graph_tflops"] is None else ("graph", mine["graph_tflops"])
-        return (None if ceiling_tflops is None else tflops / ceiling_tflops), mode
-    ratios = [ratio(mine, found[visit]) for visit in bar.against if visit in found]
-    if not ratios:
+    peers = [found[visit] for visit in bar.against if visit in found]
+    if bar.against and not peers:
         return None, "-"
-    value, mode = max(ratios)  # the fastest peer makes the largest ratio
-    return (1 / value if line.measure == "speed-up" else value), mode
+    if any(row["graph_p50_ms"] is None for row in (mine, *peers)):
+        return None, NOT_CAPTURED
+    if line.measure == "graph µs":
+        return 1e3 * mine["graph_p50_ms"], "graph"
+    if line.measure == "ceiling share":
+        return mine["graph_tflops"] / mine["ceiling_tflops"], "graph"
+    value = max(mine["graph_p50_ms"] / peer["graph_p50_ms"] for peer in peers)  # to the fastest peer
+    return (1 / value if line.measure == "speed-up" else value), "graph"
 
 
-def ratio(mine: Row, other: Row) -> tuple[float, str]:
-    """Time over time, both under a CUDA graph where both were captured, else both launched one by one."""
-    if mine["graph_p50_ms"] and other["graph_p50_ms"]:
-        return mine["graph_p50_ms"] / other["graph_p50_ms"], "graph"
-    return mine["p50_ms"] / other["p50_ms"], "eager"
+def ratio(mine: Row, other: Row) -> float | None:
+    """Divide times of graphs; None where one was not captured, since the host's time is no measure of a kernel."""
+    if mine["graph_p50_ms"] is None or other["graph_p50_ms"] is None:
+        return None
+    return mine["graph_p50_ms"] / other["graph_p50_ms"]
 
 
 def memory_ratio(shape: Shape, row: Row) -> float | None:

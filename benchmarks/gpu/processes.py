@@ -1,8 +1,10 @@
 """Child processes that end in time: output to a log, the process group stopped at its limit."""
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +12,28 @@ ROOT = Path(__file__).parents[2]
 SECONDS_TO_END = 2.0
 
 
+PARENT = "QALIGN_GPU_PARENT"  # the variable that tells a process who started it
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def end_with_parent(parent: int | None = None) -> None:
+    """Let the system stop this process when its parent is gone, however that ended.
+
+    Args:
+        parent: its process id; one that is gone already ends this process at once.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)
+
+
 def environment() -> dict[str, str]:
     """This process's, with the checkout on the path; FlexAttention's one kernel needs no pool of compilers."""
     return {
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         **os.environ,
+        PARENT: str(os.getpid()),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
 

@@ -8,40 +8,42 @@ from typing import Any
 from qalign_kernels.bench.measure import markdown
 
 from .. import evidence
+from ..shapes import PROCESSOR
 from .journal import Journal
-from .must_show import LINES, Line, Row, Verdict, describe, judge, ratio
+from .must_show import LINES, NOT_CAPTURED, Line, Row, Verdict, describe, judge, ratio
 from .stages import Outcome
 
 PLANS = ("must_show", "speed")
 PEERS = (("attention", "sdpa"), ("attention", "sdpa cudnn"), ("attention", "sdpa flash"), ("attention", "fa3"), ("attention", "flex"))
 NOTE = (
     "Times are of single calls with an empty L2 cache, medians over alternating rounds; eager: launched one by one; graph: replayed as a CUDA graph. "
-    "Ratios are times over times of the same inputs in the same process, graph where both were captured: below 1 is faster. TFLOP/s count the "
-    "op's definition, whoever runs it. U/N is the fraction of reference tokens that were matched, as measured."
+    "Ratios are times of graphs over times of graphs, of the same inputs in the same process: below 1 is faster. TFLOP/s count the op's definition, "
+    "whoever runs it; shares are of a large matmul timed between the same rounds. Inputs are [B, N, H, D] in memory, except where the op says "
+    "contiguous. U/N is the fraction of reference tokens that were matched, as measured."
 )
 
 
 def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
     """The whole report."""
-    environment, ceilings = _read(folder / "environment.json", {}), _read(folder / "ceilings.json", {})
-    must_rows, rows = (_read(folder / f"{plan}.json", []) for plan in PLANS)
-    ceiling = matmul_ceiling(ceilings)
+    environment, ceilings = read_stage(folder / "environment.json", {}), read_stage(folder / "ceilings.json", {})
+    must_rows, rows = (read_stage(folder / f"{plan}.json", []) for plan in PLANS)
     parts = [
         f"# {_heading(environment)}",
         stage_table(outcomes),
-        f"## Must show\n\n{must_show_table(must_rows, ceiling)}\n\n{NOTE}",
+        f"## Must show\n\n{must_show_table(must_rows)}\n\n{NOTE}",
         f"## Ceilings\n\n{ceiling_table(ceilings)}",
-        f"## Speed\n\n{speed_table([must_rows, rows], ceiling)}",
+        f"## Speed\n\n{speed_table([must_rows, rows])}",
         f"## Peak extra memory, MiB, output included\n\n{memory_table(rows)}",
         f"## Accuracy\n\n{_accuracy(folder)}",
-        f"## compute-sanitizer\n\n{_sanitizer(_read(folder / 'sanitizer.json', {}))}",
+        f"## compute-sanitizer\n\n{_sanitizer(read_stage(folder / 'sanitizer.json', {}))}",
         f"## Not shown, and why\n\n{_notes(folder)}",
         f"## Machine\n\n```json\n{json.dumps(environment, indent=1)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _read(file: Path, otherwise: Any) -> Any:
+def read_stage(file: Path, otherwise: Any) -> Any:
+    """Read what a stage has written, if anything."""
     try:
         return json.loads(file.read_text())
     except (OSError, json.JSONDecodeError):
@@ -58,11 +60,6 @@ def stage_table(outcomes: Sequence[Outcome]) -> str:
     return markdown(("stage", "status", "s", ""), [(x.stage, x.status, f"{x.seconds:.0f}", x.note) for x in outcomes])
 
 
-def matmul_ceiling(ceilings: Row) -> float | None:
-    """TFLOP/s of the large matmul, if it was measured."""
-    return next((row["value"] for row in ceilings.get("rows", []) if row["name"].startswith("matmul")), None)
-
-
 def ceiling_table(ceilings: Row) -> str:
     rows = ceilings.get("rows", [])
     if not rows:
@@ -77,15 +74,21 @@ def _clock(row: Row) -> str:
     return " ".join(f"{value:.0f}" for value in row.get("sm_mhz_while_running") or []) or "-"
 
 
-def must_show_table(rows: Sequence[Row], ceiling: float | None) -> str:
-    verdicts = [judge(line, rows, ceiling) for line in LINES]
+def must_show_table(rows: Sequence[Row]) -> str:
+    verdicts = [judge(line, rows) for line in LINES]
     cells = [_line_cells(line, verdict) for line, verdict in zip(LINES, verdicts)]
     words = [verdict.text.split(";")[0] for verdict in verdicts]
     total = ", ".join(f"{words.count(word)} {label}" for word, label in COUNTED)
     return f"{markdown(('what', '[B, H, N, D]', 'U/N', 'must', 'goal', 'measured', 'mode', 'verdict'), cells)}\n\n{len(LINES)} lines: {total}."
 
 
-COUNTED = (("goal", "reach the goal"), ("must", "hold the must"), ("MISSED", "miss it"), ("not measured", "not measured"))
+COUNTED = (
+    ("goal", "reach the goal"),
+    ("must", "hold the must"),
+    ("MISSED", "miss it"),
+    (NOT_CAPTURED, NOT_CAPTURED),
+    ("not measured", "not measured"),
+)
 
 
 def _line_cells(line: Line, verdict: Verdict) -> tuple[str, ...]:
@@ -95,18 +98,18 @@ def _line_cells(line: Line, verdict: Verdict) -> tuple[str, ...]:
     return line.what, sizes, fraction, describe(line, [line.must]), describe(line, line.goals), " / ".join(figures), verdict.mode, verdict.text
 
 
-def speed_table(runs: Sequence[Sequence[Row]], ceiling: float | None) -> str:
+def speed_table(runs: Sequence[Sequence[Row]]) -> str:
     """Every row; ratios stay within a run."""
     groups: dict[tuple, list[Row]] = {}
     for number, rows in enumerate(runs):
         for row in rows:
-            groups.setdefault((number, *row["shape"], row["asked_fraction"]), []).append(row)
+            groups.setdefault((number, *row["shape"], row["asked_fraction"], row["layout"]), []).append(row)
     if not groups:
         return "Not measured."
     cells = []
     for group in groups.values():
         yardsticks = {(row["op"], row["provider"]): row for row in group}
-        cells += [_speed_cells(row, yardsticks, ceiling) for row in group]
+        cells += [_speed_cells(row, yardsticks) for row in group]
     head = ("op", "[B, H, N, D]", "U/N", "provider", "eager ms (p20 p50 p80)", "graph ms", "TFLOP/s", "of matmul", *_peer_names(), "peak MiB")
     return markdown(head, cells)
 
@@ -115,14 +118,18 @@ def _peer_names() -> list[str]:
     return [f"x {provider}" for _, provider in PEERS]
 
 
-def _speed_cells(row: Row, yardsticks: dict[tuple[str, str], Row], ceiling: float | None) -> tuple[str, ...]:
-    tflops = row["graph_tflops"] or row["tflops"]
-    share = tflops / ceiling if tflops and ceiling else None
-    ratios = [ratio(row, yardsticks[peer])[0] if peer in yardsticks else None for peer in PEERS]
+def _speed_cells(row: Row, yardsticks: dict[tuple[str, str], Row]) -> tuple[str, ...]:
+    tflops = row["graph_tflops"]
+    share = tflops / row["ceiling_tflops"] if tflops else None
+    ratios = [ratio(row, yardsticks[peer]) if peer in yardsticks else None for peer in PEERS]
     fraction = row["unique_fraction"] if row["unique_fraction"] is not None else row["asked_fraction"]
     eager = " ".join(_figure(row[name]) for name in ("p20_ms", "p50_ms", "p80_ms"))
-    figures = (_figure(x) for x in (row["graph_p50_ms"], tflops, share, *ratios, row["peak_mib"]))
-    return row["op"], str(row["shape"]), _figure(fraction), row["provider"], eager, *figures
+    eager += " host-bound" if row["host_bound"] else ""
+    graph = NOT_CAPTURED if row["graph_p50_ms"] is None else _figure(row["graph_p50_ms"])
+    figures = (_figure(x) for x in (tflops, share, *ratios, row["peak_mib"]))
+    op = row["op"] if row["layout"] == PROCESSOR else f"{row['op']} {row['layout']}"
+    provider = f"{row['provider']} ({row['implementation']})" if row["implementation"] else row["provider"]
+    return op, str(row["shape"]), _figure(fraction), provider, eager, graph, *figures
 
 
 def _figure(value: float | None) -> str:
@@ -131,7 +138,13 @@ def _figure(value: float | None) -> str:
 
 def memory_table(rows: Sequence[Row]) -> str:
     """qalign_attention against the number of tokens, at every batch, heads and head dim."""
-    shown = [row for row in rows if row["op"] in ("qalign_attention", "attention") and row["peak_mib"] is not None and row["asked_fraction"] is None]
+    shown = [
+        row
+        for row in rows
+        if row["op"] in ("qalign_attention", "attention")
+        and row["peak_mib"] is not None
+        and (row["asked_fraction"], row["layout"]) == (None, PROCESSOR)
+    ]
     columns = list(dict.fromkeys((row["op"], row["provider"]) for row in shown))
     groups: dict[tuple, dict[tuple, float]] = {}
     for row in sorted(shown, key=lambda row: (row["shape"][3], row["shape"][1], row["shape"][2])):
@@ -143,12 +156,18 @@ def memory_table(rows: Sequence[Row]) -> str:
 
 
 def _accuracy(folder: Path) -> str:
-    validation = _read(folder / "validate.json", {})
+    validation = read_stage(folder / "validate.json", {})
     if not validation.get("rows"):
         return "Not measured."
-    unfinished = validation.get("unfinished", [])
+    unfinished = [f"{name} ({reason})" for name, reason in validation.get("unfinished", {}).items()]
     failures = [f"- {failure}" for row in validation["rows"] for failure in row["failures"][:3]]
-    parts = [evidence.accuracy(validation), "\n".join(failures), f"Not ended in time: {', '.join(unfinished)}." if unfinished else ""]
+    dropped = validation.get("dropped", [])
+    parts = [
+        evidence.accuracy(validation),
+        "\n".join(failures),
+        f"Not ended in time: {', '.join(unfinished)}." if unfinished else "",
+        f"Not run for want of memory: {'; '.join(dropped)}." if dropped else "",
+    ]
     return "\n\n".join(part for part in parts if part)
 
 

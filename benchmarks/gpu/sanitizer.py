@@ -54,7 +54,3 @@ def main() -> int:
     for row in rows:
         print(f"{row['tool']} {row['part']}: {row['verdict']}")
     return 0 if all(row["passed"] for row in rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,11 @@
 """A run as a sequence of stages under one deadline: each a process of its own, none of which stops the rest."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import processes
+from . import arguments, processes
 
 SECONDS_TO_REPORT = 5.0
 
@@ -40,7 +39,7 @@ def run_all(stages: Sequence[Stage], folder: Path, seconds: float, after_each: C
     for position, stage in enumerate(stages):
         reserved = sum(later.least_seconds for later in stages[position + 1 :])
         outcomes.append(_run(stage, folder / "logs" / f"{stage.name}.log", deadline - time.monotonic(), reserved))
-        (folder / "stages.json").write_text(json.dumps({"stage": "stages", "outcomes": [x._asdict() for x in outcomes]}, indent=1))
+        arguments.write(folder, "stages", outcomes=[outcome._asdict() for outcome in outcomes])
         after_each(outcomes)
     return outcomes
 

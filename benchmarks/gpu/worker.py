@@ -1,9 +1,8 @@
 """Measures groups, one after the other, in one process. Whatever a peer does, the others are measured; see `measure` for what ends the process."""
 
-import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +17,20 @@ from qalign_kernels.bench.ops import Op, op_named
 from .. import providers, shapes
 from ..speed import result_row
 from . import arguments
+from .ceilings import large_matmul, matmul_tflops
 from .journal import Journal
 from .must_show import DEFAULT, OURS, Visit
-from .plan import Group, compile_parts, must_show_groups, other_groups
+from .plan import Group, compile_parts, core_groups, must_show_groups, other_groups
 
 DEVICE, DTYPE = "cuda", "bf16"
 REPEATS = 3
 ROUNDS = 15  # of each visit and mode, where they fit in SECONDS_OF_VISIT
 SECONDS_OF_VISIT = 0.05
 LEAST_SECONDS_OF_GROUP = 4.0
-CHECKED_PEERS = ("fa3", "flex", "sageattention")
+CHECKED_PEERS = ("fa3", "flex", providers.FLEX_FLASH, *providers.CHANNEL_PEERS, "sageattention")
 BROKEN_DEVICE = 3
+CEILING_ROUNDS = 5  # of the large matmul, before, between and after the rounds of a group
+PLANS = {"core": core_groups, "must_show": must_show_groups, "speed": other_groups}
 
 
 class BrokenDevice(Exception):
@@ -42,9 +44,11 @@ class Measured:
     call: Callable[[], Any]
     graph: torch.cuda.CUDAGraph | None
     rounds: int
+    hidden: measurement.Hidden
     peak_mib: float
     output_mib: float
     unique_fraction: float | None
+    implementation: str | None
     eager_seconds: list[float] = field(default_factory=list)
     graph_seconds: list[float] = field(default_factory=list)
 
@@ -59,9 +63,7 @@ class Files(NamedTuple):
         return json.loads(self.rows.read_text()) if self.rows.is_file() else []
 
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
-        whole = self.rows.with_suffix(".part")
-        whole.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-        whole.replace(self.rows)
+        arguments.write_json(self.rows, rows)
 
 
 def files(folder: Path, plan: str) -> Files:
@@ -79,14 +81,17 @@ def measure_groups(groups: list[Group], where: Files, clock: arguments.Clock) ->
             where.journal.add("note", f"{group.name}: not measured for want of time")
             continue
         print(f"{group.name}: {len(group.visits)} visits, {clock.left():.0f} s left", flush=True)
-        rows += measure(group, where.journal, clock)
-        where.write_rows(rows)
+        before = tuple(rows)
+        for found in measure(group, where.journal, clock):
+            rows = [*before, *found]
+            where.write_rows(rows)
         where.journal.add("group", group.name)
 
 
-def measure(group: Group, journal: Journal, clock: arguments.Clock) -> list[dict[str, Any]]:
-    """Repeats of the visits alternate, there and back, so that drift cancels in their ratios."""
-    torch.compiler.reset()
+def measure(group: Group, journal: Journal, clock: arguments.Clock) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows after each repeat. Visits alternate, there and back, so that drift cancels in their ratios,
+    and the ceiling that shares are shares of is measured between the repeats."""
+    _forget_compiled()
     torch.cuda.empty_cache()
     inputs = _inputs(group)
     found: dict[Visit, Measured] = {}
@@ -96,17 +101,27 @@ def measure(group: Group, journal: Journal, clock: arguments.Clock) -> list[dict
         elif measured := _first_visit(visit, group, inputs, journal):
             found[visit] = measured
     journal.add("begin", group.name)
+    ceiling = large_matmul()
+    ceiling_seconds: list[float] = []
+    ceiling_seconds += time_rounds(ceiling, CEILING_ROUNDS)
     for repeat in range(REPEATS):
         if repeat == 0 or clock.left() > 0:
             _time_all(list(found.values()), reverse=repeat % 2 == 1)
+            ceiling_seconds += time_rounds(ceiling, CEILING_ROUNDS)
+            yardstick, tflops = found.get(DEFAULT[0]), matmul_tflops(percentiles(ceiling_seconds)[1])
+            yield [_row(visit, group, measured, yardstick, tflops) for visit, measured in found.items()]
     journal.add("end", group.name)
-    yardstick = found.get(DEFAULT[0])
-    return [_row(visit, group, measured, yardstick) for visit, measured in found.items()]
+
+
+def _forget_compiled() -> None:
+    """Reset torch.compile where a peer has used it: to import it takes seconds."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _time_all(order: list[Measured], reverse: bool) -> None:
     for measured in order[::-1] if reverse else order:
-        measured.eager_seconds += time_rounds(measured.call, measured.rounds)
+        measured.eager_seconds += time_rounds(measured.call, measured.rounds, measured.hidden.flushes)
         if measured.graph:
             measured.graph_seconds += time_rounds(measured.graph.replay, measured.rounds)
 
@@ -114,8 +129,10 @@ def _time_all(order: list[Measured], reverse: bool) -> None:
 def _inputs(group: Group) -> measurement.Inputs:
     dtype = DTYPES[DTYPE]
     if group.asked_fraction is None:
-        return shapes.make_inputs(group.shape, False, dtype, DEVICE)
-    return shapes.make_inputs(group.shape, True, dtype, DEVICE, asked_fraction=group.asked_fraction)
+        return shapes.make_inputs(group.shape, False, dtype, DEVICE, layout=group.layout)
+    return shapes.make_inputs(
+        group.shape, True, dtype, DEVICE, asked_fraction=group.asked_fraction, layout=group.layout
+    )
 
 
 def _name(visit: Visit, group: Group) -> str:
@@ -167,7 +184,9 @@ def _prepare(op: Op, provider: str, inputs: shapes.Inputs, name: str, journal: J
     del result
     seconds = time_rounds(call, 2)[-1]
     rounds = max(2, min(ROUNDS, int(SECONDS_OF_VISIT / max(seconds, 1e-6))))
-    return Measured(call, graph, rounds, peak_mib, output_mib, fraction)
+    hidden = measurement.hide_host(call)
+    implementation = providers.sdpa_implementation(provider, inputs)
+    return Measured(call, graph, rounds, hidden, peak_mib, output_mib, fraction, implementation)
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
@@ -204,24 +223,34 @@ def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-def _row(visit: Visit, group: Group, measured: Measured, yardstick: Measured | None) -> dict[str, Any]:
+def _row(
+    visit: Visit, group: Group, measured: Measured, yardstick: Measured | None, ceiling: float
+) -> dict[str, Any]:
     op, provider = op_named(visit[0]), visit[1]
     sdpa = percentiles(yardstick.eager_seconds)[1] if yardstick else None
     work = providers.flops(provider, op, group.shape)
     row = result_row(
         op.name, group.shape.size, DTYPE, DEVICE, provider, measured.eager_seconds, work=work, yardstick=sdpa, peak_mib=measured.peak_mib,
-        unique_fraction=measured.unique_fraction,
+        unique_fraction=measured.unique_fraction, hidden=measured.hidden, layout=group.layout,
     )  # fmt: skip
     graph = percentiles(measured.graph_seconds) if measured.graph_seconds else (None, None, None)
     times = {f"graph_{name}_ms": None if value is None else round(value * 1e3, 5) for name, value in zip(("p20", "p50", "p80"), graph)}
     tflops = None if work is None or graph[1] is None else float(f"{work / graph[1] / 1e12:.4g}")
-    return row | times | {"graph_tflops": tflops, "output_mib": round(measured.output_mib, 3), "asked_fraction": group.asked_fraction}
+    return {
+        **row,
+        **times,
+        "graph_tflops": tflops,
+        "ceiling_tflops": float(f"{ceiling:.4g}"),
+        "implementation": measured.implementation,
+        "output_mib": round(measured.output_mib, 3),
+        "asked_fraction": group.asked_fraction,
+    }
 
 
 def call_once(groups: list[Group], clock: arguments.Clock) -> None:
     """Only that everything is compiled: what fails here is reported where it is measured."""
     for group in groups:
-        torch.compiler.reset()
+        _forget_compiled()
         inputs = _inputs(group)
         for op_name, provider in group.visits:
             if clock.left() < 0:
@@ -236,7 +265,7 @@ def call_once(groups: list[Group], clock: arguments.Clock) -> None:
 
 def main() -> int:
     parser = arguments.parser(__doc__)
-    parser.add_argument("--plan", choices=("must_show", "speed"), default="speed")
+    parser.add_argument("--plan", choices=PLANS, default="speed")
     parser.add_argument("--compile-part", type=int, metavar="N")
     options = parser.parse_args()
     clock = arguments.Clock(options.seconds)
@@ -247,16 +276,8 @@ def main() -> int:
     measurement.use_cuda()
     where = files(options.out, options.plan)
     try:
-        measure_groups(_groups(options), where, clock)
+        measure_groups(PLANS[options.plan](), where, clock)
     except BrokenDevice as error:
         print(f"the CUDA context is lost: {error}")
         return BROKEN_DEVICE
     return 0
-
-
-def _groups(options: argparse.Namespace) -> list[Group]:
-    return must_show_groups() if options.plan == "must_show" else other_groups()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

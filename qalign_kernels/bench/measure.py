@@ -1,6 +1,7 @@
 """What every measurement shares: random inputs, time, peak memory, a row of figures, and tables of rows."""
 
 import ctypes
+import math
 import multiprocessing
 import platform
 import statistics
@@ -20,6 +21,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIB = 2**20
 NUM_LABELS = 4
 FLUSH_MIB = 256  # more than the L2 cache of any GPU
+MOST_FLUSHES = 32
 _flush: Tensor | None = None
 
 
@@ -168,17 +170,51 @@ def use_cuda() -> None:
     _flush = torch.empty(FLUSH_MIB << 20, dtype=torch.int8, device="cuda")
 
 
-def before_round() -> None:
-    """Empty the L2 cache; the launches of the round queue behind it, so that the host's delay is hidden."""
+def before_round(flushes: int = 1) -> None:
+    """Empty the L2 cache, so often that the launches of the round queue behind it."""
     if _flush is not None:
-        _flush.zero_()
+        for _ in range(flushes):
+            _flush.zero_()
 
 
-def time_rounds(call: Callable[[], Any], rounds: int) -> list[float]:
+class Hidden(NamedTuple):
+    """How the host's time of a call is hidden on the GPU's time line.
+
+    Attributes:
+        host_seconds: the host's time of one call that is launched and not waited for.
+        flushes: what the GPU does before each round while the host launches it.
+        host_bound: MOST_FLUSHES take less time than the host, so an eager time is the host's.
+    """
+
+    host_seconds: float
+    flushes: int
+    host_bound: bool
+
+
+def hide_host(call: Callable[[], Any]) -> Hidden:
+    """Measure the host's time of a call, and count the flushes that hide it; 1 on a CPU, which has no host."""
+    if _flush is None:
+        return Hidden(0.0, 1, False)
+    start = stamp()
+    before_round(MOST_FLUSHES)
+    flush_seconds = max((stamp() - start) / MOST_FLUSHES, 1e-6)
+    host_seconds = statistics.median(_host_seconds(call) for _ in range(5))
+    wanted = 1 + math.ceil(1.5 * host_seconds / flush_seconds)
+    return Hidden(host_seconds, min(wanted, MOST_FLUSHES), wanted > MOST_FLUSHES)
+
+
+def _host_seconds(call: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def time_rounds(call: Callable[[], Any], rounds: int, flushes: int = 1) -> list[float]:
     """Time single calls, in seconds; on a GPU the L2 cache is empty and rounds queue as in a busy stream."""
     stamps = []
     for _ in range(rounds):
-        before_round()
+        before_round(flushes)
         start = stamp()
         call()
         stamps.append((start, stamp()))
@@ -300,8 +336,10 @@ def result_row(
     peak_mib: float | None = None,
     saved_mib: float | None = None,
     unique_fraction: float | None = None,
+    hidden: Hidden | None = None,
 ) -> dict[str, Any]:
-    """Make the row of one provider; `work` is in FLOPs, `yardstick` SDPA's median in seconds."""
+    """Make the row of one provider; `work` is in FLOPs, `yardstick` SDPA's median in seconds, `hidden` how the
+    rounds hid the host's time."""
     p20, p50, p80 = percentiles(seconds)
     return {
         "device": device_name(device),
@@ -319,6 +357,8 @@ def result_row(
         "saved_mib": None if saved_mib is None else round(saved_mib, 2),
         "ratio_to_sdpa": None if yardstick is None else float(f"{p50 / yardstick:.4g}"),
         "unique_fraction": None if unique_fraction is None else round(unique_fraction, 4),
+        "host_us": round(hidden.host_seconds * 1e6, 1) if hidden and device == "cuda" else None,
+        "host_bound": bool(hidden and hidden.host_bound),
     }
 
 

@@ -1,0 +1,17 @@
+"""One stage in a process of its own: `python -m benchmarks.gpu MODULE --out DIR --seconds S`."""
+
+import importlib
+import os
+import sys
+
+from . import processes
+
+
+def main() -> int:
+    """Run the stage of the module that the first argument names; it ends when what started it does."""
+    processes.end_with_parent(int(os.environ.get(processes.PARENT, os.getppid())))
+    return importlib.import_module(f"benchmarks.gpu.{sys.argv.pop(1)}").main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Stage "right": whether every op and every candidate tile is right and repeats bit by bit.
+
+Each call has a process of its own, side by side: whatever one does to its device, the others are judged. What the
+next stages time is compiled afterwards.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from qalign_kernels import testing
+from qalign_kernels._triton import _configs
+from qalign_kernels._triton._configs import Key, Tile
+from qalign_kernels._triton._launch import target_of
+from qalign_kernels.bench.ops import OPS, op_named
+
+from .. import candidates, shapes, trials
+from ..shapes import CONTIGUOUS, FOLDED_HEAD_DIM, PROCESSOR, Shape
+from . import arguments, forks
+from .plan import CORE_OPS, core_shapes
+
+SECONDS_OF_CALL = 90.0
+SECONDS_TO_START = 10.0
+DTYPES = ("bfloat16", "float16")
+ITEMSIZE = 2
+MOST_TILE_SHAPES = 3
+USUAL = (Shape("", 2, 10, 1024, 64), Shape("", 1, 8, 4096, 40), Shape("", 1, 4, 1024, 128))
+RAGGED = (Shape("", 1, 2, 1000, 64), Shape("", 1, 8, 1000, 40))
+
+
+class Call(NamedTuple):
+    """What one process judges: an op, or what the trial of that name times under a tile of its own."""
+
+    name: str
+    shape: Shape
+    layout: str
+    dtype: str
+    tile: Tile | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Describe the call."""
+        return {
+            "op": self.name,
+            "shape": self.shape.size,
+            "layout": self.layout,
+            "dtype": self.dtype,
+            "tile": self.tile,
+        }
+
+
+def calls() -> list[Call]:
+    """List what is judged: what the next stages time, core ops, tiles, everything else; bfloat16 first."""
+    timed = [Call(op, shape, PROCESSOR, DTYPES[0]) for shape in core_shapes() for op in CORE_OPS]
+    others = [op.name for op in OPS if op.name not in CORE_OPS and not op.correlated]
+    core, half = (_everywhere(CORE_OPS, dtype) for dtype in DTYPES)
+    return [
+        *timed,
+        *core,
+        *tile_calls(),
+        *half,
+        *(call for dtype in DTYPES for call in _everywhere(others, dtype)),
+    ]
+
+
+def _everywhere(names: Sequence[str], dtype: str) -> list[Call]:
+    """List the ops at every shape and layout."""
+    places = [*((shape, PROCESSOR) for shape in USUAL), *((shape, CONTIGUOUS) for shape in RAGGED)]
+    return [Call(name, *place, dtype) for place in places for name in names]
+
+
+def tile_calls() -> list[Call]:
+    """List the candidate tiles at the core shapes that have most tokens, without those that are shipped."""
+    found = []
+    for shape in tile_shapes():
+        for trial in trials.TRIALS:
+            key = tile_key(trial.op, trial.mode, shape, DTYPES[0])
+            tiles = [tile for tile in candidates.tiles(key) if tile != _configs.look_up(key, ITEMSIZE)]
+            found += [Call(trial.name, shape, PROCESSOR, DTYPES[0], tile) for tile in tiles]
+    return found
+
+
+def tile_shapes() -> list[Shape]:
+    """List the shapes at which candidates are tried."""
+    return core_shapes()[:MOST_TILE_SHAPES]
+
+
+def tile_key(op: str, mode: str, shape: Shape, dtype: str) -> Key:
+    """Give the key by which a launch here looks up its tile, for inputs as processors have them."""
+    folded = mode in ("joint", "topk") and shape.heads * shape.head_dim % FOLDED_HEAD_DIM == 0
+    head_dim = FOLDED_HEAD_DIM if folded else shape.head_dim
+    tokens, triton = _configs.token_bucket(shape.tokens), _configs.triton_minor()
+    return Key(op, mode, target_of(torch.device("cuda", 0)), triton, dtype, tokens, head_dim)
+
+
+def judge(call: Call) -> dict[str, Any]:
+    """Run the call twice, first on poisoned memory, and hold it against float64."""
+    start = time.monotonic()
+    inputs = shapes.make_inputs(call.shape, True, getattr(torch, call.dtype), "cuda", layout=call.layout)
+    op: Any = op_named(call.name) if call.tile is None else trials.trial_named(call.name).timed
+    with torch.no_grad(), _trying(call):
+        with testing.poisoned_memory():
+            first = op.run(inputs, "triton")
+        again = op.run(inputs, "triton")
+        same = all(torch.equal(a, b) for a, b in zip(_parts(first), _parts(again)))
+        right = bool(op.check(inputs, first, "triton"))
+    return {"right": right, "same_bits": same, "seconds": round(time.monotonic() - start, 2)}
+
+
+def _trying(call: Call) -> contextlib.AbstractContextManager[None]:
+    if call.tile is None:
+        return contextlib.nullcontext()
+    trial = trials.trial_named(call.name)
+    return _configs.trying(tile_key(trial.op, trial.mode, call.shape, call.dtype), call.tile)
+
+
+def _parts(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def answers(chosen: list[Call], folder: Path, clock: arguments.Clock) -> Iterator[dict[str, Any]]:
+    """Yield a row for each call as it is known, those without time too."""
+    forks.preload()
+
+    def run(call: Call) -> dict[str, Any]:
+        seconds = min(SECONDS_OF_CALL, clock.left())
+        if seconds < SECONDS_TO_START:
+            return call.row() | {"error": "not started for want of time"}
+        log = folder / "logs" / f"right-{call.name.replace(' ', '_')}.log"
+        answer = forks.ask(judge, call, log=log, seconds=seconds)
+        return call.row() | (answer.value or {"error": answer.error})
+
+    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        waiting = [pool.submit(run, call) for call in chosen]
+        for future in as_completed(waiting):
+            yield future.result()
+
+
+def main() -> int:
+    options = arguments.parser(__doc__).parse_args()
+    clock = arguments.Clock(options.seconds)
+    rows: list[dict[str, Any]] = []
+    for row in answers(calls(), options.out, clock):
+        rows.append(row)
+        arguments.write_json(options.out / "right.json", rows)
+        print(json.dumps(row), flush=True)
+    wrong = [row for row in rows if not (row.get("right") and row.get("same_bits"))]
+    print(f"{len(rows)} calls, {len(wrong)} not shown to be right")
+    return 1 if wrong else 0
