@@ -1,7 +1,8 @@
 """The benchmark of the host's part of a call."""
 
 import pytest
-from stubbed import run_over_stub
+
+from tests.stubbed import run_over_stub
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Launches that are replayed, over the stub driver: they are what Triton's own launch would be."""
 
 import pytest
-from stubbed import run_over_stub
+
+from tests.stubbed import run_over_stub
 
 RUNS = """
 import threading

@@ -2,7 +2,7 @@
 
 import struct
 
-from stubbed import run_over_stub
+from tests.stubbed import run_over_stub
 
 
 def test_a_launch_is_counted_and_recorded_as_passed(tmp_path):
