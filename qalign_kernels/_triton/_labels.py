@@ -1,10 +1,11 @@
-"""Tokens sorted by their label sets: a tile of queries then meets few keys that it does not see, and compares labels with hardly any.
+"""Tokens sorted by their label sets: a tile of queries meets few keys that it does not see.
 
-A set is of a class: 0 several labels, 1 all of them (-1), 2 + b the label b alone, 34 none. Sorted tokens lie class after class, in order
-within each.
+It also compares labels with hardly any. A set is of a class: 0 several labels, 1 all of them (-1), 2 + b the
+label b alone, 34 none. Sorted tokens lie class after class, in order within each.
 """
 
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,38 +15,91 @@ from torch import Tensor
 from ._launch import launch
 from .rearrange import Multiplicity
 
-SORTED_FROM = 2048  # queries, and keys of a segment with labels; sorting costs what it saves where there are fewer
+SORTED_FROM = (
+    2048  # queries, and keys of a segment with labels; sorting costs what it saves where there are fewer
+)
 SORT_BLOCK = 1024
 CLASSES = tl.constexpr(35)
 NONE = tl.constexpr(34)  # the class of the empty set
 
 
-def sort_tokens(labels: Tensor, multiplicity: Multiplicity | None = None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The tokens of each row, or the chosen ones of a multiplicity, by the class of their labels int32 [B_l, N].
+class Labels(NamedTuple):
+    """The label sets of tokens [B or 1, N], int32; with one row its stride of batch rows is 0."""
+
+    pointer: Any
+    stride_b: Any
+    stride_n: Any
+
+
+class Spans(NamedTuple):
+    """Which sorted keys a tile of queries meets.
+
+    `whole` many, in whole tiles, without comparing labels, then `compared` many. The other fields say where
+    these lie in the order: see `free_slot` and `compared_slots`.
+    """
+
+    whole: Any
+    compared: Any
+    several: Any
+    own_start: Any
+    whole_first: Any
+    free_own: Any
+    rest_first: Any
+    compared_first: Any
+
+
+def label_arguments(labels: Tensor | None) -> Labels | None:
+    """Labels as kernels take them."""
+    if labels is None:
+        return None
+    return Labels(labels, labels.stride(0) if labels.shape[0] > 1 else 0, labels.stride(1))
+
+
+def sort_tokens(
+    labels: Tensor, multiplicity: Multiplicity | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Sort the tokens of each row, or those that a multiplicity chose, by the class of their labels [B_l, N].
 
     Returns:
-        Their order int32 [B_l, 1, N] or as that of the multiplicity, its weights and their logarithms in this order, and where each class starts,
-        int32 [..., 36]: the last entry is the number of tokens.
+        Their order int32 [B_l, 1, N] or as that of the multiplicity, its weights and their logarithms in this
+        order, and where each class starts, int32 [..., 36]: the last entry is the number of tokens.
     """
     tokens = labels.shape[1]
     shape = (labels.shape[0], 1, tokens) if multiplicity is None else multiplicity.order.shape
     order = torch.empty(shape, device=labels.device, dtype=torch.int32)
     weights = log_weights = given_order = given_weights = given_unique = None
     if multiplicity is not None:
-        weights, log_weights = (torch.empty(shape, device=labels.device, dtype=torch.float32) for _ in range(2))
-        given_order, given_weights, given_unique = multiplicity.order, multiplicity.weights, multiplicity.unique
+        weights, log_weights = (
+            torch.empty(shape, device=labels.device, dtype=torch.float32) for _ in range(2)
+        )
+        given_order, given_weights, given_unique = (
+            multiplicity.order,
+            multiplicity.weights,
+            multiplicity.unique,
+        )
     starts = torch.empty((*shape[:2], CLASSES.value + 1), device=labels.device, dtype=torch.int32)
-    stride_b, stride_n = label_strides(labels)
     launch(
-        _sort_tokens_kernel, (shape[0] * shape[1],), num_warps=8, num_stages=1, labels_ptr=labels, labels_stride_b=stride_b,
-        labels_stride_n=stride_n, given_order_ptr=given_order, given_weights_ptr=given_weights, given_unique_ptr=given_unique, order_ptr=order,
-        weights_ptr=weights, log_weights_ptr=log_weights, starts_ptr=starts, G=shape[1], N=tokens, BLOCK=SORT_BLOCK,
-    )  # fmt: skip
+        _sort_tokens_kernel,
+        (shape[0] * shape[1],),
+        num_warps=8,
+        num_stages=1,
+        labels=label_arguments(labels),
+        given_order_ptr=given_order,
+        given_weights_ptr=given_weights,
+        given_unique_ptr=given_unique,
+        order_ptr=order,
+        weights_ptr=weights,
+        log_weights_ptr=log_weights,
+        starts_ptr=starts,
+        G=shape[1],
+        N=tokens,
+        BLOCK=SORT_BLOCK,
+    )
     return order, weights, log_weights, starts
 
 
 def sort_queries(query_labels: Tensor | None, key_labels: Iterable[Tensor | None]) -> Tensor | None:
-    """The order of the queries where it pays to sort them, and with them the keys of every segment that has labels; else None."""
+    """The order of the queries where it pays to sort them, and keys with labels as well; else None."""
     if query_labels is None or query_labels.shape[1] < SORTED_FROM:
         return None
     if all(labels is None or labels.shape[1] < SORTED_FROM for labels in key_labels):
@@ -53,18 +107,13 @@ def sort_queries(query_labels: Tensor | None, key_labels: Iterable[Tensor | None
     return sort_tokens(query_labels)[0]
 
 
-def label_strides(labels: Tensor | None) -> tuple[int, int]:
-    """Of labels [B or 1, N]; one row serves every batch row."""
-    if labels is None:
-        return 0, 0
-    return labels.stride(0) if labels.shape[0] > 1 else 0, labels.stride(1)
-
-
 @triton.jit
 def label_class(labels):
     """The class of each int32 bit set."""
     bits = labels.to(tl.uint32, bitcast=True)
-    power = bits.to(tl.float32).to(tl.int32, bitcast=True)  # of a single bit the exponent says which one it is
+    power = bits.to(tl.float32).to(
+        tl.int32, bitcast=True
+    )  # of a single bit the exponent says which one it is
     single = 2 + ((power >> 23) & 255) - 127
     several = tl.where(labels == -1, 1, 0)
     return tl.where(bits == 0, NONE, tl.where((bits & (bits - 1)) == 0, single, several))
@@ -76,23 +125,32 @@ def _or(left, right):
 
 
 @triton.jit
-def _tokens_at(slots, inside, given_order_ptr, labels_ptr, labels_stride_n):
-    """The tokens of some slots, as they are given or as they are, and their classes; those not `inside` are of the empty set."""
+def _tokens_at(slots, inside, given_order_ptr, labels_ptr, stride_n):
+    """The tokens of some slots, by the given order if there is one, and their classes; NONE if not inside."""
     tokens = slots
     if given_order_ptr is not None:
         tokens = tl.load(given_order_ptr + slots, mask=inside, other=0)
-    labels = tl.load(labels_ptr + tokens.to(tl.int64) * labels_stride_n, mask=inside, other=0)
+    labels = tl.load(labels_ptr + tokens.to(tl.int64) * stride_n, mask=inside, other=0)
     return tokens, label_class(labels)
 
 
 @triton.jit
 def _sort_tokens_kernel(
-    labels_ptr, labels_stride_b, labels_stride_n, given_order_ptr, given_weights_ptr, given_unique_ptr, order_ptr, weights_ptr,
-    log_weights_ptr, starts_ptr, G, N, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One row: which classes occur, then of each class that does the tokens, by a scan of all."""
+    labels,
+    given_order_ptr,
+    given_weights_ptr,
+    given_unique_ptr,
+    order_ptr,
+    weights_ptr,
+    log_weights_ptr,
+    starts_ptr,
+    G,
+    N,
+    BLOCK: tl.constexpr,
+):
+    """One row: which classes occur, then the tokens of each class that does, by a scan of all."""
     row = tl.program_id(0).to(tl.int64)
-    labels_ptr += (row // G) * labels_stride_b
+    labels_ptr = labels.pointer + (row // G) * labels.stride_b
     order_ptr += row * N
     starts_ptr += row * (CLASSES + 1)
     number = N
@@ -105,7 +163,7 @@ def _sort_tokens_kernel(
     occurring = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, number, BLOCK):
         slots = start + tl.arange(0, BLOCK)
-        tokens, classes = _tokens_at(slots, slots < number, given_order_ptr, labels_ptr, labels_stride_n)
+        tokens, classes = _tokens_at(slots, slots < number, given_order_ptr, labels_ptr, labels.stride_n)
         occurring |= tl.where(slots < number, tl.full((BLOCK,), 1, tl.int64) << classes.to(tl.int64), 0)
     occurring = tl.reduce(occurring, 0, _or)
     sorted_before = 0
@@ -113,7 +171,7 @@ def _sort_tokens_kernel(
         tl.store(starts_ptr + current, sorted_before)
         for start in range(0, tl.where((occurring >> current) & 1 != 0, number, 0), BLOCK):
             slots = start + tl.arange(0, BLOCK)
-            tokens, classes = _tokens_at(slots, slots < number, given_order_ptr, labels_ptr, labels_stride_n)
+            tokens, classes = _tokens_at(slots, slots < number, given_order_ptr, labels_ptr, labels.stride_n)
             member = (slots < number) & (classes == current)
             target = sorted_before + tl.cumsum(member.to(tl.int32), 0) - 1
             tl.store(order_ptr + target, tokens, mask=member)
@@ -127,37 +185,52 @@ def _sort_tokens_kernel(
 
 @triton.jit
 def visible_spans(starts_ptr, lowest, highest, BLOCK_N: tl.constexpr):
-    """What queries of the classes lowest .. highest see of sorted keys: how many they see without comparing, in whole tiles, and how many others
-    they meet; with what `free_slot` and `compared_slots` need to find them.
+    """What queries of the classes from `lowest` to `highest` see of sorted keys.
 
-    A tile of one class sees that of all labels and its own freely and compares with the sets of several labels; a mixed one compares with all
-    from its lowest to its highest.
+    A tile of one class sees that of all labels and its own freely and compares with the sets of several
+    labels. A mixed one compares with all from its lowest to its highest.
     """
     several, everything, end = tl.load(starts_ptr + 1), tl.load(starts_ptr + 2), tl.load(starts_ptr + NONE)
     own_start = tl.load(starts_ptr + lowest)
     own = tl.load(starts_ptr + tl.minimum(highest + 1, NONE)) - own_start  # 0 for the class that sees nothing
     one_label, all_labels = (lowest == highest) & (lowest > 1), (lowest == highest) & (lowest == 1)
-    free_first = tl.where(all_labels, end - several, tl.where(one_label & (lowest < NONE), everything - several, 0))
+    free_first = tl.where(
+        all_labels, end - several, tl.where(one_label & (lowest < NONE), everything - several, 0)
+    )
     free_own = tl.where(one_label, own, 0) // BLOCK_N * BLOCK_N
-    compared_first = tl.where(lowest == NONE, 0, tl.where(one_label | all_labels, several, tl.where(lowest > 1, everything, end)))
+    compared_first = tl.where(
+        lowest == NONE, 0, tl.where(one_label | all_labels, several, tl.where(lowest > 1, everything, end))
+    )
     compared_own = tl.where(lowest > 1, own - free_own, 0)
     whole_first = free_first // BLOCK_N * BLOCK_N
     rest_first = free_first - whole_first
-    spans = (several, own_start, whole_first, free_own, rest_first, compared_first)
-    return whole_first + free_own, rest_first + compared_first + compared_own, spans
+    return Spans(
+        whole_first + free_own,
+        rest_first + compared_first + compared_own,
+        several,
+        own_start,
+        whole_first,
+        free_own,
+        rest_first,
+        compared_first,
+    )
 
 
 @triton.jit
 def free_slot(start, spans):
     """Where the keys of a whole tile begin in their order."""
-    several, own_start, whole_first, free_own, rest_first, compared_first = spans
-    return tl.where(start < whole_first, several + start, own_start + start - whole_first)
+    return tl.where(
+        start < spans.whole_first, spans.several + start, spans.own_start + start - spans.whole_first
+    )
 
 
 @triton.jit
 def compared_slots(positions, spans):
-    """Where the others are: first what was left of the free ones of all labels, then those of a first and of the own classes."""
-    several, own_start, whole_first, free_own, rest_first, compared_first = spans
-    others = positions - rest_first
-    last = others - compared_first
-    return tl.where(others < 0, several + whole_first + positions, tl.where(last < 0, others, own_start + free_own + last))
+    """Where the compared keys are: the rest of those of all labels, the first classes, the own classes."""
+    others = positions - spans.rest_first
+    last = others - spans.compared_first
+    return tl.where(
+        others < 0,
+        spans.several + spans.whole_first + positions,
+        tl.where(last < 0, others, spans.own_start + spans.free_own + last),
+    )

@@ -1,13 +1,77 @@
-"""Device helpers that several kernels share.
+"""What several kernels share: tuples of a tensor or a tile, and helpers that load, multiply and store them.
 
-A head dim is MAIN + TAIL channels (`split_head_dim`), of which D exist. A pitch is the distance of two tokens in bytes: one multiply-add makes
-an address of it.
+A head dim is MAIN + TAIL channels (`split_head_dim`), of which D exist. A pitch is a stride in bytes: one
+multiply-add makes an address of it.
+
+Fields in capitals are constexpr as long as a tuple is only passed on: an assignment makes tensors of them.
 """
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
+from ._configs import split_head_dim
+
 FAR = tl.constexpr(0x7FFFFFFF)  # beyond every index, and NaN where scores are `ordered`
+
+
+class Features(NamedTuple):
+    """A tensor [B, H, N, D]: its pitches of batch row, head and token in bytes, the stride of its channels.
+
+    The pitch of a head is then a multiple of 16 also at head dim 40, and the loads stay wide.
+    """
+
+    pointer: Any
+    pitch_b: Any
+    pitch_h: Any
+    pitch_n: Any
+    stride_d: Any
+
+
+class Rows(NamedTuple):
+    """The tokens [N, D] of one batch row and head."""
+
+    pointer: Any
+    pitch: Any
+    stride_d: Any
+
+
+class Width(NamedTuple):
+    """D channels as a power of two and a tail, which may be 0."""
+
+    D: Any
+    MAIN: Any
+    TAIL: Any
+
+
+class Parts(NamedTuple):
+    """The two parts of a tile of rows; the tail counts only where the width has one."""
+
+    main: Any
+    tail: Any
+
+
+class TokenTile(NamedTuple):
+    """Which tokens a program has: those of row b·H + h that are `inside`."""
+
+    row: Any
+    batch: Any
+    head: Any
+    tokens: Any
+    inside: Any
+
+
+def features(tensor: torch.Tensor) -> Features:
+    """A tensor as kernels take it."""
+    batch, head, token = (stride * tensor.element_size() for stride in tensor.stride()[:3])
+    return Features(tensor, batch, head, token, tensor.stride(3))
+
+
+def width(dim: int) -> Width:
+    """The channels of a head as kernels take them."""
+    return Width(*(tl.constexpr(x) for x in (dim, *split_head_dim(dim))))
 
 
 @triton.jit
@@ -17,16 +81,30 @@ def advance(pointer, pitch):
 
 
 @triton.jit
+def rows_of(source, batch, head):
+    """The tokens of one batch row and head of some features."""
+    pointer = advance(source.pointer, batch * source.pitch_b + head * source.pitch_h)
+    return Rows(pointer, source.pitch_n, source.stride_d)
+
+
+@triton.jit
+def skip(rows, tokens):
+    """The rows without the first int64 `tokens`."""
+    return Rows(advance(rows.pointer, tokens * rows.pitch), rows.pitch, rows.stride_d)
+
+
+@triton.jit
 def open_tile(tokens, H, BLOCK: tl.constexpr):
-    """Of this program: its row b·H + h, its batch row b and head h, the int64 tokens of its tile, and which of them are inside."""
+    """The tile of this program, one of the `tokens` of each row; int64."""
     blocks = tl.cdiv(tokens, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    rows = ((tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    return row, row // H, row % H, rows, rows < tokens
+    own = ((tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    return TokenTile(row, row // H, row % H, own, own < tokens)
 
 
 @triton.jit
 def load(pointers, present, MASKED: tl.constexpr):
+    """Values of tokens; zeros, where MASKED, for those that are not `present`."""
     if MASKED:
         return tl.load(pointers, mask=present, other=0)
     else:
@@ -34,10 +112,17 @@ def load(pointers, present, MASKED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(pointer, rows, present, pitch, stride_d, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """[rows, WIDTH]: channels FIRST .. FIRST + WIDTH of the int64 `rows`; zeros beyond D and, where MASKED, for rows that are not `present`."""
+def load_rows(
+    rows, tokens, present, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
+):
+    """[tokens, WIDTH]: channels from FIRST on of the int64 `tokens`.
+
+    Zeros beyond D and, where MASKED, for tokens that are not `present`.
+    """
     channels = FIRST + tl.arange(0, WIDTH)
-    pointers = advance(pointer, rows * pitch)[:, None] + channels[None, :].to(tl.int64) * stride_d
+    pointers = (
+        advance(rows.pointer, tokens * rows.pitch)[:, None] + channels[None, :].to(tl.int64) * rows.stride_d
+    )
     if FIRST + WIDTH > D:
         if MASKED:
             return tl.load(pointers, mask=present[:, None] & (channels < D)[None, :], other=0.0)
@@ -51,32 +136,67 @@ def load_rows(pointer, rows, present, pitch, stride_d, D: tl.constexpr, FIRST: t
 
 
 @triton.jit
-def load_parts(pointer, batch, head, rows, present, pitch_b, pitch_h, pitch_n, stride_d, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+def load_parts(rows, tokens, present, width, MASKED: tl.constexpr):
     """Both parts of a tile of rows; the main part again where there is no tail."""
-    pointer = advance(pointer, batch * pitch_b + head * pitch_h)
-    main = load_rows(pointer, rows, present, pitch_n, stride_d, D, 0, MAIN, True)
+    main = load_rows(rows, tokens, present, width.D, 0, width.MAIN, MASKED)
     tail = main
-    if TAIL > 0:
-        tail = load_rows(pointer, rows, present, pitch_n, stride_d, D, MAIN, TAIL, True)
-    return main, tail
+    if width.TAIL > 0:
+        tail = load_rows(rows, tokens, present, width.D, width.MAIN, width.TAIL, MASKED)
+    return Parts(main, tail)
 
 
 @triton.jit
-def store_channels(output_ptrs, acc, inside, D_V: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+def zeros(BLOCK: tl.constexpr, width):
+    """A tile of sums, fp32 [BLOCK, D]."""
+    main = tl.zeros((BLOCK, width.MAIN), tl.float32)
+    return Parts(main, tl.zeros((BLOCK, width.TAIL if width.TAIL > 0 else 1), tl.float32))
+
+
+@triton.jit
+def scale_rows(parts, factors, width):
+    """Each row times its factor."""
+    main, tail = parts.main * factors[:, None], parts.tail
+    if width.TAIL > 0:
+        tail *= factors[:, None]
+    return Parts(main, tail)
+
+
+@triton.jit
+def accumulate(sums, weights, rows, tokens, present, width, MASKED: tl.constexpr):
+    """sums + weights · rows: fp32 [BLOCK_M, D] plus [BLOCK_M, BLOCK_N] times the rows of the tokens."""
+    main = load_rows(rows, tokens, present, width.D, 0, width.MAIN, MASKED)
+    rounded = weights.to(main.dtype)
+    sum_main, sum_tail = tl.dot(rounded, main, sums.main, input_precision="ieee"), sums.tail
+    if width.TAIL > 0:
+        tail = load_rows(rows, tokens, present, width.D, width.MAIN, width.TAIL, MASKED)
+        sum_tail = tl.dot(rounded, tail, sum_tail, input_precision="ieee")
+    return Parts(sum_main, sum_tail)
+
+
+@triton.jit
+def store_channels(pointers, values, inside, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Write channels from FIRST on of the rows that are `inside`; `pointers` are those of the rows."""
     channels = FIRST + tl.arange(0, WIDTH)
-    mask = inside[:, None] & (channels < D_V)[None, :]
-    tl.store(output_ptrs[:, None] + channels[None, :], acc.to(output_ptrs.dtype.element_ty), mask=mask)
+    mask = inside[:, None] & (channels < D)[None, :]
+    tl.store(pointers[:, None] + channels[None, :], values.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def split_scores(
-    query_main, query_tail, key_ptr, rows, present, pitch, stride_d, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
-    """fp32 [BLOCK_M, BLOCK_N]: the query tile against the keys in `rows`, over both parts of the head dim."""
-    scores = tl.dot(query_main, load_rows(key_ptr, rows, present, pitch, stride_d, D, 0, MAIN, MASKED).T, input_precision="ieee")
-    if TAIL > 0:
-        tail = load_rows(key_ptr, rows, present, pitch, stride_d, D, MAIN, TAIL, MASKED)
-        scores = tl.dot(query_tail, tail.T, scores, input_precision="ieee")
+def store_parts(pointers, parts, inside, width, factor=1.0):
+    """Write both parts of a tile of contiguous rows, times a factor: a number, or one a row [BLOCK, 1]."""
+    store_channels(pointers, parts.main * factor, inside, width.D, 0, width.MAIN)
+    if width.TAIL > 0:
+        store_channels(pointers, parts.tail * factor, inside, width.D, width.MAIN, width.TAIL)
+
+
+@triton.jit
+def split_scores(query, keys, tokens, present, width, MASKED: tl.constexpr):
+    """fp32 [BLOCK_M, BLOCK_N]: the query tile against the keys at `tokens`, over all channels."""
+    main = load_rows(keys, tokens, present, width.D, 0, width.MAIN, MASKED)
+    scores = tl.dot(query.main, main.T, input_precision="ieee")
+    if width.TAIL > 0:
+        tail = load_rows(keys, tokens, present, width.D, width.MAIN, width.TAIL, MASKED)
+        scores = tl.dot(query.tail, tail.T, scores, input_precision="ieee")
     return scores
 
 
@@ -95,7 +215,10 @@ def unordered(order):
 
 @triton.jit
 def pack_match(score, index):
-    """int64 whose largest is the best match, among equal scores that of the lowest index; no match, -inf and -1, is below all others."""
+    """int64 whose largest is the best match, among equal scores that of the lowest index.
+
+    No match, -inf and -1, is below all others.
+    """
     return (ordered(score).to(tl.int64) << 32) | ((~index).to(tl.int64) & 0xFFFFFFFF)
 
 

@@ -1,7 +1,12 @@
-"""attention on Triton. B batch rows, H heads, N_Q queries, N_K keys of a segment, D and D_V channels."""
+"""attention on Triton. B batch rows, H heads, N_Q queries, N_K keys of a segment, D and D_V channels.
+
+A program has one tile of queries and walks over the keys of all segments, tile after tile, with a running
+maximum (online softmax): `attention_kernel` → `_attend` → `_attend_segment` → `_attend_tile`. In a FIXED
+kernel `_attend_fixed` first tries the maximum of the first tile for all of them, which saves the rescaling.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,48 +18,105 @@ from ._labels import compared_slots, free_slot, label_class, sort_queries, visib
 from ._launch import launch, target_of
 from ._segments import (
     LOG2_E,
+    KeyTile,
+    QueryTile,
     SegmentArguments,
     load_query_labels,
     open_segment,
-    pitch_arguments,
+    opposite,
     query_arguments,
     score_tile,
     segment_arguments,
-    walk_arguments,
-    width_arguments,
+    walked,
 )
-from ._tile import advance, load, load_parts, load_rows, open_tile, store_channels, unpack_match
+from ._tile import (
+    Parts,
+    accumulate,
+    features,
+    load,
+    load_parts,
+    load_rows,
+    open_tile,
+    rows_of,
+    scale_rows,
+    store_parts,
+    unpack_match,
+    width,
+    zeros,
+)
 from .attention_backward import attention_backward as attention_backward
 from .rearrange import compact
 
 LN_2 = 0.6931471805599453
 FIXED_TARGETS = ("sm_90", "interpreter")
-FIXED_WIDTHS = {"plain": 128, "counts": 128, "distance": 64}  # head dims up to which the kernel with both loops is known not to spill there
+# head dims up to which the kernel with both loops is known not to spill there
+FIXED_WIDTHS = {"plain": 128, "counts": 128, "distance": 64}
 PARTS = tl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
-FIXED_LIMIT = tl.constexpr(2.0**64)  # of a row sum, and of its inverse, whose weights the first tile alone stabilised: beyond it, they may overflow
+# of a row sum, and of its inverse, with the maximum of the first tile: beyond it, weights may overflow
+FIXED_LIMIT = tl.constexpr(2.0**64)
 
 
-def attention(query, segments, *, scale, contrast, query_labels, guide, need_lse) -> tuple[Tensor, Tensor | None]:
+class State(NamedTuple):
+    """What a tile of queries has gathered: maximum logit, sum of the weights, weighted sum of the values."""
+
+    running_max: Any
+    row_sum: Any
+    output: Parts
+
+
+class Contrast(NamedTuple):
+    """Weights are clamp(amount · probability + floor, 0, 1), probabilities by the `known` log2-sum-exp."""
+
+    known: Any
+    amount: Any
+    floor: Any
+
+
+class Variant(NamedTuple):
+    """What is constexpr. KNOWN_LSE with a contrast, EXACT_WEIGHTS where weights are not rounded."""
+
+    SEGMENTS: Any
+    HAS_VALUES: Any
+    KNOWN_LSE: Any
+    EXACT_WEIGHTS: Any
+    KEY_WIDTH: Any
+    VALUE_WIDTH: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+
+
+def attention(
+    query, segments, *, scale, contrast, query_labels, guide, need_lse
+) -> tuple[Tensor, Tensor | None]:
     query_order = sort_queries(query_labels, [s.labels for s in segments])
     arguments = [
         segment_arguments(
-            s.key, s.value, s.logit_scale * scale, s.logit_shift, None if s.counts is None else compact(s.counts), s.labels, s.batch_index,
-            None if guide is None else guide.key, query_order is not None,
+            s.key,
+            s.value,
+            s.logit_scale * scale,
+            s.logit_shift,
+            None if s.counts is None else compact(s.counts),
+            s.labels,
+            s.batch_index,
+            None if guide is None else guide.key,
+            query_order is not None,
         )
         for s in segments
-    ]  # fmt: skip
-    output = torch.empty((*query.shape[:3], segments[0].value.shape[3]), device=query.device, dtype=query.dtype)
+    ]
+    output = torch.empty(
+        (*query.shape[:3], segments[0].value.shape[3]), device=query.device, dtype=query.dtype
+    )
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32) if need_lse else None
-    asked: dict[str, Any] = {"query_labels": query_labels, "query_order": query_order, "guide": guide}
-    known = None if contrast == 1.0 else log2_sum_exp(query, arguments, **asked)
-    launch_attention(query, arguments, output=output, lse=lse, contrast=contrast, known=known, **asked)
+    shared: dict[str, Any] = {"query_labels": query_labels, "query_order": query_order, "guide": guide}
+    known = None if contrast == 1.0 else log2_sum_exp(query, arguments, **shared)
+    launch_attention(query, arguments, output=output, lse=lse, contrast=contrast, known=known, **shared)
     return output, lse
 
 
-def log2_sum_exp(query: Tensor, segments: Sequence[SegmentArguments], **asked: Any) -> Tensor:
-    """log2 of the sum of the exponentials of the logits, fp32 [B, H, N_Q]; no values are read. `asked` as `launch_attention` takes it."""
+def log2_sum_exp(query: Tensor, segments: Sequence[SegmentArguments], **shared: Any) -> Tensor:
+    """log2 of the sum of the exponentials of the logits, fp32 [B, H, N_Q]; `shared` goes to the launch."""
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
-    launch_attention(query, segments, output=None, lse=lse, lse_unit=1.0, **asked)
+    launch_attention(query, segments, output=None, lse=lse, lse_unit=1.0, **shared)
     return lse
 
 
@@ -75,255 +137,368 @@ def launch_attention(
     distance: Tensor | None = None,
     signs: Tensor | None = None,
 ) -> None:
-    """One launch: softmax attention, or contrasted where the log2-sum-exp is `known`, or without `output` the log-sum-exp only.
+    """Launch attention, contrasted if the log2-sum-exp is `known`; without `output`, its log-sum-exp only.
 
-    With a `distance`, float32 [B, H, N_Q], `output` is not written but compared, any strides: the mean of |output - attention| over the
-    channels of each query goes there, and where asked for the signs, int8 [B, H, N_Q, D_V], contiguous. `lse` is written in `lse_unit`: ln 2
-    for natural logarithms, 1 for base 2. Queries whose `match`, int64 [B, G, N_Q] as `_tile.pack_match` has it and of the maps of the first
-    segment's counts, has score NaN give NaN. Tiles take queries by `query_order`, int32 [B or 1, 1, N_Q], where segments are sorted by label.
+    Args:
+        output: [B, H, N_Q, D_V], written, contiguous; with a `distance` read and compared, any strides.
+        lse: float32 [B, H, N_Q], in `lse_unit`: ln 2 for natural logarithms, 1 for base 2.
+        query_order: int32 [B or 1, 1, N_Q], by which tiles take queries where segments are sorted by label.
+        match: int64 [B, G, N_Q] as `_tile.pack_match` has it, of the maps of the first segment's counts.
+            Queries whose match has score NaN give NaN.
+        distance: float32 [B, H, N_Q], the mean of |output - attention| over the channels of each query.
+        signs: int8 [B, H, N_Q, D_V], contiguous, the signs of output - attention.
     """
     (batch, heads, tokens, dim), value_dim = query.shape, 16 if output is None else output.shape[3]
     mode = _tile_mode(segments, output, guide, known, exact_weights, distance)
     tile = choose_tile("attention", mode, target_of(query.device), max(dim, value_dim), query.dtype, tokens)
     launch(
-        attention_kernel, (triton.cdiv(tokens, tile.block_m) * batch * heads,), num_warps=tile.num_warps, num_stages=tile.num_stages,
-        guide_query_ptr=None if guide is None else guide.query, query_order_ptr=query_order,
-        query_order_stride_b=0 if query_order is None or query_order.shape[0] == 1 else tokens, output_ptr=output, lse_ptr=lse, known_ptr=known,
-        match_ptr=match, distance_ptr=distance, signs_ptr=signs, lse_unit=lse_unit, contrast=contrast,
-        strength=0.0 if guide is None else guide.strength * LOG2_E,
-        **query_arguments(query, query_labels), **pitch_arguments("guide_query", None if guide is None else guide.query),
-        **pitch_arguments("output", None if distance is None else output), **walk_arguments(segments, tile.block_n, guided=guide is not None),
-        FIXED=_fixed(query, segments, output, known, exact_weights, distance), HAS_VALUES=output is not None, KNOWN_LSE=known is not None,
-        EXACT_WEIGHTS=exact_weights, **width_arguments(dim, value_dim), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-    )  # fmt: skip
+        attention_kernel,
+        (triton.cdiv(tokens, tile.block_m) * batch * heads,),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **query_arguments(query, query_labels),
+        query_order_ptr=query_order,
+        query_order_stride_b=0 if query_order is None or query_order.shape[0] == 1 else tokens,
+        guide_query=None if guide is None else features(guide.query),
+        guide_strength=0.0 if guide is None else guide.strength * LOG2_E.value,
+        segments=walked(segments, tile.block_n),
+        output_ptr=output if distance is None else None,
+        lse_ptr=lse,
+        lse_unit=lse_unit,
+        known_ptr=known,
+        contrast=contrast,
+        match_ptr=match,
+        compared=None if output is None or distance is None else features(output),
+        distance_ptr=distance,
+        signs_ptr=signs,
+        SEGMENTS=len(segments),
+        FIXED=_fixed(query, segments, output, known, exact_weights, distance),
+        HAS_VALUES=output is not None,
+        KNOWN_LSE=known is not None,
+        EXACT_WEIGHTS=exact_weights,
+        KEY_WIDTH=width(dim),
+        VALUE_WIDTH=width(value_dim),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+    )
 
 
 def _tile_mode(
-    segments: Sequence[SegmentArguments], output: Tensor | None, guide: Any, known: Tensor | None, exact_weights: bool, distance: Tensor | None
+    segments: Sequence[SegmentArguments],
+    output: Tensor | None,
+    guide: Any,
+    known: Tensor | None,
+    exact_weights: bool,
+    distance: Tensor | None,
 ) -> str:
     if guide is not None or exact_weights:
         return "guided" if guide is not None else "exact"
     if output is None:
         return "lse"
     counted = any(s.weights_ptr is not None for s in segments)
-    busy = any(s.labels_ptr is not None for s in segments) or (counted and len(segments) > 1) or distance is not None
+    busy = (
+        any(s.labels is not None for s in segments) or (counted and len(segments) > 1) or distance is not None
+    )
     if known is not None:
         return "busy contrast" if busy else "contrast"
     return "busy softmax" if busy else "counted softmax" if counted else "softmax"
 
 
 def _fixed(
-    query: Tensor, segments: Sequence[SegmentArguments], output: Tensor | None, known: Tensor | None, exact_weights: bool, distance: Tensor | None
+    query: Tensor,
+    segments: Sequence[SegmentArguments],
+    output: Tensor | None,
+    known: Tensor | None,
+    exact_weights: bool,
+    distance: Tensor | None,
 ) -> bool:
-    """Whether the maximum of the first tile may stabilise all of them: where weights have float32's range, and queries see a key there."""
-    if known is not None or exact_weights or query.dtype == torch.float16 or any(s.labels_ptr is not None and s.starts_ptr is None for s in segments):
+    """Whether the maximum of the first tile may serve for all tiles.
+
+    Weights must have the range of float32, and every query must see a key there.
+    """
+    unsorted = any(s.labels is not None and s.starts_ptr is None for s in segments)
+    if known is not None or exact_weights or query.dtype == torch.float16 or unsorted:
         return False
-    width = FIXED_WIDTHS["distance" if distance is not None else "plain" if segments[0].weights_ptr is None else "counts"]
-    fits = output is None or (len(segments) == 1 and max(query.shape[3], output.shape[3]) <= width)
-    return fits and target_of(query.device) in FIXED_TARGETS
+    kind = "distance" if distance is not None else "plain" if segments[0].weights_ptr is None else "counts"
+    narrow = output is None or max(query.shape[3], output.shape[3]) <= FIXED_WIDTHS[kind]
+    return narrow and (output is None or len(segments) == 1) and target_of(query.device) in FIXED_TARGETS
+
+
+@triton.jit
+def _empty_state(variant):
+    """No key met yet."""
+    running_max = tl.full((variant.BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((variant.BLOCK_M,), tl.float32)
+    return State(running_max, row_sum, zeros(variant.BLOCK_M, variant.VALUE_WIDTH))
 
 
 @triton.jit
 def _attend_tile(
-    state, start, columns, present, query, segment, pointers, headroom, common_max, known, floor, contrast, strength, KEY_PITCH: tl.constexpr,
-    VALUE_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr, MASKED: tl.constexpr, COMPARED: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr,
-    KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr,
-    V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One query tile meets the keys of a segment in `columns`; MASKED where some are not `present`, COMPARED where labels may differ, FIXED where the
-    maximum stays, which is the same one, `common_max`, for all queries where there are counts: both then cost an addition for a key, not one for a
-    score.
+    state,
+    query,
+    segment,
+    row,
+    keys,
+    common_max,
+    contrast,
+    variant,
+    FIXED: tl.constexpr,
+    MASKED: tl.constexpr,
+    COMPARED: tl.constexpr,
+):
+    """One query tile meets one key tile.
+
+    MASKED where some keys may not be present, COMPARED where labels may differ, FIXED where the maximum
+    stays. With counts a FIXED maximum is the same one, `common_max`, for all queries: shift and count then
+    cost an addition for a key, not one for a score.
     """
-    running_max, row_sum, acc_main, acc_tail = state
-    scores, factor, seen, rows, present, key_ptr, key_pitch_n, value_ptr, value_pitch_n = score_tile(
-        start, columns, present, query, segment, pointers, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, MASKED, COMPARED, D, D_MAIN, D_TAIL, BLOCK_N
-    )
-    if KNOWN_LSE:
-        weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - known)[:, None]))
-        weights = tl.clamp(tl.fma(weights, contrast, floor), 0.0, 1.0)
+    running_max, row_sum, output = state
+    tile = score_tile(query, segment, row, keys, variant.KEY_WIDTH, MASKED, COMPARED, variant.BLOCK_N)
+    if variant.KNOWN_LSE:
+        weights = tl.math.exp2(tl.fma(tile.scores, tile.factor, (segment.shift - contrast.known)[:, None]))
+        weights = tl.clamp(tl.fma(weights, contrast.amount, contrast.floor), 0.0, 1.0)
         if MASKED or COMPARED:
-            weights = tl.where(seen, weights, 0.0)
+            weights = tl.where(tile.seen, weights, 0.0)
     elif FIXED:
         if segment.weights_ptr is None:
             shift = (segment.shift - running_max)[:, None]
         else:
-            log_weights = load(pointers[6] + columns, present, MASKED)
+            log_weights = load(row.log_weights_ptr + keys.columns, keys.present, MASKED)
             shift = (log_weights + (segment.shift - common_max))[None, :]
-        weights = tl.math.exp2(tl.fma(scores, factor, shift))
+        weights = tl.math.exp2(tl.fma(tile.scores, tile.factor, shift))
     else:
-        new_max = tl.maximum(running_max, tl.max(scores, 1) * factor + (segment.shift + headroom))
+        new_max = tl.maximum(
+            running_max, tl.max(tile.scores, 1) * tile.factor + (segment.shift + row.headroom)
+        )
         stabiliser = new_max
         if MASKED or COMPARED:
             stabiliser = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.math.exp2(tl.fma(scores, factor, (segment.shift - stabiliser)[:, None]))
+        weights = tl.math.exp2(tl.fma(tile.scores, tile.factor, (segment.shift - stabiliser)[:, None]))
         rescale = tl.math.exp2(running_max - stabiliser)
         running_max = new_max
     if segment.weights_ptr is not None and not FIXED:
-        weights *= load(pointers[5] + columns, present, MASKED)[None, :]
+        weights *= load(row.weights_ptr + keys.columns, keys.present, MASKED)[None, :]
 
     if FIXED:
-        row_sum += tl.sum(tl.reshape(weights, (weights.shape[0], BLOCK_N // PARTS, PARTS)), 1)
-    elif not KNOWN_LSE:
+        parts = tl.reshape(weights, (variant.BLOCK_M, variant.BLOCK_N // PARTS, PARTS))
+        row_sum += tl.sum(parts, 1)
+    elif not variant.KNOWN_LSE:
         row_sum = tl.fma(row_sum, rescale, tl.sum(weights, 1))
-        if HAS_VALUES:
-            acc_main *= rescale[:, None]
-            if V_TAIL > 0:
-                acc_tail *= rescale[:, None]
-    if HAS_VALUES:
-        value = load_rows(value_ptr, rows, present, value_pitch_n, segment.value_stride_d, D_V, 0, V_MAIN, MASKED)
-        if EXACT_WEIGHTS:  # three bfloat16 parts hold the 24 bits; V_TAIL is 0
-            for _ in tl.static_range(3):
-                part = weights.to(value.dtype)
-                acc_main = tl.dot(part, value, acc_main)
-                weights -= part.to(tl.float32)
+        if variant.HAS_VALUES:
+            output = scale_rows(output, rescale, variant.VALUE_WIDTH)
+    if variant.HAS_VALUES:
+        if variant.EXACT_WEIGHTS:
+            output = _accumulate_exactly(output, weights, tile, keys.present, variant.VALUE_WIDTH, MASKED)
         else:
-            rounded = weights.to(value.dtype)
-            acc_main = tl.dot(rounded, value, acc_main, input_precision="ieee")
-            if V_TAIL > 0:
-                tail = load_rows(value_ptr, rows, present, value_pitch_n, segment.value_stride_d, D_V, V_MAIN, V_TAIL, MASKED)
-                acc_tail = tl.dot(rounded, tail, acc_tail, input_precision="ieee")
-    return running_max, row_sum, acc_main, acc_tail
+            output = accumulate(
+                output, weights, tile.value, tile.tokens, keys.present, variant.VALUE_WIDTH, MASKED
+            )
+    return State(running_max, row_sum, output)
 
 
 @triton.jit
-def _attend_segment(
-    state, segment, query, classes, batch, head, common_max, known, floor, contrast, strength, RAGGED: tl.constexpr, KEY_PITCH: tl.constexpr,
-    VALUE_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
-    EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
-    V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One query tile, of the `classes` from the first to the second, meets the keys of a segment: whole tiles of them, then the others."""
-    running_max, row_sum, acc_main, acc_tail = state
+def _accumulate_exactly(output, weights, tile, present, width, MASKED: tl.constexpr):
+    """As `accumulate`, with weights in three bfloat16 parts, which hold their 24 bits. There is no tail."""
+    value = load_rows(tile.value, tile.tokens, present, width.D, 0, width.MAIN, MASKED)
+    main = output.main
+    for _ in tl.static_range(3):
+        part = weights.to(value.dtype)
+        main = tl.dot(part, value, main)
+        weights -= part.to(tl.float32)
+    return Parts(main, output.tail)
+
+
+@triton.jit
+def _attend_segment(state, query, segment, batch, head, common_max, contrast, variant, FIXED: tl.constexpr):
+    """One query tile meets the keys of a segment: whole tiles of them, then the others."""
+    BLOCK_N: tl.constexpr = variant.BLOCK_N
     SORTED: tl.constexpr = segment.starts_ptr is not None
-    COMPARED: tl.constexpr = segment.labels_ptr is not None and segment.starts_ptr is None
-    pointers, limit, headroom = open_segment(segment, batch, head, HAS_VALUES)
+    COMPARED: tl.constexpr = segment.labels is not None and segment.starts_ptr is None
+    row = open_segment(segment, batch, head)
     if SORTED:
-        whole, compared, spans = visible_spans(pointers[7], classes[0], classes[1], BLOCK_N)
+        spans = visible_spans(row.starts_ptr, query.lowest_class, query.highest_class, BLOCK_N)
+        whole = spans.whole
     else:
-        whole = limit // BLOCK_N * BLOCK_N
+        whole = row.limit // BLOCK_N * BLOCK_N
     for start in tl.range(0, whole, BLOCK_N):
         slot = start
         if SORTED:
             slot = free_slot(start, spans)
         columns = slot + tl.arange(0, BLOCK_N)
-        running_max, row_sum, acc_main, acc_tail = _attend_tile(
-            (running_max, row_sum, acc_main, acc_tail), start, columns, columns < limit, query, segment, pointers, headroom, common_max, known, floor,
-            contrast, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, False, COMPARED, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL,
-            D_V, V_MAIN, V_TAIL, BLOCK_N,
-        )  # fmt: skip
+        keys = KeyTile(start, columns, columns < row.limit)
+        state = _attend_tile(
+            state, query, segment, row, keys, common_max, contrast, variant, FIXED, False, COMPARED
+        )
     if SORTED:
-        for start in tl.range(0, compared, BLOCK_N):
+        for start in tl.range(0, spans.compared, BLOCK_N):
             positions = start + tl.arange(0, BLOCK_N)
-            running_max, row_sum, acc_main, acc_tail = _attend_tile(
-                (running_max, row_sum, acc_main, acc_tail), start, compared_slots(positions, spans), positions < compared, query, segment, pointers,
-                headroom, common_max, known, floor, contrast, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, True, True, FIXED, HAS_VALUES, KNOWN_LSE,
-                EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
-            )  # fmt: skip
-    elif RAGGED:
-        if whole < limit:
+            keys = KeyTile(start, compared_slots(positions, spans), positions < spans.compared)
+            state = _attend_tile(
+                state, query, segment, row, keys, common_max, contrast, variant, FIXED, True, True
+            )
+    elif segment.RAGGED:
+        if whole < row.limit:
             columns = whole + tl.arange(0, BLOCK_N)
-            running_max, row_sum, acc_main, acc_tail = _attend_tile(
-                (running_max, row_sum, acc_main, acc_tail), whole, columns, columns < limit, query, segment, pointers, headroom, common_max, known,
-                floor, contrast, strength, KEY_PITCH, VALUE_PITCH, GUIDE_PITCH, True, COMPARED, FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D,
-                D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
-            )  # fmt: skip
-    return running_max, row_sum, acc_main, acc_tail
+            keys = KeyTile(whole, columns, columns < row.limit)
+            state = _attend_tile(
+                state, query, segment, row, keys, common_max, contrast, variant, FIXED, True, COMPARED
+            )
+    return state
 
 
 @triton.jit
-def _attend(
-    state, segments, query, opposite, classes, batch, head, known, floor, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr,
-    RAGGED: tl.constexpr, PITCHES: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr,
-    EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr,
-    V_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One query tile meets every key of every segment. Where FIXED, the row sum comes and goes in PARTS."""
-    running_max, row_sum, acc_main, acc_tail = state
-    common_max = tl.max(running_max, 0)
-    for s in tl.static_range(SEGMENTS):
-        running_max, row_sum, acc_main, acc_tail = _attend_segment(
-            (running_max, row_sum, acc_main, acc_tail), segments[s], opposite if NEGATIVE[s] else query, classes, batch, head, common_max, known,
-            floor, contrast, strength, RAGGED[s], PITCHES[3 * s], PITCHES[3 * s + 1], PITCHES[3 * s + 2], FIXED, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS,
-            D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
-        )  # fmt: skip
-    return running_max, row_sum, acc_main, acc_tail
+def _attend(state, query, segments, batch, head, contrast, variant, FIXED: tl.constexpr):
+    """One query tile meets every key of every segment. If FIXED, the row sum comes and goes in PARTS."""
+    common_max = tl.max(state.running_max, 0)
+    for s in tl.static_range(variant.SEGMENTS):
+        state = _attend_segment(
+            state,
+            opposite(query) if segments[s].NEGATIVE else query,
+            segments[s],
+            batch,
+            head,
+            common_max,
+            contrast,
+            variant,
+            FIXED,
+        )
+    return state
 
 
 @triton.jit
-def _has_first_tile(segment, classes, batch, head, BLOCK_N: tl.constexpr):
-    """Whether every query of a tile sees a whole tile of keys, which then comes first. Without labels it does, or sees all keys there are."""
+def _has_first_tile(query, segment, batch, head, BLOCK_N: tl.constexpr):
+    """Whether every query of a tile sees a whole tile of keys, the first; without labels it sees all keys."""
     if segment.starts_ptr is None:
         return True
     else:
-        pointers, limit, headroom = open_segment(segment, batch, head, False)
-        whole, compared, spans = visible_spans(pointers[7], classes[0], classes[1], BLOCK_N)
-        return whole > 0
+        row = open_segment(segment, batch, head)
+        return visible_spans(row.starts_ptr, query.lowest_class, query.highest_class, BLOCK_N).whole > 0
 
 
 @triton.jit
-def _first_max(
-    segment, query, classes, batch, head, strength, RAGGED: tl.constexpr, KEY_PITCH: tl.constexpr, GUIDE_PITCH: tl.constexpr, D: tl.constexpr,
-    D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def _first_max(query, segment, batch, head, variant):
     """The largest logit of each query among the first tile of keys: [BLOCK_M]."""
-    pointers, limit, headroom = open_segment(segment, batch, head, False)
-    columns = tl.arange(0, BLOCK_N)
-    present = columns < limit
+    row = open_segment(segment, batch, head)
+    columns = tl.arange(0, variant.BLOCK_N)
+    present = columns < row.limit
     if segment.starts_ptr is not None:
-        whole, compared, spans = visible_spans(pointers[7], classes[0], classes[1], BLOCK_N)
+        spans = visible_spans(row.starts_ptr, query.lowest_class, query.highest_class, variant.BLOCK_N)
         columns += free_slot(0, spans)
-    scores, factor, seen, rows, present, key_ptr, key_pitch_n, value_ptr, value_pitch_n = score_tile(
-        0, columns, present, query, segment, pointers, strength, KEY_PITCH, 0, GUIDE_PITCH, RAGGED, False, D, D_MAIN, D_TAIL, BLOCK_N
-    )
-    return tl.max(scores, 1) * factor + segment.shift
+    keys = KeyTile(0, columns, present)
+    tile = score_tile(query, segment, row, keys, variant.KEY_WIDTH, segment.RAGGED, False, variant.BLOCK_N)
+    return tl.max(tile.scores, 1) * tile.factor + segment.shift
 
 
 @triton.jit
-def _compare_channels(output_ptr, signs_ptrs, ideal, queries, inside, pitch_n, stride_d, D_V: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Sum of |output - ideal| over some channels of each query, the ideal rounded as the output is; the signs are stored where asked for."""
-    output = load_rows(output_ptr, queries, inside, pitch_n, stride_d, D_V, FIRST, WIDTH, True)
+def _attend_fixed(query, segments, batch, head, contrast, variant):
+    """One query tile meets every key, with the maximum of the first key tile; row sums are inf without."""
+    empty = _empty_state(variant)
+    if _has_first_tile(query, segments[0], batch, head, variant.BLOCK_N):
+        first_query = opposite(query) if segments[0].NEGATIVE else query
+        first_max = _first_max(first_query, segments[0], batch, head, variant)
+        for s in tl.static_range(variant.SEGMENTS):
+            if segments[s].weights_ptr is not None:
+                first_max = tl.zeros((variant.BLOCK_M,), tl.float32) + tl.max(first_max, 0)
+        state = State(first_max, tl.zeros((variant.BLOCK_M, PARTS), tl.float32), empty.output)
+        state = _attend(state, query, segments, batch, head, contrast, variant, True)
+    else:
+        row_parts = tl.full((variant.BLOCK_M, PARTS), float("inf"), tl.float32)
+        state = State(empty.running_max, row_parts, empty.output)
+    return State(state.running_max, tl.sum(state.row_sum, 1), state.output)
+
+
+@triton.jit
+def _may_have_overflowed(row_sum, inside):
+    """Whether for some query the maximum of the first tile was too far from that of all tiles, or NaN."""
+    least = tl.min(tl.where(inside, row_sum, 1.0), 0)
+    return not ((tl.max(row_sum, 0) < FIXED_LIMIT) & (least > 1 / FIXED_LIMIT))
+
+
+@triton.jit
+def _attend_keys(query, segments, batch, head, inside, contrast, variant, FIXED: tl.constexpr):
+    """One query tile meets every key: if FIXED first with one maximum for all tiles, else a running one."""
+    state = _empty_state(variant)
+    if FIXED:
+        state = _attend_fixed(query, segments, batch, head, contrast, variant)
+    if not FIXED or _may_have_overflowed(state.row_sum, inside):
+        state = _attend(_empty_state(variant), query, segments, batch, head, contrast, variant, False)
+    return state
+
+
+@triton.jit
+def _compare_channels(
+    compared, signs_ptrs, ideal, queries, inside, D_V: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Sum of |output - ideal| over some channels, the ideal rounded as the output is; write the signs."""
+    output = load_rows(compared, queries, inside, D_V, FIRST, WIDTH, True)
     difference = output.to(tl.float32) - ideal.to(output.dtype).to(tl.float32)
     if signs_ptrs is not None:
         channels = FIRST + tl.arange(0, WIDTH)
         sign = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
-        tl.store(signs_ptrs[:, None] + channels[None, :], sign, mask=inside[:, None] & (channels < D_V)[None, :])
+        mask = inside[:, None] & (channels < D_V)[None, :]
+        tl.store(signs_ptrs[:, None] + channels[None, :], sign, mask=mask)
     return tl.sum(tl.abs(difference), 1)
 
 
 @triton.jit
+def _compare_parts(compared, signs_ptrs, parts, factors, queries, inside, width):
+    """The sum over all channels, where the ideal is `parts` times the factor of each row."""
+    main = parts.main * factors
+    total = _compare_channels(compared, signs_ptrs, main, queries, inside, width.D, 0, width.MAIN)
+    if width.TAIL > 0:
+        tail = parts.tail * factors
+        total += _compare_channels(
+            compared, signs_ptrs, tail, queries, inside, width.D, width.MAIN, width.TAIL
+        )
+    return total
+
+
+@triton.jit
 def attention_kernel(
-    query_ptr, guide_query_ptr, query_labels_ptr, query_order_ptr, output_ptr, lse_ptr, known_ptr, match_ptr, distance_ptr, signs_ptr,
-    segments, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, output_pitch_b, output_pitch_h, output_pitch_n, output_stride_d,
-    guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d, query_labels_stride_b, query_labels_stride_n,
-    query_order_stride_b, H, N_Q, lse_unit, contrast, strength, SEGMENTS: tl.constexpr, NEGATIVE: tl.constexpr, RAGGED: tl.constexpr,
-    PITCHES: tl.constexpr, FIXED: tl.constexpr, HAS_VALUES: tl.constexpr, KNOWN_LSE: tl.constexpr, EXACT_WEIGHTS: tl.constexpr, D: tl.constexpr,
-    D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, D_V: tl.constexpr, V_MAIN: tl.constexpr, V_TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+    query,
+    query_labels,
+    query_order_ptr,
+    query_order_stride_b,
+    guide_query,
+    guide_strength,
+    segments,
+    output_ptr,
+    lse_ptr,
+    lse_unit,
+    known_ptr,
+    contrast,
+    match_ptr,
+    compared,
+    distance_ptr,
+    signs_ptr,
+    H,
+    N_Q,
+    SEGMENTS: tl.constexpr,
+    FIXED: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
+    KNOWN_LSE: tl.constexpr,
+    EXACT_WEIGHTS: tl.constexpr,
+    KEY_WIDTH,
+    VALUE_WIDTH,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
+    """One tile of queries of one batch row and head against every key of every segment."""
     row, batch, head, queries, inside = open_tile(N_Q, H, BLOCK_M)
     if query_order_ptr is not None:  # beyond the end the last query, for its class
-        queries = tl.load(query_order_ptr + batch * query_order_stride_b + tl.minimum(queries, N_Q - 1)).to(tl.int64)
-    query_main, query_tail = load_parts(
-        query_ptr, batch, head, queries, inside, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, D, D_MAIN, D_TAIL
-    )  # fmt: skip
-    guide_main, guide_tail = query_main, query_tail
-    if guide_query_ptr is not None:
-        guide_main, guide_tail = load_parts(
-            guide_query_ptr, batch, head, queries, inside, guide_query_pitch_b, guide_query_pitch_h, guide_query_pitch_n, guide_query_stride_d, D,
-            D_MAIN, D_TAIL,
-        )  # fmt: skip
-    query_labels = load_query_labels(query_labels_ptr, batch, queries, queries < N_Q, query_labels_stride_b, query_labels_stride_n)
-    classes = (0, 0)
+        order_ptr = query_order_ptr + batch * query_order_stride_b
+        queries = tl.load(order_ptr + tl.minimum(queries, N_Q - 1)).to(tl.int64)
+    channels = load_parts(rows_of(query, batch, head), queries, inside, KEY_WIDTH, True)
+    guide = channels
+    if guide_query is not None:
+        guide = load_parts(rows_of(guide_query, batch, head), queries, inside, KEY_WIDTH, True)
+    labels = load_query_labels(query_labels, batch, queries, queries < N_Q)
+    lowest_class, highest_class = 0, 0
     if query_order_ptr is not None:
-        of_queries = label_class(query_labels)
-        classes = (tl.min(of_queries, 0), tl.max(of_queries, 0))
+        classes = label_class(labels)
+        lowest_class, highest_class = tl.min(classes, 0), tl.max(classes, 0)
 
-    running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc_main = tl.zeros((BLOCK_M, V_MAIN), tl.float32)
-    acc_tail = tl.zeros((BLOCK_M, V_TAIL if V_TAIL > 0 else 1), tl.float32)
-    known = row_sum
-    floor = 0.0
+    lse, known, floor = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32), 0.0
     if KNOWN_LSE:
         lse = tl.load(known_ptr + row * N_Q + queries, mask=inside, other=0.0)
         known = tl.where(lse == float("-inf"), float("inf"), lse)
@@ -335,68 +510,39 @@ def attention_kernel(
                 total += tl.load(segments[s].total_ptr + batch * segments[s].maps + head % segments[s].maps)
         floor = (1.0 - contrast) / tl.maximum(total, 1.0)
 
-    query = (query_main, query_tail, guide_main, guide_tail, query_labels)
-    opposite = (-query_main, -query_tail, guide_main, guide_tail, query_labels)
-    if FIXED:
-        row_parts = tl.zeros((BLOCK_M, PARTS), tl.float32)
-        if _has_first_tile(segments[0], classes, batch, head, BLOCK_N):
-            running_max = _first_max(
-                segments[0], opposite if NEGATIVE[0] else query, classes, batch, head, strength, RAGGED[0], PITCHES[0], PITCHES[2], D, D_MAIN,
-                D_TAIL, BLOCK_N,
-            )  # fmt: skip
-            for s in tl.static_range(SEGMENTS):
-                if segments[s].weights_ptr is not None:
-                    running_max = tl.zeros((BLOCK_M,), tl.float32) + tl.max(running_max, 0)
-            running_max, row_parts, acc_main, acc_tail = _attend(
-                (running_max, row_parts, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength,
-                SEGMENTS, NEGATIVE, RAGGED, PITCHES, True, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
-            )  # fmt: skip
-        else:
-            row_parts = tl.full((BLOCK_M, PARTS), float("inf"), tl.float32)
-        row_sum = tl.sum(row_parts, 1)
-        least = tl.min(tl.where(inside, row_sum, 1.0), 0)
-        if not ((tl.max(row_sum, 0) < FIXED_LIMIT) & (least > 1 / FIXED_LIMIT)):
-            running_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            row_sum = tl.zeros((BLOCK_M,), tl.float32)
-            acc_main = tl.zeros((BLOCK_M, V_MAIN), tl.float32)
-            acc_tail = tl.zeros((BLOCK_M, V_TAIL if V_TAIL > 0 else 1), tl.float32)
-            running_max, row_sum, acc_main, acc_tail = _attend(
-                (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength,
-                SEGMENTS, NEGATIVE, RAGGED, PITCHES, False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
-            )  # fmt: skip
-    else:
-        running_max, row_sum, acc_main, acc_tail = _attend(
-            (running_max, row_sum, acc_main, acc_tail), segments, query, opposite, classes, batch, head, known, floor, contrast, strength, SEGMENTS,
-            NEGATIVE, RAGGED, PITCHES, False, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, D, D_MAIN, D_TAIL, D_V, V_MAIN, V_TAIL, BLOCK_N,
-        )  # fmt: skip
+    state = _attend_keys(
+        QueryTile(channels, guide, guide_strength, labels, lowest_class, highest_class),
+        segments,
+        batch,
+        head,
+        inside,
+        Contrast(known, contrast, floor),
+        Variant(SEGMENTS, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, KEY_WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N),
+        FIXED,
+    )
 
     if KNOWN_LSE:
         factor = tl.where(known == known, 1.0, float("nan"))  # the clamp made a number of NaN
     else:
-        empty = row_sum == 0.0
-        row_sum = tl.where(empty, 1.0, row_sum)
+        empty = state.row_sum == 0.0
+        row_sum = tl.where(empty, 1.0, state.row_sum)
         factor = tl.where(empty, 0.0, 1.0 / row_sum)
-        lse = tl.where(empty, float("-inf"), running_max + tl.math.log2(row_sum))
+        lse = tl.where(empty, float("-inf"), state.running_max + tl.math.log2(row_sum))
     if match_ptr is not None:
         match_row = batch * segments[0].maps + head % segments[0].maps
-        match_score, match_index = unpack_match(tl.load(match_ptr + match_row * N_Q + queries, mask=inside, other=0))
+        match = tl.load(match_ptr + match_row * N_Q + queries, mask=inside, other=0)
+        match_score, match_index = unpack_match(match)
         factor = tl.where(match_score == match_score, factor, float("nan"))
     if lse_ptr is not None:
         tl.store(lse_ptr + row * N_Q + queries, lse * lse_unit, mask=inside)
     if distance_ptr is not None:
-        output_ptr = advance(output_ptr, batch * output_pitch_b + head * output_pitch_h)
+        compared_rows = rows_of(compared, batch, head)
         if signs_ptr is not None:
-            signs_ptr += (row * N_Q + queries) * D_V
-        total = _compare_channels(
-            output_ptr, signs_ptr, acc_main * factor[:, None], queries, inside, output_pitch_n, output_stride_d, D_V, 0, V_MAIN
-        )  # fmt: skip
-        if V_TAIL > 0:
-            total += _compare_channels(
-                output_ptr, signs_ptr, acc_tail * factor[:, None], queries, inside, output_pitch_n, output_stride_d, D_V, V_MAIN, V_TAIL
-            )  # fmt: skip
-        tl.store(distance_ptr + row * N_Q + queries, total / D_V, mask=inside)
+            signs_ptr += (row * N_Q + queries) * VALUE_WIDTH.D
+        total = _compare_parts(
+            compared_rows, signs_ptr, state.output, factor[:, None], queries, inside, VALUE_WIDTH
+        )
+        tl.store(distance_ptr + row * N_Q + queries, total / VALUE_WIDTH.D, mask=inside)
     elif HAS_VALUES:
-        output_ptrs = output_ptr + (row * N_Q + queries) * D_V
-        store_channels(output_ptrs, acc_main * factor[:, None], inside, D_V, 0, V_MAIN)
-        if V_TAIL > 0:
-            store_channels(output_ptrs, acc_tail * factor[:, None], inside, D_V, V_MAIN, V_TAIL)
+        output_ptrs = output_ptr + (row * N_Q + queries) * VALUE_WIDTH.D
+        store_parts(output_ptrs, state.output, inside, VALUE_WIDTH, factor[:, None])

@@ -12,13 +12,29 @@ from .attention import launch_attention
 
 
 def distillation_loss(
-    output: Tensor, query: Tensor, segments: Sequence[Any], *, scale: float, query_labels: Tensor | None, need_signs: bool
+    output: Tensor,
+    query: Tensor,
+    segments: Sequence[Any],
+    *,
+    scale: float,
+    query_labels: Tensor | None,
+    need_signs: bool,
 ) -> tuple[Tensor, Tensor | None]:
     distance = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
     signs = torch.empty(output.shape, device=query.device, dtype=torch.int8) if need_signs else None
     query_order = sort_queries(query_labels, [s.labels for s in segments])
-    arguments = [segment_arguments(s.key, s.value, scale, labels=s.labels, by_label=query_order is not None) for s in segments]
+    arguments = [
+        segment_arguments(s.key, s.value, scale, labels=s.labels, by_label=query_order is not None)
+        for s in segments
+    ]
     launch_attention(
-        query, arguments, output=output, lse=None, query_labels=query_labels, query_order=query_order, distance=distance, signs=signs
-    )  # fmt: skip
+        query,
+        arguments,
+        output=output,
+        lse=None,
+        query_labels=query_labels,
+        query_order=query_order,
+        distance=distance,
+        signs=signs,
+    )
     return distance.mean(), signs

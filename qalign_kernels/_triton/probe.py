@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._configs import choose_tile, split_head_dim
+from ._configs import choose_tile
 from ._launch import launch, target_of
-from ._segments import LOG2_E, pitch_arguments, segment_arguments
-from ._tile import advance, load_rows, split_scores
+from ._segments import LOG2_E, segment_arguments
+from ._tile import Rows, advance, features, load_parts, split_scores, width
 from .attention import launch_attention, log2_sum_exp
 from .attention_backward import attention_backward
 from .rearrange import compact
@@ -19,28 +19,55 @@ from .rearrange import compact
 
 def label_mass(query, key, key_labels, num_labels, *, scale, counts) -> Tensor:
     """Attention over the indicator of the classes, its probabilities unrounded."""
-    exact = torch.float32 if target_of(query.device) == "interpreter" else torch.bfloat16  # the interpreter has no correct bfloat16
+    interpreted = target_of(query.device) == "interpreter"  # which has no correct bfloat16
+    exact = torch.float32 if interpreted else torch.bfloat16
     members = _indicator(key, key_labels, num_labels, exact)
     mass = torch.empty((*query.shape[:3], members.shape[3]), device=query.device, dtype=torch.float32)
     multiplicity = None if counts is None else compact(counts)
-    launch_attention(query, [segment_arguments(key, members, scale, multiplicity=multiplicity)], output=mass, lse=None, exact_weights=True)
+    launch_attention(
+        query,
+        [segment_arguments(key, members, scale, multiplicity=multiplicity)],
+        output=mass,
+        lse=None,
+        exact_weights=True,
+    )
     return mass[..., :num_labels].contiguous()
 
 
-def label_mass_backward(grad_mass, mass, query, key, key_labels, num_labels, *, scale, counts, needs) -> list[Tensor | None]:
-    """The gradients of query and key that are needed: those of attention over the indicator, after one launch for its log-sum-exp."""
-    members = _indicator(key, key_labels, num_labels, query.dtype, least=32)  # 16 would be one of them a thread in the smallest tiles: narrow loads
+def label_mass_backward(
+    grad_mass, mass, query, key, key_labels, num_labels, *, scale, counts, needs
+) -> list[Tensor | None]:
+    """The gradients of query and key that are needed: those of attention over the indicator."""
+    # of 16 classes a thread would have one in the smallest tiles: narrow loads
+    members = _indicator(key, key_labels, num_labels, query.dtype, least=32)
     absent = members.shape[3] - num_labels
     grad_output, output = pad(grad_mass, (0, absent)).to(query.dtype), pad(mass, (0, absent))
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
-    launch_attention(query, [segment_arguments(key, None, scale, multiplicity=None if counts is None else compact(counts))], output=None, lse=lse)
-    segment = SimpleNamespace(key=key, value=members, counts=counts, labels=None, batch_index=None, logit_scale=1.0, logit_shift=0.0)
+    multiplicity = None if counts is None else compact(counts)
+    launch_attention(
+        query, [segment_arguments(key, None, scale, multiplicity=multiplicity)], output=None, lse=lse
+    )
+    segment = SimpleNamespace(
+        key=key, value=members, counts=counts, labels=None, batch_index=None, logit_scale=1.0, logit_shift=0.0
+    )
     return attention_backward(
-        grad_output, None, output, lse, query, [segment], scale=scale, contrast=1.0, query_labels=None, guide=None, needs=[*needs, False]
+        grad_output,
+        None,
+        output,
+        lse,
+        query,
+        [segment],
+        scale=scale,
+        contrast=1.0,
+        query_labels=None,
+        guide=None,
+        needs=[*needs, False],
     )[:2]
 
 
-def _indicator(key: Tensor, key_labels: Tensor, num_labels: int, dtype: torch.dtype, least: int = 16) -> Tensor:
+def _indicator(
+    key: Tensor, key_labels: Tensor, num_labels: int, dtype: torch.dtype, least: int = 16
+) -> Tensor:
     """[B, H, N_K, W] of ones and zeros: of which class each key is, W at least `least` and a power of two."""
     width = max(least, triton.next_power_of_2(num_labels))
     members = key_labels.unsqueeze(-1) == torch.arange(width, device=key.device, dtype=torch.int32)
@@ -52,21 +79,30 @@ def mean_attention_map(query, key, *, scale) -> Tensor:
     lse = log2_sum_exp(query, [segment_arguments(key, None, scale)])
     output = torch.empty((batch, tokens, key_tokens), device=query.device, dtype=torch.float32)
     tile = choose_tile("attention", "map", target_of(query.device), dim, query.dtype, tokens)
-    main, tail = split_head_dim(dim)
     launch(
-        mean_attention_map_kernel, (triton.cdiv(tokens, tile.block_m) * triton.cdiv(key_tokens, tile.block_n) * batch,),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, query_ptr=query, key_ptr=key, lse_ptr=lse, output_ptr=output,
-        **pitch_arguments("query", query), **pitch_arguments("key", key), H=heads, N_Q=tokens, N_K=key_tokens, scale=scale * LOG2_E, D=dim,
-        D_MAIN=main, D_TAIL=tail, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-    )  # fmt: skip
+        mean_attention_map_kernel,
+        (triton.cdiv(tokens, tile.block_m) * triton.cdiv(key_tokens, tile.block_n) * batch,),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        query=features(query),
+        key=features(key),
+        lse_ptr=lse,
+        output_ptr=output,
+        H=heads,
+        N_Q=tokens,
+        N_K=key_tokens,
+        scale=scale * LOG2_E.value,
+        WIDTH=width(dim),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+    )
     return output
 
 
 @triton.jit
 def mean_attention_map_kernel(
-    query_ptr, key_ptr, lse_ptr, output_ptr, query_pitch_b, query_pitch_h, query_pitch_n, query_stride_d, key_pitch_b, key_pitch_h, key_pitch_n,
-    key_stride_d, H, N_Q, N_K, scale, D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    query, key, lse_ptr, output_ptr, H, N_Q, N_K, scale, WIDTH, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """One tile of the result, all heads summed into it in order."""
     key_blocks = tl.cdiv(N_K, BLOCK_N)
     row = tl.program_id(0) // key_blocks
@@ -75,21 +111,20 @@ def mean_attention_map_kernel(
     queries = (row % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     keys = (tl.program_id(0) % key_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, present = queries < N_Q, keys < N_K
-    query_rows, key_rows = queries.to(tl.int64), keys.to(tl.int64)
-    query_ptr = advance(query_ptr, batch * query_pitch_b)
-    key_ptr = advance(key_ptr, batch * key_pitch_b)
+    query_tokens, key_tokens = queries.to(tl.int64), keys.to(tl.int64)
+    query_ptr = advance(query.pointer, batch * query.pitch_b)
+    key_ptr = advance(key.pointer, batch * key.pitch_b)
     lse_ptr += batch * H * N_Q
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in tl.range(0, H):
-        query_main = load_rows(query_ptr, query_rows, inside, query_pitch_n, query_stride_d, D, 0, D_MAIN, True)
-        query_tail = query_main
-        if D_TAIL > 0:
-            query_tail = load_rows(query_ptr, query_rows, inside, query_pitch_n, query_stride_d, D, D_MAIN, D_TAIL, True)
-        scores = split_scores(query_main, query_tail, key_ptr, key_rows, present, key_pitch_n, key_stride_d, D, D_MAIN, D_TAIL, True)
+        query_rows = Rows(query_ptr, query.pitch_n, query.stride_d)
+        key_rows = Rows(key_ptr, key.pitch_n, key.stride_d)
+        tile = load_parts(query_rows, query_tokens, inside, WIDTH, True)
+        scores = split_scores(tile, key_rows, key_tokens, present, WIDTH, True)
         lse = tl.load(lse_ptr + queries, mask=inside, other=0.0)
         total += tl.math.exp2(tl.fma(scores, scale, -lse[:, None]))
-        query_ptr = advance(query_ptr, query_pitch_h)
-        key_ptr = advance(key_ptr, key_pitch_h)
+        query_ptr = advance(query_ptr, query.pitch_h)
+        key_ptr = advance(key_ptr, key.pitch_h)
         lse_ptr += N_Q
-    output_ptrs = output_ptr + (batch * N_Q + query_rows)[:, None] * N_K + key_rows[None, :]
+    output_ptrs = output_ptr + (batch * N_Q + query_tokens)[:, None] * N_K + key_tokens[None, :]
     tl.store(output_ptrs, total / H, mask=inside[:, None] & present[None, :])

@@ -1,4 +1,4 @@
-"""match_counts, compact and take_rows on Triton. B batch rows, G maps (1 or H), H heads, N tokens, D channels."""
+"""match_counts, compact and take_rows on Triton. B batch rows, G maps (1 or H), N tokens, D channels."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from ._tile import advance, load_rows
+from ._tile import features, load_rows, open_tile, rows_of, store_channels
 
 COUNT_BLOCK = 1024
-COMPACT_BLOCKS = (1024, 4096)  # the least and the most tokens at a time, up to 16 a thread: 16 warps spill under Triton 3.6
+COMPACT_BLOCKS = (
+    1024,
+    4096,
+)  # the least and the most tokens at a time, up to 16 a thread: 16 warps spill under Triton 3.6
 GATHER_BLOCK_M = 64
 GATHER_WIDTH = 128
 
@@ -21,9 +24,18 @@ def match_counts(index: Tensor, num_tokens: int) -> Tensor:
     counts = torch.zeros((batch, maps, num_tokens), device=index.device, dtype=torch.int32)
     grid = (batch * maps * triton.cdiv(tokens, COUNT_BLOCK),)
     launch(
-        _match_counts_kernel, grid, num_warps=4, num_stages=1, index_ptr=index, counts_ptr=counts, index_stride_b=index.stride(0),
-        index_stride_g=index.stride(1), index_stride_n=index.stride(2), G=maps, N_Q=tokens, N_K=num_tokens, BLOCK=COUNT_BLOCK,
-    )  # fmt: skip
+        _match_counts_kernel,
+        grid,
+        num_warps=4,
+        num_stages=1,
+        index_ptr=index,
+        index_strides=index.stride(),
+        counts_ptr=counts,
+        G=maps,
+        N_Q=tokens,
+        N_K=num_tokens,
+        BLOCK=COUNT_BLOCK,
+    )
     return counts
 
 
@@ -44,47 +56,75 @@ def compact(counts: Tensor) -> Multiplicity:
     block = min(max(triton.next_power_of_2(tokens), COMPACT_BLOCKS[0]), COMPACT_BLOCKS[1])
     shapes = [counts.shape] * 3 + [counts.shape[:2]] * 3
     dtypes = (torch.int32, torch.float32, torch.float32, torch.int32, torch.float32, torch.float32)
-    multiplicity = Multiplicity(*(torch.empty(shape, device=counts.device, dtype=dtype) for shape, dtype in zip(shapes, dtypes)))
+    multiplicity = Multiplicity(
+        *(torch.empty(shape, device=counts.device, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
+    )
     launch(
-        _compact_kernel, (batch * maps,), num_warps=max(4, block // 512), num_stages=1, counts_ptr=counts,
-        **{f"{name}_ptr": x for name, x in multiplicity._asdict().items()}, counts_stride_b=counts.stride(0), counts_stride_g=counts.stride(1),
-        counts_stride_n=counts.stride(2), G=maps, N_K=tokens, BLOCK=block,
-    )  # fmt: skip
+        _compact_kernel,
+        (batch * maps,),
+        num_warps=max(4, block // 512),
+        num_stages=1,
+        counts_ptr=counts,
+        counts_strides=counts.stride(),
+        **{f"{name}_ptr": x for name, x in multiplicity._asdict().items()},
+        G=maps,
+        N_K=tokens,
+        BLOCK=block,
+    )
     return multiplicity
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     (batch, heads, tokens, dim), rows = x.shape, index.shape[2]
     output = torch.empty((batch, heads, rows, dim), device=x.device, dtype=x.dtype)
-    pitch_b, pitch_h, pitch_n = (stride * x.element_size() for stride in x.stride()[:3])
+    index_stride_b, index_stride_g, index_stride_n = index.stride()
     launch(
-        _take_rows_kernel, (batch * heads * triton.cdiv(rows, GATHER_BLOCK_M),), num_warps=4, num_stages=1, x_ptr=x, index_ptr=index,
-        output_ptr=output, pitch_b=pitch_b, pitch_h=pitch_h, pitch_n=pitch_n, stride_d=x.stride(3), index_stride_b=index.stride(0),
-        index_stride_g=index.stride(1) if index.shape[1] > 1 else 0, index_stride_n=index.stride(2), H=heads, N_Q=rows, N_K=tokens, D=dim,
-        BLOCK_M=GATHER_BLOCK_M, WIDTH=triton.next_power_of_2(dim),
-    )  # fmt: skip
+        _take_rows_kernel,
+        (batch * heads * triton.cdiv(rows, GATHER_BLOCK_M),),
+        num_warps=4,
+        num_stages=1,
+        source=features(x),
+        index_ptr=index,
+        index_strides=(index_stride_b, index_stride_g if index.shape[1] > 1 else 0, index_stride_n),
+        output_ptr=output,
+        H=heads,
+        N_Q=rows,
+        N_K=tokens,
+        D=dim,
+        BLOCK_M=GATHER_BLOCK_M,
+        WIDTH=triton.next_power_of_2(dim),
+    )
     return output
 
 
 @triton.jit
-def _match_counts_kernel(
-    index_ptr, counts_ptr, index_stride_b, index_stride_g, index_stride_n, G, N_Q, N_K, BLOCK: tl.constexpr
-):  # fmt: skip
+def _match_counts_kernel(index_ptr, counts_ptr, index_strides, G, N_Q, N_K, BLOCK: tl.constexpr):
+    """A block of matches of one row."""
     blocks = tl.cdiv(N_Q, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     tokens = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    index_ptr += (row // G) * index_stride_b + (row % G) * index_stride_g
-    index = tl.load(index_ptr + tokens.to(tl.int64) * index_stride_n, mask=tokens < N_Q, other=-1)
+    index_ptr += (row // G) * index_strides[0] + (row % G) * index_strides[1]
+    index = tl.load(index_ptr + tokens.to(tl.int64) * index_strides[2], mask=tokens < N_Q, other=-1)
     tl.atomic_add(counts_ptr + row * N_K + index, 1, mask=(index >= 0) & (index < N_K), sem="relaxed")
 
 
 @triton.jit
 def _compact_kernel(
-    counts_ptr, order_ptr, weights_ptr, log_weights_ptr, unique_ptr, headroom_ptr, total_ptr, counts_stride_b, counts_stride_g, counts_stride_n, G,
-    N_K, BLOCK: tl.constexpr,
-):  # fmt: skip
+    counts_ptr,
+    counts_strides,
+    order_ptr,
+    weights_ptr,
+    log_weights_ptr,
+    unique_ptr,
+    headroom_ptr,
+    total_ptr,
+    G,
+    N_K,
+    BLOCK: tl.constexpr,
+):
+    """One row: a scan of its counts."""
     row = tl.program_id(0).to(tl.int64)
-    counts_ptr += (row // G) * counts_stride_b + (row % G) * counts_stride_g
+    counts_ptr += (row // G) * counts_strides[0] + (row % G) * counts_strides[1]
     order_ptr += row * N_K
     weights_ptr += row * N_K
     log_weights_ptr += row * N_K
@@ -93,7 +133,7 @@ def _compact_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, N_K, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        pointers = counts_ptr + tokens.to(tl.int64) * counts_stride_n
+        pointers = counts_ptr + tokens.to(tl.int64) * counts_strides[2]
         counts = tl.maximum(tl.load(pointers, mask=tokens < N_K, other=0), 0)
         chosen = (counts > 0).to(tl.int32)
         chosen_before = unique + tl.cumsum(chosen, 0) - chosen
@@ -101,7 +141,9 @@ def _compact_kernel(
         slot = tl.where(chosen != 0, chosen_before, N_K - 1 - (tokens - chosen_before))
         tl.store(order_ptr + slot, tl.where(chosen != 0, tokens, 0), mask=tokens < N_K)
         tl.store(weights_ptr + slot, counts.to(tl.float32), mask=tokens < N_K)
-        tl.store(log_weights_ptr + slot, tl.math.log2(tl.maximum(counts, 1).to(tl.float32)), mask=tokens < N_K)
+        tl.store(
+            log_weights_ptr + slot, tl.math.log2(tl.maximum(counts, 1).to(tl.float32)), mask=tokens < N_K
+        )
         unique += tl.sum(chosen, 0)
         largest = tl.maximum(largest, counts)
         total += counts.to(tl.float32)
@@ -112,17 +154,21 @@ def _compact_kernel(
 
 @triton.jit
 def _take_rows_kernel(
-    x_ptr, index_ptr, output_ptr, pitch_b, pitch_h, pitch_n, stride_d, index_stride_b, index_stride_g, index_stride_n, H, N_Q, N_K,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(N_Q, BLOCK_M)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    batch, head = row // H, row % H
-    tokens = ((tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    inside = tokens < N_Q
-    index_ptr += batch * index_stride_b + head * index_stride_g
-    source = tl.load(index_ptr + tokens * index_stride_n, mask=inside, other=-1).to(tl.int64)
-    present = (source >= 0) & (source < N_K)
-    tile = load_rows(advance(x_ptr, batch * pitch_b + head * pitch_h), source, present, pitch_n, stride_d, D, 0, WIDTH, True)
-    channels = tl.arange(0, WIDTH)
-    tl.store(output_ptr + (row * N_Q + tokens)[:, None] * D + channels[None, :], tile, mask=inside[:, None] & (channels < D)[None, :])
+    source,
+    index_ptr,
+    index_strides,
+    output_ptr,
+    H,
+    N_Q,
+    N_K,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A tile of taken rows of one batch row and head."""
+    row, batch, head, tokens, inside = open_tile(N_Q, H, BLOCK_M)
+    index_ptr += batch * index_strides[0] + head * index_strides[1]
+    taken = tl.load(index_ptr + tokens * index_strides[2], mask=inside, other=-1).to(tl.int64)
+    present = (taken >= 0) & (taken < N_K)
+    tile = load_rows(rows_of(source, batch, head), taken, present, D, 0, WIDTH, True)
+    store_channels(output_ptr + (row * N_Q + tokens) * D, tile, inside, D, 0, WIDTH)

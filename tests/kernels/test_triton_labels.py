@@ -81,7 +81,8 @@ def test_chosen_tokens_keep_their_weights(label_rows, maps):
 
 @triton.jit
 def _spans_kernel(starts_ptr, lowest, highest, out_ptr, BLOCK: tl.constexpr):
-    whole, compared, spans = _labels.visible_spans(starts_ptr, lowest, highest, BLOCK)
+    spans = _labels.visible_spans(starts_ptr, lowest, highest, BLOCK)
+    whole, compared = spans.whole, spans.compared
     tl.store(out_ptr, whole)
     tl.store(out_ptr + 1, compared)
     for start in range(0, whole, BLOCK):
