@@ -100,15 +100,18 @@ def tile_key(op: str, mode: str, shape: Shape, dtype: str) -> Key:
 
 
 def judge(call: Call) -> dict[str, Any]:
-    """Run the call twice, first on poisoned memory, and hold it against float64."""
+    """Run the call three times, first on poisoned memory, and hold it against float64.
+
+    The third call replays the launches of the second (`_triton/_replay.py`); all three must agree bit by bit.
+    """
     start = time.monotonic()
     inputs = shapes.make_inputs(call.shape, True, getattr(torch, call.dtype), "cuda", layout=call.layout)
     op: Any = op_named(call.name) if call.tile is None else trials.trial_named(call.name).timed
     with torch.no_grad(), _trying(call):
         with testing.poisoned_memory():
             first = op.run(inputs, "triton")
-        again = op.run(inputs, "triton")
-        same = all(torch.equal(a, b) for a, b in zip(_parts(first), _parts(again)))
+        later = [op.run(inputs, "triton") for _ in range(2)]
+        same = all(torch.equal(a, b) for again in later for a, b in zip(_parts(first), _parts(again)))
         right = bool(op.check(inputs, first, "triton"))
     return {"right": right, "same_bits": same, "seconds": round(time.monotonic() - start, 2)}
 
