@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def files(arguments: argparse.Namespace) -> Files:
-    return Files(writes=[("--json", arguments.json)] if arguments.json else [])
+    return Files(
+        writes=[("--json", arguments.json)] if arguments.json else [],
+        folders=[("--stub", arguments.stub)] if arguments.stub else [],
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
