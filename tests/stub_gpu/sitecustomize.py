@@ -97,6 +97,7 @@ def stand_in() -> None:
     }
     for name, value in cuda.items():
         setattr(torch.cuda, name, value)
+    torch.backends.cudnn.version = lambda: None  # torch for CUDA looks for the capabilities of all devices
 
 
 def shorten() -> None:
