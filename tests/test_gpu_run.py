@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,16 +36,22 @@ def driver(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("driver")
 
 
-def _start(driver: Path, folder: Path, *words: str) -> subprocess.Popen:
-    """The command in a session of its own; its work lies in folder/work, its files in folder/out."""
-    (folder / "work").mkdir()
+@pytest.fixture
+def work():
+    """Where the command works: a short path, for the sockets of multiprocessing take at most 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="q") as folder:
+        yield Path(folder)
+
+
+def _start(driver: Path, work: Path, folder: Path, *words: str) -> subprocess.Popen:
+    """The command in a session of its own; its files lie in folder/out."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))
     }
     environment = inherited | {
         "STUB_DRIVER": str(driver),
         "PYTHONPATH": f"{ROOT / 'tests' / 'stub_gpu'}{os.pathsep}{ROOT}",
-        "TMPDIR": str(folder / "work"),
+        "TMPDIR": str(work),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
@@ -58,15 +65,15 @@ def _start(driver: Path, folder: Path, *words: str) -> subprocess.Popen:
     )
 
 
-def _run(driver: Path, folder: Path, *words: str) -> Path:
-    process = _start(driver, folder, *words)
+def _run(driver: Path, work: Path, folder: Path, *words: str) -> Path:
+    process = _start(driver, work, folder, *words)
     try:
         process.wait(MOST_SECONDS)
     finally:
         process.kill()
     said = (folder / "said").read_text()
     assert "Traceback" not in said, said
-    assert not list((folder / "work").glob("qalign-gpu-*"))
+    assert not list(work.glob("qalign-gpu-*"))
     return folder / "out"
 
 
@@ -83,9 +90,9 @@ def _statuses(run: dict) -> dict[str, str]:
     return {outcome["stage"]: outcome["status"] for outcome in run["stages"]["outcomes"]}
 
 
-def test_first_contact_from_end_to_end(driver, tmp_path):
+def test_first_contact_from_end_to_end(driver, work, tmp_path):
     """It needs no package but torch, Triton and numpy, which the stub makes sure of."""
-    out = _run(driver, tmp_path, *COMMANDS["first"])
+    out = _run(driver, work, tmp_path, *COMMANDS["first"])
     assert {file.name for file in out.iterdir()} == set(command.FIRST.files)
     first = _read(out / "first.json")
     statuses = _statuses(first)
@@ -103,8 +110,8 @@ def test_first_contact_from_end_to_end(driver, tmp_path):
     assert [row["right"] for row in first["gluon"]] == [False]  # its kernel ran and wrote nothing
 
 
-def test_everything_from_end_to_end(driver, tmp_path):
-    out = _run(driver, tmp_path, *COMMANDS["minutes"])
+def test_everything_from_end_to_end(driver, work, tmp_path):
+    out = _run(driver, work, tmp_path, *COMMANDS["minutes"])
     assert {file.name for file in out.iterdir()} == set(command.WHOLE.files)
     run = _read(out / "run.json")
     statuses = _statuses(run)
@@ -122,8 +129,8 @@ def test_everything_from_end_to_end(driver, tmp_path):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_files_are_whole_whenever_it_is_killed(driver, tmp_path, name):
-    process = _start(driver, tmp_path, *COMMANDS[name])
+def test_files_are_whole_whenever_it_is_killed(driver, work, tmp_path, name):
+    process = _start(driver, work, tmp_path, *COMMANDS[name])
     out = tmp_path / "out"
     while not out.exists() and process.poll() is None:
         time.sleep(0.1)
@@ -132,7 +139,7 @@ def test_files_are_whole_whenever_it_is_killed(driver, tmp_path, name):
     process.kill()
     killed = time.time()
     process.wait()
-    works = list((tmp_path / "work").glob("qalign-gpu-*"))
+    works = list(work.glob("qalign-gpu-*"))
     assert works, (tmp_path / "said").read_text()
     assert _ended(works[0]), f"killed after {second:.1f} s"
     shown = list(out.rglob("*"))
