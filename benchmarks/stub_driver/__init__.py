@@ -53,6 +53,15 @@ class Stub:
         """How many kernels were launched in this process."""
         return self._library.stub_launches()
 
+    @property
+    def registers(self) -> int:
+        """How many registers a thread of any kernel takes that is loaded from now on."""
+        return ctypes.c_int.in_dll(self._library, "stub_registers").value
+
+    @registers.setter
+    def registers(self, count: int) -> None:
+        ctypes.c_int.in_dll(self._library, "stub_registers").value = count
+
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Call]]:
         """Collect the launches inside; the list is filled at the end."""

@@ -19,6 +19,8 @@ static long launches;
 static unsigned char *buffer;
 static long capacity, used;
 
+int stub_registers = 128; /* of a thread, in every kernel */
+
 long stub_launches(void) { return launches; }
 long stub_recorded(void) { return used; }
 void stub_record(void *memory, long bytes) { buffer = memory, capacity = bytes, used = 0; }
@@ -63,7 +65,7 @@ int cuModuleLoadData(Kernel **module, const unsigned char *image) {
 int cuModuleGetFunction(Kernel **function, Kernel *module, const char *name) { return *function = module, 0; }
 
 int cuFuncGetAttribute(int *value, int attribute, void *function) {
-  *value = attribute == 0 ? 1024 : attribute == 4 ? 128 : 0; /* threads of a block, registers of a thread */
+  *value = attribute == 0 ? 1024 : attribute == 4 ? stub_registers : 0; /* threads of a block, registers of one */
   return 0;
 }
 

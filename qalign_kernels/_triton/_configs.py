@@ -237,18 +237,25 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return main, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
-CONCURRENT_PROGRAMS = 264  # two on each multiprocessor of a large GPU
 PROGRAM_OVERHEAD_TILES = 2  # what a program does before its first tile and after its last, in tiles
 
 
 @functools.cache
-def split_keys(programs: int, key_tiles: int, most_tiles: int) -> tuple[int, int]:
-    """Over how many programs the key tiles of a row tile are split, and how many tiles each takes, at most `most_tiles`: the shortest schedule."""
+def split_keys(programs: int, key_tiles: int, most_tiles: int, at_once: int) -> tuple[int, int]:
+    """Divide the key tiles of a row tile among programs: the shortest schedule where `at_once` programs run.
+
+    Returns:
+        Over how many programs the tiles are split, and how many tiles each takes, at most `most_tiles`.
+    """
     schedules = []
     for wanted in range(1, key_tiles + 1):
         tiles = min(-(-key_tiles // wanted), most_tiles)
         splits = -(-key_tiles // tiles)
-        waves = -(-programs * splits // CONCURRENT_PROGRAMS)
-        schedules.append((waves * (tiles + PROGRAM_OVERHEAD_TILES), splits, tiles))
+        schedules.append((schedule_length(programs * splits, tiles, at_once), splits, tiles))
     _, splits, tiles = min(schedules)
     return splits, tiles
+
+
+def schedule_length(programs: int, tiles: int, at_once: int) -> int:
+    """How long programs of `tiles` tiles each take where `at_once` of them run, in tiles."""
+    return -(-programs // at_once) * (tiles + PROGRAM_OVERHEAD_TILES)

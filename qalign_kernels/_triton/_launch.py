@@ -39,6 +39,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: in
             _thread.watcher(kernel, grid, arguments, compiled)
 
 
+def compiled(kernel: Any, *, num_warps: int, num_stages: int, **arguments: Any) -> Any:
+    """Compile and load `kernel` as `launch` would take it; None in the interpreter and inside `recording`."""
+    tensor = next(x for x in arguments.values() if isinstance(x, torch.Tensor))
+    if _recorded is not None or target_of(tensor.device) == "interpreter":
+        return None
+    with torch.cuda.device_of(tensor):
+        made = kernel.warmup(grid=(1,), **arguments, num_warps=num_warps, num_stages=num_stages)
+        _ = made.run  # Triton loads the kernel, and counts its registers, when it is first looked at
+    return made
+
+
 def plain() -> bool:
     """Whether launches of this thread only run: they are not noted, nor watched."""
     return _recorded is None and _thread.watcher is None

@@ -10,6 +10,7 @@ Where several programs share the keys of a query, their matches meet in one 64-b
 lowest index): exact, in any order.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ._configs import Tile, choose_tile, split_keys
 from ._labels import Labels, label_arguments
 from ._launch import launch, target_of
+from ._occupancy import ASSUMED_PROGRAMS, programs_at_once
 from ._tile import (
     FAR,
     Features,
@@ -175,26 +177,32 @@ def _argmax(
     tile = choose_tile("similarity", mode, target, dim, query.dtype, pair.N_Q)
     rows = query.shape[0] * (1 if joint else query.shape[1])
     programs, key_tiles = rows * triton.cdiv(pair.N_Q, tile.block_m), triton.cdiv(pair.N_K, tile.block_n)
-    splits, tiles_per_split = split_keys(programs, key_tiles, CODES.value // 2 if packed else key_tiles)
-    if match is None and splits > 1:
-        match = _per_token(query, joint, torch.int64)
-    pair = _prepare(pair, query, reference, similarity, joint, match, counts)
-    launch(
-        _similarity_argmax_kernel,
-        (programs * splits,),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        pair=pair,
-        index_ptr=index,
-        score_ptr=score,
-        match_ptr=match,
-        counts_ptr=counts,
-        SPLITS=splits,
-        TILES_PER_SPLIT=tiles_per_split,
-        PACKED=packed,
-        PTX=target in PTX_TARGETS,
-        **_constants(pair, tile, dim, joint),
-    )
+    most_tiles = CODES.value // 2 if packed else key_tiles
+    pair = _with_norms(pair, query, reference, similarity, joint, counted=counts is not None)
+    room = functools.cache(lambda: _per_token(query, joint, torch.int64))  # where matches of splits meet
+
+    def arguments(at_once: int) -> dict[str, Any]:
+        splits, tiles_per_split = split_keys(programs, key_tiles, most_tiles, at_once)
+        return {
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            "pair": pair,
+            "index_ptr": index,
+            "score_ptr": score,
+            "match_ptr": room() if match is None and splits > 1 else match,
+            "counts_ptr": counts,
+            "SPLITS": splits,
+            "TILES_PER_SPLIT": tiles_per_split,
+            "PACKED": packed,
+            "PTX": target in PTX_TARGETS,
+            **_constants(pair, tile, dim, joint),
+        }
+
+    # the compiled kernel says how many of it run at once, and is the same for most divisions of the keys
+    chosen = arguments(programs_at_once(_similarity_argmax_kernel, **arguments(ASSUMED_PROGRAMS)))
+    match = chosen["match_ptr"]
+    _prepare(pair, query, reference, joint, match, counts)
+    launch(_similarity_argmax_kernel, (programs * chosen["SPLITS"],), **chosen)
     return match
 
 
@@ -205,7 +213,8 @@ def similarity_topk(
     dtypes = (torch.int32, torch.float32)
     index, score = (torch.empty((*shape, k), device=query.device, dtype=dtype) for dtype in dtypes)
     pair, dim = _pair(query, reference, joint, query_labels, reference_labels, batch_index)
-    pair = _prepare(pair, query, reference, similarity, joint)
+    pair = _with_norms(pair, query, reference, similarity, joint)
+    _prepare(pair, query, reference, joint)
     tile = choose_tile("similarity", "topk", target_of(query.device), dim, query.dtype, shape[2])
     launch(
         _similarity_topk_kernel,
@@ -261,30 +270,34 @@ def _pair(query, reference, joint, query_labels, reference_labels, batch_index) 
     return pair, dim
 
 
+def _with_norms(
+    pair: Pair, query: Tensor, reference: Tensor, similarity: str, joint: bool, counted: bool = False
+) -> Pair:
+    """The pair with room for the inverse norms of the cosine, those of the queries only without counts."""
+    if similarity != "cosine":
+        return pair
+    return pair._replace(
+        query_norm_ptr=None if counted else _per_token(query, joint, torch.float32),
+        reference_norm_ptr=_per_token(reference, joint, torch.float32),
+    )
+
+
 def _prepare(
     pair: Pair,
     query: Tensor,
     reference: Tensor,
-    similarity: str,
     joint: bool,
     match: Tensor | None = None,
     counts: Tensor | None = None,
-) -> Pair:
+) -> None:
     """Write what the other kernels begin with, in one launch or none.
 
-    That is: the inverse norms that the cosine needs, those of the queries only without counts,
-    1 / max(|x|, 1e-12) of each token, fp32 [B, G, N], over its head or over all of them; no match for every
-    query; counts of 0.
-
-    Returns:
-        The pair with its inverse norms.
+    That is: the inverse norms that the pair has room for, 1 / max(|x|, 1e-12) of each token, fp32 [B, G, N],
+    over its head or over all of them; no match for every query; counts of 0.
     """
-    if similarity == "cosine":
-        query_norm = _per_token(query, joint, torch.float32) if counts is None else None
-        reference_norm = _per_token(reference, joint, torch.float32)
-        pair = pair._replace(query_norm_ptr=query_norm, reference_norm_ptr=reference_norm)
-    elif match is None:
-        return pair
+    normed = pair.reference_norm_ptr is not None
+    if not normed and match is None:
+        return
     heads, dim = query.shape[1], query.shape[3]
     maps = 1 if joint else heads
     heads_at_once = min(triton.next_power_of_2(heads // maps), PREPARED_HEADS)
@@ -295,7 +308,7 @@ def _prepare(
     channels = triton.next_power_of_2(dim)
     launch(
         _prepare_kernel,
-        (query_programs + (reference_programs if similarity == "cosine" else 0),),
+        (query_programs + (reference_programs if normed else 0),),
         num_warps=max(4, channels // 16),
         num_stages=1,
         query=features(query),
@@ -314,7 +327,6 @@ def _prepare(
         HEADS=heads_at_once,
         BLOCK=block,
     )
-    return pair
 
 
 @triton.jit

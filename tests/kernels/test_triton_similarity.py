@@ -112,7 +112,7 @@ def test_joint_argmax_of_any_number_of_heads(heads):
 def test_split_keys_covers_the_keys():
     for programs in (1, 32, 300):
         for key_tiles in (1, 3, 64, 1000):
-            splits, tiles = split_keys(programs, key_tiles, 128)
+            splits, tiles = split_keys(programs, key_tiles, 128, 264)
             assert (splits - 1) * tiles < key_tiles <= splits * tiles and tiles <= 128
 
 
