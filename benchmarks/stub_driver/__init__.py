@@ -81,15 +81,18 @@ class Stub:
             recorded = recorded[end:]
 
 
+def missing() -> str | None:
+    """Why the stub cannot be built on this machine, or None."""
+    return _backends.triton_problem() or (None if _compiler() else "no C compiler (gcc, clang or CC)")
+
+
 def problem() -> str | None:
-    """Why the stub cannot stand in for a GPU here, or None."""
-    if reason := _backends.triton_problem():
+    """Why the stub cannot stand in for a GPU in this process, or None."""
+    if reason := missing():
         return reason
     if _backends.interpreted():
         return "TRITON_INTERPRET is set: kernels would be interpreted, not launched"
-    if torch.cuda.is_available():
-        return "this machine has a GPU"
-    return None if _compiler() else "no C compiler (gcc, clang or CC)"
+    return "this machine has a GPU" if torch.cuda.is_available() else None
 
 
 @contextlib.contextmanager
