@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._labels import CLASSES, Labels, label_arguments, sort_tokens
 from ._tile import Features, Parts, Rows, features, load, rows_of, skip, split_scores
-from .rearrange import Multiplicity
+from .rearrange import Multiplicity, take_chosen
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TINY = 1e-37  # in the place of a scale of 0
@@ -22,9 +22,9 @@ TINY = 1e-37  # in the place of a scale of 0
 class SegmentArguments(NamedTuple):
     """What the kernel reads of one segment; None where the segment has none.
 
-    A segment with counts is read through `order`: its keys with a count above zero, which are `unique` many
-    and weigh `weights`, 2^`log_weights`. One whose keys are sorted by their labels is read through it too;
-    its classes begin at `starts`.
+    Of a segment with counts the keys with a count above zero are read, which are `unique` many and weigh
+    `weights`, 2^`log_weights`: gathered before, or through `order`. One whose keys are sorted by their labels
+    is read through it too; its classes begin at `starts`.
     """
 
     key: Features
@@ -105,14 +105,24 @@ def segment_arguments(
     guide_key: Tensor | None = None,
     by_label: bool = False,
 ) -> SegmentArguments:
-    """One segment as the kernel takes it, its keys sorted `by_label` where it has labels: a launch more."""
+    """One segment as the kernel takes it.
+
+    Its keys are sorted `by_label` where it has labels: a launch more. Those that a multiplicity chose are
+    gathered, unless it has labels: a launch more, too.
+    """
     order, weights, log_weights, unique, headroom, total = (
         (None,) * 6 if multiplicity is None else multiplicity
     )
+    rows, maps = (0, 0) if order is None else order.shape[:2]
     starts = None
     if by_label and labels is not None:
         order, weights, log_weights, starts = sort_tokens(labels, multiplicity)
-    rows, maps = (0, 0) if order is None else order.shape[:2]
+        rows, maps = order.shape[:2]
+    elif multiplicity is not None and labels is None:
+        present = [x for x in (key, value, guide_key) if x is not None]
+        taken = iter(take_chosen(present, multiplicity, batch_index))
+        key, value, guide_key = (None if x is None else next(taken) for x in (key, value, guide_key))
+        order = batch_index = None
     return SegmentArguments(
         key=features(key),
         value=None if value is None else features(value),
@@ -150,7 +160,8 @@ def walked(segments: Sequence[SegmentArguments], block_n: int) -> tuple[SegmentA
 
 def _walked(segment: SegmentArguments, block_n: int) -> SegmentArguments:
     if segment.order_ptr is None:
-        return segment._replace(RAGGED=tl.constexpr(segment.N_K % block_n != 0))
+        whole = segment.unique_ptr is None and segment.N_K % block_n == 0
+        return segment._replace(RAGGED=tl.constexpr(not whole))
     # a pitch known to the compiler makes the address of a gathered key one multiply-add
     known = {
         name: tensor._replace(pitch_n=tl.constexpr(tensor.pitch_n))
@@ -206,16 +217,16 @@ def open_segment(segment, batch, head):
         guide = rows_of(segment.guide, key_row, head)
     if segment.labels is not None:
         labels_ptr = segment.labels.pointer + batch * segment.labels.stride_b
+    order_row = batch * segment.order_stride_b + head % tl.maximum(segment.maps, 1)
     if segment.order_ptr is not None:
-        order_row = batch * segment.order_stride_b + head % segment.maps
         order_ptr = segment.order_ptr + order_row * segment.N_K
-        if segment.weights_ptr is not None:
-            weights_ptr = segment.weights_ptr + order_row * segment.N_K
-            log_weights_ptr = segment.log_weights_ptr + order_row * segment.N_K
-            headroom = tl.load(segment.headroom_ptr + order_row)
-            limit = tl.load(segment.unique_ptr + order_row)
-        if segment.starts_ptr is not None:
-            starts_ptr = segment.starts_ptr + order_row * (CLASSES + 1)
+    if segment.weights_ptr is not None:
+        weights_ptr = segment.weights_ptr + order_row * segment.N_K
+        log_weights_ptr = segment.log_weights_ptr + order_row * segment.N_K
+        headroom = tl.load(segment.headroom_ptr + order_row)
+        limit = tl.load(segment.unique_ptr + order_row)
+    if segment.starts_ptr is not None:
+        starts_ptr = segment.starts_ptr + order_row * (CLASSES + 1)
     return SegmentRow(
         key, value, guide, labels_ptr, order_ptr, weights_ptr, log_weights_ptr, starts_ptr, limit, headroom
     )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import choose_tile
+from ._configs import choose_tile, split_head_dim
 from ._labels import compared_slots, free_slot, label_class, sort_queries, visible_spans
 from ._launch import launch, target_of
 from ._segments import (
@@ -49,7 +49,8 @@ from .rearrange import compact
 
 LN_2 = 0.6931471805599453
 FIXED_TARGETS = ("sm_90", "interpreter")
-# head dims up to which the kernel with both loops is known not to spill there
+# Head dims up to which the kernel with both loops is known not to spill there. None with a tail of channels: the
+# ptxas 12.8 of Triton 3.6 and 3.7 makes such a kernel read registers that nothing wrote (machine_code.py).
 FIXED_WIDTHS = {"plain": 128, "counts": 128, "distance": 64}
 PARTS = tl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
 # of a row sum, and of its inverse, with the maximum of the first tile: beyond it, weights may overflow
@@ -220,8 +221,10 @@ def _fixed(
     if known is not None or exact_weights or query.dtype == torch.float16 or unsorted:
         return False
     kind = "distance" if distance is not None else "plain" if segments[0].weights_ptr is None else "counts"
-    narrow = output is None or max(query.shape[3], output.shape[3]) <= FIXED_WIDTHS[kind]
-    return narrow and (output is None or len(segments) == 1) and target_of(query.device) in FIXED_TARGETS
+    dims = (query.shape[3],) if output is None else (query.shape[3], output.shape[3])
+    narrow = output is None or max(dims) <= FIXED_WIDTHS[kind]
+    without_tail = not any(split_head_dim(dim)[1] for dim in dims)
+    return narrow and without_tail and (output is None or len(segments) == 1) and target_of(query.device) in FIXED_TARGETS
 
 
 @triton.jit
