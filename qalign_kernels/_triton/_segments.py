@@ -17,6 +17,7 @@ from .rearrange import Multiplicity, take_chosen
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TINY = 1e-37  # in the place of a scale of 0
+TAKEN_FROM = 1  # keys of a segment; to gather fewer costs more than it saves
 
 
 class SegmentArguments(NamedTuple):
@@ -108,7 +109,7 @@ def segment_arguments(
     """One segment as the kernel takes it.
 
     Its keys are sorted `by_label` where it has labels: a launch more. Those that a multiplicity chose are
-    gathered, unless it has labels: a launch more, too.
+    gathered, unless it has labels or they are few: a launch more, too.
     """
     order, weights, log_weights, unique, headroom, total = (
         (None,) * 6 if multiplicity is None else multiplicity
@@ -118,7 +119,7 @@ def segment_arguments(
     if by_label and labels is not None:
         order, weights, log_weights, starts = sort_tokens(labels, multiplicity)
         rows, maps = order.shape[:2]
-    elif multiplicity is not None and labels is None:
+    elif multiplicity is not None and labels is None and key.shape[2] >= TAKEN_FROM:
         present = [x for x in (key, value, guide_key) if x is not None]
         taken = iter(take_chosen(present, multiplicity, batch_index))
         key, value, guide_key = (None if x is None else next(taken) for x in (key, value, guide_key))
