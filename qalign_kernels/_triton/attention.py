@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import choose_tile, split_head_dim
+from ._configs import choose_tile
 from ._labels import compared_slots, free_slot, label_class, sort_queries, visible_spans
 from ._launch import launch, target_of
 from ._segments import (
@@ -49,8 +49,7 @@ from .rearrange import compact
 
 LN_2 = 0.6931471805599453
 FIXED_TARGETS = ("sm_90", "interpreter")
-# Head dims up to which the kernel with both loops is known not to spill there. None with a tail of channels: the
-# ptxas 12.8 of Triton 3.6 and 3.7 makes such a kernel read registers that nothing wrote (machine_code.py).
+# head dims up to which the kernel with both loops is known not to spill there
 FIXED_WIDTHS = {"plain": 128, "counts": 128, "distance": 64}
 PARTS = tl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
 # of a row sum, and of its inverse, with the maximum of the first tile: beyond it, weights may overflow
@@ -221,10 +220,8 @@ def _fixed(
     if known is not None or exact_weights or query.dtype == torch.float16 or unsorted:
         return False
     kind = "distance" if distance is not None else "plain" if segments[0].weights_ptr is None else "counts"
-    dims = (query.shape[3],) if output is None else (query.shape[3], output.shape[3])
-    narrow = output is None or max(dims) <= FIXED_WIDTHS[kind]
-    without_tail = not any(split_head_dim(dim)[1] for dim in dims)
-    return narrow and without_tail and (output is None or len(segments) == 1) and target_of(query.device) in FIXED_TARGETS
+    narrow = output is None or max(query.shape[3], output.shape[3]) <= FIXED_WIDTHS[kind]
+    return narrow and (output is None or len(segments) == 1) and target_of(query.device) in FIXED_TARGETS
 
 
 @triton.jit
@@ -340,9 +337,9 @@ def _attend_segment(state, query, segment, batch, head, common_max, contrast, va
                 state, query, segment, row, keys, common_max, contrast, variant, FIXED, True, True
             )
     elif segment.RAGGED:
-        if whole < row.limit:
-            columns = whole + tl.arange(0, BLOCK_N)
-            keys = KeyTile(whole, columns, columns < row.limit)
+        for start in tl.range(whole, row.limit, BLOCK_N):  # once or never: see split_scores
+            columns = start + tl.arange(0, BLOCK_N)
+            keys = KeyTile(start, columns, columns < row.limit)
             state = _attend_tile(
                 state, query, segment, row, keys, common_max, contrast, variant, FIXED, True, COMPARED
             )
@@ -382,14 +379,19 @@ def _has_first_tile(query, segment, batch, head, BLOCK_N: tl.constexpr):
 def _first_max(query, segment, batch, head, variant):
     """The largest logit of each query among the first tile of keys: [BLOCK_M]."""
     row = open_segment(segment, batch, head)
-    columns = tl.arange(0, variant.BLOCK_N)
-    present = columns < row.limit
-    if segment.starts_ptr is not None:
-        spans = visible_spans(row.starts_ptr, query.lowest_class, query.highest_class, variant.BLOCK_N)
-        columns += free_slot(0, spans)
-    keys = KeyTile(0, columns, present)
-    tile = score_tile(query, segment, row, keys, variant.KEY_WIDTH, segment.RAGGED, False, variant.BLOCK_N)
-    return tl.max(tile.scores, 1) * tile.factor + segment.shift
+    first_max = tl.full((variant.BLOCK_M,), float("-inf"), tl.float32)
+    for start in tl.range(0, tl.minimum(row.limit, 1)):  # once: see split_scores
+        columns = start + tl.arange(0, variant.BLOCK_N)
+        present = columns < row.limit
+        if segment.starts_ptr is not None:
+            spans = visible_spans(row.starts_ptr, query.lowest_class, query.highest_class, variant.BLOCK_N)
+            columns += free_slot(0, spans)
+        keys = KeyTile(start, columns, present)
+        tile = score_tile(
+            query, segment, row, keys, variant.KEY_WIDTH, segment.RAGGED, False, variant.BLOCK_N
+        )
+        first_max = tl.maximum(first_max, tl.max(tile.scores, 1) * tile.factor + segment.shift)
+    return first_max
 
 
 @triton.jit
