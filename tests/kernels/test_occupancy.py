@@ -103,13 +103,13 @@ def test_nothing_compiled_assumes_two_programs(monkeypatch):
 
 @pytest.mark.parametrize(("registers", "splits"), [(128, 8), (200, 4)])
 def test_registers_of_the_kernel_decide_the_splits(registers, splits, tmp_path):
-    tile = choose_tile("similarity", "joint", "sm_90", 64, torch.bfloat16, 4096)
+    tile = choose_tile("similarity", "joint", "sm_90", 40, torch.bfloat16, 4096)
     assert tile[:3] == (128, 128, 8)
     grids = run_over_stub(
         f"""
         from qalign_kernels import similarity_argmax
         stub.registers = {registers}
-        x = torch.zeros(1, 4096, 8, 40, dtype=torch.bfloat16).transpose(1, 2)
+        x = torch.zeros(1, 8, 4096, 40, dtype=torch.bfloat16)
         result = []
         for _ in range(3):  # the third is replayed
             with stub.recording() as calls:
