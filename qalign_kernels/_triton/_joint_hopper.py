@@ -98,11 +98,12 @@ def _consume(pair, outputs, ring, tiles, row, reference_batch, row_tile, LAYOUT:
     step = 0
     for tile in range(tiles.first, tiles.last):
         start = gl.minimum(tile * BLOCK_N, tiles.last_start)
+        if pair.reference_norm_ptr is not None:  # before the products, which take longer than the load
+            norms = gl.load(pair.reference_norm_ptr + reference_batch * pair.N_K + start + columns)
         scores = _multiply(ring, step, pair.H, LAYOUT)
         step += pair.H
         if pair.reference_norm_ptr is not None:
-            norm_ptr = pair.reference_norm_ptr + reference_batch * pair.N_K + start
-            scores *= gl.load(norm_ptr + columns)[None, :]
+            scores *= norms[None, :]
         best = better(best, best_column(scores, (start + columns)[None, :]))
     tokens = row_tile * BLOCK_M + gl.arange(0, BLOCK_M, ROWS)
     store_best(pair, outputs, row, tokens, best)
