@@ -194,7 +194,7 @@ def _choose(query: Tensor, reference: Tensor, pair: Pair, dim: int, joint: bool,
 
 def _hopper_tile(query: Tensor, reference: Tensor, pair: Pair, dim: int, joint: bool) -> Tile | None:
     """The tile with which `_joint_hopper` serves these features, or None: it copies tiles of a matrix [B·N, C]."""
-    if not joint or pair.query_labels is not None or dim != FOLDED_HEAD_DIM:
+    if not joint or pair.query_labels is not None or dim != FOLDED_HEAD_DIM or pair.H == 1:
         return None
     tile = listed_tile("similarity", "joint hopper", target_of(query.device), dim, query.dtype, pair.N_Q)
     fits = tile is not None and pair.N_K >= tile.block_n and all(map(_is_matrix, (query, reference)))
