@@ -11,7 +11,6 @@ versions of REPLAYED. Other versions, hooks, recording, the interpreter and AMD 
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -79,8 +78,8 @@ class Map(NamedTuple):
     number: int
 
     def filled(self, pointers: list[int]) -> Any:
-        moved = copy.copy(self.descriptor)
-        moved.base = Address(pointers[self.number])
+        moved = object.__new__(type(self.descriptor))  # its checks have passed
+        vars(moved).update(vars(self.descriptor), base=Address(pointers[self.number]))
         return moved
 
 
