@@ -126,6 +126,13 @@ def test_not_taken_under_a_triton_without_rows(monkeypatch):
     assert _launched(_features()) == {OTHER}
 
 
+def test_not_taken_while_its_row_is_away():
+    key = _configs.Key("similarity", "joint hopper", "sm_90", "3.7", "bfloat16", 1024, 64)
+    with _configs.trying(key, None):
+        assert _launched(_features()) == {OTHER}
+    assert _launched(_features()) == {HOPPER}
+
+
 def test_counted_matches_take_it():
     with recording("sm_90") as launches:
         similarity.counted_argmax(_features(), _features(), "cosine", True)
