@@ -1,9 +1,9 @@
-"""The joint argmax on Hopper, in Gluon: one warp loads, eight multiply. `similarity` takes it where `takes` says so.
+"""The joint argmax on Hopper, in Gluon: one warp loads, eight multiply.
 
-Triton's Gluon gives each warp its role. The producer copies tiles of queries and keys, BLOCK_K channels at a time,
-with the bulk copy engine into a ring of buffers; the consumers multiply each buffer and keep the best score of
-every query and its index. Rows of queries beyond the end belong to the next batch row, or are zero: their
-matches are not written.
+`similarity._hopper_tile` says which calls take it. Gluon gives each warp its role. The producer copies tiles of
+queries and keys, BLOCK_K channels at a time, with the bulk copy engine into a ring of buffers; the consumers
+multiply each buffer and keep the best score of every query and its index. Rows of queries beyond the end belong
+to the next batch row, or are zero: their matches are not written.
 
 B batch rows, N_Q and N_K tokens, C channels of all heads.
 """
