@@ -256,12 +256,11 @@ def _row(job: Job) -> Row:
 def _compile(position: int) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     job = _jobs[position]
     row = _row(job)
     start = time.perf_counter()
-    source = ASTSource(job.kernel, job.signature, job.constexprs, job.attributes)
+    source = _source_class(job.kernel)(job.kernel, job.signature, job.constexprs, job.attributes)
     try:
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[job.target]), options=job.options)
     except Exception as error:  # whatever the compiler raises is a finding
@@ -272,7 +271,7 @@ def _compile(position: int) -> Row:
     row.registers, row.spill_bytes, row.shared_kib = code.registers, code.spill_bytes, code.shared_bytes / 1024
     row.narrow_loads = code.narrow_loads()
     row.matrix = machine_code.matrix_family(code.matrix())
-    if row.matrix == "-" and "tt.dot " in compiled.asm["ttir"]:
+    if row.matrix == "-" and "tt.dot " in compiled.asm.get("ttir", ""):
         row.matrix = "none"
     loop, num_warps = code.hot_loop(), compiled.metadata.num_warps
     if loop and "BLOCK_M" in row.constexprs and "BLOCK_N" in row.constexprs:
@@ -280,6 +279,17 @@ def _compile(position: int) -> Row:
         scores = block_m * block_n * tiles_per_pass(compiled.asm["ttgir"], loop, block_n, num_warps)
         row.lane_instructions = round(loop.instructions * code.lanes * num_warps / scores, 2)
     return row
+
+
+def _source_class(kernel: Any) -> Any:
+    """What Triton compiles of a kernel; its Gluon kernels begin at a later stage."""
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def read(compiled: Any) -> MachineCode:

@@ -30,6 +30,7 @@ from benchmarks.gpu import (
     validation,
     worker,
 )
+from benchmarks.gpu.joint_calls import JOINT_CALLS
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.kernels import kernels, sdpa_implementation
 from benchmarks.gpu.must_show import DEFAULT, EAGER, FASTEST, OURS, Bar, Line
@@ -297,10 +298,24 @@ def test_first_contact_begins_with_core_ops_in_bfloat16(monkeypatch):
     first = calls[: len(plan.CORE_SHAPES) * len(plan.CORE_OPS)]
     assert {call.name for call in first} == set(plan.CORE_OPS) and {call.dtype for call in first} == {"bfloat16"}
     tiles = [call for call in calls if call.tile]
-    assert ("similarity joint", _configs.Tile(256, 128, 8, 3)) in {(call.name, call.tile) for call in tiles}
+    assert ("attention counted softmax", _configs.Tile(128, 128, 8, 3)) in {(call.name, call.tile) for call in tiles}
     assert {(call.name, call.dtype) for call in calls if not call.tile} == {
-        (op.name, dtype) for op in ops.OPS if not op.correlated for dtype in right.DTYPES
+        (name, dtype)
+        for name in (*(op.name for op in ops.OPS if not op.correlated), *JOINT_CALLS)
+        for dtype in right.DTYPES
     }
+
+
+@pytest.mark.parametrize("name", JOINT_CALLS)
+def test_joint_calls_take_what_is_right_and_see_one_wrong_match(name, device):
+    if problem := _backends.triton_problem():
+        pytest.skip(problem)
+    call = JOINT_CALLS[name]
+    inputs = shapes.make_inputs(Shape("", 2, 2, 100, 32), True, torch.float16, device)
+    result = call.run(inputs, "triton")
+    assert call.check(inputs, result, "triton")
+    result[0][..., 5] += 1
+    assert not call.check(inputs, result, "triton")
 
 
 def test_candidates_are_what_is_launched(monkeypatch):

@@ -44,6 +44,21 @@ result["one_row"] = difference(stub, rows(x[0][:, :1, :1], index[..., :1]))
 result["seventeen_rows"] = difference(stub, rows(x[0], index[..., :17]))
 result["float32"] = difference(stub, rows(*features(*sizes, count=1, dtype=torch.float32), index))
 
+def matched(query, reference, rows=None):
+    module = _backends.implementation("triton", "similarity")
+    return lambda: module.similarity_argmax(query, reference, "cosine", True, None, None, rows)
+
+wide = (2, 2, 300, 64)
+result["hopper"] = difference(stub, matched(*features(*wide, count=2)))
+result["hopper_other_tensors"] = difference(stub, matched(*features(*wide, count=2)), calls=1)
+chosen = torch.zeros(2, dtype=torch.int32)
+result["hopper_batch_index"] = difference(stub, matched(*features(*wide, count=2), chosen))
+counted = transfer(features(*wide))
+result["hopper_counted"] = difference(stub, counted)
+with stub.recording() as calls:
+    counted()
+result["hopper_threads"] = [call.block[0] for call in calls]
+
 stub.stream = 5
 result["other_stream"] = difference(stub, transfer(x), calls=1)
 stub.stream = 0
@@ -98,7 +113,8 @@ result["kept"] = [_replay._kind.cache_info().currsize, _replay.KEPT]
 """
 SAME = """
     qalign_attention another_scale other_tensors one_tensor_twice two_tensors_then take_rows other_strides
-    misaligned aligned_again one_row seventeen_rows float32 other_stream exchanged_tile after_threads
+    misaligned aligned_again one_row seventeen_rows float32 hopper hopper_other_tensors hopper_batch_index hopper_counted
+    other_stream exchanged_tile after_threads
 """.split()
 
 
@@ -110,6 +126,11 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("case", SAME)
 def test_replay_launches_what_triton_launches(results, case):
     assert results[case] is None
+
+
+def test_tensor_maps_are_made_anew_for_the_hopper_kernel(results):
+    """Eight warps multiply; the one that loads takes the place of four."""
+    assert results["hopper_threads"].count(12 * 32) == 1
 
 
 def test_the_public_op_is_replayed(results):

@@ -74,7 +74,7 @@ def first_stages(folder: Path) -> list[Stage]:
         _stage(folder, "core", "measure", 55, 25, "--plan", "core"),
         _stage(folder, "kernels", "measure", 30, 15, "--plan", "kernels"),
         _stage(folder, "tiles", "measure", 90, 20, "--plan", "tiles"),
-        _stage(folder, "gluon", "gluon_joint", 30, 20),
+        _stage(folder, "gluon", "gluon_joint", 45, 30),
     ]
 
 

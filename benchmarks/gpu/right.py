@@ -24,6 +24,7 @@ from qalign_kernels.bench.ops import OPS, op_named
 from .. import candidates, shapes, trials
 from ..shapes import CONTIGUOUS, FOLDED_HEAD_DIM, PROCESSOR, Shape
 from . import arguments, forks
+from .joint_calls import JOINT_CALLS
 from .plan import CORE_OPS, core_shapes
 
 SECONDS_OF_CALL = 90.0
@@ -32,11 +33,12 @@ DTYPES = ("bfloat16", "float16")
 ITEMSIZE = 2
 MOST_TILE_SHAPES = 3
 USUAL = (Shape("", 2, 10, 1024, 64), Shape("", 1, 8, 4096, 40), Shape("", 1, 4, 1024, 128))
+JOINT = (Shape("", 2, 10, 1000, 64), Shape("", 1, 8, 4100, 40))  # heads in a row; no tile divides the tokens
 RAGGED = (Shape("", 1, 2, 1000, 64), Shape("", 1, 8, 1000, 40))
 
 
 class Call(NamedTuple):
-    """What one process judges: an op, or what the trial of that name times under a tile of its own."""
+    """What one process judges: an op, one of JOINT_CALLS, or what the trial of that name times under a tile."""
 
     name: str
     shape: Shape
@@ -63,6 +65,7 @@ def calls() -> list[Call]:
     return [
         *timed,
         *core,
+        *joint_calls(),
         *tile_calls(),
         *half,
         *(call for dtype in DTYPES for call in _everywhere(others, dtype)),
@@ -73,6 +76,12 @@ def _everywhere(names: Sequence[str], dtype: str) -> list[Call]:
     """List the ops at every shape and layout."""
     places = [*((shape, PROCESSOR) for shape in USUAL), *((shape, CONTIGUOUS) for shape in RAGGED)]
     return [Call(name, *place, dtype) for place in places for name in names]
+
+
+def joint_calls() -> list[Call]:
+    """List the joint matches that heads in a row allow, among them those that no op makes."""
+    names = ("similarity_argmax", *JOINT_CALLS)
+    return [Call(name, shape, PROCESSOR, dtype) for dtype in DTYPES for shape in JOINT for name in names]
 
 
 def tile_calls() -> list[Call]:
@@ -106,7 +115,7 @@ def judge(call: Call) -> dict[str, Any]:
     """
     start = time.monotonic()
     inputs = shapes.make_inputs(call.shape, True, getattr(torch, call.dtype), "cuda", layout=call.layout)
-    op: Any = op_named(call.name) if call.tile is None else trials.trial_named(call.name).timed
+    op = _subject(call)
     with torch.no_grad(), _trying(call):
         with testing.poisoned_memory():
             first = op.run(inputs, "triton")
@@ -114,6 +123,12 @@ def judge(call: Call) -> dict[str, Any]:
         same = all(torch.equal(a, b) for again in later for a, b in zip(_parts(first), _parts(again)))
         right = bool(op.check(inputs, first, "triton"))
     return {"right": right, "same_bits": same, "seconds": round(time.monotonic() - start, 2)}
+
+
+def _subject(call: Call) -> Any:
+    if call.tile is not None:
+        return trials.trial_named(call.name).timed
+    return JOINT_CALLS.get(call.name) or op_named(call.name)
 
 
 def _trying(call: Call) -> contextlib.AbstractContextManager[None]:

@@ -97,5 +97,12 @@ int cuCtxSetLimit(int limit, size_t value) { return 0; }
 int cuModuleUnload(void *module) { return 0; }
 int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
 int cuFuncSetCacheConfig(void *function, int config) { return 0; }
-int cuTensorMapEncodeTiled(void *map) { return 0; }
+/* A map of 128 bytes is its address, its sizes and its pitches, then zeros. */
+int cuTensorMapEncodeTiled(uint64_t *map, int dtype, unsigned rank, uint64_t address, const uint64_t *sizes,
+                           const uint64_t *pitches) {
+  memset(map, 0, 128);
+  map[0] = address;
+  memcpy(map + 1, sizes, rank * 8), memcpy(map + 1 + rank, pitches, (rank - 1) * 8);
+  return 0;
+}
 int cuTensorMapEncodeIm2col(void *map) { return 0; }

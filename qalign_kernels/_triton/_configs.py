@@ -77,6 +77,9 @@ WORK = {
     ("topk_attention", "softmax"): Work(queries=0, keys=0, scores=0, outputs=4),  # a gathered key and value for each query
     ("topk_attention", "contrast"): Work(queries=0, keys=0, scores=0, outputs=4),
 }
+LISTED_WORK = {  # of kernels that serve only what a row names; `num_stages` are the buffers of their ring
+    ("similarity", "joint hopper"): Work(queries=1, keys=1, scores=1, outputs=0, staged_queries=True),
+}
 INTERPRETED = {
     "attention": Tile(32, 32, 4, 1), "attention_backward": Tile(32, 32, 4, 1), "similarity": Tile(64, 32, 4, 1), "topk_attention": Tile(16, 16, 4, 1),
 }  # fmt: skip
@@ -105,6 +108,19 @@ def look_up(key: Key, itemsize: int) -> Tile:
             served = head_dim >= key.head_dim and key.architecture in (nearest, architecture)
             return tile if served else fit(tile, key, itemsize)
     raise ValueError(f"tile: expected an op, mode and dtype of {FILE.name}, got {key}")
+
+
+@functools.cache
+def listed_tile(
+    op: str, mode: str, target: str, head_dim: int, dtype: torch.dtype, tokens: int
+) -> Tile | None:
+    """The tile of a mode of LISTED_WORK, or None where no row names this architecture and head dim."""
+    name = str(dtype).removeprefix("torch.")
+    key = Key(op, mode, target, triton_minor(), name, token_bucket(tokens), head_dim)
+    for triton, bucket in itertools.product((key.triton, None), (key.tokens, None)):
+        if tile := tiles().get(key._replace(triton=triton, tokens=bucket)):
+            return tile
+    return None
 
 
 @functools.cache
@@ -141,6 +157,7 @@ def put(key: Key, tile: Tile | None) -> Tile | None:
     if tile is not None:
         tiles()[key] = tile
     choose_tile.cache_clear()
+    listed_tile.cache_clear()
     _generation += 1
     return before
 
@@ -151,8 +168,8 @@ def generation() -> int:
 
 
 @contextlib.contextmanager
-def trying(key: Key, tile: Tile) -> Iterator[None]:
-    """Inside, launches that `key` describes take `tile`."""
+def trying(key: Key, tile: Tile | None) -> Iterator[None]:
+    """Inside, launches that `key` describes take `tile`, or with None what they would without its row."""
     before = put(key, tile)
     try:
         yield
@@ -193,9 +210,13 @@ MOST_ACCUMULATORS = 192  # of a thread's 255 registers; operands, addresses and 
 SMALLEST_BLOCK, SMALLEST_TEAM = 16, 4
 
 
+def _work(key: Key) -> Work:
+    return {**WORK, **LISTED_WORK}[key.op, key.mode]
+
+
 def shared_memory_kib(tile: Tile, key: Key, itemsize: int) -> float:
     """At most what a program takes: query tiles, key tiles of every stage, or one fp32 tile of scores if that is more; and reductions."""
-    work = WORK[key.op, key.mode]
+    work = _work(key)
     queries = work.queries * tile.block_m * (tile.num_stages if work.staged_queries else 1)
     keys = work.keys * tile.block_n * tile.num_stages
     operands = (queries + keys) * sum(split_head_dim(key.head_dim)) * itemsize
@@ -204,7 +225,7 @@ def shared_memory_kib(tile: Tile, key: Key, itemsize: int) -> float:
 
 def accumulators(tile: Tile, key: Key) -> float:
     """fp32 numbers of scores and outputs that a thread keeps, one register each."""
-    work = WORK[key.op, key.mode]
+    work = _work(key)
     columns = work.scores * tile.block_n + work.outputs * sum(split_head_dim(key.head_dim))
     lanes = 64 if key.architecture.startswith("gfx9") else 32
     return tile.block_m * columns / (tile.num_warps * lanes)

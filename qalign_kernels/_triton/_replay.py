@@ -62,6 +62,27 @@ class Arguments(NamedTuple):
         return tuple(values)
 
 
+class Address(NamedTuple):
+    """A tensor as tensor maps see it: where it begins."""
+
+    pointer: int
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+class Map(NamedTuple):
+    """A Gluon descriptor, of which Triton's launch makes a tensor map; its tensor is a numbered pointer."""
+
+    descriptor: Any
+    number: int
+
+    def filled(self, pointers: list[int]) -> Any:
+        moved = object.__new__(type(self.descriptor))  # its checks have passed
+        vars(moved).update(vars(self.descriptor), base=Address(pointers[self.number]))
+        return moved
+
+
 class Step(NamedTuple):
     """A launch of a compiled kernel."""
 
@@ -295,6 +316,8 @@ def _template(values: Sequence[Any], known: dict[int, int]) -> Arguments:
     for place, value in enumerate(values):
         if isinstance(value, Tensor):
             slots.append((place, known[value.data_ptr()]))
+        elif type(value).__name__ == "TensorDescriptor":  # imported only where a kernel takes one
+            slots.append((place, Map(value, known[value.base.data_ptr()])))
         elif isinstance(value, tuple):
             inner = _template(value, known)
             template[place] = tuple(inner.values)

@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import Tile, choose_tile, split_keys
-from ._labels import Labels, label_arguments
+from ._configs import Tile, choose_tile, listed_tile, split_keys
+from ._labels import label_arguments
 from ._launch import launch, target_of
+from ._matches import Best, KeyRange, Outputs, Pair, best_column, better, reference_row, store_best
 from ._occupancy import ASSUMED_PROGRAMS, programs_at_once
 from ._tile import (
     FAR,
-    Features,
     Parts,
     Rows,
     advance,
@@ -32,7 +32,6 @@ from ._tile import (
     load_parts,
     load_rows,
     ordered,
-    pack_match,
     rows_of,
     skip,
     split_scores,
@@ -45,25 +44,18 @@ PREPARED_ROWS = 64  # heads of tokens that are loaded at once, by which fewer lo
 PREPARED_HEADS = 16  # the most of them that are one token's
 UNPACK_BLOCK = 256
 FOLDED_HEAD_DIM = 64
+COPY_ALIGNMENT = 16  # of rows that the bulk copy engine reads, in bytes
 CODES = tl.constexpr(128)  # of a packed score: its tile and which of two columns, in seven bits
 PTX_TARGETS = ("sm_90", "sm_100", "sm_103")
 NOTHING = tl.constexpr(-0x7F800001)  # -inf as `ordered` gives it
 
 
-class Pair(NamedTuple):
-    """What the kernels read of queries and reference; None where a call has none."""
+class Choice(NamedTuple):
+    """A kernel of the argmax, its tile, and the arguments that it alone takes."""
 
-    query: Features
-    reference: Features
-    query_norm_ptr: Tensor | None
-    reference_norm_ptr: Tensor | None
-    query_labels: Labels | None
-    reference_labels: Labels | None
-    rows_ptr: Tensor | None
-    rows_stride: int
-    H: int
-    N_Q: int
-    N_K: int
+    kernel: Any
+    tile: Tile
+    own: dict[str, Any]
 
 
 class Opened(NamedTuple):
@@ -86,21 +78,6 @@ class Variant(NamedTuple):
     WIDTH: Any
     BLOCK_M: Any
     BLOCK_N: Any
-
-
-class KeyRange(NamedTuple):
-    """The tiles of keys from `first` to `last`, `last` excluded; none begins after `last_start`."""
-
-    first: Any
-    last: Any
-    last_start: Any
-
-
-class Best(NamedTuple):
-    """The best score of each query and its index."""
-
-    score: Any
-    index: Any
 
 
 def similarity_argmax(
@@ -172,9 +149,7 @@ def _argmax(
     packed = (
         not exact and not joint and query_labels is None
     )  # it pays only where little else is done for a score
-    target = target_of(query.device)
-    mode = "joint" if joint else "packed" if packed else "exact"
-    tile = choose_tile("similarity", mode, target, dim, query.dtype, pair.N_Q)
+    kernel, tile, own = _choose(query, reference, pair, dim, joint, packed)
     rows = query.shape[0] * (1 if joint else query.shape[1])
     programs, key_tiles = rows * triton.cdiv(pair.N_Q, tile.block_m), triton.cdiv(pair.N_K, tile.block_n)
     most_tiles = CODES.value // 2 if packed else key_tiles
@@ -193,17 +168,45 @@ def _argmax(
             "counts_ptr": counts,
             "SPLITS": splits,
             "TILES_PER_SPLIT": tiles_per_split,
-            "PACKED": packed,
-            "PTX": target in PTX_TARGETS,
-            **_constants(pair, tile, dim, joint),
+            **own,
         }
 
     # the compiled kernel says how many of it run at once, and is the same for most divisions of the keys
-    chosen = arguments(programs_at_once(_similarity_argmax_kernel, **arguments(ASSUMED_PROGRAMS)))
+    chosen = arguments(programs_at_once(kernel, **arguments(ASSUMED_PROGRAMS)))
     match = chosen["match_ptr"]
     _prepare(pair, query, reference, joint, match, counts)
-    launch(_similarity_argmax_kernel, (programs * chosen["SPLITS"],), **chosen)
+    launch(kernel, (programs * chosen["SPLITS"],), **chosen)
     return match
+
+
+def _choose(query: Tensor, reference: Tensor, pair: Pair, dim: int, joint: bool, packed: bool) -> Choice:
+    tile = _hopper_tile(query, reference, pair, dim, joint)
+    if tile is not None:
+        from . import _joint_hopper  # Gluon, which no other call needs
+
+        own = _joint_hopper.arguments(query, reference, tile)
+        return Choice(_joint_hopper.joint_argmax_hopper_kernel, tile, own)
+    target, mode = target_of(query.device), "joint" if joint else "packed" if packed else "exact"
+    tile = choose_tile("similarity", mode, target, dim, query.dtype, pair.N_Q)
+    own = {"PACKED": packed, "PTX": target in PTX_TARGETS, **_constants(pair, tile, dim, joint)}
+    return Choice(_similarity_argmax_kernel, tile, own)
+
+
+def _hopper_tile(query: Tensor, reference: Tensor, pair: Pair, dim: int, joint: bool) -> Tile | None:
+    """The tile with which `_joint_hopper` serves these features, or None: it copies tiles of a matrix [B·N, C]."""
+    if not joint or pair.query_labels is not None or dim != FOLDED_HEAD_DIM or pair.H == 1:
+        return None
+    tile = listed_tile("similarity", "joint hopper", target_of(query.device), dim, query.dtype, pair.N_Q)
+    fits = tile is not None and pair.N_K >= tile.block_n and all(map(_is_matrix, (query, reference)))
+    return tile if fits else None
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Whether the tokens of all batch rows are rows of one matrix that the bulk copy engine reads."""
+    batch, _, tokens, dim = x.shape
+    between, across, pitch, step = x.stride()
+    one_matrix = pitch > 0 and step == 1 and across == dim and (batch == 1 or between % pitch == 0)
+    return one_matrix and x.data_ptr() % COPY_ALIGNMENT == pitch * x.element_size() % COPY_ALIGNMENT == 0
 
 
 def similarity_topk(
@@ -415,9 +418,7 @@ def _open_tile(pair, row, row_tile, variant):
     tokens = tl.minimum(row_tile * variant.BLOCK_M + tl.arange(0, variant.BLOCK_M), pair.N_Q - 1).to(tl.int64)
     maps = 1 if variant.JOINT else pair.H
     batch, head = row // maps, row % maps
-    reference_batch = batch
-    if pair.rows_ptr is not None:
-        reference_batch = tl.load(pair.rows_ptr + batch * pair.rows_stride).to(tl.int64)
+    reference_batch = reference_row(pair, batch)
     query, reference = rows_of(pair.query, batch, head), rows_of(pair.reference, reference_batch, head)
     channels, labels, norm_ptr, labels_ptr = Parts(0, 0), 0, 0, 0
     if not variant.JOINT:
@@ -485,18 +486,6 @@ def _add_head(
     part = load_rows(query, query_tokens, query_tokens, D, FIRST, WIDTH, False)
     keys = load_rows(key, key_tokens, key_tokens, D, FIRST, WIDTH, False)
     return tl.dot(part, keys.T, scores, input_precision="ieee")
-
-
-@triton.jit
-def _maximum(left, right):
-    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _best_column(scores, columns):
-    """The largest score of each row, NaN where it has one, and the lowest of its columns (any for NaN)."""
-    score = tl.reduce(scores, 1, _maximum)
-    return Best(score, tl.min(tl.where(scores == score[:, None], columns, FAR), 1))
 
 
 @triton.jit
@@ -570,14 +559,13 @@ def _best_packed(pair, opened, tiles, variant, PTX: tl.constexpr):
 def _best_joint(pair, opened, tiles, variant):
     """The best score of each query, reduced tile after tile: the sum over the heads needs the registers."""
     columns = tl.arange(0, variant.BLOCK_N)[None, :]
-    score = tl.full([variant.BLOCK_M], float("-inf"), tl.float32)
-    index = tl.full([variant.BLOCK_M], -1, tl.int32)
+    best = Best(
+        tl.full([variant.BLOCK_M], float("-inf"), tl.float32), tl.full([variant.BLOCK_M], -1, tl.int32)
+    )
     for tile in range(tiles.first, tiles.last):
         start = tl.minimum(tile * variant.BLOCK_N, tiles.last_start)
-        best = _best_column(_score_tile(pair, opened, start, variant), start + columns)
-        index = tl.where(best.score > score, best.index, index)
-        score = tl.maximum(score, best.score, propagate_nan=tl.PropagateNan.ALL)
-    return Best(score, index)
+        best = better(best, best_column(_score_tile(pair, opened, start, variant), start + columns))
+    return best
 
 
 @triton.jit
@@ -591,7 +579,7 @@ def _best_exact(pair, opened, tiles, variant):
         scores = _score_tile(pair, opened, start, variant)
         best_tile = tl.where(scores > best, tile, best_tile)
         best = tl.maximum(best, scores, propagate_nan=tl.PropagateNan.ALL)
-    return _best_column(best, tl.minimum(best_tile * variant.BLOCK_N, tiles.last_start) + columns)
+    return best_column(best, tl.minimum(best_tile * variant.BLOCK_N, tiles.last_start) + columns)
 
 
 @triton.jit
@@ -630,31 +618,9 @@ def _similarity_argmax_kernel(
     first = split * TILES_PER_SPLIT
     last = tl.minimum(first + TILES_PER_SPLIT, tl.cdiv(pair.N_K, BLOCK_N))
     tiles = KeyRange(first, last, tl.maximum(pair.N_K - BLOCK_N, 0))
-    score, index = _best(pair, opened, tiles, Variant(JOINT, SHORT, WIDTH, BLOCK_M, BLOCK_N), PACKED, PTX)
-
-    found = score != float("-inf")
-    if pair.query_norm_ptr is not None:
-        score *= tl.load(pair.query_norm_ptr + row * pair.N_Q + opened.tokens)
-    elif pair.reference_norm_ptr is not None:  # the cosine of an infinite query
-        score = tl.where(score == float("inf"), float("nan"), score)
+    best = _best(pair, opened, tiles, Variant(JOINT, SHORT, WIDTH, BLOCK_M, BLOCK_N), PACKED, PTX)
     tokens = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = tokens < pair.N_Q
-    out = row * pair.N_Q + tokens
-    score = tl.where(found, score, float("-inf"))
-    index = tl.where(score != score, 0, tl.where(found, tl.minimum(index, pair.N_K - 1), -1))
-    if match_ptr is None:
-        tl.store(index_ptr + out, index, mask=inside)
-        tl.store(score_ptr + out, score, mask=inside)
-    else:
-        match = pack_match(score, index)
-        before = tl.atomic_max(match_ptr + out, match, mask=inside, sem="relaxed")
-        if counts_ptr is not None:
-            # in any order of the splits, each takes the count from the match it beat, and the best keeps it
-            counts_ptr += row * pair.N_K
-            won = inside & (match > before)
-            lost_score, lost = unpack_match(before)
-            tl.atomic_add(counts_ptr + index, 1, mask=won, sem="relaxed")
-            tl.atomic_add(counts_ptr + lost, -1, mask=won & (lost >= 0), sem="relaxed")
+    store_best(pair, Outputs(index_ptr, score_ptr, match_ptr, counts_ptr), row, tokens, best)
 
 
 @triton.jit

@@ -126,6 +126,7 @@ def shorten() -> None:
     plan.DATA_OPS = ("match_counts",)
     plan._op_names = lambda: ["match_counts", "rearrange_kv"]
     right.CORE_OPS, right.USUAL, right.RAGGED = plan.CORE_OPS, (small,), ()
+    right.joint_calls = list
     right.OPS = [op for op in ops.OPS if op.name in plan.CORE_OPS]
     candidates.rows = lambda: [
         {
@@ -144,8 +145,9 @@ def shorten() -> None:
 
 def shorten_gluon() -> None:
     from benchmarks.gpu import gluon_joint
+    from benchmarks.shapes import Shape
 
-    gluon_joint.SIZES, gluon_joint.TILES = ((256, 64),), (gluon_joint.Tile(128, 256, 4, 1),)
+    gluon_joint.SHAPES, gluon_joint.TILES = (Shape("", 1, 2, 300, 64),), gluon_joint.TILES[:1]
 
 
 if "STUB_DRIVER" in os.environ and "resource_tracker" not in " ".join(sys.orig_argv):
