@@ -42,29 +42,66 @@ def ask(function: Callable[..., Any], *arguments: Any, log: Path, seconds: float
 
     What raises, ends its process or is still running after `seconds` is an error.
     """
-    context = multiprocessing.get_context("forkserver")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, log, function, arguments))
-    process.start()
-    sender.close()
+    worker = Worker()
     try:
-        if receiver.poll(max(seconds, 0)):
-            return Answer(*receiver.recv())
-        return Answer(error=f"did not come to an end in {seconds:.0f} s")
-    except EOFError:
-        process.join()
-        return Answer(error=f"ended its process with exit code {process.exitcode}")
+        return worker.ask(function, *arguments, log=log, seconds=seconds)
     finally:
-        process.kill()
-        process.join()
+        worker.end()
 
 
-def _send(sender: Connection, log: Path, function: Callable[..., Any], arguments: tuple) -> None:
+class Worker:
+    """A process that answers one call after the other, and a new one after a call that went wrong.
+
+    To start a process on a GPU takes seconds, and what one call does to its device harms those after it.
+    """
+
+    def __init__(self) -> None:
+        self._process: Any = None
+        self._connection: Any = None
+
+    def ask(self, function: Callable[..., Any], *arguments: Any, log: Path, seconds: float) -> Answer:
+        """See `forks.ask`."""
+        if self._process is None:
+            self._start()
+        self._connection.send((log, function, arguments))
+        answer = self._answer(seconds)
+        if answer.error is not None:
+            self.end()
+        return answer
+
+    def end(self) -> None:
+        """Stop the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other,))
+        self._process.start()
+        other.close()
+
+    def _answer(self, seconds: float) -> Answer:
+        try:
+            if self._connection.poll(max(seconds, 0)):
+                return Answer(*self._connection.recv())
+            return Answer(error=f"did not come to an end in {seconds:.0f} s")
+        except (EOFError, ConnectionError):
+            self._process.join()
+            return Answer(error=f"ended its process with exit code {self._process.exitcode}")
+
+
+def _serve(connection: Connection) -> None:
     processes.end_with_parent()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    try:
-        sender.send(Answer(function(*arguments)))
-    except Exception as error:  # kernels and compilers raise anything
-        sender.send(Answer(error=" ".join(f"{type(error).__name__}: {error}".split())[:400]))
+    while True:
+        log, function, arguments = connection.recv()
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        try:
+            connection.send(Answer(function(*arguments)))
+        except Exception as error:  # kernels and compilers raise anything
+            connection.send(Answer(error=" ".join(f"{type(error).__name__}: {error}".split())[:400]))

@@ -1,12 +1,13 @@
 """Stage "right": whether every op and every candidate tile is right and repeats bit by bit.
 
-Each call has a process of its own, side by side: whatever one does to its device, the others are judged. What the
-next stages time is compiled afterwards.
+Processes take call after call, side by side. One in which a call went wrong is replaced: whatever a call does to
+its device, the others are judged. What the next stages time is compiled afterwards.
 """
 
 import contextlib
 import json
 import os
+import queue
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,7 +29,7 @@ from .joint_calls import JOINT_CALLS
 from .plan import CORE_OPS, core_shapes
 
 SECONDS_OF_CALL = 90.0
-SECONDS_TO_START = 10.0
+SECONDS_TO_START = 5.0
 DTYPES = ("bfloat16", "float16")
 ITEMSIZE = 2
 MOST_TILE_SHAPES = 3
@@ -145,19 +146,28 @@ def _parts(result: Any) -> tuple[Any, ...]:
 def answers(chosen: list[Call], folder: Path, clock: arguments.Clock) -> Iterator[dict[str, Any]]:
     """Yield a row for each call as it is known, those without time too."""
     forks.preload()
+    free: queue.SimpleQueue[forks.Worker] = queue.SimpleQueue()
+    workers = [forks.Worker() for _ in range(max(1, os.cpu_count() or 1))]
+    for worker in workers:
+        free.put(worker)
 
     def run(call: Call) -> dict[str, Any]:
         seconds = min(SECONDS_OF_CALL, clock.left())
         if seconds < SECONDS_TO_START:
             return call.row() | {"error": "not started for want of time"}
-        log = folder / "logs" / f"right-{call.name.replace(' ', '_')}.log"
-        answer = forks.ask(judge, call, log=log, seconds=seconds)
+        worker, log = free.get(), folder / "logs" / f"right-{call.name.replace(' ', '_')}.log"
+        answer = worker.ask(judge, call, log=log, seconds=seconds)
+        free.put(worker)
         return call.row() | (answer.value or {"error": answer.error})
 
-    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-        waiting = [pool.submit(run, call) for call in chosen]
-        for future in as_completed(waiting):
-            yield future.result()
+    try:
+        with ThreadPoolExecutor(len(workers)) as pool:
+            waiting = [pool.submit(run, call) for call in chosen]
+            for future in as_completed(waiting):
+                yield future.result()
+    finally:
+        for worker in workers:
+            worker.end()
 
 
 def main() -> int:
