@@ -11,17 +11,21 @@ from typing import NamedTuple
 _SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _AMD_LABEL = re.compile(r"^(\.L\w+|\w+):")
 _AMD_LINE = re.compile(r"^\s+([a-z]\w+)\s*(.*)")
+_PREDICATE = re.compile(r"!?U?P[\dT]")
+_WRITES_UNIFORM = re.compile(r"(U(?!\w*SETP)|R2UR|S2UR|CS2UR|LDCU|VOTEU|C?REDUX|ELECT|SYNCS)")
+_UNIFORM = re.compile(r"(?:(\w+)\[)?\bUR(\d+)")
 _DIGITS = re.compile(r"(\d+)x(\d+)x(\d+)")
 _HMMA_SHAPE = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 
 
 class Instruction(NamedTuple):
-    """One instruction: its position, its name and where it may go next."""
+    """One instruction: its position, its name, where it may go next and, on NVIDIA, its operands as printed."""
 
     position: int
     name: str
     jump: int | None
     falls_through: bool
+    operands: str = ""
 
 
 class Loop(NamedTuple):
@@ -46,6 +50,10 @@ class MachineCode:
 
     def narrow_loads(self) -> int:
         return sum(is_narrow_load(x.name) for x in self.instructions)
+
+    def undefined(self) -> list[str]:
+        """The uniform registers that are read before an instruction has written them; none on AMD."""
+        return [f"UR{register}" for register in sorted(unwritten_reads(self.instructions))]
 
     def hot_loop(self) -> Loop | None:
         """The innermost loop with the most matrix instructions; of equals the shortest, which is the one without a mask for the tail."""
@@ -109,11 +117,59 @@ def parse_sass(text: str) -> list[Instruction]:
     result = []
     for position, (_, predicate, name, operands) in enumerate(rows):
         stem = name.split(".")[0]
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if stem == "BRA" else None
-        conditional = predicate is not None or ".DIV" in name or "UP" in operands
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if stem in ("BRA", "CALL") else None
+        conditional = predicate is not None or "," in operands
         ends = stem in ("EXIT", "RET", "BRX", "BRA") and not conditional
-        result.append(Instruction(position, name, where.get(int(target.group(1), 16)) if target else None, not ends))
+        jump = where.get(int(target.group(1), 16)) if target else None
+        result.append(Instruction(position, name, jump, not ends, operands.strip()))
     return result
+
+
+def uniform_registers(instruction: Instruction) -> tuple[set[int], set[int]]:
+    """The numbers of the uniform registers that an NVIDIA instruction reads, and of those that it writes.
+
+    Of a pair or a wider group all count. An HGMMA takes two descriptors from four registers, and only the
+    upper two where its first matrix is in vector registers; any other descriptor has two.
+    """
+    name, parts = instruction.name, instruction.name.split(".")
+    operands = [text.strip() for text in instruction.operands.split(",")]
+    operands = [text for text in operands if not _PREDICATE.fullmatch(text)]
+    reads: set[int] = set()
+    writes: set[int] = set()
+    for place, operand in enumerate(operands):
+        for holder, number in _UNIFORM.findall(operand):
+            first, width = int(number), 1
+            if holder == "gdesc" and "GMMA" in parts[0] and place == 2:
+                first, width = first + 2, 2
+            elif holder in ("gdesc", "desc"):
+                width = 4 if "GMMA" in parts[0] else 2
+            elif "[" not in operand and ("64" in parts or "WIDE" in parts and place in (0, 3)):
+                width = 2
+            elif "[" not in operand and "128" in parts:
+                width = 4
+            written = place == 0 and operand == f"UR{number}" and _WRITES_UNIFORM.match(name)
+            (writes if written else reads).update(range(first, first + width))
+    return reads, writes
+
+
+def unwritten_reads(instructions: list[Instruction]) -> set[int]:
+    """The numbers of the uniform registers that some path from the first instruction reads and has not written.
+
+    A predicated write counts as a write, and a call writes nothing.
+    """
+    registers = [uniform_registers(x) for x in instructions]
+    unwritten: list[set[int]] = [set() for _ in instructions]  # on some path to the instruction
+    unwritten[0] = set().union(*(reads for reads, _ in registers))
+    changed = True
+    while changed:
+        changed = False
+        for x, (_, writes) in zip(instructions, registers, strict=True):
+            left = unwritten[x.position] - writes
+            for target in (x.jump, x.position + 1 if x.falls_through else None):
+                if target is not None and target < len(instructions) and not left <= unwritten[target]:
+                    unwritten[target] |= left
+                    changed = True
+    return set().union(*(reads & before for (reads, _), before in zip(registers, unwritten, strict=True)))
 
 
 def read_amdgcn(text: str, shared_bytes: int) -> MachineCode:

@@ -69,7 +69,11 @@ class Job:
 
 @dataclass
 class Row:
-    """What a compilation gave. `lane_instructions` is per score element of the hot loop; None where a kernel has no score loop."""
+    """What a compilation gave.
+
+    `lane_instructions` is per score element of the hot loop; None where a kernel has no score loop. `undefined` names
+    the uniform registers that are read before an instruction has written them, which no budget allows.
+    """
 
     cases: list[str]
     kernel: str
@@ -82,6 +86,7 @@ class Row:
     registers: int = 0
     spill_bytes: int = 0
     narrow_loads: int = 0
+    undefined: list[str] = field(default_factory=list)
     shared_kib: float = 0.0
     matrix: str = "-"
     seconds: float = 0.0
@@ -269,8 +274,7 @@ def _compile(position: int) -> Row:
         return row
     row.seconds = round(time.perf_counter() - start, 2)
     code = read(compiled)
-    row.registers, row.spill_bytes, row.shared_kib = code.registers, code.spill_bytes, code.shared_bytes / 1024
-    row.narrow_loads = code.narrow_loads()
+    record_resources(row, code)
     row.matrix = machine_code.matrix_family(code.matrix())
     if row.matrix == "-" and "tt.dot " in compiled.asm["ttir"]:
         row.matrix = "none"
@@ -280,6 +284,11 @@ def _compile(position: int) -> Row:
         scores = block_m * block_n * tiles_per_pass(compiled.asm["ttgir"], loop, block_n, num_warps)
         row.lane_instructions = round(loop.instructions * code.lanes * num_warps / scores, 2)
     return row
+
+
+def record_resources(row: Row, code: MachineCode) -> None:
+    row.registers, row.spill_bytes, row.shared_kib = code.registers, code.spill_bytes, code.shared_bytes / 1024
+    row.narrow_loads, row.undefined = code.narrow_loads(), code.undefined()
 
 
 def read(compiled: Any) -> MachineCode:
@@ -316,7 +325,12 @@ def tiles_per_pass(ttgir: str, loop: Loop, block_n: int, num_warps: int) -> int:
 
 
 def hold_limits(row: Row, budgets: dict) -> None:
-    """Add what breaks the limits that every kernel has: spills, narrow loads, shared memory, matrix instructions."""
+    """Add what breaks the limits that every kernel has.
+
+    They hold undefined registers, spills, narrow loads, shared memory and matrix instructions.
+    """
+    if row.undefined:
+        row.problems.append(f"reads uniform registers before anything writes them: {' '.join(row.undefined)}")
     if row.spill_bytes > budgets["spill_bytes"]:
         row.problems.append(f"spills {row.spill_bytes} bytes, at most {budgets['spill_bytes']} allowed")
     if row.narrow_loads > budgets["narrow_loads"]:
