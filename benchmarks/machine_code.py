@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +19,17 @@ _HMMA_SHAPE = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 
 
 class Instruction(NamedTuple):
-    """One instruction: its position, its name, where it may go next and, on NVIDIA, its operands as printed."""
+    """One instruction: its position, its name and where it may go next.
+
+    On NVIDIA also its operands as printed, and whether a predicate decides if it runs.
+    """
 
     position: int
     name: str
     jump: int | None
     falls_through: bool
     operands: str = ""
+    predicated: bool = False
 
 
 class Loop(NamedTuple):
@@ -33,6 +37,9 @@ class Loop(NamedTuple):
 
     instructions: int
     matrix: list[str]
+
+
+_Change = Callable[[Instruction, set[int]], set[int]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,10 @@ class MachineCode:
     def undefined(self) -> list[str]:
         """The uniform registers that are read before an instruction has written them; none on AMD."""
         return [f"UR{register}" for register in sorted(unwritten_reads(self.instructions))]
+
+    def stray_descriptors(self) -> list[str]:
+        """The uniform registers from which a wgmma takes the upper word of a descriptor that is not constant."""
+        return [f"UR{register}" for register in sorted(variable_layouts(self.instructions))]
 
     def hot_loop(self) -> Loop | None:
         """The innermost loop with the most matrix instructions; of equals the shortest, which is the one without a mask for the tail."""
@@ -121,7 +132,7 @@ def parse_sass(text: str) -> list[Instruction]:
         conditional = predicate is not None or "," in operands
         ends = stem in ("EXIT", "RET", "BRX", "BRA") and not conditional
         jump = where.get(int(target.group(1), 16)) if target else None
-        result.append(Instruction(position, name, jump, not ends, operands.strip()))
+        result.append(Instruction(position, name, jump, not ends, operands.strip(), predicate is not None))
     return result
 
 
@@ -158,18 +169,56 @@ def unwritten_reads(instructions: list[Instruction]) -> set[int]:
     A predicated write counts as a write, and a call writes nothing.
     """
     registers = [uniform_registers(x) for x in instructions]
-    unwritten: list[set[int]] = [set() for _ in instructions]  # on some path to the instruction
-    unwritten[0] = set().union(*(reads for reads, _ in registers))
+    first = set().union(*(reads for reads, _ in registers))
+    unwritten = _on_some_path(instructions, first, lambda x, before: before - registers[x.position][1])
+    return set().union(*(reads & before for (reads, _), before in zip(registers, unwritten, strict=True)))
+
+
+def variable_layouts(instructions: list[Instruction]) -> set[int]:
+    """The numbers of the uniform registers that hold the upper word of a wgmma descriptor but no constant.
+
+    The upper word is the layout of a tile in shared memory, which the compiler knows: it comes from immediates, by way
+    of vector registers or not, and from carries. A kernel argument or an address in it means that ptxas took a wrong
+    register, and the lower word is wrong then too. A pair begins at an even register.
+    """
+    registers = [uniform_registers(x) for x in instructions]
+
+    def after(x: Instruction, before: set[int]) -> set[int]:
+        reads, writes = registers[x.position]
+        if not writes:
+            return before
+        stem, *parts = x.name.split(".")
+        variable = set(writes)
+        if stem == "R2UR" or (stem.startswith("U") and "c[" not in x.operands):
+            step = 2 if "64" in parts else 1  # the words of pairs are added each to its like
+            variable = {to for to in writes if any((to - source) % step == 0 for source in reads & before)}
+        return (before if x.predicated else before - writes) | variable
+
+    every = set().union(*(reads | writes for reads, writes in registers))
+    variable = _on_some_path(instructions, every, after)
+    multiply = [x.position for x in instructions if "GMMA" in x.name]
+    return {register for i in multiply for register in registers[i][0] & variable[i] if register % 2 == 1}
+
+
+def _on_some_path(instructions: list[Instruction], first: set[int], after: _Change) -> list[set[int]]:
+    """Which registers have a property before each instruction, on some path from the first one.
+
+    Args:
+        first: the registers that have it at the start.
+        after: the registers that have it after an instruction, given those that have it before.
+    """
+    before: list[set[int]] = [set() for _ in instructions]
+    before[0] = first
     changed = True
     while changed:
         changed = False
-        for x, (_, writes) in zip(instructions, registers, strict=True):
-            left = unwritten[x.position] - writes
+        for x in instructions:
+            left = after(x, before[x.position])
             for target in (x.jump, x.position + 1 if x.falls_through else None):
-                if target is not None and target < len(instructions) and not left <= unwritten[target]:
-                    unwritten[target] |= left
+                if target is not None and target < len(instructions) and not left <= before[target]:
+                    before[target] |= left
                     changed = True
-    return set().union(*(reads & before for (reads, _), before in zip(registers, unwritten, strict=True)))
+    return before
 
 
 def read_amdgcn(text: str, shared_bytes: int) -> MachineCode:

@@ -53,7 +53,7 @@ def test_good_kernel_passes(tmp_path):
     done = _static("--cases", "static_toys", "--op", "good", *ONE, "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "rows.json").read_text())
-    assert row["matrix"] == "HGMMA" and row["spill_bytes"] == 0 and row["registers"] > 0 and row["undefined"] == []
+    assert row["matrix"] == "HGMMA" and row["spill_bytes"] == 0 and row["registers"] > 0 and row["undefined"] == row["stray_descriptors"] == []
     assert 2 < row["lane_instructions"] < 8
 
 
@@ -159,6 +159,43 @@ def test_undefined_descriptor_breaks_the_gate(before, undefined):
     assert row.problems == ["reads uniform registers before anything writes them: UR26 UR27"] * bool(undefined)
 
 
+@pytest.mark.parametrize(("source", "right"), [("UR16", 0), ("UR19", 0), ("UR18", 1), ("UR8", 1), ("URZ", 1)])
+def test_descriptors_of_other_values_are_stray(source, right):
+    """ptxas 12.8 also took a register that holds something else, here the number of queries."""
+    lines = [
+        "ULDC UR16, c[0x0][0x2c4]",
+        "UMOV UR18, URZ",
+        "R2UR UR8, R3",
+        "USGXT.U32 UR6, UR16, 0xe",
+        "UIADD3 UR6, UP0, UR6, 0x20, URZ",
+        f"UIADD3.X UR7, {source}, -0x3ffffff0, URZ, UP0, !UPT",
+        "UIADD3.64 UR6, UR6, 0x20, URZ",
+        "HGMMA.64x32x16.F32 R24, R28, gdesc[UR4].tnspB, R24",
+        "EXIT",
+    ]
+    code = _code(*lines)
+    assert code.stray_descriptors() == ([] if right else ["UR7"])
+    row = static.Row(["attention"], "attention_kernel", "sm_90", "fp16", 80, {}, 4, 3)
+    static.record_resources(row, code)
+    row.undefined = []
+    static.hold_limits(row, json.loads(static.BUDGETS.read_text()))
+    problem = "multiplies matrices at descriptors whose upper words are no constants: UR7"
+    assert row.problems == ([] if right else [problem])
+
+
+@pytest.mark.parametrize(("predicate", "stray"), [("", []), ("@UP0 ", ["UR5"])])
+def test_both_descriptors_are_constant_on_every_path(predicate, stray):
+    code = _code(
+        "ULDC.64 UR4, c[0x0][0x210]",
+        f"{predicate}UMOV UR5, 0x40000040",
+        "UMOV UR7, UR5",
+        "UMOV UR7, 0x40000040",
+        "HGMMA.64x128x16.F32 R24, gdesc[UR4], RZ, !UPT",
+        "EXIT",
+    )
+    assert code.stray_descriptors() == stray
+
+
 LOOP = ["UIADD3 UR4, UR4, 0x1, URZ", "UISETP.GE.AND UP0, UPT, UR4, UR5, UPT", "@!P0 BRA 0x10", "EXIT"]
 
 
@@ -229,7 +266,7 @@ def test_amdgcn_is_read():
     code = machine_code.read_amdgcn(AMDGCN, 1024)
     assert (code.registers, code.spill_bytes, code.lanes) == (60, 16 + 4 * 2, 64)
     assert code.hot_loop() == Loop(3, ["v_mfma_f32_32x32x8_bf16"])
-    assert code.undefined() == []
+    assert code.undefined() == code.stray_descriptors() == []
 
 
 TTGIR = """
