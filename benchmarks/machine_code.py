@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,17 +11,25 @@ from typing import NamedTuple
 _SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _AMD_LABEL = re.compile(r"^(\.L\w+|\w+):")
 _AMD_LINE = re.compile(r"^\s+([a-z]\w+)\s*(.*)")
+_PREDICATE = re.compile(r"!?U?P[\dT]")
+_WRITES_UNIFORM = re.compile(r"(U(?!\w*SETP)|R2UR|S2UR|CS2UR|LDCU|VOTEU|C?REDUX|ELECT|SYNCS)")
+_UNIFORM = re.compile(r"(?:(\w+)\[)?\bUR(\d+)")
 _DIGITS = re.compile(r"(\d+)x(\d+)x(\d+)")
 _HMMA_SHAPE = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 
 
 class Instruction(NamedTuple):
-    """One instruction: its position, its name and where it may go next."""
+    """One instruction: its position, its name and where it may go next.
+
+    On NVIDIA also its operands as printed, and whether a predicate decides if it runs.
+    """
 
     position: int
     name: str
     jump: int | None
     falls_through: bool
+    operands: str = ""
+    predicated: bool = False
 
 
 class Loop(NamedTuple):
@@ -29,6 +37,9 @@ class Loop(NamedTuple):
 
     instructions: int
     matrix: list[str]
+
+
+_Change = Callable[[Instruction, set[int]], set[int]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,14 @@ class MachineCode:
 
     def narrow_loads(self) -> int:
         return sum(is_narrow_load(x.name) for x in self.instructions)
+
+    def undefined(self) -> list[str]:
+        """The uniform registers that are read before an instruction has written them; none on AMD."""
+        return [f"UR{register}" for register in sorted(unwritten_reads(self.instructions))]
+
+    def stray_descriptors(self) -> list[str]:
+        """The uniform registers from which a wgmma takes the upper word of a descriptor that is not constant."""
+        return [f"UR{register}" for register in sorted(variable_layouts(self.instructions))]
 
     def hot_loop(self) -> Loop | None:
         """The innermost loop with the most matrix instructions; of equals the shortest, which is the one without a mask for the tail."""
@@ -109,11 +128,97 @@ def parse_sass(text: str) -> list[Instruction]:
     result = []
     for position, (_, predicate, name, operands) in enumerate(rows):
         stem = name.split(".")[0]
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if stem == "BRA" else None
-        conditional = predicate is not None or ".DIV" in name or "UP" in operands
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if stem in ("BRA", "CALL") else None
+        conditional = predicate is not None or "," in operands
         ends = stem in ("EXIT", "RET", "BRX", "BRA") and not conditional
-        result.append(Instruction(position, name, where.get(int(target.group(1), 16)) if target else None, not ends))
+        jump = where.get(int(target.group(1), 16)) if target else None
+        result.append(Instruction(position, name, jump, not ends, operands.strip(), predicate is not None))
     return result
+
+
+def uniform_registers(instruction: Instruction) -> tuple[set[int], set[int]]:
+    """The numbers of the uniform registers that an NVIDIA instruction reads, and of those that it writes.
+
+    Of a pair or a wider group all count. An HGMMA takes two descriptors from four registers, and only the
+    upper two where its first matrix is in vector registers; any other descriptor has two.
+    """
+    name, parts = instruction.name, instruction.name.split(".")
+    operands = [text.strip() for text in instruction.operands.split(",")]
+    operands = [text for text in operands if not _PREDICATE.fullmatch(text)]
+    reads: set[int] = set()
+    writes: set[int] = set()
+    for place, operand in enumerate(operands):
+        for holder, number in _UNIFORM.findall(operand):
+            first, width = int(number), 1
+            if holder == "gdesc" and "GMMA" in parts[0] and place == 2:
+                first, width = first + 2, 2
+            elif holder in ("gdesc", "desc"):
+                width = 4 if "GMMA" in parts[0] else 2
+            elif "[" not in operand and ("64" in parts or "WIDE" in parts and place in (0, 3)):
+                width = 2
+            elif "[" not in operand and "128" in parts:
+                width = 4
+            written = place == 0 and operand == f"UR{number}" and _WRITES_UNIFORM.match(name)
+            (writes if written else reads).update(range(first, first + width))
+    return reads, writes
+
+
+def unwritten_reads(instructions: list[Instruction]) -> set[int]:
+    """The numbers of the uniform registers that some path from the first instruction reads and has not written.
+
+    A predicated write counts as a write, and a call writes nothing.
+    """
+    registers = [uniform_registers(x) for x in instructions]
+    first = set().union(*(reads for reads, _ in registers))
+    unwritten = _on_some_path(instructions, first, lambda x, before: before - registers[x.position][1])
+    return set().union(*(reads & before for (reads, _), before in zip(registers, unwritten, strict=True)))
+
+
+def variable_layouts(instructions: list[Instruction]) -> set[int]:
+    """The numbers of the uniform registers that hold the upper word of a wgmma descriptor but no constant.
+
+    The upper word is the layout of a tile in shared memory, which the compiler knows: it comes from immediates, by way
+    of vector registers or not, and from carries. A kernel argument or an address in it means that ptxas took a wrong
+    register, and the lower word is wrong then too. A pair begins at an even register.
+    """
+    registers = [uniform_registers(x) for x in instructions]
+
+    def after(x: Instruction, before: set[int]) -> set[int]:
+        reads, writes = registers[x.position]
+        if not writes:
+            return before
+        stem, *parts = x.name.split(".")
+        variable = set(writes)
+        if stem == "R2UR" or (stem.startswith("U") and "c[" not in x.operands):
+            step = 2 if "64" in parts else 1  # the words of pairs are added each to its like
+            variable = {to for to in writes if any((to - source) % step == 0 for source in reads & before)}
+        return (before if x.predicated else before - writes) | variable
+
+    every = set().union(*(reads | writes for reads, writes in registers))
+    variable = _on_some_path(instructions, every, after)
+    multiply = [x.position for x in instructions if "GMMA" in x.name]
+    return {register for i in multiply for register in registers[i][0] & variable[i] if register % 2 == 1}
+
+
+def _on_some_path(instructions: list[Instruction], first: set[int], after: _Change) -> list[set[int]]:
+    """Which registers have a property before each instruction, on some path from the first one.
+
+    Args:
+        first: the registers that have it at the start.
+        after: the registers that have it after an instruction, given those that have it before.
+    """
+    before: list[set[int]] = [set() for _ in instructions]
+    before[0] = first
+    changed = True
+    while changed:
+        changed = False
+        for x in instructions:
+            left = after(x, before[x.position])
+            for target in (x.jump, x.position + 1 if x.falls_through else None):
+                if target is not None and target < len(instructions) and not left <= before[target]:
+                    before[target] |= left
+                    changed = True
+    return before
 
 
 def read_amdgcn(text: str, shared_bytes: int) -> MachineCode:

@@ -69,7 +69,12 @@ class Job:
 
 @dataclass
 class Row:
-    """What a compilation gave. `lane_instructions` is per score element of the hot loop; None where a kernel has no score loop."""
+    """What a compilation gave.
+
+    `lane_instructions` is per score element of the hot loop; None where a kernel has no score loop. `undefined` names
+    the uniform registers that are read before an instruction has written them, and `stray_descriptors` those with
+    a wrong part of a descriptor for a wgmma; no budget allows either.
+    """
 
     cases: list[str]
     kernel: str
@@ -82,6 +87,8 @@ class Row:
     registers: int = 0
     spill_bytes: int = 0
     narrow_loads: int = 0
+    undefined: list[str] = field(default_factory=list)
+    stray_descriptors: list[str] = field(default_factory=list)
     shared_kib: float = 0.0
     matrix: str = "-"
     seconds: float = 0.0
@@ -268,8 +275,7 @@ def _compile(position: int) -> Row:
         return row
     row.seconds = round(time.perf_counter() - start, 2)
     code = read(compiled)
-    row.registers, row.spill_bytes, row.shared_kib = code.registers, code.spill_bytes, code.shared_bytes / 1024
-    row.narrow_loads = code.narrow_loads()
+    record_resources(row, code)
     row.matrix = machine_code.matrix_family(code.matrix())
     if row.matrix == "-" and "tt.dot " in compiled.asm.get("ttir", ""):
         row.matrix = "none"
@@ -290,6 +296,12 @@ def _source_class(kernel: Any) -> Any:
     from triton.compiler import ASTSource
 
     return ASTSource
+
+
+def record_resources(row: Row, code: MachineCode) -> None:
+    row.registers, row.spill_bytes, row.shared_kib = code.registers, code.spill_bytes, code.shared_bytes / 1024
+    row.narrow_loads, row.undefined = code.narrow_loads(), code.undefined()
+    row.stray_descriptors = code.stray_descriptors()
 
 
 def read(compiled: Any) -> MachineCode:
@@ -326,7 +338,15 @@ def tiles_per_pass(ttgir: str, loop: Loop, block_n: int, num_warps: int) -> int:
 
 
 def hold_limits(row: Row, budgets: dict) -> None:
-    """Add what breaks the limits that every kernel has: spills, narrow loads, shared memory, matrix instructions."""
+    """Add what breaks the limits that every kernel has.
+
+    They hold undefined registers, stray descriptors, spills, narrow loads, shared memory and matrix instructions.
+    """
+    if row.undefined:
+        row.problems.append(f"reads uniform registers before anything writes them: {' '.join(row.undefined)}")
+    if row.stray_descriptors:
+        registers = " ".join(row.stray_descriptors)
+        row.problems.append(f"multiplies matrices at descriptors whose upper words are no constants: {registers}")
     if row.spill_bytes > budgets["spill_bytes"]:
         row.problems.append(f"spills {row.spill_bytes} bytes, at most {budgets['spill_bytes']} allowed")
     if row.narrow_loads > budgets["narrow_loads"]:

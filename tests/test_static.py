@@ -53,7 +53,7 @@ def test_good_kernel_passes(tmp_path):
     done = _static("--cases", "static_toys", "--op", "good", *ONE, "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "rows.json").read_text())
-    assert row["matrix"] == "HGMMA" and row["spill_bytes"] == 0 and row["registers"] > 0
+    assert row["matrix"] == "HGMMA" and row["spill_bytes"] == 0 and row["registers"] > 0 and row["undefined"] == row["stray_descriptors"] == []
     assert 2 < row["lane_instructions"] < 8
 
 
@@ -135,6 +135,117 @@ def test_hot_loop_is_the_innermost_one_that_multiplies_matrices():
     assert sorted(map(len, machine_code.natural_loops(code.instructions))) == [1, 3, 9]
 
 
+def _code(*lines: str) -> machine_code.MachineCode:
+    """The machine code of `lines`, 16 bytes each."""
+    text = "\n".join(f"        /*{16 * position:04x}*/  {line} ;  /* 0x0 */" for position, line in enumerate(lines))
+    return machine_code.MachineCode(8, 0, 0, 32, machine_code.parse_sass(text))
+
+
+@pytest.mark.parametrize(("before", "undefined"), [("NOP", ["UR26", "UR27"]), ("ULDC.64 UR26, c[0x0][0x210]", [])])
+def test_undefined_descriptor_breaks_the_gate(before, undefined):
+    """ptxas 12.8 computed descriptors of attention at d = 40 from registers that nothing wrote: wrong results on an H200."""
+    code = _code(
+        "ULDC.64 UR24, c[0x0][0x208]",
+        before,
+        "LDGSTS.E.BYPASS.128 [R181+0xd000], desc[UR24][R226.64+0x40], P3",
+        "UIADD3 UR26, UP0, UR26, 0x20, URZ",
+        "UIADD3.X UR27, UR27, -0x3ffffff0, URZ, UP0, !UPT",
+        "EXIT",
+    )
+    row = static.Row(["attention"], "attention_kernel", "sm_90", "bf16", 40, {}, 4, 3)
+    static.record_resources(row, code)
+    static.hold_limits(row, json.loads(static.BUDGETS.read_text()))
+    assert code.undefined() == row.undefined == undefined
+    assert row.problems == ["reads uniform registers before anything writes them: UR26 UR27"] * bool(undefined)
+
+
+@pytest.mark.parametrize(("source", "right"), [("UR16", 0), ("UR19", 0), ("UR18", 1), ("UR8", 1), ("URZ", 1)])
+def test_descriptors_of_other_values_are_stray(source, right):
+    """ptxas 12.8 also took a register that holds something else, here the number of queries."""
+    lines = [
+        "ULDC UR16, c[0x0][0x2c4]",
+        "UMOV UR18, URZ",
+        "R2UR UR8, R3",
+        "USGXT.U32 UR6, UR16, 0xe",
+        "UIADD3 UR6, UP0, UR6, 0x20, URZ",
+        f"UIADD3.X UR7, {source}, -0x3ffffff0, URZ, UP0, !UPT",
+        "UIADD3.64 UR6, UR6, 0x20, URZ",
+        "HGMMA.64x32x16.F32 R24, R28, gdesc[UR4].tnspB, R24",
+        "EXIT",
+    ]
+    code = _code(*lines)
+    assert code.stray_descriptors() == ([] if right else ["UR7"])
+    row = static.Row(["attention"], "attention_kernel", "sm_90", "fp16", 80, {}, 4, 3)
+    static.record_resources(row, code)
+    row.undefined = []
+    static.hold_limits(row, json.loads(static.BUDGETS.read_text()))
+    problem = "multiplies matrices at descriptors whose upper words are no constants: UR7"
+    assert row.problems == ([] if right else [problem])
+
+
+@pytest.mark.parametrize(("predicate", "stray"), [("", []), ("@UP0 ", ["UR5"])])
+def test_both_descriptors_are_constant_on_every_path(predicate, stray):
+    code = _code(
+        "ULDC.64 UR4, c[0x0][0x210]",
+        f"{predicate}UMOV UR5, 0x40000040",
+        "UMOV UR7, UR5",
+        "UMOV UR7, 0x40000040",
+        "HGMMA.64x128x16.F32 R24, gdesc[UR4], RZ, !UPT",
+        "EXIT",
+    )
+    assert code.stray_descriptors() == stray
+
+
+LOOP = ["UIADD3 UR4, UR4, 0x1, URZ", "UISETP.GE.AND UP0, UPT, UR4, UR5, UPT", "@!P0 BRA 0x10", "EXIT"]
+
+
+def test_registers_that_a_loop_carries_are_defined_before_it():
+    assert _code("LDCU.64 UR4, c[0x0][0x3a8]", *LOOP).undefined() == []
+    assert _code("LDCU UR5, c[0x0][0x3a8]", *LOOP).undefined() == ["UR4"]
+
+
+def test_definitions_follow_the_flow_not_the_text():
+    """Code for rare cases stands at the end and jumps back; what one branch alone writes is undefined after the other."""
+    away = ["BRA 0x30", "STS [UR4], R0", "EXIT", "S2UR UR4, SR_CgaCtaId", "BRA 0x10"]
+    assert _code(*away).undefined() == []
+    for jump in ("@P1 BRA 0x20", "BRA.U !UP1, 0x20", "BRA P1, 0x20"):
+        assert _code(jump, "UMOV UR4, 0x400", "STS [UR4], R0", "EXIT").undefined() == ["UR4"]
+    assert _code("CALL.REL.NOINC 0x20", "EXIT", "STS [UR4], R0", "RET.REL.NODEC R2 0x0").undefined() == ["UR4"]
+
+
+def test_predicated_definitions_count():
+    assert _code("@UP0 UMOV UR4, 0x1", "@!UP0 UMOV UR4, 0x2", "IMAD.U32 R4, RZ, RZ, UR4", "EXIT").undefined() == []
+
+
+@pytest.mark.parametrize(
+    ("instruction", "reads", "writes"),
+    [
+        ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR36], RZ, !UPT", {36, 37, 38, 39}, set()),
+        ("HGMMA.64x32x16.F32.BF16 R88, R116, gdesc[UR28].tnspB, R88, gsb0", {30, 31}, set()),
+        ("UTCHMMA tmem[UR25], gdesc[UR68], tmem[UR16], tmem[UR38], idesc[UR39], UPT", {16, 25, 38, 39, 68, 69}, set()),
+        ("LDG.E.128 R28, desc[UR24][R20.64]", {24, 25}, set()),
+        ("LDS.128 R4, [R63+UR23+0x2000]", {23}, set()),
+        ("LDCU.128 UR12, c[0x0][0x380]", set(), {12, 13, 14, 15}),
+        ("R2UR UR5, R0", set(), {5}),
+        ("R2UR P6, UR5, R0", set(), {5}),
+        ("CREDUX.MIN.S32 UR4, R56", set(), {4}),
+        ("VOTEU.ANY UR4, UPT, PT", set(), {4}),
+        ("UIADD3.64 UR4, UPT, UPT, UR38, 0x40, URZ", {38, 39}, {4, 5}),
+        ("UIADD3 UR4, -UR4, UR7, URZ", {4, 7}, {4}),
+        ("UIMAD.WIDE.U32 UR4, UR69, 0xc0, UR40", {40, 41, 69}, {4, 5}),
+        ("IMAD.WIDE R20, R9, UR20, R12", {20}, set()),
+        ("UISETP.GE.AND.EX UP0, UPT, UR7, UR73, UPT, UP0", {7, 73}, set()),
+        ("SYNCS.EXCH.64 URZ, [UR23+0xf800], UR4", {4, 5, 23}, set()),
+        ("UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR6, UR5", {5}, {6}),
+        ("BRA.DIV UR8, 0x10", {8}, set()),
+        ("UP2UR UR4, UPR, URZ, 0x40", set(), {4}),
+    ],
+)
+def test_uniform_registers_of_instructions(instruction, reads, writes):
+    (parsed,) = _code(instruction).instructions
+    assert machine_code.uniform_registers(parsed) == (reads, writes)
+
+
 AMDGCN = """
 .Lfunc_begin0:
 \ts_load_dword s0, s[4:5], 0x0
@@ -155,6 +266,7 @@ def test_amdgcn_is_read():
     code = machine_code.read_amdgcn(AMDGCN, 1024)
     assert (code.registers, code.spill_bytes, code.lanes) == (60, 16 + 4 * 2, 64)
     assert code.hot_loop() == Loop(3, ["v_mfma_f32_32x32x8_bf16"])
+    assert code.undefined() == code.stray_descriptors() == []
 
 
 TTGIR = """

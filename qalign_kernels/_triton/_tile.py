@@ -191,11 +191,7 @@ def store_parts(pointers, parts, inside, width, factor=1.0):
 
 @triton.jit
 def split_scores(query, keys, tokens, present, width, MASKED: tl.constexpr):
-    """fp32 [BLOCK_M, BLOCK_N]: the query tile against the keys at `tokens`, over all channels.
-
-    With a tail it belongs into a loop, even one that runs once: outside of one, the ptxas 12.8 of Triton 3.6
-    and 3.7 reads the products' operands from wrong addresses on sm_90 (benchmarks/machine_code.py).
-    """
+    """fp32 [BLOCK_M, BLOCK_N]: the query tile against the keys at `tokens`, over all channels."""
     main = load_rows(keys, tokens, present, width.D, 0, width.MAIN, MASKED)
     scores = tl.dot(query.main, main.T, input_precision="ieee")
     if width.TAIL > 0:

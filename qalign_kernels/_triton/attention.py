@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import choose_tile
+from ._configs import choose_tile, split_head_dim
 from ._labels import compared_slots, free_slot, label_class, sort_queries, visible_spans
 from ._launch import launch, target_of
 from ._segments import (
@@ -73,7 +73,10 @@ class Contrast(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What is constexpr. KNOWN_LSE with a contrast, EXACT_WEIGHTS where weights are not rounded."""
+    """What is constexpr. KNOWN_LSE with a contrast, EXACT_WEIGHTS where weights are not rounded.
+
+    LAST_STAGES is for loops that run once at most: see `_last_stages`.
+    """
 
     SEGMENTS: Any
     HAS_VALUES: Any
@@ -83,6 +86,7 @@ class Variant(NamedTuple):
     VALUE_WIDTH: Any
     BLOCK_M: Any
     BLOCK_N: Any
+    LAST_STAGES: Any
 
 
 def attention(
@@ -180,7 +184,18 @@ def launch_attention(
         VALUE_WIDTH=width(value_dim),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        LAST_STAGES=_last_stages((dim,) if output is None else (dim, value_dim), tile.num_stages),
     )
+
+
+def _last_stages(dims: tuple[int, ...], num_stages: int) -> int:
+    """How deeply loops that run once at most are pipelined: not at all, which is the fastest, if that is right.
+
+    With parts of fewer than 64 channels outside of pipelined loops, the ptxas 12.8 of Triton 3.6 and 3.7 reads
+    their products' operands from wrong addresses on sm_90 (`stray_descriptors` in benchmarks/machine_code.py).
+    """
+    parts = (part for dim in dims for part in split_head_dim(dim) if part)
+    return num_stages if min(parts) < 64 else 1
 
 
 def _tile_mode(
@@ -337,7 +352,7 @@ def _attend_segment(state, query, segment, batch, head, common_max, contrast, va
                 state, query, segment, row, keys, common_max, contrast, variant, FIXED, True, True
             )
     elif segment.RAGGED:
-        for start in tl.range(whole, row.limit, BLOCK_N):  # once or never: see split_scores
+        for start in tl.range(whole, row.limit, BLOCK_N, num_stages=variant.LAST_STAGES):  # once or never
             columns = start + tl.arange(0, BLOCK_N)
             keys = KeyTile(start, columns, columns < row.limit)
             state = _attend_tile(
@@ -380,7 +395,7 @@ def _first_max(query, segment, batch, head, variant):
     """The largest logit of each query among the first tile of keys: [BLOCK_M]."""
     row = open_segment(segment, batch, head)
     first_max = tl.full((variant.BLOCK_M,), float("-inf"), tl.float32)
-    for start in tl.range(0, tl.minimum(row.limit, 1)):  # once: see split_scores
+    for start in tl.range(0, tl.minimum(row.limit, 1), num_stages=variant.LAST_STAGES):
         columns = start + tl.arange(0, variant.BLOCK_N)
         present = columns < row.limit
         if segment.starts_ptr is not None:
@@ -487,6 +502,7 @@ def attention_kernel(
     VALUE_WIDTH,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LAST_STAGES: tl.constexpr,
 ):
     """One tile of queries of one batch row and head against every key of every segment."""
     row, batch, head, queries, inside = open_tile(N_Q, H, BLOCK_M)
@@ -522,7 +538,17 @@ def attention_kernel(
         head,
         inside,
         Contrast(known, contrast, floor),
-        Variant(SEGMENTS, HAS_VALUES, KNOWN_LSE, EXACT_WEIGHTS, KEY_WIDTH, VALUE_WIDTH, BLOCK_M, BLOCK_N),
+        Variant(
+            SEGMENTS,
+            HAS_VALUES,
+            KNOWN_LSE,
+            EXACT_WEIGHTS,
+            KEY_WIDTH,
+            VALUE_WIDTH,
+            BLOCK_M,
+            BLOCK_N,
+            LAST_STAGES,
+        ),
         FIXED,
     )
 
