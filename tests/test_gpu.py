@@ -318,6 +318,35 @@ def test_joint_calls_take_what_is_right_and_see_one_wrong_match(name, device):
     assert not call.check(inputs, result, "triton")
 
 
+def _process_or_error(what):
+    if what == "raise":
+        raise ValueError("this call is wrong")
+    if what == "die":
+        os._exit(7)
+    return os.getpid()
+
+
+@pytest.mark.parametrize("wrong, told", [("raise", "ValueError: this call is wrong"), ("die", "exit code 7")])
+def test_process_answers_calls_until_one_goes_wrong(tmp_path, wrong, told):
+    forks.preload()
+    caller, log = forks.Worker(), tmp_path / "log"
+    try:
+        first, second, failed, third = (
+            caller.ask(_process_or_error, what, log=log, seconds=60) for what in ("", "", wrong, "")
+        )
+    finally:
+        caller.end()
+    assert first.value == second.value and first.error is None
+    assert failed.value is None and told in failed.error
+    assert third.value not in (None, first.value)
+
+
+def test_bits_are_compared_where_there_is_no_number():
+    some = torch.tensor([[1.0, float("nan")]])
+    assert right._same_bits(some, some.clone()) and not right._same_bits(some, -some)
+    assert right._same_bits(torch.tensor(1.0), torch.tensor(1.0))
+
+
 def test_candidates_are_what_is_launched(monkeypatch):
     if problem := _backends.triton_problem():
         pytest.skip(problem)

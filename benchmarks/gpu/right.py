@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qalign_kernels import testing
 from qalign_kernels._triton import _configs
@@ -121,7 +122,7 @@ def judge(call: Call) -> dict[str, Any]:
         with testing.poisoned_memory():
             first = op.run(inputs, "triton")
         later = [op.run(inputs, "triton") for _ in range(2)]
-        same = all(torch.equal(a, b) for again in later for a, b in zip(_parts(first), _parts(again)))
+        same = all(_same_bits(a, b) for again in later for a, b in zip(_parts(first), _parts(again)))
         right = bool(op.check(inputs, first, "triton"))
     return {"right": right, "same_bits": same, "seconds": round(time.monotonic() - start, 2)}
 
@@ -137,6 +138,11 @@ def _trying(call: Call) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     trial = trials.trial_named(call.name)
     return _configs.trying(tile_key(trial.op, trial.mode, call.shape, call.dtype), call.tile)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two results agree bit by bit, NaN included."""
+    return torch.equal(a.reshape(-1).contiguous().view(torch.uint8), b.reshape(-1).contiguous().view(torch.uint8))
 
 
 def _parts(result: Any) -> tuple[Any, ...]:
