@@ -152,19 +152,29 @@ def check_gradient(x: Inputs, gradients: tuple[Tensor, ...], backend: str, share
 
 
 def _distillation_step(x: Inputs, backend: str) -> tuple[Tensor, ...]:
-    """The gradients of query, key and value, and the loss of their attention against the reference's."""
+    """The gradients of query, key and value, and the loss of their attention against the reference's.
+
+    The loss is scaled as `_loss_scale` says, and its gradients are.
+    """
     leaves = learned(x.query, x.key, x.value)
     with torch.enable_grad():
         output = qk.attention(leaves[0], Segment(*leaves[1:]), backend=backend)
         loss = qk.distillation_loss(output, x.query, x.ref_query, x.value, backend=backend)
-        return *torch.autograd.grad(loss, leaves), loss.detach()
+        return *torch.autograd.grad(loss * _loss_scale(x), leaves), loss.detach()
+
+
+def _loss_scale(x: Inputs) -> float:
+    """What float16 needs, whose smallest number is 6e-8, and what torch's GradScaler begins with."""
+    return 65536.0 if x.query.dtype == torch.float16 else 1.0
 
 
 def _check_step(x: Inputs, result: tuple[Tensor, ...], backend: str) -> bool:
     """The gradients for the signs that the backend itself finds, the loss in the precision of the ideal output."""
-    output = qk.attention(x.query, Segment(x.key, x.value), backend=backend).requires_grad_()
+    leaves = learned(x.query, x.key, x.value)  # attention that learns may differ in bits from attention that does not
     with torch.enable_grad():
-        (signs,) = torch.autograd.grad(qk.distillation_loss(output, x.query, x.ref_query, x.value, backend=backend), output)
+        output = qk.attention(leaves[0], Segment(*leaves[1:]), backend=backend).detach().requires_grad_()
+        loss = qk.distillation_loss(output, x.query, x.ref_query, x.value, backend=backend)
+        (signs,) = torch.autograd.grad(loss * _loss_scale(x), output)
     rows = sampled_rows(x)
     few = output.detach()[:, :, rows], x.query[:, :, rows], x.ref_query, x.value
     ours, same, truth = (
