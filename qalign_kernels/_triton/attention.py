@@ -52,6 +52,7 @@ FIXED_TARGETS = ("sm_90", "interpreter")
 # head dims up to which the kernel with both loops is known not to spill there
 FIXED_WIDTHS = {"plain": 128, "counts": 128, "distance": 64}
 PARTS = tl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
+ONCE_STAGES = tl.constexpr(2)  # of a loop that runs once at most: the least that is pipelined
 # of a row sum, and of its inverse, with the maximum of the first tile: beyond it, weights may overflow
 FIXED_LIMIT = tl.constexpr(2.0**64)
 
@@ -75,7 +76,7 @@ class Contrast(NamedTuple):
 class Variant(NamedTuple):
     """What is constexpr. KNOWN_LSE with a contrast, EXACT_WEIGHTS where weights are not rounded.
 
-    LAST_STAGES is for loops that run once at most: see `_last_stages`.
+    LOOP_ONCE where even what happens once is to be in a loop: see `_loop_once`.
     """
 
     SEGMENTS: Any
@@ -86,7 +87,7 @@ class Variant(NamedTuple):
     VALUE_WIDTH: Any
     BLOCK_M: Any
     BLOCK_N: Any
-    LAST_STAGES: Any
+    LOOP_ONCE: Any
 
 
 def attention(
@@ -184,18 +185,17 @@ def launch_attention(
         VALUE_WIDTH=width(value_dim),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        LAST_STAGES=_last_stages((dim,) if output is None else (dim, value_dim), tile.num_stages),
+        LOOP_ONCE=_loop_once((dim,) if output is None else (dim, value_dim)),
     )
 
 
-def _last_stages(dims: tuple[int, ...], num_stages: int) -> int:
-    """How deeply loops that run once at most are pipelined: not at all, which is the fastest, if that is right.
+def _loop_once(dims: tuple[int, ...]) -> bool:
+    """Whether every product is to be in a pipelined loop, those that are computed once as well.
 
-    With parts of fewer than 64 channels outside of pipelined loops, the ptxas 12.8 of Triton 3.6 and 3.7 reads
-    their products' operands from wrong addresses on sm_90 (`stray_descriptors` in benchmarks/machine_code.py).
+    With parts of fewer than 64 channels, the ptxas 12.8 of Triton 3.6 and 3.7 reads the operands of others from
+    wrong addresses on sm_90 (`stray_descriptors` in benchmarks/machine_code.py). Wider parts are faster without.
     """
-    parts = (part for dim in dims for part in split_head_dim(dim) if part)
-    return num_stages if min(parts) < 64 else 1
+    return min(part for dim in dims for part in split_head_dim(dim) if part) < 64
 
 
 def _tile_mode(
@@ -324,6 +324,27 @@ def _accumulate_exactly(output, weights, tile, present, width, MASKED: tl.conste
 
 
 @triton.jit
+def _attend_last_tile(
+    state,
+    query,
+    segment,
+    row,
+    start,
+    common_max,
+    contrast,
+    variant,
+    FIXED: tl.constexpr,
+    COMPARED: tl.constexpr,
+):
+    """One query tile meets the last key tile, of which some keys are not present."""
+    columns = start + tl.arange(0, variant.BLOCK_N)
+    keys = KeyTile(start, columns, columns < row.limit)
+    return _attend_tile(
+        state, query, segment, row, keys, common_max, contrast, variant, FIXED, True, COMPARED
+    )
+
+
+@triton.jit
 def _attend_segment(state, query, segment, batch, head, common_max, contrast, variant, FIXED: tl.constexpr):
     """One query tile meets the keys of a segment: whole tiles of them, then the others."""
     BLOCK_N: tl.constexpr = variant.BLOCK_N
@@ -352,11 +373,14 @@ def _attend_segment(state, query, segment, batch, head, common_max, contrast, va
                 state, query, segment, row, keys, common_max, contrast, variant, FIXED, True, True
             )
     elif segment.RAGGED:
-        for start in tl.range(whole, row.limit, BLOCK_N, num_stages=variant.LAST_STAGES):  # once or never
-            columns = start + tl.arange(0, BLOCK_N)
-            keys = KeyTile(start, columns, columns < row.limit)
-            state = _attend_tile(
-                state, query, segment, row, keys, common_max, contrast, variant, FIXED, True, COMPARED
+        if variant.LOOP_ONCE:
+            for start in tl.range(whole, row.limit, BLOCK_N, num_stages=ONCE_STAGES):
+                state = _attend_last_tile(
+                    state, query, segment, row, start, common_max, contrast, variant, FIXED, COMPARED
+                )
+        elif whole < row.limit:
+            state = _attend_last_tile(
+                state, query, segment, row, whole, common_max, contrast, variant, FIXED, COMPARED
             )
     return state
 
@@ -394,19 +418,26 @@ def _has_first_tile(query, segment, batch, head, BLOCK_N: tl.constexpr):
 def _first_max(query, segment, batch, head, variant):
     """The largest logit of each query among the first tile of keys: [BLOCK_M]."""
     row = open_segment(segment, batch, head)
-    first_max = tl.full((variant.BLOCK_M,), float("-inf"), tl.float32)
-    for start in tl.range(0, tl.minimum(row.limit, 1), num_stages=variant.LAST_STAGES):
-        columns = start + tl.arange(0, variant.BLOCK_N)
-        present = columns < row.limit
-        if segment.starts_ptr is not None:
-            spans = visible_spans(row.starts_ptr, query.lowest_class, query.highest_class, variant.BLOCK_N)
-            columns += free_slot(0, spans)
-        keys = KeyTile(start, columns, present)
-        tile = score_tile(
-            query, segment, row, keys, variant.KEY_WIDTH, segment.RAGGED, False, variant.BLOCK_N
-        )
-        first_max = tl.maximum(first_max, tl.max(tile.scores, 1) * tile.factor + segment.shift)
-    return first_max
+    if variant.LOOP_ONCE:
+        first_max = tl.full((variant.BLOCK_M,), float("-inf"), tl.float32)
+        for start in tl.range(0, tl.minimum(row.limit, 1), num_stages=ONCE_STAGES):
+            first_max = tl.maximum(first_max, _tile_max(query, segment, row, start, variant))
+        return first_max
+    else:
+        return _tile_max(query, segment, row, 0, variant)
+
+
+@triton.jit
+def _tile_max(query, segment, row, start, variant):
+    """The largest logit of each query among the tile of keys at `start`."""
+    columns = start + tl.arange(0, variant.BLOCK_N)
+    present = columns < row.limit
+    if segment.starts_ptr is not None:
+        spans = visible_spans(row.starts_ptr, query.lowest_class, query.highest_class, variant.BLOCK_N)
+        columns += free_slot(0, spans)
+    keys = KeyTile(start, columns, present)
+    tile = score_tile(query, segment, row, keys, variant.KEY_WIDTH, segment.RAGGED, False, variant.BLOCK_N)
+    return tl.max(tile.scores, 1) * tile.factor + segment.shift
 
 
 @triton.jit
@@ -502,7 +533,7 @@ def attention_kernel(
     VALUE_WIDTH,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LAST_STAGES: tl.constexpr,
+    LOOP_ONCE: tl.constexpr,
 ):
     """One tile of queries of one batch row and head against every key of every segment."""
     row, batch, head, queries, inside = open_tile(N_Q, H, BLOCK_M)
@@ -547,7 +578,7 @@ def attention_kernel(
             VALUE_WIDTH,
             BLOCK_M,
             BLOCK_N,
-            LAST_STAGES,
+            LOOP_ONCE,
         ),
         FIXED,
     )
