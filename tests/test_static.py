@@ -66,6 +66,22 @@ def test_bad_kernels_fail():
     assert "spills " in complaints[1] and "multiplies matrices by HMMA, expected HGMMA" in complaints[2]
 
 
+def test_spills_that_a_gpu_prefers_are_allowed():
+    budgets = json.loads(static.BUDGETS.read_text())
+    budgets["measured_spills"] = [{"case": "a", "target": "sm_90", "head_dim": 64, "bytes": 24, "evidence": "us"}]
+    row = static.Row(["a b"], "k", "sm_90", "bf16", 64, {}, 4, 3)
+    others = [
+        static.Row(["b a"], "k", "sm_90", "bf16", 64, {}, 4, 3),
+        static.Row(["a b"], "k", "sm_90", "bf16", 80, {}, 4, 3),
+        static.Row(["a b"], "k", "sm_100", "bf16", 64, {}, 4, 3),
+    ]
+    assert static.most_spills(row, budgets) == 24
+    assert all(static.most_spills(other, budgets) == budgets["spill_bytes"] == 0 for other in others)
+    row.spill_bytes = 25
+    static.hold_limits(row, budgets)
+    assert row.problems == ["spills 25 bytes, at most 24 allowed"]
+
+
 def test_budgets_are_held(tmp_path):
     budgets = json.loads(static.BUDGETS.read_text())
     budget = {"case": "toy_good", "target": "sm_90", "dtype": "bf16", "head_dim": 64}
