@@ -16,7 +16,6 @@ from ._launch import launch, target_of
 from ._segments import LOG2_E, segment_arguments
 from ._tile import Parts, features, load_parts, load_rows, rows_of, scale_rows, store_parts, width, zeros
 from .attention import launch_attention, log2_sum_exp
-from .rearrange import compact
 from .similarity import counted_argmax
 
 
@@ -43,7 +42,7 @@ def rearranged_attention(
     ref_labels=None,
     batch_index=None,
 ) -> Tensor:
-    """Norms, argmax with its counts, compaction and attention in four launches.
+    """Norms, argmax with its counts, gathering and attention in four launches.
 
     One more with a contrast, two more where labels are sorted.
     """
@@ -55,7 +54,7 @@ def rearranged_attention(
         ref_key,
         ref_value,
         scale,
-        multiplicity=compact(counts),
+        counts=counts,
         labels=ref_labels,
         batch_index=batch_index,
         by_label=query_order is not None,
