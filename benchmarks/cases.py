@@ -170,6 +170,10 @@ def _rearranged(name: str, *, similarity: str = "cosine", joint: bool = True, co
     return Case(f"rearranged_attention {name}".strip(), run)
 
 
+def _unit_features(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
+    return _module("qalign_attention").unit_features(*_features(head_dim, dtype, tokens, 2))
+
+
 def _label_mass(counts: bool) -> Case:
     def run(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
         query, key = _features(head_dim, dtype, tokens, 2)
@@ -210,6 +214,7 @@ _CORE = {
     "match_counts",
     "compact",
     "take_chosen",
+    "unit_features",
     "rearrange_kv",
     "attention counts",
     "attention contrast",
@@ -230,6 +235,7 @@ _ALL = [
     Case("match_counts", _match_counts),
     Case("compact", _compact),
     Case("take_chosen", _take_chosen),
+    Case("unit_features", _unit_features),
     Case("rearrange_kv", _take_rows),
     _attention("plain"),
     _attention("lse", lse=True),

@@ -46,6 +46,7 @@ def test_every_case_is_driven():
     assert stems == {
         "similarity_argmax", "similarity_topk", "match_counts", "compact", "take_chosen", "rearrange_kv", "attention", "label_mass",
         "mean_attention_map", "topk_attention", "rearranged_attention", "attention_backward", "distillation_loss", "label_mass_backward",
+        "unit_features",
     }  # fmt: skip
 
 
