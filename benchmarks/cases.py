@@ -150,6 +150,12 @@ def _compact(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
     return _module("rearrange").compact(_integers(BATCH, 1, tokens))
 
 
+def _take_chosen(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
+    """Of so many tokens that a program has several tiles of them."""
+    sources = _features(head_dim, dtype, 4 * tokens, 2)
+    return _module("rearrange").take_chosen(sources, _integers(BATCH, 1, 4 * tokens), None)
+
+
 def _take_rows(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
     return _module("rearrange").take_rows(*_features(head_dim, dtype, tokens, 1), _integers(BATCH, 1, tokens))
 
@@ -162,6 +168,10 @@ def _rearranged(name: str, *, similarity: str = "cosine", joint: bool = True, co
         )
 
     return Case(f"rearranged_attention {name}".strip(), run)
+
+
+def _unit_features(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
+    return _module("qalign_attention").unit_features(*_features(head_dim, dtype, tokens, 2))
 
 
 def _label_mass(counts: bool) -> Case:
@@ -203,6 +213,8 @@ _CORE = {
     "similarity_topk cosine joint k=8",
     "match_counts",
     "compact",
+    "take_chosen",
+    "unit_features",
     "rearrange_kv",
     "attention counts",
     "attention contrast",
@@ -222,6 +234,8 @@ _ALL = [
     _topk("cosine", True, 64, False),
     Case("match_counts", _match_counts),
     Case("compact", _compact),
+    Case("take_chosen", _take_chosen),
+    Case("unit_features", _unit_features),
     Case("rearrange_kv", _take_rows),
     _attention("plain"),
     _attention("lse", lse=True),

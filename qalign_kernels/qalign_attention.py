@@ -95,7 +95,7 @@ def qalign_attention(
     refine: dict[str, Any] = {"scale": scale, "contrast": contrast, "backend": backend}
     reference = Segment(ref_key, ref_value, labels=ref_labels, batch_index=batch_index)
     if refinement == "guided":
-        guide = Guide(*_features(asking, ref_query, similarity), strength)
+        guide = Guide(*_features(asking, ref_query, similarity, backend), strength)
         return guided_attention(query, reference, guide, query_labels=query_labels, **refine)
     if refinement == "soft":
         return _soft(query, asking, ref_query, reference, similarity, strength, query_labels, refine)
@@ -179,11 +179,15 @@ def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
     return (rows.masked_fill if rows.requires_grad else rows.masked_fill_)(score.isnan().unsqueeze(-1), float("nan"))
 
 
-def _features(query: Tensor, ref_query: Tensor, similarity: str) -> tuple[Tensor, Tensor]:
+def _features(
+    query: Tensor, ref_query: Tensor, similarity: str, backend: str | None
+) -> tuple[Tensor, Tensor]:
     """The tensors whose per-head dot product is the similarity, in the input dtype."""
     if similarity == "dot":
         return query, ref_query
-    return unit(query), unit(ref_query)
+    if _library.wants_gradient(query, ref_query):
+        return unit(query), unit(ref_query)
+    return _unit_features_op(query, ref_query, _backends.requested(backend))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -201,7 +205,7 @@ def _soft(
     query_labels: Tensor | None,
     refine: dict[str, Any],
 ) -> Tensor:
-    features, ref_features = _features(asking, ref_query, similarity)
+    features, ref_features = _features(asking, ref_query, similarity, refine["backend"])
     key, value = (
         attention(
             features, dataclasses.replace(reference, key=ref_features, value=x), scale=strength, query_labels=query_labels, backend=refine["backend"]
@@ -282,6 +286,25 @@ _rearranged_attention_op = _library.register(
     "Tensor? query_labels, Tensor? ref_labels, Tensor? batch_index, str backend) -> Tensor",
     _rearranged_attention_implementation,
     _rearranged_attention_fake,
+)
+
+
+def _unit_features_implementation(query, ref_query, backend):
+    chosen = _backends.select("qalign_attention", backend, query, (query.shape[3],))
+    if chosen == "triton":
+        return _backends.implementation("triton", "qalign_attention").unit_features(query, ref_query)
+    return unit(query).contiguous(), unit(ref_query).contiguous()
+
+
+def _unit_features_fake(query, ref_query, backend):
+    return query.new_empty(query.shape), ref_query.new_empty(ref_query.shape)
+
+
+_unit_features_op = _library.register(
+    "unit_features",
+    "(Tensor query, Tensor ref_query, str backend) -> (Tensor, Tensor)",
+    _unit_features_implementation,
+    _unit_features_fake,
 )
 
 

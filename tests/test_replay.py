@@ -8,8 +8,9 @@ RUNS = """
 import threading
 from unittest import mock
 from triton import knobs
-from qalign_kernels import _backends, match_counts, qalign_attention
+from qalign_kernels import Segment, _backends, match_counts, qalign_attention
 from qalign_kernels._triton import _configs, _launch, _replay, rearrange
+from qalign_kernels.attention import Guide
 from qalign_kernels.testing import poisoned_memory
 from replay_checks import difference, features
 
@@ -63,6 +64,22 @@ stub.stream = 5
 result["other_stream"] = difference(stub, transfer(x), calls=1)
 stub.stream = 0
 
+def units(tensors):
+    return lambda: _backends.implementation("triton", "qalign_attention").unit_features(*tensors)
+
+def guided(query, reference, key, value):
+    guide = Guide(query, reference, 20.0)
+    settings = {"scale": 0.25, "contrast": 1.0, "query_labels": None, "guide": guide, "need_lse": False}
+    return lambda: _backends.implementation("triton", "attention").attention(query, [Segment(key, value)], **settings)
+
+result["units"] = difference(stub, units(x[:2]))
+result["units_of_one_tensor"] = difference(stub, units([x[0], x[0]]))
+result["guided"] = difference(stub, guided(*x))
+for _ in range(3):
+    with mock.patch.object(_replay, "_replay", wraps=_replay._replay) as replayed, stub.recording() as calls:
+        qalign_attention(*x, refinement="guided", backend="triton")
+result["public_guided"] = [replayed.call_count, len(calls)]
+
 for _ in range(3):
     with mock.patch.object(_replay, "_replay", wraps=_replay._replay) as replayed:
         qalign_attention(*x, backend="triton")
@@ -114,7 +131,7 @@ result["kept"] = [_replay._kind.cache_info().currsize, _replay.KEPT]
 SAME = """
     qalign_attention another_scale other_tensors one_tensor_twice two_tensors_then take_rows other_strides
     misaligned aligned_again one_row seventeen_rows float32 hopper hopper_other_tensors hopper_batch_index hopper_counted
-    other_stream exchanged_tile after_threads
+    other_stream exchanged_tile after_threads units units_of_one_tensor guided
 """.split()
 
 
@@ -135,6 +152,11 @@ def test_tensor_maps_are_made_anew_for_the_hopper_kernel(results):
 
 def test_the_public_op_is_replayed(results):
     assert results["public_op"]
+
+
+def test_the_guided_op_is_replayed_whole(results):
+    """Its unit features were computed with torch."""
+    assert results["public_guided"] == [2, 2]
 
 
 def test_replay_follows_an_exchanged_tile(results):

@@ -44,8 +44,9 @@ def test_every_case_is_driven():
     assert len(set(names)) == len(names)
     stems = {name.split()[0] for name in names}
     assert stems == {
-        "similarity_argmax", "similarity_topk", "match_counts", "compact", "rearrange_kv", "attention", "label_mass", "mean_attention_map",
-        "topk_attention", "rearranged_attention", "attention_backward", "distillation_loss", "label_mass_backward",
+        "similarity_argmax", "similarity_topk", "match_counts", "compact", "take_chosen", "rearrange_kv", "attention", "label_mass",
+        "mean_attention_map", "topk_attention", "rearranged_attention", "attention_backward", "distillation_loss", "label_mass_backward",
+        "unit_features",
     }  # fmt: skip
 
 

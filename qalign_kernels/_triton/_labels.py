@@ -65,7 +65,7 @@ def sort_tokens(
         order, and where each class starts, int32 [..., 36]: the last entry is the number of tokens.
     """
     tokens = labels.shape[1]
-    shape = (labels.shape[0], 1, tokens) if multiplicity is None else multiplicity.order.shape
+    shape = (labels.shape[0], 1, tokens) if multiplicity is None else multiplicity.weights.shape
     order = torch.empty(shape, device=labels.device, dtype=torch.int32)
     weights = log_weights = given_order = given_weights = given_unique = None
     if multiplicity is not None:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from ._labels import CLASSES, Labels, label_arguments, sort_tokens
 from ._tile import Features, Parts, Rows, features, load, rows_of, skip, split_scores
-from .rearrange import Multiplicity, take_chosen
+from .rearrange import compact, take_chosen
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TINY = 1e-37  # in the place of a scale of 0
-TAKEN_FROM = 1  # keys of a segment; to gather fewer costs more than it saves
 
 
 class SegmentArguments(NamedTuple):
@@ -100,7 +99,7 @@ def segment_arguments(
     value: Tensor | None,
     scale: float,
     shift: float = 0.0,
-    multiplicity: Multiplicity | None = None,
+    counts: Tensor | None = None,
     labels: Tensor | None = None,
     batch_index: Tensor | None = None,
     guide_key: Tensor | None = None,
@@ -108,22 +107,24 @@ def segment_arguments(
 ) -> SegmentArguments:
     """One segment as the kernel takes it.
 
-    Its keys are sorted `by_label` where it has labels: a launch more. Those that a multiplicity chose are
-    gathered, unless it has labels or they are few: a launch more, too.
+    Keys with counts are gathered, or with labels compacted: a launch more. Keys with labels are sorted
+    `by_label`: a launch more, too.
     """
-    order, weights, log_weights, unique, headroom, total = (
-        (None,) * 6 if multiplicity is None else multiplicity
-    )
-    rows, maps = (0, 0) if order is None else order.shape[:2]
-    starts = None
+    rows, maps = (0, 0) if counts is None else counts.shape[:2]
+    multiplicity, starts = None, None
+    if counts is not None and labels is None:
+        sources = [x for x in (key, value, guide_key) if x is not None]
+        gathered, multiplicity = take_chosen(sources, counts, batch_index)
+        taken = iter(gathered)
+        key = next(taken)
+        value, guide_key = (None if x is None else next(taken) for x in (value, guide_key))
+        batch_index = None
+    elif counts is not None:
+        multiplicity = compact(counts)
+    order, weights, log_weights, unique, headroom, total = multiplicity or (None,) * 6
     if by_label and labels is not None:
         order, weights, log_weights, starts = sort_tokens(labels, multiplicity)
         rows, maps = order.shape[:2]
-    elif multiplicity is not None and labels is None and key.shape[2] >= TAKEN_FROM:
-        present = [x for x in (key, value, guide_key) if x is not None]
-        taken = iter(take_chosen(present, multiplicity, batch_index))
-        key, value, guide_key = (None if x is None else next(taken) for x in (key, value, guide_key))
-        order = batch_index = None
     return SegmentArguments(
         key=features(key),
         value=None if value is None else features(value),

@@ -45,7 +45,6 @@ from ._tile import (
     zeros,
 )
 from .attention_backward import attention_backward as attention_backward
-from .rearrange import compact
 
 LN_2 = 0.6931471805599453
 FIXED_TARGETS = ("sm_90", "interpreter")
@@ -100,7 +99,7 @@ def attention(
             s.value,
             s.logit_scale * scale,
             s.logit_shift,
-            None if s.counts is None else compact(s.counts),
+            s.counts,
             s.labels,
             s.batch_index,
             None if guide is None else guide.key,

@@ -38,7 +38,6 @@ from ._tile import (
     width,
     zeros,
 )
-from .rearrange import compact
 
 GRADIENT_ROWS = 32
 
@@ -127,7 +126,7 @@ def attention_backward(
                 s.value,
                 segment_scale,
                 s.logit_shift,
-                None if s.counts is None else compact(s.counts),
+                s.counts,
                 s.labels,
                 s.batch_index,
             )

@@ -14,7 +14,6 @@ from ._segments import LOG2_E, segment_arguments
 from ._tile import Rows, advance, features, load_parts, split_scores, width
 from .attention import launch_attention, log2_sum_exp
 from .attention_backward import attention_backward
-from .rearrange import compact
 
 
 def label_mass(query, key, key_labels, num_labels, *, scale, counts) -> Tensor:
@@ -23,10 +22,9 @@ def label_mass(query, key, key_labels, num_labels, *, scale, counts) -> Tensor:
     exact = torch.float32 if interpreted else torch.bfloat16
     members = _indicator(key, key_labels, num_labels, exact)
     mass = torch.empty((*query.shape[:3], members.shape[3]), device=query.device, dtype=torch.float32)
-    multiplicity = None if counts is None else compact(counts)
     launch_attention(
         query,
-        [segment_arguments(key, members, scale, multiplicity=multiplicity)],
+        [segment_arguments(key, members, scale, counts=counts)],
         output=mass,
         lse=None,
         exact_weights=True,
@@ -43,10 +41,7 @@ def label_mass_backward(
     absent = members.shape[3] - num_labels
     grad_output, output = pad(grad_mass, (0, absent)).to(query.dtype), pad(mass, (0, absent))
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
-    multiplicity = None if counts is None else compact(counts)
-    launch_attention(
-        query, [segment_arguments(key, None, scale, multiplicity=multiplicity)], output=None, lse=lse
-    )
+    launch_attention(query, [segment_arguments(key, None, scale, counts=counts)], output=None, lse=lse)
     segment = SimpleNamespace(
         key=key, value=members, counts=counts, labels=None, batch_index=None, logit_scale=1.0, logit_shift=0.0
     )

@@ -1,4 +1,4 @@
-"""rearranged_attention and topk_attention on Triton.
+"""rearranged_attention, unit_features and topk_attention on Triton.
 
 B batch rows, G maps (1 or H), H heads, N_Q and N_K tokens, D and D_V channels, K candidates of a query.
 """
@@ -14,10 +14,22 @@ from ._configs import choose_tile
 from ._labels import sort_queries
 from ._launch import launch, target_of
 from ._segments import LOG2_E, segment_arguments
-from ._tile import Parts, features, load_parts, load_rows, rows_of, scale_rows, store_parts, width, zeros
+from ._tile import (
+    Parts,
+    features,
+    load_parts,
+    load_rows,
+    rows_of,
+    scale_rows,
+    store_channels,
+    store_parts,
+    width,
+    zeros,
+)
 from .attention import launch_attention, log2_sum_exp
-from .rearrange import compact
 from .similarity import counted_argmax
+
+UNIT_VALUES = 4096  # that a program normalises, 32 a thread
 
 
 class Candidate(NamedTuple):
@@ -43,7 +55,7 @@ def rearranged_attention(
     ref_labels=None,
     batch_index=None,
 ) -> Tensor:
-    """Norms, argmax with its counts, compaction and attention in four launches.
+    """Norms, argmax with its counts, gathering and attention in four launches.
 
     One more with a contrast, two more where labels are sorted.
     """
@@ -55,7 +67,7 @@ def rearranged_attention(
         ref_key,
         ref_value,
         scale,
-        multiplicity=compact(counts),
+        counts=counts,
         labels=ref_labels,
         batch_index=batch_index,
         by_label=query_order is not None,
@@ -67,6 +79,35 @@ def rearranged_attention(
         query, [segment], output=output, lse=None, contrast=contrast, known=known, match=match, **shared
     )
     return output
+
+
+def unit_features(query: Tensor, ref_query: Tensor) -> tuple[Tensor, Tensor]:
+    """x / max(|x|, 1e-12) of each token and head of both [B, H, N, D], contiguous, in one launch."""
+    heads, dim = query.shape[1], query.shape[3]
+    channels = triton.next_power_of_2(dim)
+    block = UNIT_VALUES // channels
+    query_programs, reference_programs = (
+        x.shape[0] * heads * triton.cdiv(x.shape[2], block) for x in (query, ref_query)
+    )
+    units = query.new_empty(query.shape), ref_query.new_empty(ref_query.shape)
+    launch(
+        _unit_features_kernel,
+        (query_programs + reference_programs,),
+        num_warps=4,
+        num_stages=1,
+        query=features(query),
+        reference=features(ref_query),
+        query_unit_ptr=units[0],
+        reference_unit_ptr=units[1],
+        QUERY_PROGRAMS=query_programs,
+        H=heads,
+        N_Q=query.shape[2],
+        N_K=ref_query.shape[2],
+        D=dim,
+        WIDTH=channels,
+        BLOCK=block,
+    )
+    return units
 
 
 def topk_attention(query, key, value, index, *, scale, contrast, batch_index=None) -> Tensor:
@@ -102,6 +143,42 @@ def topk_attention(query, key, value, index, *, scale, contrast, batch_index=Non
         BLOCK_M=tile.block_m,
     )
     return output
+
+
+@triton.jit
+def _store_units(source, unit_ptr, program, H, N, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of tokens of one batch row and head."""
+    blocks = tl.cdiv(N, BLOCK)
+    row = program // blocks
+    tokens = ((program % blocks) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    rows = rows_of(source, (row // H).to(tl.int64), (row % H).to(tl.int64))
+    tile = load_rows(rows, tokens, tokens < N, D, 0, WIDTH, True).to(tl.float32)
+    norm = tl.sqrt_rn(tl.sum(tile * tile, 1))
+    norm = tl.maximum(norm, 1e-12, propagate_nan=tl.PropagateNan.ALL)
+    pointers = unit_ptr + (row.to(tl.int64) * N + tokens) * D
+    store_channels(pointers, tile * (1.0 / norm)[:, None], tokens < N, D, 0, WIDTH)
+
+
+@triton.jit
+def _unit_features_kernel(
+    query,
+    reference,
+    query_unit_ptr,
+    reference_unit_ptr,
+    QUERY_PROGRAMS,
+    H,
+    N_Q,
+    N_K,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A block of tokens of the queries or of the reference: the programs of the queries come first."""
+    program = tl.program_id(0)
+    if program < QUERY_PROGRAMS:
+        _store_units(query, query_unit_ptr, program, H, N_Q, D, WIDTH, BLOCK)
+    else:
+        _store_units(reference, reference_unit_ptr, program - QUERY_PROGRAMS, H, N_K, D, WIDTH, BLOCK)
 
 
 @triton.jit

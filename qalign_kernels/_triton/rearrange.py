@@ -1,7 +1,10 @@
-"""match_counts, compact, take_chosen and take_rows on Triton. B batch rows, G maps (1 or H), N tokens, D channels."""
+"""match_counts, compact, take_chosen and take_rows on Triton.
+
+B batch rows, G maps (1 or H), H heads, N tokens, D channels.
+"""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +20,11 @@ COMPACT_BLOCKS = (
     4096,
 )  # the least and the most tokens at a time, up to 16 a thread: 16 warps spill under Triton 3.6
 GATHER_BLOCK_M = 64
-GATHER_WIDTH = 128
+CHOSEN_VALUES = 8192  # of a source at a time, 32 a thread
+CHOSEN_TOKENS = (
+    4096  # for each so many a program has a tile: it reads at most a quarter of the bytes in counts
+)
+CLEARED = tl.constexpr(128)  # up to a multiple of how many slots there are zeros behind the chosen tokens
 
 
 def match_counts(index: Tensor, num_tokens: int) -> Tensor:
@@ -43,7 +50,7 @@ def match_counts(index: Tensor, num_tokens: int) -> Tensor:
 class Multiplicity(NamedTuple):
     """The reference tokens that were chosen, and how often; `unique` many of each row's N entries count."""
 
-    order: Tensor  # int32 [B, G, N], ascending, zeros behind
+    order: Tensor | None  # int32 [B, G, N], ascending, zeros behind; None where the tokens were taken
     weights: Tensor  # float32 [B, G, N], the counts in this order, zeros behind
     log_weights: Tensor  # float32 [B, G, N], log2 of the counts, zeros behind
     unique: Tensor  # int32 [B, G]
@@ -51,15 +58,19 @@ class Multiplicity(NamedTuple):
     total: Tensor  # float32 [B, G], the sum of the counts
 
 
+class CountRow(NamedTuple):
+    """The counts of the tokens of one row and map."""
+
+    pointer: Any
+    stride: Any
+
+
 def compact(counts: Tensor) -> Multiplicity:
     """Deterministic, no host synchronisation; counts int32 [B, G, N], any strides."""
     batch, maps, tokens = counts.shape
     block = min(max(triton.next_power_of_2(tokens), COMPACT_BLOCKS[0]), COMPACT_BLOCKS[1])
-    shapes = [counts.shape] * 3 + [counts.shape[:2]] * 3
-    dtypes = (torch.int32, torch.float32, torch.float32, torch.int32, torch.float32, torch.float32)
-    multiplicity = Multiplicity(
-        *(torch.empty(shape, device=counts.device, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
-    )
+    order = torch.empty(counts.shape, device=counts.device, dtype=torch.int32)
+    multiplicity = _empty_multiplicity(counts)._replace(order=order)
     launch(
         _compact_kernel,
         (batch * maps,),
@@ -67,7 +78,7 @@ def compact(counts: Tensor) -> Multiplicity:
         num_stages=1,
         counts_ptr=counts,
         counts_strides=counts.stride(),
-        **{f"{name}_ptr": x for name, x in multiplicity._asdict().items()},
+        multiplicity=multiplicity,
         G=maps,
         N_K=tokens,
         BLOCK=block,
@@ -75,38 +86,61 @@ def compact(counts: Tensor) -> Multiplicity:
     return multiplicity
 
 
-def take_chosen(
-    sources: Sequence[Tensor], multiplicity: Multiplicity, batch_index: Tensor | None
-) -> list[Tensor]:
-    """Gather the chosen tokens of each source [B, H, N, D] in their order: contiguous, without a value behind.
+def _empty_multiplicity(counts: Tensor) -> Multiplicity:
+    """Uninitialised, without an order."""
+    shapes = [counts.shape] * 2 + [counts.shape[:2]] * 3
+    dtypes = (torch.float32, torch.float32, torch.int32, torch.float32, torch.float32)
+    return Multiplicity(
+        None, *(torch.empty(shape, device=counts.device, dtype=dtype) for shape, dtype in zip(shapes, dtypes))
+    )
 
-    Walking over gathered tokens is faster than reading every tile of them through the order.
+
+def take_chosen(
+    sources: Sequence[Tensor], counts: Tensor, batch_index: Tensor | None
+) -> tuple[list[Tensor], Multiplicity]:
+    """Gather the tokens of each source [B, H, N, D] that have a count, in their order, in one launch.
+
+    Walking over gathered tokens is faster than reading every tile of them through the order. A program counts
+    the chosen tokens before its own ones, so that it needs no other program.
+
+    Args:
+        counts: int32 [B, G, N], any strides.
+        batch_index: int32 [B], the row of the sources that each row of the counts chooses from.
+
+    Returns:
+        The taken tokens [B, H, N, D], contiguous, and their multiplicity without an order. Behind the last one
+        are zeros up to a multiple of CLEARED slots, and no values from there on.
     """
-    order = multiplicity.order
-    (heads, tokens), (rows, maps) = sources[0].shape[1:3], order.shape[:2]
-    batch = sources[0].shape[0] if batch_index is None else batch_index.shape[0]
+    (batch, maps, tokens), heads = counts.shape, sources[0].shape[1]
+    widths = [triton.next_power_of_2(x.shape[3]) for x in sources]
+    block = min(CHOSEN_VALUES // max(widths), CLEARED.value)
+    tiles = triton.next_power_of_2(triton.cdiv(tokens, CHOSEN_TOKENS))
     taken = [x.new_empty((batch, *x.shape[1:])) for x in sources]
+    multiplicity = _empty_multiplicity(counts)
     launch(
         _take_chosen_kernel,
-        (batch * heads * triton.cdiv(tokens, GATHER_BLOCK_M),),
-        num_warps=4,
+        (batch * maps + batch * heads * triton.cdiv(tokens, tiles * block),),
+        num_warps=8,
         num_stages=1,
+        counts_ptr=counts,
+        counts_strides=counts.stride(),
         sources=tuple(map(features, sources)),
         taken_ptrs=tuple(taken),
         rows_ptr=batch_index,
         rows_stride=0 if batch_index is None else batch_index.stride(0),
-        order_ptr=order,
-        order_stride_b=maps if rows > 1 else 0,
-        unique_ptr=multiplicity.unique,
+        multiplicity=multiplicity,
         H=heads,
-        MAPS=maps,
+        G=maps,
         N=tokens,
+        TOTALS=batch * maps,
         SOURCES=len(sources),
         DIMS=tuple(tl.constexpr(x.shape[3]) for x in sources),
-        WIDTHS=tuple(tl.constexpr(triton.next_power_of_2(x.shape[3])) for x in sources),
-        BLOCK=GATHER_BLOCK_M,
+        WIDTHS=tuple(map(tl.constexpr, widths)),
+        TILES=tiles,
+        BLOCK=block,
+        COUNT_BLOCK=min(max(triton.next_power_of_2(tokens), COMPACT_BLOCKS[0]), COMPACT_BLOCKS[1]),
     )
-    return taken
+    return taken, multiplicity
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -144,80 +178,149 @@ def _match_counts_kernel(index_ptr, counts_ptr, index_strides, G, N_Q, N_K, BLOC
 
 
 @triton.jit
-def _compact_kernel(
-    counts_ptr,
-    counts_strides,
-    order_ptr,
-    weights_ptr,
-    log_weights_ptr,
-    unique_ptr,
-    headroom_ptr,
-    total_ptr,
-    G,
-    N_K,
-    BLOCK: tl.constexpr,
-):
+def _open_counts(counts_ptr, strides, batch, group):
+    """The counts of one row and map."""
+    offset = tl.cast(batch, tl.int64) * strides[0] + tl.cast(group, tl.int64) * strides[1]
+    return CountRow(counts_ptr + offset, strides[2])
+
+
+@triton.jit
+def _load_counts(counts_row, tokens, last):
+    """The counts of a row at some tokens, 0 from `last` on."""
+    pointers = counts_row.pointer + tokens.to(tl.int64) * counts_row.stride
+    return tl.maximum(tl.load(pointers, mask=tokens < last, other=0), 0)
+
+
+@triton.jit
+def _store_weights(multiplicity, slots, counts, inside):
+    """The weights of a row, and their logarithms."""
+    tl.store(multiplicity.weights + slots, counts.to(tl.float32), mask=inside)
+    log_weights = tl.math.log2(tl.maximum(counts, 1).to(tl.float32))
+    tl.store(multiplicity.log_weights + slots, log_weights, mask=inside)
+
+
+@triton.jit
+def _slots(tokens, chosen, chosen_before, N):
+    """Where the tokens go: the chosen ones fill their row from the front, the others from the back."""
+    return tl.where(chosen != 0, chosen_before, N - 1 - (tokens - chosen_before))
+
+
+@triton.jit
+def _store_totals(multiplicity, row, unique, largest, total):
+    """What there is one of for a row; `largest` and `total` are of several parts of it."""
+    headroom = tl.math.log2(tl.maximum(tl.max(largest, 0).to(tl.float32) / 32768.0, 1.0))
+    tl.store(multiplicity.unique + row, unique)
+    tl.store(multiplicity.headroom + row, headroom)
+    tl.store(multiplicity.total + row, tl.sum(total, 0))
+
+
+@triton.jit
+def _compact_kernel(counts_ptr, counts_strides, multiplicity, G, N_K, BLOCK: tl.constexpr):
     """One row: a scan of its counts."""
     row = tl.program_id(0).to(tl.int64)
-    counts_ptr += (row // G) * counts_strides[0] + (row % G) * counts_strides[1]
-    order_ptr += row * N_K
-    weights_ptr += row * N_K
-    log_weights_ptr += row * N_K
+    counts_row = _open_counts(counts_ptr, counts_strides, row // G, row % G)
     unique = 0
     largest = tl.zeros((BLOCK,), tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, N_K, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        pointers = counts_ptr + tokens.to(tl.int64) * counts_strides[2]
-        counts = tl.maximum(tl.load(pointers, mask=tokens < N_K, other=0), 0)
+        counts = _load_counts(counts_row, tokens, N_K)
         chosen = (counts > 0).to(tl.int32)
-        chosen_before = unique + tl.cumsum(chosen, 0) - chosen
-        # chosen tokens fill the row from the front, the zeros of the others from the back
-        slot = tl.where(chosen != 0, chosen_before, N_K - 1 - (tokens - chosen_before))
-        tl.store(order_ptr + slot, tl.where(chosen != 0, tokens, 0), mask=tokens < N_K)
-        tl.store(weights_ptr + slot, counts.to(tl.float32), mask=tokens < N_K)
-        tl.store(
-            log_weights_ptr + slot, tl.math.log2(tl.maximum(counts, 1).to(tl.float32)), mask=tokens < N_K
-        )
+        slots = row * N_K + _slots(tokens, chosen, unique + tl.cumsum(chosen, 0) - chosen, N_K)
+        tl.store(multiplicity.order + slots, tl.where(chosen != 0, tokens, 0), mask=tokens < N_K)
+        _store_weights(multiplicity, slots, counts, tokens < N_K)
         unique += tl.sum(chosen, 0)
         largest = tl.maximum(largest, counts)
         total += counts.to(tl.float32)
-    tl.store(unique_ptr + row, unique)
-    tl.store(headroom_ptr + row, tl.math.log2(tl.maximum(tl.max(largest, 0).to(tl.float32) / 32768.0, 1.0)))
-    tl.store(total_ptr + row, tl.sum(total, 0))
+    _store_totals(multiplicity, row, unique, largest, total)
+
+
+@triton.jit
+def _sum_up(counts_row, multiplicity, row, N, BLOCK: tl.constexpr):
+    """What there is one of for a row, of its counts in any order."""
+    unique = tl.zeros((BLOCK,), tl.int32)
+    largest = tl.zeros((BLOCK,), tl.int32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N, BLOCK):
+        counts = _load_counts(counts_row, start + tl.arange(0, BLOCK), N)
+        unique += (counts > 0).to(tl.int32)
+        largest = tl.maximum(largest, counts)
+        total += counts.to(tl.float32)
+    _store_totals(multiplicity, row, tl.sum(unique, 0), largest, total)
+
+
+@triton.jit
+def _count_chosen(counts_row, first, last, BLOCK: tl.constexpr):
+    """How many of the tokens from `first` to `last`, `last` excluded, were chosen."""
+    chosen = tl.zeros((BLOCK,), tl.int32)
+    for start in range(first, last, BLOCK):
+        chosen += (_load_counts(counts_row, start + tl.arange(0, BLOCK), last) > 0).to(tl.int32)
+    return tl.sum(chosen, 0)
 
 
 @triton.jit
 def _take_chosen_kernel(
+    counts_ptr,
+    counts_strides,
     sources,
     taken_ptrs,
     rows_ptr,
     rows_stride,
-    order_ptr,
-    order_stride_b,
-    unique_ptr,
+    multiplicity,
     H,
-    MAPS,
+    G,
     N,
+    TOTALS,
     SOURCES: tl.constexpr,
     DIMS,
     WIDTHS,
+    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr,
 ):
-    """A tile of chosen tokens of one batch row and head, of every source."""
-    row, batch, head, slots, inside = open_tile(N, H, BLOCK)
-    order_row = batch * order_stride_b + head % MAPS
-    chosen = inside & (slots < tl.load(unique_ptr + order_row))
-    if tl.max(chosen.to(tl.int32), 0) > 0:
+    """The totals of a row of counts, or TILES blocks of tokens of one batch row and head, of every source."""
+    program = tl.program_id(0)
+    if program < TOTALS:
+        counts_row = _open_counts(counts_ptr, counts_strides, program // G, program % G)
+        _sum_up(counts_row, multiplicity, program, N, COUNT_BLOCK // 4)
+    else:
+        program -= TOTALS
+        spans = tl.cdiv(N, TILES * BLOCK)
+        row, first = program // spans, program % spans * (TILES * BLOCK)
+        batch, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
+        row = row.to(tl.int64)
+        counts_row = _open_counts(counts_ptr, counts_strides, batch, head % G)
+        weights_row = (batch * G + head) * N
         source_row = batch
         if rows_ptr is not None:
             source_row = tl.load(rows_ptr + batch * rows_stride).to(tl.int64)
-        tokens = tl.load(order_ptr + order_row * N + slots, mask=chosen, other=0).to(tl.int64)
-        for s in tl.static_range(SOURCES):
-            rows = rows_of(sources[s], source_row, head)
-            tile = load_rows(rows, tokens, chosen, DIMS[s], 0, WIDTHS[s], True)
-            pointers = taken_ptrs[s] + (row * N + slots) * DIMS[s]
-            store_channels(pointers, tile, chosen, DIMS[s], 0, WIDTHS[s])
+        counted, number = 0, 0  # tokens, and how many of them were chosen
+        for tile in tl.range(TILES, disable_licm=True):  # what would be hoisted is too much to hold
+            start = first + tile * BLOCK
+            tokens = start + tl.arange(0, BLOCK)
+            counts = _load_counts(counts_row, tokens, N)
+            chosen = (counts > 0).to(tl.int32)
+            number += _count_chosen(counts_row, counted, start, COUNT_BLOCK)
+            tiles = tl.tuple(())  # all of them are on their way before the first is stored
+            for s in tl.static_range(SOURCES):
+                rows = rows_of(sources[s], source_row, head)
+                tiles += (load_rows(rows, tokens.to(tl.int64), chosen != 0, DIMS[s], 0, WIDTHS[s], True),)
+            slots = _slots(tokens, chosen, number + tl.cumsum(chosen, 0) - chosen, N).to(tl.int64)
+            if head < G:  # the first head of each map
+                _store_weights(multiplicity, weights_row + slots, counts, tokens < N)
+            for s in tl.static_range(SOURCES):
+                pointers = taken_ptrs[s] + (row * N + slots) * DIMS[s]
+                store_channels(pointers, tiles[s], chosen != 0, DIMS[s], 0, WIDTHS[s])
+            counted = start + BLOCK
+            number += tl.sum(chosen, 0)
+        if first + TILES * BLOCK >= N:  # it has counted all of them
+            end = tl.minimum(tl.cdiv(number, CLEARED) * CLEARED, N)
+            for start in range(number, end, BLOCK):
+                slots = (start + tl.arange(0, BLOCK)).to(tl.int64)
+                for s in tl.static_range(SOURCES):
+                    pointers = taken_ptrs[s] + (row * N + slots) * DIMS[s]
+                    nothing = tl.zeros((BLOCK, WIDTHS[s]), tl.float32)
+                    store_channels(pointers, nothing, slots < end, DIMS[s], 0, WIDTHS[s])
 
 
 @triton.jit

@@ -59,6 +59,11 @@ def test_opcheck_of_label_mass_backward(dtype):
     checked(OPS.label_mass_backward, mass.sin(), mass, query, key, labels, 4, 0.3, random_integers(0, 3, 2, 1, 9, seed=1), [False, True], "tiled")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck_of_unit_features(dtype):
+    checked(OPS.unit_features, *(x.transpose(1, 2) for x in features(7, 9, dtype=dtype)), "auto")
+
+
 @pytest.mark.parametrize("batch_index", [None, ROWS])
 def test_opcheck_of_topk_attention(batch_index):
     checked(OPS.topk_attention, *features(7, 9, 9), random_integers(-1, 9, 2, 1, 7, 3, seed=0), 0.3, 1.67, batch_index, "auto")

@@ -98,3 +98,56 @@ def test_take_rows_keeps_nan_and_zeroes_unmatched_rows():
     key = torch.full((1, 1, 3, 16), float("nan"))
     gathered = rearrange.take_rows(key, torch.tensor([[[2, -1]]], dtype=torch.int32))
     assert gathered[0, 0, 0].isnan().all() and not gathered[0, 0, 1].any()
+
+
+def _chosen(counts, source):
+    """The tokens of a source [H, N, D] that one row of the counts [G, N] chose, by hand: a list for each head."""
+    groups = counts.shape[0]
+    return [source[head, (counts[head % groups] > 0).nonzero().squeeze(-1)] for head in range(source.shape[0])]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("maps", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 257])
+def test_take_chosen_keeps_the_order_and_clears_behind(tokens, maps, share):
+    generator = torch.Generator().manual_seed(4)
+    key, value = (torch.randn((2, 3, tokens, dim), generator=generator).half() for dim in (40, 16))
+    counts = torch.randint(1, 9, (2, maps, tokens), generator=generator, dtype=torch.int32)
+    counts *= torch.rand(counts.shape, generator=generator) < share
+    taken, found = rearrange.take_chosen([key, value], counts, None)
+    _check_taken(taken, [key, value], counts, found.unique)
+    expected = rearrange.compact(counts)
+    assert found.order is None
+    assert all(torch.equal(x, y) for x, y in zip(found[1:], expected[1:]))
+
+
+def _check_taken(taken, sources, counts, unique):
+    cleared = rearrange.CLEARED.value
+    for x, source in zip(taken, sources):
+        assert x.is_contiguous()
+        for row in range(counts.shape[0]):
+            for head, expected in enumerate(_chosen(counts[row], source[row])):
+                number = len(expected)
+                assert number == unique[row, head % counts.shape[1]]
+                assert torch.equal(x[row, head, :number], expected)
+                assert not x[row, head, number : -(-number // cleared) * cleared].any()
+
+
+def test_take_chosen_of_many_tokens():
+    """A program then has several tiles, and counts before them in several blocks."""
+    tokens = 2 * rearrange.CHOSEN_TOKENS + 1100
+    generator = torch.Generator().manual_seed(5)
+    source = torch.randn((1, 2, tokens, 16), generator=generator)
+    counts = torch.randint(-1, 2, (1, 1, tokens), generator=generator, dtype=torch.int32)
+    taken, found = rearrange.take_chosen([source], counts, None)
+    _check_taken(taken, [source], counts, found.unique)
+    assert all(torch.equal(x, y) for x, y in zip(found[1:], rearrange.compact(counts)[1:]))
+
+
+def test_take_chosen_of_any_strides_and_rows():
+    generator = torch.Generator().manual_seed(6)
+    source = torch.randn((2, 300, 3, 80), generator=generator).transpose(1, 2)[..., ::2]
+    counts = (_index((300, 3, 3), 4) + 1).permute(2, 1, 0)
+    rows = torch.tensor([1, 0, 1], dtype=torch.int32)
+    taken, found = rearrange.take_chosen([source], counts, rows)
+    _check_taken(taken, [source[rows.long()]], counts, found.unique)
