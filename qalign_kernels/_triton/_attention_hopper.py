@@ -13,6 +13,7 @@ N_Q queries, N_K keys, D channels. Tensors are [B, H, N, D].
 
 from typing import Any, NamedTuple
 
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -143,7 +144,7 @@ def _judge(ring, row_sum, inside, PART: gl.constexpr):
     good = (row_sum < FIXED_LIMIT) & (row_sum > 1 / FIXED_LIMIT)
     bad = gl.max((inside & ~good).to(gl.int32), 0)
     ring.verdicts.index(PART).store(gl.full([1], 0, gl.int32, LANES) + bad)
-    gl.thread_barrier()
+    tl.debug_barrier()
     mbarrier.arrive(ring.judged.index(0), count=1)
     return _refused(ring)
 
@@ -183,26 +184,45 @@ def _release(empty, step):
 
 
 @gluon.jit
+def _factor(segment):
+    """What makes logits of scores; the scale of a segment is above 0."""
+    if segment.NEGATIVE:
+        return -segment.scale
+    else:
+        return segment.scale
+
+
+@gluon.jit
+def _largest(scores, segment):
+    """The largest logit of each row, without the shift."""
+    if segment.NEGATIVE:
+        return gl.min(scores, 1) * _factor(segment)
+    else:
+        return gl.max(scores, 1) * _factor(segment)
+
+
+@gluon.jit
 def _weigh(scores, log_weights, running_max, segment, FIXED: gl.constexpr, MASKED: gl.constexpr):
     """Weights of a tile of scores. With counts a FIXED maximum is the same for all queries."""
+    factor = _factor(segment)
     rescale = running_max
     if FIXED:
         if log_weights is None:
-            weights = gl.exp2(scores * segment.scale + (segment.shift - running_max)[:, None])
+            weights = gl.exp2(scores * factor + (segment.shift - running_max)[:, None])
         else:
-            weights = gl.exp2(scores * segment.scale + log_weights[None, :])
+            weights = gl.exp2(scores * factor + log_weights[None, :])
     else:
         if log_weights is None:
-            largest = gl.max(scores, 1) * segment.scale + segment.shift
+            largest = _largest(scores, segment) + segment.shift
         else:
-            scores = scores * segment.scale + log_weights[None, :]
+            scores = scores * factor + log_weights[None, :]
             largest = gl.max(scores, 1) + segment.shift
         new_max = gl.maximum(running_max, largest)
         stabiliser = new_max
         if MASKED:
             stabiliser = gl.where(new_max == float("-inf"), 0.0, new_max)
         if log_weights is None:
-            weights = gl.exp2(scores * segment.scale + (segment.shift - stabiliser)[:, None])
+            weights = gl.exp2(scores * factor + (segment.shift - stabiliser)[:, None])
         else:
             weights = gl.exp2(scores + (segment.shift - stabiliser)[:, None])
         rescale = gl.exp2(running_max - stabiliser)
@@ -239,12 +259,11 @@ def _attend(ring, segment, place, step, PART: gl.constexpr, FIXED: gl.constexpr,
 
     scores = warpgroup_mma_wait(0, (_start_scores(ring, step, PART, LAYOUT),))
     _release(ring.keys_empty, step)
-    if segment.NEGATIVE:
-        scores = -scores
-    scores = gl.where(present[None, :], scores, float("-inf"))
+    absent = float("inf") if segment.NEGATIVE else float("-inf")
+    scores = gl.where(present[None, :], scores, absent)
     common_max = 0.0
     if FIXED:
-        running_max = gl.max(scores, 1) * segment.scale + segment.shift
+        running_max = _largest(scores, segment) + segment.shift
         if segment.log_weights_ptr is not None:
             common_max = gl.max(running_max, 0)
             running_max = gl.zeros_like(running_max) + common_max
@@ -263,8 +282,6 @@ def _attend(ring, segment, place, step, PART: gl.constexpr, FIXED: gl.constexpr,
         pending_scores = _start_scores(ring, step + 1, PART, LAYOUT)
         pending_output = _start_output(ring, step, weights, output)
         scores = warpgroup_mma_wait(1, (pending_scores,))
-        if segment.NEGATIVE:
-            scores = -scores
         if FIXED and segment.log_weights_ptr is not None:
             log_weights += segment.shift - common_max
         weighed = _weigh(scores, log_weights, running_max, segment, FIXED, False)

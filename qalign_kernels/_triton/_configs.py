@@ -78,6 +78,8 @@ WORK = {
     ("topk_attention", "contrast"): Work(queries=0, keys=0, scores=0, outputs=4),
 }
 LISTED_WORK = {  # of kernels that serve only what a row names; `num_stages` are the buffers of their ring
+    ("attention", "softmax hopper"): _SOFTMAX,
+    ("attention", "counted softmax hopper"): _SOFTMAX,
     ("similarity", "joint hopper"): Work(queries=1, keys=1, scores=1, outputs=0, staged_queries=True),
 }
 INTERPRETED = {
