@@ -29,7 +29,6 @@ from ._configs import Tile
 from ._joint_hopper import ELEMENTS, PRODUCER_REGISTERS
 from ._tile import unpack_match
 
-ROWS = 64  # queries of a consumer
 CONSUMERS = gl.constexpr(2)
 CONSUMER_REGISTERS = gl.constexpr(240)
 PARTS = gl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
@@ -119,7 +118,9 @@ def _produce(query, key, value, ring, place, FIXED: gl.constexpr):
     mbarrier.expect(full, CONSUMERS * query.block_type.nbytes)
     for part in gl.static_range(CONSUMERS):
         first = place.first_query + part * ROWS
-        tma.async_copy_global_to_shared(query, [place.batch, place.head, first, 0], full, ring.query_tiles.index(part))
+        tma.async_copy_global_to_shared(
+            query, [place.batch, place.head, first, 0], full, ring.query_tiles.index(part)
+        )
     step = _copy_tiles(key, value, ring, place, gl.to_tensor(0))
     if FIXED:
         if _refused(ring):
@@ -339,7 +340,8 @@ def _consume(segment, outputs, ring, place, PART: gl.constexpr, FIXED: gl.conste
 
     # through the shared memory of the queries, which have met all keys: wide stores
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
-    scaled = state.output * gl.convert_layout(factor, gl.SliceLayout(1, state.output.type.layout))[:, None]
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    scaled = state.output * gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT))[:, None]
     room = ring.query_tiles.index(PART).reshape([ROWS, D])
     room.store(scaled.to(ring.query_tiles.dtype))
     rows = place.first_query + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
@@ -365,12 +367,11 @@ def attention_hopper_kernel(
     BLOCK_N: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
-    """A tile of queries of one batch row and head against every key; descriptors of [B, H, N, D]."""
+    """Queries of one batch row and head, BLOCK_M for each consumer, against every key; descriptors of [B, H, N, D]."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    ROWS: gl.constexpr = BLOCK_M // CONSUMERS
     D: gl.constexpr = query.block_type.shape[3]
     ring = Ring(
-        gl.allocate_shared_memory(query.dtype, [CONSUMERS, 1, 1, ROWS, D], query.layout),
+        gl.allocate_shared_memory(query.dtype, [CONSUMERS, 1, 1, BLOCK_M, D], query.layout),
         gl.allocate_shared_memory(query.dtype, [BUFFERS, 1, 1, BLOCK_N, D], key.layout),
         gl.allocate_shared_memory(query.dtype, [BUFFERS, 1, 1, BLOCK_N, D], value.layout),
         gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER),
@@ -388,7 +389,7 @@ def attention_hopper_kernel(
         mbarrier.init(ring.keys_empty.index(slot), count=CONSUMERS)
         mbarrier.init(ring.values_full.index(slot), count=1)
         mbarrier.init(ring.values_empty.index(slot), count=CONSUMERS)
-    blocks = gl.cdiv(N_Q, BLOCK_M)
+    blocks = gl.cdiv(N_Q, CONSUMERS * BLOCK_M)
     row = gl.program_id(0) // blocks
     batch, head, key_batch = row // H, row % H, row // H
     limit, order_row = segment.N_K, batch
@@ -403,7 +404,7 @@ def attention_hopper_kernel(
         head,
         key_batch,
         order_row.to(gl.int64),
-        (gl.program_id(0) % blocks) * BLOCK_M,
+        (gl.program_id(0) % blocks) * (CONSUMERS * BLOCK_M),
         limit,
         gl.maximum(gl.cdiv(limit, BLOCK_N), 1),
     )
@@ -430,11 +431,12 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 def arguments(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> dict[str, Any]:
     """What the kernel takes for these features and this tile, and the general one does not."""
+    rows = tile.block_m // CONSUMERS.value
     return {
-        "query": descriptor(query, ROWS),
+        "query": descriptor(query, rows),
         "key": descriptor(key, tile.block_n),
         "value": descriptor(value, tile.block_n),
-        "BLOCK_M": tile.block_m,
+        "BLOCK_M": rows,
         "BLOCK_N": tile.block_n,
         "BUFFERS": tile.num_stages,
     }
