@@ -1,7 +1,7 @@
 """A stand-in for Gluon on the CPU, for kernels of several partitions: what they compute, and how they wait.
 
-A partition is a thread. A matrix product is done no sooner than it is waited for, so that a buffer that is given
-back too early shows; shared memory begins as NaN. Waits that no one ends raise after SECONDS.
+A partition is a thread. A matrix product is done no sooner than it is waited for, so that a buffer which is
+given back too early shows; shared memory begins as NaN. A wait of more than SECONDS raises.
 """
 
 import ast

@@ -8,7 +8,7 @@ RUNS = """
 import threading
 from unittest import mock
 from triton import knobs
-from qalign_kernels import _backends, match_counts, qalign_attention
+from qalign_kernels import Segment, _backends, match_counts, qalign_attention
 from qalign_kernels._triton import _configs, _launch, _replay, rearrange
 from qalign_kernels.testing import poisoned_memory
 from replay_checks import difference, features
@@ -58,6 +58,17 @@ result["hopper_counted"] = difference(stub, counted)
 with stub.recording() as calls:
     counted()
 result["hopper_threads"] = [call.block[0] for call in calls]
+
+def attended(query, key, value, rows=None):
+    module = _backends.implementation("triton", "attention")
+    settings = {"contrast": 1.0, "query_labels": None, "guide": None, "need_lse": True}
+    return lambda: module.attention(query, [Segment(key, value, batch_index=rows)], scale=0.125, **settings)
+
+result["hopper_attention"] = difference(stub, attended(*features(*wide, count=3)))
+result["hopper_attention_batch_index"] = difference(stub, attended(*features(*wide, count=3), chosen))
+with stub.recording() as calls:
+    attended(*features(*wide, count=3))()
+result["hopper_attention_threads"] = [call.block[0] for call in calls]
 
 stub.stream = 5
 result["other_stream"] = difference(stub, transfer(x), calls=1)
@@ -114,7 +125,7 @@ result["kept"] = [_replay._kind.cache_info().currsize, _replay.KEPT]
 SAME = """
     qalign_attention another_scale other_tensors one_tensor_twice two_tensors_then take_rows other_strides
     misaligned aligned_again one_row seventeen_rows float32 hopper hopper_other_tensors hopper_batch_index hopper_counted
-    other_stream exchanged_tile after_threads
+    hopper_attention hopper_attention_batch_index other_stream exchanged_tile after_threads
 """.split()
 
 
@@ -128,9 +139,10 @@ def test_replay_launches_what_triton_launches(results, case):
     assert results[case] is None
 
 
-def test_tensor_maps_are_made_anew_for_the_hopper_kernel(results):
+def test_tensor_maps_are_made_anew_for_the_hopper_kernels(results):
     """Eight warps multiply; the one that loads takes the place of four."""
-    assert results["hopper_threads"].count(12 * 32) == 1
+    assert results["hopper_threads"].count(12 * 32) == 2  # argmax and attention
+    assert results["hopper_attention_threads"] == [12 * 32]
 
 
 def test_the_public_op_is_replayed(results):

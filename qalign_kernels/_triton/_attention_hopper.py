@@ -1,9 +1,9 @@
-"""Attention on Hopper, in Gluon: one warp loads, two warp groups multiply, each 64 queries.
+"""Attention on Hopper, in Gluon: one warp loads, two warp groups multiply, each its own queries.
 
 `attention._hopper_tile` says which calls take it. The producer copies the queries once, then tiles of keys and
-values with the bulk copy engine into a ring of buffers. A consumer multiplies the next tile of keys before it
-weighs the values of this one, so that exponentials and products overlap. The last tile of keys comes first:
-it alone may be incomplete, and rows beyond the tensor are zeros.
+values, with the bulk copy engine into a ring of buffers. A consumer multiplies the next tile of keys before
+it weighs the values of this one, so that exponentials and products overlap. The last tile of keys comes
+first: it alone may be incomplete. What the engine reads beyond the tensor is zero.
 
 If FIXED, the largest score of that tile serves for all tiles, which saves the running maximum. Where this was
 too far from the largest of all, both consumers meet all keys again with a running maximum.
@@ -367,7 +367,7 @@ def attention_hopper_kernel(
     BLOCK_N: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
-    """Queries of one batch row and head, BLOCK_M for each consumer, against every key; descriptors of [B, H, N, D]."""
+    """BLOCK_M queries for each consumer, of one batch row and head, against every key."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     D: gl.constexpr = query.block_type.shape[3]
     ring = Ring(

@@ -198,11 +198,12 @@ def launch_attention(
 def _hopper_tile(
     query: Tensor, segments: Sequence[SegmentArguments], output: Tensor | None, mode: str
 ) -> Tile | None:
-    """The tile with which `_attention_hopper` serves a call, or None: it has one segment and no labels."""
+    """The tile with which `_attention_hopper` serves a call, or None: it takes one segment and no labels."""
     (segment, *others), dim = segments, query.shape[3]
     if mode not in ("softmax", "counted softmax") or output is None or others or segment.order_ptr is not None:
         return None
-    tile = listed_tile("attention", f"{mode} hopper", target_of(query.device), dim, query.dtype, query.shape[2])
+    target, tokens = target_of(query.device), query.shape[2]
+    tile = listed_tile("attention", f"{mode} hopper", target, dim, query.dtype, tokens)
     if tile is None or output.shape[3] != dim or segment.N_K < tile.block_n:
         return None
     return tile if all(map(_is_copied, (query, segment.key.pointer, segment.value.pointer))) else None
