@@ -158,7 +158,7 @@ def launch_attention(
     mode = _tile_mode(segments, output, guide, known, exact_weights, distance)
     fixed = _fixed(query, segments, output, known, exact_weights, distance)
     hopper_tile = _hopper_tile(query, segments, output, mode)
-    if hopper_tile is not None:
+    if hopper_tile is not None and output is not None:
         _launch_hopper(query, segments[0], output, lse, lse_unit, match, fixed, hopper_tile)
         return
     tile = choose_tile("attention", mode, target_of(query.device), max(dim, value_dim), query.dtype, tokens)
@@ -200,13 +200,18 @@ def _hopper_tile(
 ) -> Tile | None:
     """The tile with which `_attention_hopper` serves a call, or None: it takes one segment and no labels."""
     (segment, *others), dim = segments, query.shape[3]
-    if mode not in ("softmax", "counted softmax") or output is None or others or segment.order_ptr is not None:
+    if mode not in ("softmax", "counted softmax") or others or segment.order_ptr is not None:
         return None
     target, tokens = target_of(query.device), query.shape[2]
     tile = listed_tile("attention", f"{mode} hopper", target, dim, query.dtype, tokens)
-    if tile is None or output.shape[3] != dim or segment.N_K < tile.block_n:
+    if tile is None or output is None or output.shape[3] != dim or segment.N_K < tile.block_n:
         return None
-    return tile if all(map(_is_copied, (query, segment.key.pointer, segment.value.pointer))) else None
+    return tile if all(map(_is_copied, (query, *_copied(segment)))) else None
+
+
+def _copied(segment: SegmentArguments) -> list[Tensor]:
+    """The keys and the values of a segment."""
+    return [x.pointer for x in (segment.key, segment.value) if x is not None]
 
 
 def _is_copied(x: Tensor) -> bool:
@@ -228,12 +233,13 @@ def _launch_hopper(
 ) -> None:
     from . import _attention_hopper  # Gluon, which no other call needs
 
+    key, value = _copied(segment)
     launch(
         _attention_hopper.attention_hopper_kernel,
         (triton.cdiv(query.shape[2], tile.block_m) * query.shape[0] * query.shape[1],),
         num_warps=tile.num_warps // _attention_hopper.CONSUMERS.value,
         num_stages=1,
-        segment=unsigned(segment)._replace(key=None, value=None),
+        segment=unsigned(segment),
         output_ptr=output,
         lse_ptr=lse,
         lse_unit=lse_unit,
@@ -241,7 +247,7 @@ def _launch_hopper(
         H=query.shape[1],
         N_Q=query.shape[2],
         FIXED=fixed,
-        **_attention_hopper.arguments(query, segment.key.pointer, segment.value.pointer, tile),
+        **_attention_hopper.arguments(query, key, value, tile),
     )
 
 
