@@ -341,7 +341,9 @@ def _consume(segment, outputs, ring, place, PART: gl.constexpr, FIXED: gl.conste
     # through the shared memory of the queries, which have met all keys: wide stores
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
-    scaled = state.output * gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT))[:, None]
+    # without keys, values were not written
+    output = gl.where(gl.convert_layout(empty, gl.SliceLayout(1, OUTPUT))[:, None], 0.0, state.output)
+    scaled = output * gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT))[:, None]
     room = ring.query_tiles.index(PART).reshape([ROWS, D])
     room.store(scaled.to(ring.query_tiles.dtype))
     rows = place.first_query + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))

@@ -195,6 +195,57 @@ def launch_attention(
     )
 
 
+def _last_stages(dims: tuple[int, ...], num_stages: int) -> int:
+    """How deeply loops that run once at most are pipelined: not at all, which is the fastest, if that is right.
+
+    With parts of fewer than 64 channels outside of pipelined loops, the ptxas 12.8 of Triton 3.6 and 3.7 reads
+    their products' operands from wrong addresses on sm_90 (`stray_descriptors` in benchmarks/machine_code.py).
+    """
+    parts = (part for dim in dims for part in split_head_dim(dim) if part)
+    return num_stages if min(parts) < 64 else 1
+
+
+def _tile_mode(
+    segments: Sequence[SegmentArguments],
+    output: Tensor | None,
+    guide: Any,
+    known: Tensor | None,
+    exact_weights: bool,
+    distance: Tensor | None,
+) -> str:
+    if guide is not None or exact_weights:
+        return "guided" if guide is not None else "exact"
+    if output is None:
+        return "lse"
+    counted = any(s.weights_ptr is not None for s in segments)
+    busy = (
+        any(s.labels is not None for s in segments) or (counted and len(segments) > 1) or distance is not None
+    )
+    if known is not None:
+        return "busy contrast" if busy else "contrast"
+    return "busy softmax" if busy else "counted softmax" if counted else "softmax"
+
+
+def _fixed(
+    query: Tensor,
+    segments: Sequence[SegmentArguments],
+    output: Tensor | None,
+    known: Tensor | None,
+    exact_weights: bool,
+    distance: Tensor | None,
+) -> bool:
+    """Whether the maximum of the first tile may serve for all tiles.
+
+    Weights must have the range of float32, and every query must see a key there.
+    """
+    unsorted = any(s.labels is not None and s.starts_ptr is None for s in segments)
+    if known is not None or exact_weights or query.dtype == torch.float16 or unsorted:
+        return False
+    kind = "distance" if distance is not None else "plain" if segments[0].weights_ptr is None else "counts"
+    narrow = output is None or max(query.shape[3], output.shape[3]) <= FIXED_WIDTHS[kind]
+    return narrow and (output is None or len(segments) == 1) and target_of(query.device) in FIXED_TARGETS
+
+
 def _hopper_tile(
     query: Tensor, segments: Sequence[SegmentArguments], output: Tensor | None, mode: str
 ) -> Tile | None:
@@ -249,57 +300,6 @@ def _launch_hopper(
         FIXED=fixed,
         **_attention_hopper.arguments(query, key, value, tile),
     )
-
-
-def _last_stages(dims: tuple[int, ...], num_stages: int) -> int:
-    """How deeply loops that run once at most are pipelined: not at all, which is the fastest, if that is right.
-
-    With parts of fewer than 64 channels outside of pipelined loops, the ptxas 12.8 of Triton 3.6 and 3.7 reads
-    their products' operands from wrong addresses on sm_90 (`stray_descriptors` in benchmarks/machine_code.py).
-    """
-    parts = (part for dim in dims for part in split_head_dim(dim) if part)
-    return num_stages if min(parts) < 64 else 1
-
-
-def _tile_mode(
-    segments: Sequence[SegmentArguments],
-    output: Tensor | None,
-    guide: Any,
-    known: Tensor | None,
-    exact_weights: bool,
-    distance: Tensor | None,
-) -> str:
-    if guide is not None or exact_weights:
-        return "guided" if guide is not None else "exact"
-    if output is None:
-        return "lse"
-    counted = any(s.weights_ptr is not None for s in segments)
-    busy = (
-        any(s.labels is not None for s in segments) or (counted and len(segments) > 1) or distance is not None
-    )
-    if known is not None:
-        return "busy contrast" if busy else "contrast"
-    return "busy softmax" if busy else "counted softmax" if counted else "softmax"
-
-
-def _fixed(
-    query: Tensor,
-    segments: Sequence[SegmentArguments],
-    output: Tensor | None,
-    known: Tensor | None,
-    exact_weights: bool,
-    distance: Tensor | None,
-) -> bool:
-    """Whether the maximum of the first tile may serve for all tiles.
-
-    Weights must have the range of float32, and every query must see a key there.
-    """
-    unsorted = any(s.labels is not None and s.starts_ptr is None for s in segments)
-    if known is not None or exact_weights or query.dtype == torch.float16 or unsorted:
-        return False
-    kind = "distance" if distance is not None else "plain" if segments[0].weights_ptr is None else "counts"
-    narrow = output is None or max(query.shape[3], output.shape[3]) <= FIXED_WIDTHS[kind]
-    return narrow and (output is None or len(segments) == 1) and target_of(query.device) in FIXED_TARGETS
 
 
 @triton.jit

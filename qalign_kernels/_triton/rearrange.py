@@ -18,7 +18,6 @@ COMPACT_BLOCKS = (
 )  # the least and the most tokens at a time, up to 16 a thread: 16 warps spill under Triton 3.6
 GATHER_BLOCK_M = 64
 GATHER_WIDTH = 128
-WALKED_TOKENS = tl.constexpr(128)  # the most at a time that kernels read of those that were gathered
 
 
 def match_counts(index: Tensor, num_tokens: int) -> Tensor:
@@ -79,9 +78,7 @@ def compact(counts: Tensor) -> Multiplicity:
 def take_chosen(
     sources: Sequence[Tensor], multiplicity: Multiplicity, batch_index: Tensor | None
 ) -> list[Tensor]:
-    """Gather the chosen tokens of each source [B, H, N, D] in their order: contiguous.
-
-    Behind them come zeros up to a multiple of WALKED_TOKENS, then nothing is written.
+    """Gather the chosen tokens of each source [B, H, N, D] in their order: contiguous, without a value behind.
 
     Walking over gathered tokens is faster than reading every tile of them through the order.
     """
@@ -210,10 +207,8 @@ def _take_chosen_kernel(
     """A tile of chosen tokens of one batch row and head, of every source."""
     row, batch, head, slots, inside = open_tile(N, H, BLOCK)
     order_row = batch * order_stride_b + head % MAPS
-    unique = tl.load(unique_ptr + order_row)
-    chosen = inside & (slots < unique)
-    written = inside & (slots < tl.maximum(tl.cdiv(unique, WALKED_TOKENS), 1) * WALKED_TOKENS)
-    if tl.max(written.to(tl.int32), 0) > 0:
+    chosen = inside & (slots < tl.load(unique_ptr + order_row))
+    if tl.max(chosen.to(tl.int32), 0) > 0:
         source_row = batch
         if rows_ptr is not None:
             source_row = tl.load(rows_ptr + batch * rows_stride).to(tl.int64)
@@ -222,7 +217,7 @@ def _take_chosen_kernel(
             rows = rows_of(sources[s], source_row, head)
             tile = load_rows(rows, tokens, chosen, DIMS[s], 0, WIDTHS[s], True)
             pointers = taken_ptrs[s] + (row * N + slots) * DIMS[s]
-            store_channels(pointers, tile, written, DIMS[s], 0, WIDTHS[s])
+            store_channels(pointers, tile, chosen, DIMS[s], 0, WIDTHS[s])
 
 
 @triton.jit

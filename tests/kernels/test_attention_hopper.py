@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qalign_kernels import _backends
+from qalign_kernels import Segment, _backends
 
 if problem := _backends.triton_problem():
     pytest.skip(problem, allow_module_level=True)
@@ -18,7 +18,6 @@ if problem := _backends.triton_problem():
 from qalign_kernels._triton import _configs, attention
 from qalign_kernels._triton._launch import recording
 from qalign_kernels._triton._segments import LOG2_E, segment_arguments
-from qalign_kernels._triton.rearrange import Multiplicity
 from tests.gluon_on_cpu import Descriptor, Kernels, Pointer
 from tests.project import ROOT
 from tests.stubbed import run_over_stub
@@ -50,7 +49,7 @@ class Call(types.SimpleNamespace):
         if unique is not None:
             counts = torch.zeros(2, 1, keys)
             counts[..., :unique] = torch.randint(1, 9, (2, 1, unique), generator=generator).float()
-            padded = -(-max(unique, 1) // ROWS) * ROWS
+            padded = -(-unique // ROWS) * ROWS
             for x in (key, value):
                 x[:, :, unique:padded], x[:, :, padded:] = 0.0, float("nan")
         super().__init__(query=query, key=key, value=value, counts=counts, unique=unique)
@@ -175,22 +174,24 @@ def _features(
     return flat.view(2, tokens, pitch)[..., : 2 * dim].unflatten(2, (2, dim)).transpose(1, 2)
 
 
-def _multiplicity(tokens: int) -> Multiplicity:
-    rows = (torch.empty(2, 1, tokens, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.float32))
-    sums = (torch.empty(2, 1, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.float32))
-    return Multiplicity(*rows, *sums)
-
-
-def _launched(
+def _attended(
     query: Tensor, key: Tensor | None = None, *, target="sm_90", segments=1, **settings
 ) -> set[str]:
+    """The kernels of a call with such segments."""
     key = query if key is None else key
-    own = {name: settings.pop(name) for name in ("multiplicity", "labels", "batch_index") if name in settings}
+    common = {"scale": 0.125, "contrast": 1.0, "query_labels": settings.get("labels"), "guide": None}
+    need_lse = settings.pop("need_lse", False)
     with recording(target) as launches:
-        arguments = [segment_arguments(key, key, 0.125, **own)] * segments
-        settings.setdefault("output", torch.empty(query.shape, dtype=query.dtype))
-        attention.launch_attention(query, arguments, **{"lse": None, **settings})
+        attention.attention(query, [Segment(key, key, **settings)] * segments, need_lse=need_lse, **common)
     return {launch.kernel.fn.__name__ for launch in launches} & {HOPPER, OTHER}
+
+
+def _launched(query: Tensor, **settings: Any) -> set[str]:
+    """The kernel of a launch with such settings."""
+    settings = {"output": torch.empty(query.shape, dtype=query.dtype), "lse": None, **settings}
+    with recording("sm_90") as launches:
+        attention.launch_attention(query, [segment_arguments(query, query, 0.125)], **settings)
+    return {launch.kernel.fn.__name__ for launch in launches}
 
 
 @pytest.mark.parametrize(
@@ -208,10 +209,10 @@ def _launched(
     ids=["bf16", "fp16", "wide", "ragged", "many", "pitch", "offset", "contiguous"],
 )
 def test_taken_for_plain_and_counted_attention(query, listed):
-    assert _launched(query) == {HOPPER}
-    assert _launched(query, batch_index=torch.zeros(2, dtype=torch.int32)) == {HOPPER}
-    assert _launched(query, multiplicity=_multiplicity(query.shape[2])) == {HOPPER}
-    assert _launched(query, lse=torch.empty(query.shape[:3])) == {HOPPER}
+    assert _attended(query) == {HOPPER}
+    assert _attended(query, batch_index=torch.zeros(2, dtype=torch.int32)) == {HOPPER}
+    assert _attended(query, counts=torch.ones(2, 1, query.shape[2], dtype=torch.int32)) == {HOPPER}
+    assert _attended(query, need_lse=True) == {HOPPER}
 
 
 @pytest.mark.parametrize(
@@ -228,35 +229,35 @@ def test_taken_for_plain_and_counted_attention(query, listed):
     ids=["fp32", "few tokens", "80 channels", "pitch", "misaligned", "channels apart", "shared"],
 )
 def test_not_taken_for_other_features(query, listed):
-    assert _launched(query) == {OTHER}
+    assert _attended(query) == {OTHER}
 
 
 def test_not_taken_for_other_calls(listed):
     query, numbers = _features(), torch.empty(2, 2, 1024)
     labels = torch.ones(2, 1024, dtype=torch.int32)
-    assert _launched(query, segments=2) == {OTHER}
-    assert _launched(query, labels=labels, query_labels=labels) == {OTHER}
+    assert _attended(query, segments=2) == {OTHER}
+    assert _attended(query, labels=labels) == {OTHER}
     assert _launched(query, output=None, lse=numbers) == {OTHER}
     assert _launched(query, known=numbers, contrast=1.5) == {OTHER}
     assert _launched(query, exact_weights=True) == {OTHER}
     assert _launched(query, distance=numbers) == {OTHER}
-    assert _launched(query, _features(100)) == {OTHER}
+    assert _attended(query, _features(100)) == {OTHER}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_100", "sm_103", "sm_120", "gfx942"])
 def test_not_taken_on_other_architectures(target, listed):
-    assert _launched(_features(), target=target) == {OTHER}
+    assert _attended(_features(), target=target) == {OTHER}
 
 
 def test_not_taken_without_its_row(listed, monkeypatch):
     key = _configs.Key("attention", "softmax hopper", "sm_90", "3.7", "bfloat16", 1024, 64)
     with _configs.trying(key, None):
-        assert _launched(_features()) == {OTHER}
-        assert _launched(_features(), multiplicity=_multiplicity(1024)) == {HOPPER}
-    assert _launched(_features()) == {HOPPER}
+        assert _attended(_features()) == {OTHER}
+        assert _attended(_features(), counts=torch.ones(2, 1, 1024, dtype=torch.int32)) == {HOPPER}
+    assert _attended(_features()) == {HOPPER}
     monkeypatch.setattr(_configs, "triton_minor", lambda: "3.9")
     _configs.listed_tile.cache_clear()
-    assert _launched(_features()) == {OTHER}
+    assert _attended(_features()) == {OTHER}
 
 
 def test_the_interpreter_needs_no_gluon():

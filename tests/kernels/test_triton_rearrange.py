@@ -98,13 +98,3 @@ def test_take_rows_keeps_nan_and_zeroes_unmatched_rows():
     key = torch.full((1, 1, 3, 16), float("nan"))
     gathered = rearrange.take_rows(key, torch.tensor([[[2, -1]]], dtype=torch.int32))
     assert gathered[0, 0, 0].isnan().all() and not gathered[0, 0, 1].any()
-
-
-@pytest.mark.parametrize("unique,last", [(1, 128), (128, 128), (129, 200), (0, 128)])
-def test_take_chosen_ends_with_zeros(unique, last):
-    """Kernels that read whole tiles weigh what is behind the last key with zero: it must be a number."""
-    counts, x = torch.zeros(1, 1, 200, dtype=torch.int32), torch.randn(1, 2, 200, 64)
-    counts[..., 200 - unique :] = 3
-    (taken,) = rearrange.take_chosen([x], rearrange.compact(counts), None)
-    assert torch.equal(taken[:, :, :unique], x[:, :, 200 - unique :])
-    assert (taken[:, :, unique:last] == 0).all()
