@@ -8,7 +8,7 @@ RUNS = """
 import threading
 from unittest import mock
 from triton import knobs
-from qalign_kernels import Segment, _backends, match_counts, qalign_attention
+from qalign_kernels import _backends, match_counts, qalign_attention
 from qalign_kernels._triton import _configs, _launch, _replay, rearrange
 from qalign_kernels.testing import poisoned_memory
 from replay_checks import difference, features
@@ -59,10 +59,12 @@ with stub.recording() as calls:
     counted()
 result["hopper_threads"] = [call.block[0] for call in calls]
 
+from qalign_kernels import Segment as Keys
+
 def attended(query, key, value, rows=None):
     module = _backends.implementation("triton", "attention")
     settings = {"contrast": 1.0, "query_labels": None, "guide": None, "need_lse": True}
-    return lambda: module.attention(query, [Segment(key, value, batch_index=rows)], scale=0.125, **settings)
+    return lambda: module.attention(query, [Keys(key, value, batch_index=rows)], scale=0.125, **settings)
 
 result["hopper_attention"] = difference(stub, attended(*features(*wide, count=3)))
 result["hopper_attention_batch_index"] = difference(stub, attended(*features(*wide, count=3), chosen))
@@ -123,9 +125,10 @@ for number in range(_replay.KEPT + 20):
 result["kept"] = [_replay._kind.cache_info().currsize, _replay.KEPT]
 """
 SAME = """
+    hopper_attention hopper_attention_batch_index
     qalign_attention another_scale other_tensors one_tensor_twice two_tensors_then take_rows other_strides
     misaligned aligned_again one_row seventeen_rows float32 hopper hopper_other_tensors hopper_batch_index hopper_counted
-    hopper_attention hopper_attention_batch_index other_stream exchanged_tile after_threads
+    other_stream exchanged_tile after_threads
 """.split()
 
 
