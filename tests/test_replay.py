@@ -60,6 +60,19 @@ with stub.recording() as calls:
     counted()
 result["hopper_threads"] = [call.block[0] for call in calls]
 
+from qalign_kernels import Segment as Keys
+
+def attended(query, key, value, rows=None):
+    module = _backends.implementation("triton", "attention")
+    settings = {"contrast": 1.0, "query_labels": None, "guide": None, "need_lse": True}
+    return lambda: module.attention(query, [Keys(key, value, batch_index=rows)], scale=0.125, **settings)
+
+result["hopper_attention"] = difference(stub, attended(*features(*wide, count=3)))
+result["hopper_attention_batch_index"] = difference(stub, attended(*features(*wide, count=3), chosen))
+with stub.recording() as calls:
+    attended(*features(*wide, count=3))()
+result["hopper_attention_threads"] = [call.block[0] for call in calls]
+
 stub.stream = 5
 result["other_stream"] = difference(stub, transfer(x), calls=1)
 stub.stream = 0
@@ -129,6 +142,7 @@ for number in range(_replay.KEPT + 20):
 result["kept"] = [_replay._kind.cache_info().currsize, _replay.KEPT]
 """
 SAME = """
+    hopper_attention hopper_attention_batch_index
     qalign_attention another_scale other_tensors one_tensor_twice two_tensors_then take_rows other_strides
     misaligned aligned_again one_row seventeen_rows float32 hopper hopper_other_tensors hopper_batch_index hopper_counted
     other_stream exchanged_tile after_threads units units_of_one_tensor guided
@@ -145,9 +159,10 @@ def test_replay_launches_what_triton_launches(results, case):
     assert results[case] is None
 
 
-def test_tensor_maps_are_made_anew_for_the_hopper_kernel(results):
+def test_tensor_maps_are_made_anew_for_the_hopper_kernels(results):
     """Eight warps multiply; the one that loads takes the place of four."""
-    assert results["hopper_threads"].count(12 * 32) == 1
+    assert results["hopper_threads"].count(12 * 32) == 2  # argmax and attention
+    assert results["hopper_attention_threads"] == [12 * 32]
 
 
 def test_the_public_op_is_replayed(results):

@@ -24,7 +24,7 @@ def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
         f"## Kernels of one call, µs\n\n{kernel_table(kernels)}",
         f"## Tiles, time over the shipped one's\n\n{tile_table(tiles)}",
         f"## Ceilings, and what failed\n\n{other_lines([*kernels, *tiles])}",
-        f"## Joint argmax for Hopper\n\n{gluon_lines(gluon)}",
+        f"## Kernels for Hopper\n\n{gluon_lines(gluon)}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -118,10 +118,10 @@ def gluon_lines(rows: Sequence[Row]) -> str:
             if row["tile"]
             else "the general kernel"
         )
-        lines.append(f"- {row['shape']}, {kernel}: {row.get('error') or _gluon_result(row)}")
+        lines.append(f"- {row['what']} at {row['shape']}, {kernel}: {row.get('error') or _gluon_result(row)}")
     return "\n".join(lines) or "Not run."
 
 
 def _gluon_result(row: Row) -> str:
     word = "" if row["right"] is None else "right, " if row["right"] else "WRONG, "
-    return f"{word}{row['us']:.1f} µs, its argmax {row['kernel_us']:.1f} µs, {row['tflops']:.0f} TFLOP/s"
+    return f"{word}{row['us']:.1f} µs, its kernel {row['kernel_us']:.1f} µs, {row['tflops']:.0f} TFLOP/s"

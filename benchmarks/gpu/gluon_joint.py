@@ -1,17 +1,18 @@
-"""Stage "gluon": the joint argmax for Hopper, which is written in Gluon, against the kernel that all GPUs have.
+"""Stage "gluon": the kernels for Hopper, which are written in Gluon, against those that all GPUs have.
 
-For each shape, both give the same matches, and how long each takes; the kernel for Hopper with each of its tiles.
+For each shape of attention, with and without counts, and of the joint argmax, both give the same results, and
+how long each takes; the kernel for Hopper with each of its tiles.
 """
 
 import functools
 import statistics
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qalign_kernels import _backends
+from qalign_kernels import Segment, _backends
 from qalign_kernels._triton import _configs, _launch
 from qalign_kernels._triton._configs import Key, Tile
 from qalign_kernels._triton._launch import target_of
@@ -21,6 +22,12 @@ from ..shapes import FOLDED_HEAD_DIM, Shape, make_inputs
 from . import arguments
 
 ROUNDS = 20
+ATTENTION_SHAPES = (
+    Shape("sdxl", 2, 10, 4096, 64),
+    Shape("flux", 1, 24, 4096, 128),
+    Shape("sdxl-low", 2, 20, 1024, 64),
+    Shape("sd21-1024px", 1, 5, 16384, 64),
+)
 SHAPES = (
     Shape("sdxl", 2, 10, 4096, 64),
     Shape("flux", 1, 24, 4096, 128),
@@ -29,40 +36,98 @@ SHAPES = (
     Shape("sd15-low", 2, 8, 1024, 80),
     Shape("sd21-1024px", 1, 5, 16384, 64),
 )
+ATTENTION_TILES = {
+    64: (Tile(128, 128, 8, 4), Tile(128, 64, 8, 6)),
+    128: (Tile(128, 128, 8, 3), Tile(128, 64, 8, 6)),
+}
 TILES = (Tile(128, 256, 8, 4), Tile(128, 128, 8, 6))
 
 
-def key_of(shape: Shape) -> Key:
-    """Give the key of the kernel for Hopper at a shape."""
+class Trial(NamedTuple):
+    """A call whose kernel for Hopper is chosen by `key`; `kernel` is part of its name.
+
+    `work` counts floating-point operations, `partitions` among how many a tile's warps are divided, and
+    `same` compares the results of both kernels.
+    """
+
+    what: str
+    call: Callable[[], Any]
+    key: Key
+    tiles: Sequence[Tile]
+    kernel: str
+    work: float
+    partitions: int
+    same: Callable[[Any, Any], dict[str, Any]]
+
+
+def key_of(op: str, mode: str, shape: Shape, head_dim: int) -> Key:
+    """Give the key of a kernel for Hopper at a shape."""
     tokens, triton = _configs.token_bucket(shape.tokens), _configs.triton_minor()
-    target = target_of(torch.device("cuda", 0))
-    return Key("similarity", "joint hopper", target, triton, "bfloat16", tokens, FOLDED_HEAD_DIM)
+    return Key(op, mode, target_of(torch.device("cuda", 0)), triton, "bfloat16", tokens, head_dim)
 
 
-def compare(shape: Shape) -> Iterator[dict[str, Any]]:
-    """Yield the time of the general kernel, then that of each tile of the other and whether it is right."""
+def attention_trial(shape: Shape, counted: bool) -> Trial:
+    inputs = make_inputs(shape, True, torch.bfloat16, "cuda")
+    module: Any = _backends.implementation("triton", "attention")
+    counts = inputs.counts if counted else None
+    present = int((inputs.counts > 0).sum()) if counted else shape.batch * shape.tokens
+
+    def call() -> Tensor:
+        segment = Segment(inputs.key, inputs.value, counts=counts)
+        scale = shape.head_dim**-0.5
+        settings = {"contrast": 1.0, "query_labels": None, "guide": None, "need_lse": False}
+        return module.attention(inputs.query, [segment], scale=scale, **settings)[0]
+
+    return Trial(
+        "counted attention" if counted else "attention",
+        call,
+        key_of("attention", f"{'counted ' if counted else ''}softmax hopper", shape, shape.head_dim),
+        ATTENTION_TILES[shape.head_dim],
+        "attention",
+        4.0 * shape.heads * shape.tokens * present * shape.head_dim,
+        2,
+        _close,
+    )
+
+
+def joint_trial(shape: Shape) -> Trial:
     inputs = make_inputs(shape, True, torch.bfloat16, "cuda")
     module: Any = _backends.implementation("triton", "similarity")
 
     def call() -> tuple[Tensor, Tensor]:
         return module.similarity_argmax(inputs.query, inputs.ref_query, "cosine", True)
 
-    key = key_of(shape)
-    shipped = _configs.tiles().get(key)
-    with _configs.trying(key, None):
-        wanted = call()
-        yield {"shape": shape.size, "tile": None, "right": None, **_times(shape, call, None)}
-    for tile in TILES:
-        row = {"shape": shape.size, "tile": tile, "shipped": tile == shipped}
-        with _configs.trying(key, tile):
+    return Trial(
+        "joint argmax",
+        call,
+        key_of("similarity", "joint hopper", shape, FOLDED_HEAD_DIM),
+        TILES,
+        "argmax",
+        2.0 * shape.batch * shape.tokens**2 * shape.heads * shape.head_dim,
+        1,
+        _same,
+    )
+
+
+def compare(trial: Trial, shape: Shape) -> Iterator[dict[str, Any]]:
+    """Yield the time of the general kernel, then that of each tile of the other and whether it is right."""
+    shipped = _configs.tiles().get(trial.key)
+    place = {"what": trial.what, "shape": shape.size}
+    with _configs.trying(trial.key, None):
+        wanted = trial.call()
+        yield {**place, "tile": None, "right": None, **_times(trial, None)}
+    for tile in trial.tiles:
+        row = {**place, "tile": tile, "shipped": tile == shipped}
+        with _configs.trying(trial.key, tile):
             try:
-                yield {**row, **_same(wanted, call()), **_times(shape, call, tile)}
+                yield {**row, **trial.same(wanted, trial.call()), **_times(trial, tile)}
             except Exception as error:  # the next tile is worth a try
                 problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 yield {**row, "right": False, "error": problem}
 
 
 def _same(wanted: tuple[Tensor, Tensor], match: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Compare matches: few may have another index, of an almost equal score."""
     (wanted_index, wanted_score), (index, score) = wanted, match
     error = (score - wanted_score).abs().max().item()
     same = (index == wanted_index).float().mean().item()
@@ -70,28 +135,53 @@ def _same(wanted: tuple[Tensor, Tensor], match: tuple[Tensor, Tensor]) -> dict[s
     return {"right": right, "largest_error": error, "same_index": same}
 
 
-def _times(shape: Shape, call: Callable[[], Any], tile: Tile | None) -> dict[str, Any]:
-    """Give the µs of the whole op and of its argmax alone."""
-    launch = _argmax_launch(call, tile)
-    whole, alone = (
-        1e6 * statistics.median(measure.time_rounds(one, ROUNDS, flushes=4)) for one in (call, launch)
+def _close(wanted: Tensor, output: Tensor) -> dict[str, Any]:
+    """Compare outputs whose weights are rounded at other maxima."""
+    wanted, output = wanted.float(), output.float()
+    largest = wanted.abs().max().item()
+    error = (output - wanted).abs().max().item()
+    mean_error = ((output - wanted).norm() / wanted.norm()).item()
+    return {
+        "right": 0 < largest and error < 0.02 * largest and mean_error < 5e-3,
+        "largest_error": error,
+        "mean_error": mean_error,
+    }
+
+
+def _times(trial: Trial, tile: Tile | None) -> dict[str, Any]:
+    """Give the µs of the whole op and of its kernel alone."""
+    alone = _kernel_launch(trial, tile)
+    whole_us, kernel_us = (
+        1e6 * statistics.median(measure.time_rounds(one, ROUNDS, flushes=4)) for one in (trial.call, alone)
     )
-    work = 2 * shape.batch * shape.tokens**2 * shape.heads * shape.head_dim
-    return {"us": round(whole, 2), "kernel_us": round(alone, 2), "tflops": round(work / alone / 1e6, 1)}
+    return {
+        "us": round(whole_us, 2),
+        "kernel_us": round(kernel_us, 2),
+        "tflops": round(trial.work / kernel_us / 1e6, 1),
+    }
 
 
-def _argmax_launch(call: Callable[[], Any], tile: Tile | None) -> Callable[[], None]:
-    """Give the launch of the argmax among those of the op; to repeat it changes nothing.
+def _kernel_launch(trial: Trial, tile: Tile | None) -> Callable[[], None]:
+    """Give the launch of the kernel among those of the op; to repeat it changes nothing.
 
     What is compiled for Hopper counts the warps that load as well, so the tile says how many there are.
     """
     launched: list[tuple[Any, ...]] = []
     with _launch.watching(lambda *one: launched.append(one)):
-        call()
-    kernel, grid, settings, compiled = next(one for one in launched if "argmax" in one[0].fn.__name__)
-    source = compiled.metadata if tile is None else tile
-    how = {"num_warps": source.num_warps, "num_stages": source.num_stages}
+        trial.call()
+    kernel, grid, settings, compiled = next(one for one in launched if trial.kernel in one[0].fn.__name__)
+    warps = compiled.metadata.num_warps if tile is None else tile.num_warps // trial.partitions
+    how = {"num_warps": warps, "num_stages": compiled.metadata.num_stages}
     return functools.partial(_launch.launch, kernel, grid, **how, **settings)
+
+
+def trials() -> Iterator[tuple[Shape, Callable[[], Trial]]]:
+    """List what is compared, what is newest first."""
+    for shape in ATTENTION_SHAPES:
+        for counted in (False, True):
+            yield shape, functools.partial(attention_trial, shape, counted)
+    for shape in SHAPES:
+        yield shape, functools.partial(joint_trial, shape)
 
 
 def main() -> int:
@@ -99,10 +189,10 @@ def main() -> int:
     clock = arguments.Clock(options.seconds)
     measure.use_cuda()
     rows: list[dict[str, Any]] = []
-    for shape in SHAPES:
+    for shape, trial in trials():
         if clock.left() < 4:
             break
-        for row in compare(shape):
+        for row in compare(trial(), shape):
             rows.append(row)
             arguments.write_json(options.out / "gluon.json", rows)
             print(row, flush=True)

@@ -78,6 +78,8 @@ WORK = {
     ("topk_attention", "contrast"): Work(queries=0, keys=0, scores=0, outputs=4),
 }
 LISTED_WORK = {  # of kernels that serve only what a row names; `num_stages` are the buffers of their ring
+    ("attention", "softmax hopper"): _SOFTMAX,
+    ("attention", "counted softmax hopper"): _SOFTMAX,
     ("similarity", "joint hopper"): Work(queries=1, keys=1, scores=1, outputs=0, staged_queries=True),
 }
 INTERPRETED = {
@@ -169,12 +171,20 @@ def generation() -> int:
 
 @contextlib.contextmanager
 def trying(key: Key, tile: Tile | None) -> Iterator[None]:
-    """Inside, launches that `key` describes take `tile`, or with None what they would without its row."""
-    before = put(key, tile)
+    """Inside, launches that `key` describes take `tile`, or with None what they would without its row.
+
+    A tile is tried without the kernels for Hopper, which would take its launches.
+    """
+    changes: list[tuple[Key, Tile | None]] = [(key, tile)]
+    if tile is not None:
+        hopper = key._replace(mode=f"{key.mode} hopper", triton=None, tokens=None)
+        changes += [(one, None) for one in tiles() if one._replace(triton=None, tokens=None) == hopper]
+    before = [(one, put(one, new)) for one, new in changes]
     try:
         yield
     finally:
-        put(key, before)
+        for one, old in before:
+            put(one, old)
 
 
 @functools.cache

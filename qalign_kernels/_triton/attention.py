@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import choose_tile, split_head_dim
+from ._configs import Tile, choose_tile, listed_tile, split_head_dim
 from ._labels import compared_slots, free_slot, label_class, sort_queries, visible_spans
 from ._launch import launch, target_of
 from ._segments import (
@@ -27,6 +27,7 @@ from ._segments import (
     query_arguments,
     score_tile,
     segment_arguments,
+    unsigned,
     walked,
 )
 from ._tile import (
@@ -54,6 +55,7 @@ PARTS = tl.constexpr(8)  # of a row sum, which lanes have apart: they meet after
 ONCE_STAGES = tl.constexpr(2)  # of a loop that runs once at most: the least that is pipelined
 # of a row sum, and of its inverse, with the maximum of the first tile: beyond it, weights may overflow
 FIXED_LIMIT = tl.constexpr(2.0**64)
+COPY_ALIGNMENT = 16  # of rows that the bulk copy engine reads, in bytes
 
 
 class State(NamedTuple):
@@ -154,6 +156,11 @@ def launch_attention(
     """
     (batch, heads, tokens, dim), value_dim = query.shape, 16 if output is None else output.shape[3]
     mode = _tile_mode(segments, output, guide, known, exact_weights, distance)
+    fixed = _fixed(query, segments, output, known, exact_weights, distance)
+    hopper_tile = _hopper_tile(query, segments, output, mode)
+    if hopper_tile is not None and output is not None:
+        _launch_hopper(query, segments[0], output, lse, lse_unit, match, fixed, hopper_tile)
+        return
     tile = choose_tile("attention", mode, target_of(query.device), max(dim, value_dim), query.dtype, tokens)
     launch(
         attention_kernel,
@@ -176,7 +183,7 @@ def launch_attention(
         distance_ptr=distance,
         signs_ptr=signs,
         SEGMENTS=len(segments),
-        FIXED=_fixed(query, segments, output, known, exact_weights, distance),
+        FIXED=fixed,
         HAS_VALUES=output is not None,
         KNOWN_LSE=known is not None,
         EXACT_WEIGHTS=exact_weights,
@@ -236,6 +243,62 @@ def _fixed(
     kind = "distance" if distance is not None else "plain" if segments[0].weights_ptr is None else "counts"
     narrow = output is None or max(query.shape[3], output.shape[3]) <= FIXED_WIDTHS[kind]
     return narrow and (output is None or len(segments) == 1) and target_of(query.device) in FIXED_TARGETS
+
+
+def _hopper_tile(
+    query: Tensor, segments: Sequence[SegmentArguments], output: Tensor | None, mode: str
+) -> Tile | None:
+    """The tile with which `_attention_hopper` serves a call, or None: it takes one segment and no labels."""
+    (segment, *others), dim = segments, query.shape[3]
+    if mode not in ("softmax", "counted softmax") or others or segment.order_ptr is not None:
+        return None
+    target, tokens = target_of(query.device), query.shape[2]
+    tile = listed_tile("attention", f"{mode} hopper", target, dim, query.dtype, tokens)
+    if tile is None or output is None or output.shape[3] != dim or segment.N_K < tile.block_n:
+        return None
+    return tile if all(map(_is_copied, (query, *_copied(segment)))) else None
+
+
+def _copied(segment: SegmentArguments) -> list[Tensor]:
+    """The keys and the values of a segment."""
+    return [x.pointer for x in (segment.key, segment.value) if x is not None]
+
+
+def _is_copied(x: Tensor) -> bool:
+    """Whether the bulk copy engine reads tiles of these features."""
+    *apart, step = (stride for stride, size in zip(x.stride(), x.shape) if size > 1)
+    addresses = (x.data_ptr(), *(stride * x.element_size() for stride in apart))
+    return step == 1 and all(apart) and not any(address % COPY_ALIGNMENT for address in addresses)
+
+
+def _launch_hopper(
+    query: Tensor,
+    segment: SegmentArguments,
+    output: Tensor,
+    lse: Tensor | None,
+    lse_unit: float,
+    match: Tensor | None,
+    fixed: bool,
+    tile: Tile,
+) -> None:
+    from . import _attention_hopper  # Gluon, which no other call needs
+
+    key, value = _copied(segment)
+    launch(
+        _attention_hopper.attention_hopper_kernel,
+        (triton.cdiv(query.shape[2], tile.block_m) * query.shape[0] * query.shape[1],),
+        num_warps=tile.num_warps // _attention_hopper.CONSUMERS.value,
+        num_stages=1,
+        segment=unsigned(segment),
+        output_ptr=output,
+        lse_ptr=lse,
+        lse_unit=lse_unit,
+        match_ptr=match,
+        H=query.shape[1],
+        N_Q=query.shape[2],
+        FIXED=fixed,
+        **_attention_hopper.arguments(query, key, value, tile),
+    )
 
 
 @triton.jit

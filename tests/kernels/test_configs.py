@@ -107,6 +107,16 @@ def test_a_tile_is_tried_and_taken_back(table):
     assert (ask(), table) == before
 
 
+def test_a_tile_is_tried_without_the_hopper_kernel(table):
+    listed = SOFTMAX._replace(mode="softmax hopper")
+    others = [listed._replace(head_dim=128), listed._replace(dtype="float16")]
+    table.update(dict.fromkeys([listed, listed._replace(tokens=1024), *others], Tile(128, 128, 8, 4)))
+    before = dict(table)
+    with _configs.trying(SOFTMAX, Tile(32, 16, 4, 1)):
+        assert set(table) == {SOFTMAX, *others}
+    assert table == before
+
+
 def test_lookups_after_the_first_cost_nothing(table):
     table[SOFTMAX._replace(tokens=None)] = Tile(64, 64, 4, 1)
     for _ in range(3):

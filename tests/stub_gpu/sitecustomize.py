@@ -147,7 +147,11 @@ def shorten_gluon() -> None:
     from benchmarks.gpu import gluon_joint
     from benchmarks.shapes import Shape
 
-    gluon_joint.SHAPES, gluon_joint.TILES = (Shape("", 1, 2, 300, 64),), gluon_joint.TILES[:1]
+    gluon_joint.SHAPES = gluon_joint.ATTENTION_SHAPES = (Shape("", 1, 2, 300, 64),)
+    gluon_joint.TILES, gluon_joint.ATTENTION_TILES = (
+        gluon_joint.TILES[:1],
+        {64: gluon_joint.ATTENTION_TILES[64][:1]},
+    )
 
 
 if "STUB_DRIVER" in os.environ and "resource_tracker" not in " ".join(sys.orig_argv):
