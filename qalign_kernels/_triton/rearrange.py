@@ -21,9 +21,6 @@ COMPACT_BLOCKS = (
 )  # the least and the most tokens at a time, up to 16 a thread: 16 warps spill under Triton 3.6
 GATHER_BLOCK_M = 64
 CHOSEN_VALUES = 8192  # of a source at a time, 32 a thread
-CHOSEN_TOKENS = (
-    4096  # for each so many a program has a tile: it reads at most a quarter of the bytes in counts
-)
 CLEARED = tl.constexpr(128)  # up to a multiple of how many slots there are zeros behind the chosen tokens
 
 
@@ -114,12 +111,11 @@ def take_chosen(
     (batch, maps, tokens), heads = counts.shape, sources[0].shape[1]
     widths = [triton.next_power_of_2(x.shape[3]) for x in sources]
     block = min(CHOSEN_VALUES // max(widths), CLEARED.value)
-    tiles = triton.next_power_of_2(triton.cdiv(tokens, CHOSEN_TOKENS))
     taken = [x.new_empty((batch, *x.shape[1:])) for x in sources]
     multiplicity = _empty_multiplicity(counts)
     launch(
         _take_chosen_kernel,
-        (batch * maps + batch * heads * triton.cdiv(tokens, tiles * block),),
+        (batch * maps + batch * heads * triton.cdiv(tokens, block),),
         num_warps=8,
         num_stages=1,
         counts_ptr=counts,
@@ -136,7 +132,6 @@ def take_chosen(
         SOURCES=len(sources),
         DIMS=tuple(tl.constexpr(x.shape[3]) for x in sources),
         WIDTHS=tuple(map(tl.constexpr, widths)),
-        TILES=tiles,
         BLOCK=block,
         COUNT_BLOCK=min(max(triton.next_power_of_2(tokens), COMPACT_BLOCKS[0]), COMPACT_BLOCKS[1]),
     )
@@ -250,10 +245,10 @@ def _sum_up(counts_row, multiplicity, row, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _count_chosen(counts_row, first, last, BLOCK: tl.constexpr):
-    """How many of the tokens from `first` to `last`, `last` excluded, were chosen."""
+def _count_chosen(counts_row, last, BLOCK: tl.constexpr):
+    """How many of the tokens before `last` were chosen."""
     chosen = tl.zeros((BLOCK,), tl.int32)
-    for start in range(first, last, BLOCK):
+    for start in range(0, last, BLOCK):
         chosen += (_load_counts(counts_row, start + tl.arange(0, BLOCK), last) > 0).to(tl.int32)
     return tl.sum(chosen, 0)
 
@@ -274,19 +269,18 @@ def _take_chosen_kernel(
     SOURCES: tl.constexpr,
     DIMS,
     WIDTHS,
-    TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNT_BLOCK: tl.constexpr,
 ):
-    """The totals of a row of counts, or TILES blocks of tokens of one batch row and head, of every source."""
+    """The totals of a row of counts, or a block of tokens of one batch row and head, of every source."""
     program = tl.program_id(0)
     if program < TOTALS:
         counts_row = _open_counts(counts_ptr, counts_strides, program // G, program % G)
         _sum_up(counts_row, multiplicity, program, N, COUNT_BLOCK // 4)
     else:
         program -= TOTALS
-        spans = tl.cdiv(N, TILES * BLOCK)
-        row, first = program // spans, program % spans * (TILES * BLOCK)
+        blocks = tl.cdiv(N, BLOCK)
+        row, first = program // blocks, program % blocks * BLOCK
         batch, head = (row // H).to(tl.int64), (row % H).to(tl.int64)
         row = row.to(tl.int64)
         counts_row = _open_counts(counts_ptr, counts_strides, batch, head % G)
@@ -294,26 +288,22 @@ def _take_chosen_kernel(
         source_row = batch
         if rows_ptr is not None:
             source_row = tl.load(rows_ptr + batch * rows_stride).to(tl.int64)
-        counted, number = 0, 0  # tokens, and how many of them were chosen
-        for tile in tl.range(TILES, disable_licm=True):  # what would be hoisted is too much to hold
-            start = first + tile * BLOCK
-            tokens = start + tl.arange(0, BLOCK)
-            counts = _load_counts(counts_row, tokens, N)
-            chosen = (counts > 0).to(tl.int32)
-            number += _count_chosen(counts_row, counted, start, COUNT_BLOCK)
-            tiles = tl.tuple(())  # all of them are on their way before the first is stored
-            for s in tl.static_range(SOURCES):
-                rows = rows_of(sources[s], source_row, head)
-                tiles += (load_rows(rows, tokens.to(tl.int64), chosen != 0, DIMS[s], 0, WIDTHS[s], True),)
-            slots = _slots(tokens, chosen, number + tl.cumsum(chosen, 0) - chosen, N).to(tl.int64)
-            if head < G:  # the first head of each map
-                _store_weights(multiplicity, weights_row + slots, counts, tokens < N)
-            for s in tl.static_range(SOURCES):
-                pointers = taken_ptrs[s] + (row * N + slots) * DIMS[s]
-                store_channels(pointers, tiles[s], chosen != 0, DIMS[s], 0, WIDTHS[s])
-            counted = start + BLOCK
-            number += tl.sum(chosen, 0)
-        if first + TILES * BLOCK >= N:  # it has counted all of them
+        tokens = first + tl.arange(0, BLOCK)
+        counts = _load_counts(counts_row, tokens, N)
+        chosen = (counts > 0).to(tl.int32)
+        before = _count_chosen(counts_row, first, COUNT_BLOCK)
+        tiles = tl.tuple(())  # all of them are on their way before the first is stored
+        for s in tl.static_range(SOURCES):
+            rows = rows_of(sources[s], source_row, head)
+            tiles += (load_rows(rows, tokens.to(tl.int64), chosen != 0, DIMS[s], 0, WIDTHS[s], True),)
+        slots = _slots(tokens, chosen, before + tl.cumsum(chosen, 0) - chosen, N).to(tl.int64)
+        if head < G:  # the first head of each map
+            _store_weights(multiplicity, weights_row + slots, counts, tokens < N)
+        for s in tl.static_range(SOURCES):
+            pointers = taken_ptrs[s] + (row * N + slots) * DIMS[s]
+            store_channels(pointers, tiles[s], chosen != 0, DIMS[s], 0, WIDTHS[s])
+        if first + BLOCK >= N:  # it has counted all of them
+            number = before + tl.sum(chosen, 0)
             end = tl.minimum(tl.cdiv(number, CLEARED) * CLEARED, N)
             for start in range(number, end, BLOCK):
                 slots = (start + tl.arange(0, BLOCK)).to(tl.int64)

@@ -134,8 +134,8 @@ def _check_taken(taken, sources, counts, unique):
 
 
 def test_take_chosen_of_many_tokens():
-    """A program then has several tiles, and counts before them in several blocks."""
-    tokens = 2 * rearrange.CHOSEN_TOKENS + 1100
+    """A program then counts those before its tokens in several blocks."""
+    tokens = 2 * rearrange.COMPACT_BLOCKS[1] + 1100
     generator = torch.Generator().manual_seed(5)
     source = torch.randn((1, 2, tokens, 16), generator=generator)
     counts = torch.randint(-1, 2, (1, 1, tokens), generator=generator, dtype=torch.int32)
