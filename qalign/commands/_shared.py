@@ -170,7 +170,7 @@ def read_label_map(path: Path, size: tuple[int, int] | None, wanted: tuple[int, 
     """
     from PIL import Image, ImageOps
 
-    from ..regions import read_labels
+    from ..context.regions import read_labels
 
     if not path.is_file():
         raise ValueError(f"{path}: expected a label map, found {'a folder' if path.is_dir() else 'no such file'}")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from ..correspondence import Capture
+    from ..evaluation.correspondence import Capture
 
 NEEDS = ("diffusers", "transformers", "PIL", "matplotlib")
 READINGS = (Reading(("size",), lambda options: options.scenes is None, "without --scenes"),)
@@ -78,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--noise: expected a fraction between 0 and 1, got {options.noise:g}")
     import torch
 
-    from ..correspondence import compare
-    from ..denoiser import picture_size
+    from ..context.layers import picture_size
+    from ..evaluation.correspondence import compare
     from ..pipelines.pictures import to_tensors
 
     labels, prompt = None, options.prompt
@@ -125,9 +125,9 @@ def draw_lines(
     """Lines between two pictures by both signals; with labels, those of objects' tokens, and which share of these is right."""
     import torch
 
-    from ..correspondence import SIGNALS, token_centres
-    from ..denoiser import short_name, token_grid
-    from ..plots import MatchPanel, correspondence
+    from ..context.layers import short_name, token_grid
+    from ..evaluation.correspondence import SIGNALS, token_centres
+    from ..evaluation.plots import MatchPanel, correspondence
 
     size = (structure.shape[1], structure.shape[2])
     grid = token_grid(size, capture.query.shape[2])
@@ -158,10 +158,10 @@ def draw_heat_maps(
     """Where the tokens under `points` [P, 2] look, by both signals; with labels, how much of it is in their own part."""
     import torch
 
-    from ..correspondence import SIGNALS, STRENGTH, token_centres
-    from ..denoiser import short_name, token_grid
+    from ..context.layers import short_name, token_grid
     from ..embedded.scenes import PARTS
-    from ..plots import point_heat_maps
+    from ..evaluation.correspondence import SIGNALS, STRENGTH, token_centres
+    from ..evaluation.plots import point_heat_maps
 
     size = (structure.shape[1], structure.shape[2])
     grid = token_grid(size, capture.query.shape[2])
@@ -185,8 +185,8 @@ def default_points(capture: "Capture", structure: "Tensor", labels: "tuple[Tenso
     """Points [P, 2]: in the middle of tokens of the object's largest parts that both scenes show; without labels, along the diagonal."""
     import torch
 
-    from ..correspondence import token_centres
-    from ..denoiser import token_grid
+    from ..context.layers import token_grid
+    from ..evaluation.correspondence import token_centres
 
     height, width = structure.shape[1:]
     if labels is None:

@@ -64,11 +64,11 @@ def files(options: argparse.Namespace) -> Files:
 
 
 def run(options: argparse.Namespace) -> int:
-    from .. import demo
+    from ..evaluation import photographs
 
     begin = time.perf_counter()
     if options.only != "transfer":
-        demo.run(options.out, size=options.size, seed=options.seed)
+        photographs.run(options.out, size=options.size, seed=options.seed)
     if options.only != "step":
         show_transfer(options.out, options.pairs, options.seed)
     say(f"\nall of it in {time.perf_counter() - begin:.0f} s")
@@ -79,11 +79,11 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
     """The second part: pictures and figures in `out`; returns the leakage report."""
     import torch
 
-    from .. import leakage
-    from ..correspondence import compare
-    from ..denoiser import picture_size
+    from ..context.layers import picture_size
+    from ..evaluation import leakage
+    from ..evaluation.correspondence import compare
+    from ..evaluation.plots import leakage_by_layer_and_step, transfer_grid
     from ..pipelines import AppearanceTransferPipeline
-    from ..plots import leakage_by_layer_and_step, transfer_grid
     from . import correspond
 
     begin = time.perf_counter()
@@ -133,7 +133,7 @@ def transfer(pipe: Any, seed: int) -> dict[str, Any]:
     """A row of the grid: the first held-out pair of `seed`, by every method from one inversion."""
     import torch
 
-    from ..denoiser import picture_size
+    from ..context.layers import picture_size
     from .correspond import held_out_scenes
 
     structure, appearance, _, caption = held_out_scenes(seed, picture_size(pipe))
@@ -162,7 +162,7 @@ def committed() -> dict[str, Any]:
 
 def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Reports of leakage side by side."""
-    from ..leakage import TITLES
+    from ..evaluation.leakage import TITLES
 
     columns = [(title, COMPARED[name], report["methods"][name]) for title, report in reports.items() for name in COMPARED]
     heads = "".join(f"{title:>30}" for title in reports)

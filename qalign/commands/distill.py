@@ -37,7 +37,7 @@ from ._shared import (
 )
 
 if TYPE_CHECKING:
-    from ..regions import Regions
+    from ..context.regions import Regions
 
 MODES = ("optimise", "sample")
 
@@ -123,7 +123,7 @@ def read_regions(
     output_wanted: tuple[int, int] | None,
 ) -> "Regions":
     """The label maps of a style and of the output, by `read_label_map`."""
-    from ..regions import Regions
+    from ..context.regions import Regions
 
     style, output = read_label_map(mask[0], of_style, style_wanted), read_label_map(mask[1], of_output, output_wanted)
     return Regions(appearance=style, structure=output)

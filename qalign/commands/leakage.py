@@ -67,7 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured.add_argument("--pairs", type=count, default=180, metavar="N", help="of held-out scenes (default: %(default)s)")
     measured.add_argument("--seed", type=seed, default=0, help="chooses the pairs and all noise (default: %(default)s)")
     measured.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    measured.add_argument("--threshold", type=number, metavar="MASS", help="a pair leaks above this cross-region mass (default: qalign.leakage's)")
+    measured.add_argument(
+        "--threshold",
+        type=number,
+        metavar="MASS",
+        help="a pair leaks above this cross-region mass (default: qalign.evaluation.leakage's)",
+    )
     measured.add_argument("--every", type=count, default=3, metavar="N", help="measure every N-th step (default: %(default)s)")
     measured.add_argument("--ablation", action="store_true", help="compare all matching signals and all refinements")
     measured.add_argument("--transfers", type=count, default=24, metavar="N", help="pairs that --ablation transfers (default: %(default)s)")
@@ -99,9 +104,9 @@ def partial_of(report: Path) -> Path:
 def run(options: argparse.Namespace) -> int:
     from qalign_kernels import __version__
 
-    from .. import ablation, leakage
+    from ..evaluation import ablation, leakage
+    from ..evaluation.resuming import KeptResults
     from ..methods import CrossImage, QAlign
-    from ..resuming import KeptResults
 
     chosen = {name: getattr(options, name) for name in ("steps", "layers", "every", "seed", "threshold") if getattr(options, name) is not None}
     settings = leakage.Settings(adain=None if options.adain == "none" else options.adain, **chosen)

@@ -16,18 +16,19 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-from qalign import BatchLayout, CrossImage, QAlign, ablation, embedded, leakage  # noqa: E402
+from qalign import BatchLayout, CrossImage, QAlign, embedded  # noqa: E402
 from qalign import __main__ as command_line  # noqa: E402
 from qalign.commands import leakage as command  # noqa: E402
-from qalign.denoiser import picture_size  # noqa: E402
+from qalign.context.clock import Clock  # noqa: E402
+from qalign.context.layer_call import Site  # noqa: E402
+from qalign.context.layers import picture_size  # noqa: E402
+from qalign.context.layout import ROLES  # noqa: E402
 from qalign.embedded.scenes import BACKGROUNDS, PARTS, ScenePair, held_out_pairs, render, token_labels  # noqa: E402
-from qalign.features import noised_features  # noqa: E402
-from qalign.layout import ROLES  # noqa: E402
-from qalign.leakage import Measured, PairResult, Settings  # noqa: E402
+from qalign.evaluation import ablation, leakage  # noqa: E402
+from qalign.evaluation.leakage import Measured, PairResult, Settings  # noqa: E402
+from qalign.evaluation.noised_features import noised_features  # noqa: E402
 from qalign.pipelines import AppearanceTransferPipeline  # noqa: E402
 from qalign.pipelines.appearance_transfer import edited_steps  # noqa: E402
-from qalign.schedule import Clock  # noqa: E402
-from qalign.site import Site  # noqa: E402
 from qalign_kernels import label_mass, match_counts, similarity_argmax  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
 from tests.processors.models import pipe_of  # noqa: E402

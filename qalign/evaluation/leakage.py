@@ -30,14 +30,14 @@ from torch import Tensor
 
 from qalign_kernels import similarity_argmax
 
-from .denoiser import picture_size, short_name, token_grid
-from .embedded.scenes import BACKGROUNDS, PARTS, ScenePair, Scenes, held_out_pairs, render, token_labels
-from .features import noised_features
-from .layout import BatchLayout
-from .methods import CrossImage, QAlign
-from .methods._editing import Editing
+from ..context.layer_call import Site, take
+from ..context.layers import picture_size, short_name, token_grid
+from ..context.layout import BatchLayout
+from ..embedded.scenes import BACKGROUNDS, PARTS, ScenePair, Scenes, held_out_pairs, render, token_labels
+from ..methods import CrossImage, QAlign
+from ..methods._editing import Editing
+from .noised_features import noised_features
 from .resuming import KeptResults
-from .site import Site, take
 
 LEAK_THRESHOLD = 0.79  # of the cross-region mass: on 30 pairs of seed 1 Cross-Image leaks in the paper's share of pairs, 94 of 180
 RESAMPLES = 10_000
@@ -279,7 +279,7 @@ def check_steps(methods: Mapping[str, CrossImage], settings: Settings) -> None:
     Raises:
         ValueError: a method has none.
     """
-    from .pipelines.appearance_transfer import edited_steps
+    from ..pipelines.appearance_transfer import edited_steps
 
     for name, method in methods.items():
         if not any(step % settings.every == 0 for step in edited_steps(method, settings.steps)):

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from qalign_kernels import Match, Segment, attention, attention_with_lse, match_counts, qalign_attention, use_backend
 
-from .commands._shared import say, write
-from .control import Control, attach
+from ..commands._shared import say, write
+from ..context.layers import short_name
+from ..context.layout import BatchLayout
+from ..methods import Method, QAlign
+from ..processors.attach import Control, attach
 from .correspondence import SIGNALS, Capture, Recording
-from .denoiser import short_name
-from .layout import BatchLayout
-from .memory import PeakMemory
-from .methods import Method, QAlign
+from .peak_memory import PeakMemory
 
 CHANNELS = (320, 640, 1280)
 HEADS = 8

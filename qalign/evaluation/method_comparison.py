@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..methods import CtrlX, EyeForAnEye, Method
+from ..pipelines import METHODS
 from . import leakage
-from .memory import PeakMemory
-from .methods import CtrlX, EyeForAnEye, Method
-from .pipelines import METHODS
+from .peak_memory import PeakMemory
 
 UNREAD = (CtrlX, EyeForAnEye)  # their output attends itself: what it took of the appearance stands in no attention map
 
