@@ -25,7 +25,9 @@ CHANNELS = (32, 64, 128)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return out, photographs.run(out, size=128, channels=CHANNELS)
+    found = photographs.run(size=128, channels=CHANNELS)
+    command.write_step(found, out)
+    return out, found.report
 
 
 def test_writes_the_picture_and_all_figures(finished):
@@ -51,7 +53,7 @@ def test_figures_are_within_what_they_can_be(finished):
 
 
 def test_render_prints_every_layer_and_every_step(finished):
-    text = photographs.render(finished[1])
+    text = command.render_step(finished[1])
     assert all(layer["layer"] in text for layer in finished[1]["layers"])
     assert text.count("Q-Align, ") == 2
 
@@ -145,10 +147,10 @@ def test_command_line_names_what_is_not_installed(monkeypatch, capsys):
 )
 def test_command_line_hands_its_options_on(given, parts, monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(photographs, "run", lambda out, **options: calls.append(("step", out, options)))
+    monkeypatch.setattr(command, "show_step", lambda out, *options: calls.append(("step", out, options)))
     monkeypatch.setattr(command, "show_transfer", lambda out, *options: calls.append(("transfer", out, options)))
     assert command_line.main(["demo", "--out", str(tmp_path), "--seed", "3", *given.split()]) == 0
-    expected = [("step", tmp_path, {"size": 256, "seed": 3}), ("transfer", tmp_path, (2, 3))]
+    expected = [("step", tmp_path, (256, 3)), ("transfer", tmp_path, (2, 3))]
     assert calls == [call for call in expected if call[0] in parts]
 
 
