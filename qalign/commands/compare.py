@@ -65,11 +65,11 @@ def files(options: argparse.Namespace) -> Files:
 def run(options: argparse.Namespace) -> int:
     given = require_pair(options)
     from ..context.layers import picture_size
+    from ..evaluation.match_figures import held_out_scenes
     from ..evaluation.method_comparison import compare_methods
     from ..evaluation.plots import comparison_grid
     from ..pipelines import METHODS as KINDS
     from ..pipelines.pictures import to_tensors
-    from .correspond import held_out_scenes
 
     prompt, labels = options.prompt, None
     if given:

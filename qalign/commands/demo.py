@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._shared import COMPARED, Files, Reading, count, say, seed, write
+from ._shared import COMPARED, SIDE, Files, Reading, count, say, seed, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,11 +188,10 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
     import torch
 
     from ..context.layers import picture_size
-    from ..evaluation import leakage
+    from ..evaluation import leakage, match_figures
     from ..evaluation.correspondence import compare
     from ..evaluation.plots import leakage_by_layer_and_step, transfer_grid
     from ..pipelines import AppearanceTransferPipeline
-    from . import correspond
 
     progress = _stopwatch()
     say("\nAppearance transfer between held-out scenes, on the trained model inside the package.")
@@ -203,11 +202,11 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
     for number in range(ROWS):
         progress(f"transfer {number + 1} of {ROWS}: inversion, then {', '.join(COMPARED.values())}; {STEPS} steps")
         rows.append(transfer(pipe, seed + number))
-    structure, appearance, labels, caption = correspond.held_out_scenes(seed, picture_size(pipe))
+    structure, appearance, labels, caption = match_figures.held_out_scenes(seed, picture_size(pipe))
     progress("what matches what")
-    shown = correspond.choose(compare(pipe, structure, appearance, caption, seed=seed))
-    lines, shares = correspond.draw_lines(shown, structure, appearance, labels)
-    heat_maps = correspond.draw_heat_maps(shown, structure, appearance, correspond.default_points(shown, structure, labels), labels)
+    shown = match_figures.choose(compare(pipe, structure, appearance, caption, seed=seed), SIDE)
+    lines, shares = match_figures.draw_lines(shown, structure, appearance, labels)
+    heat_maps = match_figures.draw_heat_maps(shown, structure, appearance, match_figures.default_points(shown, structure, labels), labels)
     settings = leakage.Settings(steps=MEASURED_STEPS, every=1, seed=seed)
     progress(f"leakage on {pairs} pairs, {settings.steps} steps")
     report = leakage.run(pipe, pairs=pairs, settings=settings)
@@ -238,7 +237,7 @@ def transfer(pipe: Any, seed: int) -> dict[str, Any]:
     import torch
 
     from ..context.layers import picture_size
-    from .correspond import held_out_scenes
+    from ..evaluation.match_figures import held_out_scenes
 
     structure, appearance, _, caption = held_out_scenes(seed, picture_size(pipe))
     inversion = pipe.invert(appearance, structure, caption, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(seed))
