@@ -84,7 +84,7 @@ def measure(plan: str, layout: str, seed: int, name: str, *, steps: int, guidanc
     """Figures of one picture by one method, and the picture. All methods get the same noise, prompt and scheduler.
 
     Shares are of tokens of the latents' grid: creature is what most of the decoder's layers read as such
-    (`qalign.evaluation.leakage.read_parts`). `denoising` is the model's mean squared error on the finished
+    (`qalign.evaluation.picture_metrics.read_parts`). `denoising` is the model's mean squared error on the finished
     picture, which is larger where the picture is less like what it was trained on.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -113,7 +113,7 @@ def measure(plan: str, layout: str, seed: int, name: str, *, steps: int, guidanc
 def creature(picture: torch.Tensor, plan: str) -> torch.Tensor:
     """bool [32, 32]: where a picture [3, S, S] shows a creature of a plan."""
     from qalign.embedded.scenes import BACKGROUNDS
-    from qalign.evaluation.leakage import read_parts
+    from qalign.evaluation.picture_metrics import read_parts
 
     read = read_parts(pipeline(), picture[None], references(plan), PROMPTS[plan], seed=0)
     sides = {layer: int(found.shape[1] ** 0.5) for layer, found in read.items()}

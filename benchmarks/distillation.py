@@ -76,7 +76,7 @@ def measure(pair: Any, name: str, *, steps: int, seed: int) -> tuple[dict[str, f
     """
     from qalign import AppearanceTransferPipeline, AttentionDistillation, AttentionDistillationPipeline, CrossImage
     from qalign.embedded.scenes import render
-    from qalign.evaluation.leakage import OBJECT, colour_error, read_layouts
+    from qalign.evaluation.picture_metrics import OBJECT, colour_error, read_layouts
     from qalign.sampling.attention_reader import AttentionReader
 
     scenes = render([pair.appearance, pair.structure])

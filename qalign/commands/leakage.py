@@ -105,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
     from qalign_kernels import __version__
 
     from ..evaluation import ablation, leakage
+    from ..evaluation.processes import leave, processes
     from ..evaluation.resuming import KeptResults
     from ..methods import CrossImage, QAlign
 
@@ -119,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
         decisive |= {"model": options.model, "dtype": options.dtype, "version": __version__}
         decisive["methods"] = "ablation" if options.ablation else [repr(method) for method in methods.values()]
         kept = KeptResults(partial_of(options.json), decisive)
-    state = leakage.processes()
+    state = processes()
     options.device = options.device or str(state.device)
     pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
@@ -139,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
         say(text)
         if options.json is not None:
             write("figures", json.dumps(report, indent=2) + "\n", options.json)
-    leakage.leave()
+    leave()
     if kept is not None and state.is_main_process:
         kept.remove()
     return 0

@@ -20,7 +20,6 @@ from ..embedded.scenes import PARTS, ScenePair, held_out_pairs, render, token_la
 from ..methods import CrossImage, QAlign
 from .leakage import (
     PairResult,
-    Progress,
     Settings,
     Tallies,
     by_layer_and_step,
@@ -28,8 +27,6 @@ from .leakage import (
     check_steps,
     estimate,
     figures,
-    gathered,
-    keeping,
     layers_of,
     measure,
     measure_pair,
@@ -41,7 +38,8 @@ from .leakage import (
     tally,
 )
 from .noised_features import noised_features
-from .resuming import KeptResults
+from .processes import Progress, gathered
+from .resuming import KeptResults, keeping
 
 NOISE = (0.2, 0.4, 0.6)  # of the training timesteps
 SIGNALS = {
