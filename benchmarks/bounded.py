@@ -83,8 +83,9 @@ def pipeline() -> Any:
 def measure(plan: str, layout: str, seed: int, name: str, *, steps: int, guidance: float) -> tuple[dict[str, float], Any]:
     """Figures of one picture by one method, and the picture. All methods get the same noise, prompt and scheduler.
 
-    Shares are of tokens of the latents' grid: creature is what most of the decoder's layers read as such (`qalign.leakage.read_parts`). `denoising`
-    is the model's mean squared error on the finished picture, which is larger where the picture is less like what it was trained on.
+    Shares are of tokens of the latents' grid: creature is what most of the decoder's layers read as such
+    (`qalign.evaluation.picture_metrics.read_parts`). `denoising` is the model's mean squared error on the finished
+    picture, which is larger where the picture is less like what it was trained on.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -112,7 +113,7 @@ def measure(plan: str, layout: str, seed: int, name: str, *, steps: int, guidanc
 def creature(picture: torch.Tensor, plan: str) -> torch.Tensor:
     """bool [32, 32]: where a picture [3, S, S] shows a creature of a plan."""
     from qalign.embedded.scenes import BACKGROUNDS
-    from qalign.leakage import read_parts
+    from qalign.evaluation.picture_metrics import read_parts
 
     read = read_parts(pipeline(), picture[None], references(plan), PROMPTS[plan], seed=0)
     sides = {layer: int(found.shape[1] ** 0.5) for layer, found in read.items()}
@@ -156,7 +157,7 @@ def denoising(picture: torch.Tensor, prompt: str) -> float:
 def draw(rows: Any, path: Path) -> None:
     from PIL import Image, ImageDraw
 
-    from qalign.images import to_image
+    from qalign.evaluation.images import to_image
 
     sheet = Image.new("RGB", (max(map(len, rows)) * 132, len(rows) * 132), "white")
     for y, row in enumerate(rows):

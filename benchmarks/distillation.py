@@ -47,7 +47,7 @@ def files(arguments: argparse.Namespace) -> Files:
 
 def run(arguments: argparse.Namespace) -> int:
     from qalign.embedded.scenes import held_out_pairs, render
-    from qalign.plots import transfer_grid
+    from qalign.evaluation.plots import transfer_grid
 
     settings = {"steps": arguments.steps, "seed": arguments.seed}
     report, rows = MethodReport.open("pairs", settings, arguments.json), []
@@ -75,9 +75,9 @@ def measure(pair: Any, name: str, *, steps: int, seed: int) -> tuple[dict[str, f
     `distillation` is that of the finished picture against the appearance, mean over `TIMESTEPS`; `loss_first` and `loss_last` are what the run saw.
     """
     from qalign import AppearanceTransferPipeline, AttentionDistillation, AttentionDistillationPipeline, CrossImage
-    from qalign.distillation import AttentionReader
     from qalign.embedded.scenes import render
-    from qalign.leakage import OBJECT, colour_error, read_layouts
+    from qalign.evaluation.picture_metrics import OBJECT, colour_error, read_layouts
+    from qalign.sampling.attention_reader import AttentionReader
 
     scenes = render([pair.appearance, pair.structure])
     (appearance, structure), (of_appearance, of_structure) = scenes.image, scenes.labels

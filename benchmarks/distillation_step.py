@@ -93,7 +93,7 @@ def make(name: str, dtype: torch.dtype, device: str) -> Model:
 def ours(model: Model) -> Iterator[Pipeline]:
     """`AttentionReader` and `distillation_loss`, on the backend that "auto" takes."""
     from qalign import AttentionDistillation
-    from qalign.distillation import AttentionReader
+    from qalign.sampling.attention_reader import AttentionReader
 
     method, timestep = AttentionDistillation(content_weight=0.0), torch.tensor(TIMESTEP, device=model.latents.device)
     with AttentionReader(model) as read:
@@ -106,8 +106,8 @@ def ours(model: Model) -> Iterator[Pipeline]:
 @contextlib.contextmanager
 def plain(model: Model) -> Iterator[Pipeline]:
     """Stock processors: hooks keep what the projections give and what the output projection is given."""
-    from qalign.distillation import AttentionReader
     from qalign.methods.attention_distillation import Losses
+    from qalign.sampling.attention_reader import AttentionReader
 
     timestep, zero = torch.tensor(TIMESTEP, device=model.latents.device), torch.zeros((), device=model.latents.device)
     layers = {name: model.unet.get_submodule(name) for name in AttentionReader(model).layers}
@@ -151,7 +151,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 def measure(model: Model, name: str, dtype: str, device: str, rounds: int) -> list[dict[str, Any]]:
     """A row for each pipeline. `gradient_difference` is that of our first gradient to the plain one's, relative to its norm."""
-    from qalign.distillation import frozen, gradient
+    from qalign.sampling.attention_reader import frozen, gradient
 
     backend = "triton" if device == "cuda" else "tiled"
     pipelines: dict[str, Callable[[Model], Any]] = {backend: ours, "eager": plain}
@@ -187,7 +187,7 @@ def measure(model: Model, name: str, dtype: str, device: str, rounds: int) -> li
 
 
 def _step(model: Model, pipeline: Pipeline) -> Callable[[], Any]:
-    from qalign.distillation import descend
+    from qalign.sampling.attention_reader import descend
 
     latents = model.latents.clone().requires_grad_()
     optimiser = torch.optim.Adam([latents], lr=LEARNING_RATE)

@@ -15,11 +15,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bank import FeatureBank
-    from .bounded_guidance import BoundedGuidance
-    from .control import Control, attach
-    from .decoder_tuning import tuned_decoder
-    from .layout import BatchLayout
+    from .context.layer_call import Site, take
+    from .context.layout import BatchLayout
+    from .context.regions import Regions
     from .methods import (
         BoundedAttention,
         ConsiStory,
@@ -52,16 +50,16 @@ if TYPE_CHECKING:
         BoundedAttentionXLPipeline,
     )
     from .processors import CrossImageAttnProcessor, QAlignAttnProcessor, UNetAttnProcessor
-    from .regions import Regions
-    from .site import Site, take
+    from .processors.attach import Control, attach
+    from .processors.feature_bank import FeatureBank
+    from .sampling.bounded_guidance import BoundedGuidance
+    from .sampling.decoder_tuning import tuned_decoder
 
 # imported when asked for: the pipelines bring diffusers, and the command line answers --help without torch
 _HOMES = {
-    "bank": ("FeatureBank",),
-    "bounded_guidance": ("BoundedGuidance",),
-    "control": ("Control", "attach"),
-    "decoder_tuning": ("tuned_decoder",),
-    "layout": ("BatchLayout",),
+    "context.layer_call": ("Site", "take"),
+    "context.layout": ("BatchLayout",),
+    "context.regions": ("Regions",),
     "methods": (
         "BoundedAttention",
         "ConsiStory",
@@ -94,8 +92,10 @@ _HOMES = {
         "BoundedAttentionXLPipeline",
     ),
     "processors": ("CrossImageAttnProcessor", "QAlignAttnProcessor", "UNetAttnProcessor"),
-    "regions": ("Regions",),
-    "site": ("Site", "take"),
+    "processors.attach": ("Control", "attach"),
+    "processors.feature_bank": ("FeatureBank",),
+    "sampling.bounded_guidance": ("BoundedGuidance",),
+    "sampling.decoder_tuning": ("tuned_decoder",),
 }
 
 __all__ = [

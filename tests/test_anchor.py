@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qalign.anchor import anchor_align, object_box
+from qalign.sampling.anchor_align import anchor_align, object_box
 
 PICTURE = torch.rand(3, 12, 16, generator=torch.Generator().manual_seed(0))
 

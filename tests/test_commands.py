@@ -16,15 +16,17 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # noqa: E402
 
-from qalign import QAlign, attach, correspondence, denoiser, embedded, methods, pipelines  # noqa: E402
+from qalign import QAlign, attach, embedded, methods, pipelines  # noqa: E402
 from qalign import __main__ as command_line  # noqa: E402
-from qalign.bounded_guidance import BoundedGuidance  # noqa: E402
-from qalign.commands import _shared, compare, correspond, demo, transfer  # noqa: E402
-from qalign.correspondence import Capture  # noqa: E402
+from qalign.commands import _shared, compare, demo, transfer  # noqa: E402
+from qalign.context.layers import short_name, token_grid  # noqa: E402
+from qalign.context.regions import Regions  # noqa: E402
 from qalign.embedded import scenes  # noqa: E402
+from qalign.evaluation import correspondence, match_figures  # noqa: E402
+from qalign.evaluation.correspondence import Capture  # noqa: E402
 from qalign.methods.attention_distillation import AttentionDistillation  # noqa: E402
 from qalign.pipelines import attention_distillation, bounded_attention  # noqa: E402
-from qalign.regions import Regions  # noqa: E402
+from qalign.sampling.bounded_guidance import BoundedGuidance  # noqa: E402
 from qalign_kernels._files import replacing  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
 from tests.processors import models  # noqa: E402
@@ -272,7 +274,7 @@ def only_diffusers_extra(monkeypatch):
     """What the extra `demo` adds to `diffusers` does not import."""
     for name in ("matplotlib", "psutil", "skimage"):
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("qalign.plots", "qalign.memory"):
+    for name in ("qalign.evaluation.plots", "qalign.evaluation.peak_memory"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -364,36 +366,36 @@ def test_shares_are_of_object_tokens_whose_part_the_appearance_shows():
     query = random_features(1, 2, 64, 16, seed=0)
     picture = torch.zeros(3, 32, 32)
     capture = Capture("up_blocks.0.attn1", query, query, -query)
-    shares = [correspond.draw_lines(capture, picture, picture, pair)[1]["query-query (Q-Align)"] for pair in ((labels, labels), (labels, other))]
+    shares = [match_figures.draw_lines(capture, picture, picture, pair)[1]["query-query (Q-Align)"] for pair in ((labels, labels), (labels, other))]
     assert shares == [1, 1]
     swapped = Capture("up_blocks.0.attn1", query, query.roll(32, 2), -query)  # the upper half matches the lower one
-    assert correspond.draw_lines(swapped, picture, picture, (labels, other))[1]["query-query (Q-Align)"] == 0
-    assert correspond.draw_lines(capture, picture, picture, None)[1] == {}
+    assert match_figures.draw_lines(swapped, picture, picture, (labels, other))[1]["query-query (Q-Align)"] == 0
+    assert match_figures.draw_lines(capture, picture, picture, None)[1] == {}
 
 
 def test_default_points_lie_on_tokens_of_parts_that_both_scenes_show():
     labels = scenes.render([scenes.held_out_seed(0), scenes.held_out_seed(5)]).labels
     query = random_features(1, 1, 256, 8, seed=0)
     capture = Capture("layer", query, query, query)
-    points = correspond.default_points(capture, torch.zeros(3, 128, 128), tuple(labels))
+    points = match_figures.default_points(capture, torch.zeros(3, 128, 128), tuple(labels))
     centres = correspondence.token_centres((128, 128), (16, 16))
     first, second = scenes.token_labels(labels, (16, 16))
     parts = [int(first[torch.cdist(point[None], centres).argmin()]) for point in points]
     assert torch.cdist(points, centres).amin(1).max() == 0
     assert len(set(parts)) == 3
     assert all(part >= len(scenes.BACKGROUNDS) and (second == part).any() for part in parts)
-    assert correspond.default_points(capture, torch.zeros(3, 40, 80), None).tolist() == [[20, 10], [40, 20], [60, 30]]
+    assert match_figures.default_points(capture, torch.zeros(3, 40, 80), None).tolist() == [[20, 10], [40, 20], [60, 30]]
 
 
 @pytest.mark.parametrize(("height", "width", "tokens", "grid"), [(512, 768, 384, (16, 24)), (520, 512, 33 * 32, (33, 32)), (40, 40, 9, (3, 3))])
 def test_token_grid_halves_and_rounds_up(height, width, tokens, grid):
-    assert denoiser.token_grid((height, width), tokens) == grid
+    assert token_grid((height, width), tokens) == grid
 
 
 @pytest.mark.parametrize("tokens", [0, 17, 64 * 64 * 4])
 def test_token_grid_refuses_what_is_no_grid(tokens):
     with pytest.raises(ValueError, match=f"^tokens: expected a grid of 64 x 64 halved some times, got {tokens}$"):
-        denoiser.token_grid((64, 64), tokens)
+        token_grid((64, 64), tokens)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +406,7 @@ def test_token_grid_refuses_what_is_no_grid(tokens):
     ],
 )
 def test_short_names_of_layers_leave_out_the_first_block(layer, short):
-    assert denoiser.short_name(layer) == short
+    assert short_name(layer) == short
 
 
 def test_token_centres_run_along_rows_first():

@@ -11,10 +11,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 
 from qalign import __main__ as command_line  # noqa: E402
-from qalign import demo  # noqa: E402
 from qalign.commands import demo as command  # noqa: E402
 from qalign.embedded.scenes import held_out_pairs, render  # noqa: E402
-from qalign.memory import MIB, PeakMemory  # noqa: E402
+from qalign.evaluation import photographs  # noqa: E402
+from qalign.evaluation.peak_memory import MIB, PeakMemory  # noqa: E402
 from qalign.pipelines import AppearanceTransferPipeline  # noqa: E402
 from qalign_kernels.testing import judge  # noqa: E402
 from tests.processors import models  # noqa: E402
@@ -25,7 +25,9 @@ CHANNELS = (32, 64, 128)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return out, demo.run(out, size=128, channels=CHANNELS)
+    found = photographs.run(size=128, channels=CHANNELS)
+    command.write_step(found, out)
+    return out, found.report
 
 
 def test_writes_the_picture_and_all_figures(finished):
@@ -33,7 +35,7 @@ def test_writes_the_picture_and_all_figures(finished):
     assert (out / "correspondences.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "demo.json").read_text()) == report
     assert [layer["tokens"] for layer in report["layers"]] == [16, 16, 64, 64, 256, 256]
-    assert set(report["steps"]) == set(demo.VARIANTS)
+    assert set(report["steps"]) == set(photographs.VARIANTS)
 
 
 def test_the_two_paths_of_qalign_agree_and_edit_the_output_row_only(finished):
@@ -51,14 +53,14 @@ def test_figures_are_within_what_they_can_be(finished):
 
 
 def test_render_prints_every_layer_and_every_step(finished):
-    text = demo.render(finished[1])
+    text = command.render_step(finished[1])
     assert all(layer["layer"] in text for layer in finished[1]["layers"])
     assert text.count("Q-Align, ") == 2
 
 
 def test_photographs_show_the_same_points_at_the_true_positions():
-    pair = demo.load_pair(512)
-    truth = demo.grid_truth(pair, 32 * 32)
+    pair = photographs.load_pair(512)
+    truth = photographs.grid_truth(pair, 32 * 32)
     known = truth.known
 
     def colours(picture, points):
@@ -75,13 +77,13 @@ def test_photographs_show_the_same_points_at_the_true_positions():
 
 def test_no_true_match_lies_in_its_own_place():
     for tokens in (16 * 16, 32 * 32, 64 * 64):
-        truth = demo.grid_truth(demo.load_pair(512), tokens)
+        truth = photographs.grid_truth(photographs.load_pair(512), tokens)
         assert truth.error(torch.arange(tokens)).min() > truth.pitch
 
 
 def test_truth_error_is_zero_for_the_true_tokens_and_chance_is_uniform():
     position = torch.tensor([[0.5, 0.5], [1.5, 0.5], [0.5, 1.5], [1.5, 1.5]])
-    truth = demo.Truth(position, position[[1, 0, 3, 2]], torch.tensor([True, True, True, False]), 1.0)
+    truth = photographs.Truth(position, position[[1, 0, 3, 2]], torch.tensor([True, True, True, False]), 1.0)
     assert truth.error(torch.tensor([1, 0, 3, 0])).tolist() == [0, 0, 0]
     distances = torch.tensor([0.0, 1.0, 1.0, math.sqrt(2)])
     assert len(truth.chance()) == 64 * 3
@@ -99,7 +101,7 @@ def test_effective_keys_is_the_exponential_of_the_entropy():
         return torch.special.entr(map_).sum(-1).exp().mean()
 
     for given, weight in ((None, torch.ones(1, 1, 1, 48)), (counts, counts.unsqueeze(2))):
-        actual = torch.tensor(demo.effective_keys(query.float(), key.float(), given))
+        actual = torch.tensor(photographs.effective_keys(query.float(), key.float(), given))
         same_precision = truth(query.float(), key.float(), weight.float())
         verdict = judge(actual, same_precision, truth(query, key, weight.double()), 48)
         assert verdict.passed, verdict
@@ -108,8 +110,8 @@ def test_effective_keys_is_the_exponential_of_the_entropy():
 def test_spread_of_uniform_and_of_one_hot_attention():
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
     moments = torch.cat([points, points.square().sum(-1, keepdim=True)], -1)
-    assert demo.spread_px(moments.mean(0)) == pytest.approx(math.sqrt(2))
-    assert demo.spread_px(moments) == 0
+    assert photographs.spread_px(moments.mean(0)) == pytest.approx(math.sqrt(2))
+    assert photographs.spread_px(moments) == 0
 
 
 def test_peak_memory_sees_what_was_held_inside_only():
@@ -145,10 +147,10 @@ def test_command_line_names_what_is_not_installed(monkeypatch, capsys):
 )
 def test_command_line_hands_its_options_on(given, parts, monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(demo, "run", lambda out, **options: calls.append(("step", out, options)))
+    monkeypatch.setattr(command, "show_step", lambda out, *options: calls.append(("step", out, options)))
     monkeypatch.setattr(command, "show_transfer", lambda out, *options: calls.append(("transfer", out, options)))
     assert command_line.main(["demo", "--out", str(tmp_path), "--seed", "3", *given.split()]) == 0
-    expected = [("step", tmp_path, {"size": 256, "seed": 3}), ("transfer", tmp_path, (2, 3))]
+    expected = [("step", tmp_path, (256, 3)), ("transfer", tmp_path, (2, 3))]
     assert calls == [call for call in expected if call[0] in parts]
 
 

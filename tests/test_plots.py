@@ -6,8 +6,8 @@ import torch
 from matplotlib import colors
 from PIL import Image
 
-from qalign import images, plots
-from qalign.plots import MatchPanel
+from qalign.evaluation import images, plots
+from qalign.evaluation.plots import MatchPanel
 
 
 def _picture(seed, height=24, width=32):

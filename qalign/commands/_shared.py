@@ -31,6 +31,7 @@ MULTIPLE = 8  # pixels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = ("float32", "float16", "bfloat16")
 COMPARED = {"cross_image": "Cross-Image", "qalign": "Q-Align"}  # by demo and leakage
+SIDE = 16  # of the token grid that demo and correspond show where no layer is named
 REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")  # of qalign
 ALIGNED = ("both", "output", "structure")  # of qalign
 DEFAULT_REFINEMENT = "warped_output"
@@ -170,7 +171,7 @@ def read_label_map(path: Path, size: tuple[int, int] | None, wanted: tuple[int, 
     """
     from PIL import Image, ImageOps
 
-    from ..regions import read_labels
+    from ..context.regions import read_labels
 
     if not path.is_file():
         raise ValueError(f"{path}: expected a label map, found {'a folder' if path.is_dir() else 'no such file'}")

@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
     )
     write("picture", result.images[0], options.out)
     if options.labels_out:
-        from ..images import label_picture
+        from ..evaluation.images import label_picture
 
         scaled = torch.nn.functional.interpolate(result.regions.structure[None, None].float(), result.images[0].size[::-1], mode="nearest-exact")
         write("masks", label_picture(scaled[0, 0]), options.labels_out)

@@ -36,7 +36,7 @@ from ._shared import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..comparison import Compared
+    from ..evaluation.method_comparison import Compared
 
 NEEDS = ("diffusers", "transformers", "PIL", "matplotlib", "psutil")
 READINGS = (Reading(("size",), lambda options: options.scenes is None, "without --scenes"),)
@@ -64,12 +64,12 @@ def files(options: argparse.Namespace) -> Files:
 
 def run(options: argparse.Namespace) -> int:
     given = require_pair(options)
-    from ..comparison import compare_methods
-    from ..denoiser import picture_size
+    from ..context.layers import picture_size
+    from ..evaluation.match_figures import held_out_scenes
+    from ..evaluation.method_comparison import compare_methods
+    from ..evaluation.plots import comparison_grid
     from ..pipelines import METHODS as KINDS
     from ..pipelines.pictures import to_tensors
-    from ..plots import comparison_grid
-    from .correspond import held_out_scenes
 
     prompt, labels = options.prompt, None
     if given:
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
 
 def labels_beside(appearance: Path, structure: Path, picture: "Tensor") -> "tuple[Tensor, Tensor] | None":
     """The label maps of both pictures, where `scenes` wrote them and they fit; otherwise None."""
-    from ..regions import read_labels
+    from ..context.regions import read_labels
 
     beside = [path.with_name(f"{path.stem}-labels.png") for path in (appearance, structure)]
     if not all(path.is_file() for path in beside):

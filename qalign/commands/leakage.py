@@ -67,7 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured.add_argument("--pairs", type=count, default=180, metavar="N", help="of held-out scenes (default: %(default)s)")
     measured.add_argument("--seed", type=seed, default=0, help="chooses the pairs and all noise (default: %(default)s)")
     measured.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
-    measured.add_argument("--threshold", type=number, metavar="MASS", help="a pair leaks above this cross-region mass (default: qalign.leakage's)")
+    measured.add_argument(
+        "--threshold",
+        type=number,
+        metavar="MASS",
+        help="a pair leaks above this cross-region mass (default: qalign.evaluation.leakage's)",
+    )
     measured.add_argument("--every", type=count, default=3, metavar="N", help="measure every N-th step (default: %(default)s)")
     measured.add_argument("--ablation", action="store_true", help="compare all matching signals and all refinements")
     measured.add_argument("--transfers", type=count, default=24, metavar="N", help="pairs that --ablation transfers (default: %(default)s)")
@@ -99,9 +104,10 @@ def partial_of(report: Path) -> Path:
 def run(options: argparse.Namespace) -> int:
     from qalign_kernels import __version__
 
-    from .. import ablation, leakage
+    from ..evaluation import ablation, leakage
+    from ..evaluation.processes import leave, processes
+    from ..evaluation.resuming import KeptResults
     from ..methods import CrossImage, QAlign
-    from ..resuming import KeptResults
 
     chosen = {name: getattr(options, name) for name in ("steps", "layers", "every", "seed", "threshold") if getattr(options, name) is not None}
     settings = leakage.Settings(adain=None if options.adain == "none" else options.adain, **chosen)
@@ -114,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
         decisive |= {"model": options.model, "dtype": options.dtype, "version": __version__}
         decisive["methods"] = "ablation" if options.ablation else [repr(method) for method in methods.values()]
         kept = KeptResults(partial_of(options.json), decisive)
-    state = leakage.processes()
+    state = processes()
     options.device = options.device or str(state.device)
     pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
@@ -134,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
         say(text)
         if options.json is not None:
             write("figures", json.dumps(report, indent=2) + "\n", options.json)
-    leakage.leave()
+    leave()
     if kept is not None and state.is_main_process:
         kept.remove()
     return 0

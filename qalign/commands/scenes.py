@@ -36,7 +36,7 @@ def files(options: argparse.Namespace) -> Files:
 
 def run(options: argparse.Namespace) -> int:
     from ..embedded.scenes import PARTS, held_out_seed, render, training_seed
-    from ..images import label_picture, to_image
+    from ..evaluation.images import label_picture, to_image
 
     chosen = held_out_seed if options.held_out else training_seed
     seeds = [chosen(options.seed + number) for number in range(options.count)]
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     say(f"scenes: {options.count} pictures and their labels in {options.out}, {seeds[0]:04}.png to {seeds[-1]:04}.png")
     say("labels: " + ", ".join(f"{number} {part}" for number, part in enumerate(PARTS)))
     if options.sheet:
-        from ..plots import contact_sheet
+        from ..evaluation.plots import contact_sheet
 
         title = "Held-out scenes" if options.held_out else "Scenes for training"
         write("contact sheet", contact_sheet(*zip(*shown), names=PARTS, title=title), options.sheet)

@@ -12,6 +12,7 @@ examples:
 import argparse
 from pathlib import Path
 
+from ._distillation import add_run_arguments, read_regions, report, run_settings
 from ._shared import (
     Files,
     add_model_arguments,
@@ -22,7 +23,6 @@ from ._shared import (
     read_pictures,
     size,
 )
-from .distill import add_run_arguments, read_regions, report, run_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -181,7 +181,7 @@ def make_regions(options: argparse.Namespace, picture: Any) -> Any:
         return "self"
     if len(options.regions) != 2:
         raise ValueError(f"--regions: expected 'self', or label maps of the appearance and the structure, got {' '.join(options.regions)}")
-    from ..regions import Regions
+    from ..context.regions import Regions
 
     appearance, structure = (read_label_map(Path(path), picture.size, options.size) for path in options.regions)
     return Regions(appearance=appearance, structure=structure)
@@ -193,7 +193,7 @@ def run(options: argparse.Namespace) -> int:
     regions = make_regions(options, appearance)
     import torch
 
-    from ..denoiser import picture_size
+    from ..context.layers import picture_size
 
     pipe = load_pipeline(options)
     if options.model == "embedded" and appearance.size != (picture_size(pipe),) * 2:
@@ -219,7 +219,7 @@ def run(options: argparse.Namespace) -> int:
     for path, image in zip(pictures_out(options), images, strict=True):
         write("picture", image, path)
     if options.grid:
-        from ..plots import transfer_grid
+        from ..evaluation.plots import transfer_grid
 
         rows = [{"structure": structure, "appearance": appearance, METHODS[options.method]: image} for structure, image in zip(structures, images)]
         write("grid", transfer_grid(rows), options.grid)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..quiet import quiet_libraries
+from .quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qalign_kernels import label_mass
 
-from ..denoiser import decoder_layers, picture_size, short_name, token_grid
+from ..context.layers import decoder_layers, picture_size, short_name, token_grid
 from ..processors.unet import project
 from .scenes import BACKGROUNDS, PARTS, held_out_seed, render, token_labels
 

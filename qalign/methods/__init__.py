@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..site import Site
+from ..context.layer_call import Site
 from ._editing import Editing, Hook, require_method
 from .bounded import BoundedAttention
 from .consistory import ConsiStory

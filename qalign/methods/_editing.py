@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import decoder_layers
-from ..site import Site
+from ..context.layer_call import Site
+from ..context.layers import decoder_layers
 
 Hook = Callable[[nn.Module, Tensor, Tensor, Site], Tensor]  # (module, its input, its output, site) -> output
 

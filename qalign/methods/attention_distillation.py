@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qalign_kernels import distillation_loss
 
-from ..regions import Regions
+from ..context.regions import Regions
 from ._editing import last_six
 
 
@@ -54,7 +54,7 @@ class AttentionDistillation:
 
     Source: Attention Distillation, arXiv 2502.20235. Deviation: a query whose label the style does not show sees all of it, as everywhere under
     `Regions`; published code has no key left there.
-    Not here: the loss between attention maps, FLUX. The tuning of the VAE's decoder is `qalign.decoder_tuning`.
+    Not here: the loss between attention maps, FLUX. The tuning of the VAE's decoder is `qalign.sampling.decoder_tuning`.
     """
 
     content_weight: float = 0.2

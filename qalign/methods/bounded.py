@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qalign_kernels import attention
 
-from ..regions import EVERYTHING, LARGEST, Regions
-from ..site import Site, take
+from ..context.layer_call import Site, take
+from ..context.regions import EVERYTHING, LARGEST, Regions
 from ._editing import Card, Editing
 
 ONLY_BACKGROUND = torch.iinfo(torch.int32).min  # the sign bit, which no label has

@@ -10,8 +10,8 @@ from torch import Tensor
 from qalign_kernels import Segment, attention, similarity_argmax
 from qalign_kernels.rearrange import take_rows
 
-from ..denoiser import token_grid
-from ..site import Site, take
+from ..context.layer_call import Site, take
+from ..context.layers import token_grid
 from ._editing import Card, Editing
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qalign_kernels import similarity_argmax
 
-from ..site import Site
+from ..context.layer_call import Site
 from ._editing import Card
 from .cross_image import CrossImage
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from qalign_kernels import attention, label_mass
 
-from ..denoiser import token_grid
-from ..regions import EVERYTHING
-from ..site import Site, take
+from ..context.layer_call import Site, take
+from ..context.layers import token_grid
+from ..context.regions import EVERYTHING
 from ._editing import Card, Editing
 
 

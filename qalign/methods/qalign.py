@@ -9,7 +9,7 @@ from torch import Tensor
 from qalign_kernels import Match, qalign_attention, similarity_argmax
 from qalign_kernels.rearrange import take_rows
 
-from ..site import Site, take
+from ..context.layer_call import Site, take
 from ._editing import Card
 from .cross_image import CrossImage
 

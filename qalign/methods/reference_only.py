@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qalign_kernels import attention
 
-from ..site import Site, take
+from ..context.layer_call import Site, take
 from ._editing import Card, Editing
 
 

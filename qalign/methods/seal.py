@@ -10,7 +10,7 @@ from torch import Tensor
 from qalign_kernels import Segment, attention, rearrange_kv, similarity_topk
 from qalign_kernels.qalign_attention import topk_attention
 
-from ..site import Site, take
+from ..context.layer_call import Site, take
 from ._editing import Card, Editing
 
 BLENDS = ("average", "add", "extrapolate", "keys_values")
@@ -35,7 +35,7 @@ class SeAl(Editing):
     Source: SeAl (CVPR 2026), of which only the project page and a summary were available: the blend, the schedules, the timesteps and whether heads
     are merged are not published there. τ = 0.15, k = 1 and δ = 3 are; the other defaults are inferred, and all can be chosen.
     Here the appearance row runs along; its cache of a noise-free pass is `AppearanceTransferPipeline.noise_free` or `FeatureBank.record_clean`,
-    Delta-Bridge is `qalign.guidance.delta_bridge`, AnchorAlign `qalign.anchor.anchor_align`.
+    Delta-Bridge is `qalign.sampling.guidance.delta_bridge`, AnchorAlign `qalign.sampling.anchor_align.anchor_align`.
     Not here: the segmentation model that finds AnchorAlign's boxes.
     """
 

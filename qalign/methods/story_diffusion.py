@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qalign_kernels import Segment, attention
 
-from ..denoiser import decoder_layers
-from ..site import Site, take
+from ..context.layer_call import Site, take
+from ..context.layers import decoder_layers
 from ._editing import Card, Editing, uniform
 
 

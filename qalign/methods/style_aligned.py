@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from qalign_kernels import Segment, attention
 
-from ..adain import token_adain
-from ..site import Site, take
+from ..context.adain import token_adain
+from ..context.layer_call import Site, take
 from ._editing import Card, Editing, Hook
 
 

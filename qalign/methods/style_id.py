@@ -7,8 +7,8 @@ from torch import Tensor
 
 from qalign_kernels import attention
 
-from ..adain import adain
-from ..site import Site, take
+from ..context.adain import adain
+from ..context.layer_call import Site, take
 from ._editing import Card, Editing
 
 

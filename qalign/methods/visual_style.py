@@ -7,8 +7,8 @@ from torch import Tensor
 
 from qalign_kernels import attention
 
-from ..adain import adain
-from ..site import Site, take
+from ..context.adain import adain
+from ..context.layer_call import Site, take
 from ._editing import Card, Editing
 
 
@@ -25,7 +25,7 @@ class VisualStylePrompting(Editing):
         calibration: (low, high), where low < timestep < high; None: nowhere.
 
     Source: Visual Style Prompting, arXiv 2402.12974, with the calibration for real references only, as all of that pipeline are.
-    Its guidance of 20 at the first three steps is `qalign.guidance.early_scales`, for the callback `guidance_by_step`.
+    Its guidance of 20 at the first three steps is `qalign.sampling.guidance.early_scales`, for the callback `guidance_by_step`.
     Not here: a real reference noised anew at every step.
     """
 

@@ -1,6 +1,6 @@
 """Pipelines: appearance transfer on any Stable Diffusion or Stable Diffusion XL pipeline."""
 
-from ..quiet import quiet_libraries
+from ..embedded.quiet import quiet_libraries
 
 with quiet_libraries():  # transformers would say which image library it had rather found
     from .appearance_transfer import (

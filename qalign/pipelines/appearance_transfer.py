@@ -13,20 +13,20 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ..adain import adain as adain_latents
-from ..bank import FeatureBank
-from ..control import Control, attach, find_unet
-from ..freeu import cross_image_freeu
-from ..guidance import swap_guided, swap_scales
-from ..inversion import KINDS, Inversion, denoise_step, invert_ddim, invert_ddpm
-from ..layout import BatchLayout
-from ..masks import MOST_TOKENS, MapCollector, default_noun, noun_tokens, object_masks, object_regions
+from ..context.adain import adain as adain_latents
+from ..context.clock import Clock
+from ..context.layout import BatchLayout
+from ..context.regions import Regions
 from ..methods import METHODS as ALL_METHODS
 from ..methods import Method, QAlign
-from ..regions import Regions
-from ..schedule import Clock
+from ..processors.attach import Control, attach, find_unet
+from ..processors.feature_bank import FeatureBank
+from ..sampling.freeu import cross_image_freeu
+from ..sampling.guidance import swap_guided, swap_scales
+from ..sampling.inversion import KINDS, Inversion, denoise_step, invert_ddim, invert_ddpm
+from ..sampling.inversion_cache import InversionCache, digest
+from ..sampling.object_masks import MOST_TOKENS, MapCollector, default_noun, noun_tokens, object_masks, object_regions
 from .base import Condition, LatentDiffusion, XLConditions, check_output
-from .inversion_cache import InversionCache, digest
 from .pictures import choose_size, cover, to_tensors
 
 WITHOUT_APPEARANCE = ("bounded", "story_diffusion", "consistory")
@@ -232,8 +232,8 @@ class AppearanceTransfer(LatentDiffusion):
             adain: "masked", as published for Cross-Image: the output's latents take the statistics of the appearance's object inside the
                 structure's; "whole": without masks; None: not at all.
             adain_start: where that begins, and the step whose attention maps make the masks.
-            noun: the word of the prompt that is the object; None is a guess by its grammar. See `qalign.masks.noun_tokens`.
-            freeu: `qalign.freeu` throughout. The official FreeU is `enable_freeu`.
+            noun: the word of the prompt that is the object; None is a guess by its grammar. See `qalign.sampling.object_masks.noun_tokens`.
+            freeu: `qalign.sampling.freeu` throughout. The official FreeU is `enable_freeu`.
             layers: as `attach`.
             regions: as `attach`; or "self", those of `self_regions`, for one structure.
             cache: a folder for inversions, one file each for a picture with its settings and noise.

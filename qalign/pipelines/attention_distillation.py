@@ -11,13 +11,13 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..adain import adain as adain_latents
-from ..checks import require_count
-from ..decoder_tuning import tuned_decoder
-from ..distillation import AttentionReader, descend, frozen
-from ..inversion import set_steps
+from .._checks import require_count
+from ..context.adain import adain as adain_latents
+from ..context.regions import Regions, label_scale
 from ..methods.attention_distillation import AttentionDistillation, Losses
-from ..regions import Regions, label_scale
+from ..sampling.attention_reader import AttentionReader, descend, frozen
+from ..sampling.decoder_tuning import tuned_decoder
+from ..sampling.inversion import set_steps
 from .base import Condition, LatentDiffusion, XLConditions, check_output
 from .pictures import choose_size, cover, to_tensors
 

@@ -11,15 +11,15 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..bounded_guidance import BoundedGuidance, MaskRefiner
-from ..checks import require_count
-from ..control import find_unet, select_layers
-from ..denoiser import decoder_layers
-from ..distillation import AttentionReader, frozen, gradient
-from ..inversion import set_steps
-from ..masks import noun_tokens
+from .._checks import require_count
+from ..context.layers import decoder_layers
+from ..context.regions import Regions
 from ..methods.bounded import BoundedAttention
-from ..regions import Regions
+from ..processors.attach import find_unet, select_layers
+from ..sampling.attention_reader import AttentionReader, frozen, gradient
+from ..sampling.bounded_guidance import BoundedGuidance, MaskRefiner
+from ..sampling.inversion import set_steps
+from ..sampling.object_masks import noun_tokens
 from .base import Condition, LatentDiffusion, XLConditions, check_output, concatenate_conditions
 from .pictures import MULTIPLE
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..layout import BatchLayout
+from ..context.clock import Clock
+from ..context.layer_call import ForwardPass, Site
+from ..context.layout import BatchLayout
+from ..context.regions import Regions
 from ..methods import CrossImage, Method, QAlign, require_method
-from ..regions import Regions
-from ..schedule import Clock
-from ..site import ForwardPass, Site
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention

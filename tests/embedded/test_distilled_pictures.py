@@ -6,7 +6,7 @@ import torch
 
 from qalign import AttentionDistillation, AttentionDistillationPipeline, Regions
 from qalign.embedded.scenes import held_out_pairs, render
-from qalign.leakage import colour_error
+from qalign.evaluation.picture_metrics import colour_error
 from tests.pipelines.test_distillation_pipeline import Literal
 from tests.pipelines.transfers import seeded
 from tests.processors.models import embedded_pipe

@@ -16,18 +16,20 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-from qalign import BatchLayout, CrossImage, QAlign, ablation, embedded, leakage  # noqa: E402
+from qalign import BatchLayout, CrossImage, QAlign, embedded  # noqa: E402
 from qalign import __main__ as command_line  # noqa: E402
 from qalign.commands import leakage as command  # noqa: E402
-from qalign.denoiser import picture_size  # noqa: E402
+from qalign.context.clock import Clock  # noqa: E402
+from qalign.context.layer_call import Site  # noqa: E402
+from qalign.context.layers import picture_size  # noqa: E402
+from qalign.context.layout import ROLES  # noqa: E402
 from qalign.embedded.scenes import BACKGROUNDS, PARTS, ScenePair, held_out_pairs, render, token_labels  # noqa: E402
-from qalign.features import noised_features  # noqa: E402
-from qalign.layout import ROLES  # noqa: E402
-from qalign.leakage import Measured, PairResult, Settings  # noqa: E402
+from qalign.evaluation import ablation, leakage, picture_metrics  # noqa: E402
+from qalign.evaluation.leakage import Measured, PairResult, Settings  # noqa: E402
+from qalign.evaluation.noised_features import noised_features  # noqa: E402
+from qalign.evaluation.processes import leave, processes  # noqa: E402
 from qalign.pipelines import AppearanceTransferPipeline  # noqa: E402
 from qalign.pipelines.appearance_transfer import edited_steps  # noqa: E402
-from qalign.schedule import Clock  # noqa: E402
-from qalign.site import Site  # noqa: E402
 from qalign_kernels import label_mass, match_counts, similarity_argmax  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
 from tests.processors.models import pipe_of  # noqa: E402
@@ -194,20 +196,20 @@ def test_colours_of_parts_and_their_error():
     labels = torch.full((10, 10), BODY)
     labels[:5], labels[9, 9] = HEAD, LIMB
     picture = torch.rand(3, 10, 10, generator=torch.Generator().manual_seed(25))
-    colours = leakage.part_colours(picture, labels)
+    colours = picture_metrics.part_colours(picture, labels)
     torch.testing.assert_close(colours[HEAD], picture[:, :5].double().mean((1, 2)))
     assert colours[TAIL].isnan().all()
-    assert leakage.colour_error(picture, labels, picture, labels).nanmean() == 0
+    assert picture_metrics.colour_error(picture, labels, picture, labels).nanmean() == 0
     swapped = torch.where(labels == HEAD, BODY, torch.where(labels == BODY, HEAD, labels))
-    error, distance = leakage.colour_error(picture, swapped, picture, labels), (colours[HEAD] - colours[BODY]).norm()
+    error, distance = picture_metrics.colour_error(picture, swapped, picture, labels), (colours[HEAD] - colours[BODY]).norm()
     torch.testing.assert_close(error[[HEAD, BODY, LIMB]], torch.stack([distance, distance, torch.zeros_like(distance)]))
 
 
 def test_part_iou_of_overlapping_layouts():
     truth = torch.tensor([BODY, BODY, HEAD, HEAD])
-    assert leakage.part_iou(truth, truth) == 1
-    assert leakage.part_iou(truth.flip(0), truth) == 0
-    assert leakage.part_iou(torch.tensor([BODY, BODY, BODY, LIMB]), truth) == pytest.approx((2 / 3 + 0) / 2)
+    assert picture_metrics.part_iou(truth, truth) == 1
+    assert picture_metrics.part_iou(truth.flip(0), truth) == 0
+    assert picture_metrics.part_iou(torch.tensor([BODY, BODY, BODY, LIMB]), truth) == pytest.approx((2 / 3 + 0) / 2)
 
 
 def test_resampled_means_are_paired_and_their_spread_is_the_standard_error():
@@ -282,15 +284,15 @@ def test_features_of_a_row_depend_on_that_row_alone(pipe):
 
 def test_layouts_are_read_from_what_pictures_show(pipe):
     scenes = render([1, 3], picture_size(pipe))
-    scores = leakage.read_layouts(pipe, {"first": scenes.image[1], "again": scenes.image[1]}, scenes, "a fish", seed=7)
+    scores = picture_metrics.read_layouts(pipe, {"first": scenes.image[1], "again": scenes.image[1]}, scenes, "a fish", seed=7)
     assert scores["first"] == scores["again"] and 0 < scores["first"] < 1
     blank = dataclasses.replace(scenes, labels=torch.zeros_like(scenes.labels))
-    assert leakage.read_layouts(pipe, {"any": scenes.image[0]}, blank, "a fish", seed=7) == {"any": 1}
+    assert picture_metrics.read_layouts(pipe, {"any": scenes.image[0]}, blank, "a fish", seed=7) == {"any": 1}
 
 
 def test_parts_are_those_of_the_nearest_token_in_the_known_scenes(pipe):
     known, others = render([1, 3, 5], picture_size(pipe)), render([7, 9], picture_size(pipe))
-    read = leakage.read_parts(pipe, others.image, known, "a fish", seed=7)
+    read = picture_metrics.read_parts(pipe, others.image, known, "a fish", seed=7)
     rows, timesteps = torch.cat([others.image, known.image]), torch.full((5,), 400)
     for layer, (q, _, _) in noised_features(pipe, rows, timesteps, "a fish", seeds=[7, 7, 8, 9, 10]).items():
         joint = torch.nn.functional.normalize(q.transpose(1, 2).flatten(2).double(), dim=-1)
@@ -512,6 +514,6 @@ if __name__ == "__main__":  # one of the two processes
         return pairs
 
     made = leakage.run(pipe_of(AppearanceTransferPipeline), pairs=3, settings=QUICK, progress=counted) | {"shares": gather_object(share)}
-    if leakage.processes().is_main_process:
+    if processes().is_main_process:
         Path(sys.argv[1]).write_text(json.dumps(made))
-    leakage.leave()
+    leave()

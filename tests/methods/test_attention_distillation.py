@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from qalign.context.regions import Regions
 from qalign.methods.attention_distillation import AttentionDistillation, LayerFeatures
-from qalign.regions import Regions
 from qalign_kernels.testing import random_features
 
 GRID = (6, 8)

@@ -10,6 +10,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from qalign import BatchLayout, UNetAttnProcessor, attach
+from qalign.context.clock import Clock
+from qalign.context.layer_call import Site
+from qalign.context.regions import Regions
 from qalign.methods import (
     BoundedAttention,
     ConsiStory,
@@ -27,9 +30,6 @@ from qalign.methods import (
     ZStar,
 )
 from qalign.processors.unet import project
-from qalign.regions import Regions
-from qalign.schedule import Clock
-from qalign.site import Site
 from tests.methods import literal
 from tests.processors.models import make_unet, unet_inputs
 

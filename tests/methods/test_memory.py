@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from qalign import BatchLayout
-from qalign.memory import MIB, PeakMemory
+from qalign.context.clock import Clock
+from qalign.context.layer_call import Site
+from qalign.context.regions import Regions
+from qalign.evaluation.peak_memory import MIB, PeakMemory
 from qalign.methods import METHODS
-from qalign.regions import Regions
-from qalign.schedule import Clock
-from qalign.site import Site
 
 SHAPE = (3, 4, 4096, 64)  # [output, appearance, structure or second appearance] of up_blocks.1 at 1024 pixels, which has ten heads
 LABELS = torch.arange(4096).view(64, 64) % 64 // 32

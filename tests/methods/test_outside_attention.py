@@ -8,9 +8,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from qalign import BatchLayout, FeatureBank, QAlign, Regions, UNetAttnProcessor, attach
+from qalign.context.layer_call import ForwardPass, Site
 from qalign.methods import BoundedAttention, CtrlX, MasaCtrl, StyleAligned
 from qalign.processors.unet import project
-from qalign.site import ForwardPass, Site
 from tests.methods import literal
 from tests.methods.test_formulas import GRID, LAYOUT, Literal, make_attention, relative_error
 from tests.processors.models import SIZE, make_pipe, make_unet, unet_inputs

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from qalign import BatchLayout, UNetAttnProcessor, attach
+from qalign.context.regions import EVERYTHING, Regions
 from qalign.methods import BoundedAttention, CrossImage, MasaCtrl, QAlign
-from qalign.regions import EVERYTHING, Regions
 from tests.methods.test_formulas import GRID, LAYOUT, make_attention
 from tests.processors.models import make_unet, unet_inputs
 

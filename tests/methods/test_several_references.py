@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from qalign import BatchLayout, FeatureBank, UNetAttnProcessor, attach
-from qalign.leakage import attention_mass
+from qalign.context.clock import Clock
+from qalign.context.layer_call import Site
+from qalign.context.regions import Regions
+from qalign.evaluation.leakage import attention_mass
 from qalign.methods import METHODS, ConsiStory, CtrlX, DreamMatcher, FreeCustom, ReferenceOnly, SeAl
 from qalign.methods._editing import uniform
-from qalign.regions import Regions
-from qalign.schedule import Clock
-from qalign.site import Site
 from tests.methods import literal
 from tests.methods.test_formulas import GRID, MASKS, TWO, make_attention, relative_error
 from tests.processors.models import make_unet, unet_inputs

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from qalign.inversion import Inversion
+    from qalign.sampling.inversion import Inversion
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qalign.adain import adain
+from qalign.context.adain import adain
 
 EPS = 1e-5
 

@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from qalign import CrossImage, QAlign
-from qalign.masks import MapCollector, noun_tokens, object_masks
 from qalign.pipelines import appearance_transfer
 from qalign.pipelines.base import expand_condition
+from qalign.sampling.object_masks import MapCollector, noun_tokens, object_masks
 from tests.pipelines.transfers import PIXELS, PROMPT, make, pictures, seeded, trajectory, transfer, watch
 
 

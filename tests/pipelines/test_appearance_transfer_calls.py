@@ -9,8 +9,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DDIMScheduler
 
 from qalign import FeatureBank, SeAl
-from qalign.inversion import Inversion
-from qalign.pipelines.inversion_cache import digest
+from qalign.sampling.inversion import Inversion
+from qalign.sampling.inversion_cache import digest
 from tests.pipelines.transfers import PROMPT, make, own, pictures, seeded, transfer, watch
 from tests.processors.models import self_attention
 

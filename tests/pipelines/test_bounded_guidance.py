@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from qalign import bounded_guidance
-from qalign.bounded_guidance import BoundedGuidance, MaskRefiner, bounded_map
-from qalign.masks import segment
+from qalign.context.regions import Regions
 from qalign.methods import BoundedAttention
 from qalign.methods.attention_distillation import LayerFeatures
-from qalign.regions import Regions
+from qalign.sampling import bounded_guidance
+from qalign.sampling.bounded_guidance import BoundedGuidance, MaskRefiner, bounded_map
+from qalign.sampling.object_masks import segment
 from qalign_kernels.testing import random_features
 
 BOXES = torch.zeros(16, 16, dtype=torch.long)

@@ -8,11 +8,11 @@ from diffusers import DDIMScheduler
 from transformers import CLIPTokenizer
 
 from qalign import BatchLayout, Regions, attach, embedded
-from qalign.bounded_guidance import BoundedGuidance, MaskRefiner
-from qalign.control import find_unet, select_layers
-from qalign.distillation import AttentionReader, frozen, gradient
 from qalign.methods import BoundedAttention
 from qalign.pipelines import BoundedAttentionPipeline, BoundedAttentionXLPipeline, bounded_attention
+from qalign.processors.attach import find_unet, select_layers
+from qalign.sampling.attention_reader import AttentionReader, frozen, gradient
+from qalign.sampling.bounded_guidance import BoundedGuidance, MaskRefiner
 from tests.pipelines.transfers import seeded
 from tests.processors.models import make_pipe, pipe_of, self_attention
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qalign.distillation import AttentionReader, descend, frozen, gradient
+from qalign.context.regions import Regions
 from qalign.embedded.scenes import BACKGROUNDS, held_out_pairs, render
 from qalign.methods.attention_distillation import AttentionDistillation, Losses
 from qalign.pipelines import AppearanceTransferPipeline, AttentionDistillationPipeline
 from qalign.pipelines.attention_distillation import windows
-from qalign.regions import Regions
+from qalign.sampling.attention_reader import AttentionReader, descend, frozen, gradient
 from tests.pipelines.transfers import pictures, seeded
 from tests.processors.models import embedded_pipe, make_pipe, pipe_of, quiet, self_attention
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from qalign.freeu import cross_image_freeu
+from qalign.sampling.freeu import cross_image_freeu
 from tests.processors.models import make_pipe, make_unet, unet_inputs
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qalign.guidance import delta_bridge, delta_bridge_strengths, low_pass, swap_guided, swap_scales
+from qalign.sampling.guidance import delta_bridge, delta_bridge_strengths, low_pass, swap_guided, swap_scales
 
 
 def test_68_steps_have_the_published_scales() -> None:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from safetensors.torch import save_file
 
-from qalign import embedded, inversion
+from qalign import embedded
 from qalign.embedded import scenes
-from qalign.inversion import Inversion, denoise_step, invert_ddim, invert_ddpm, require_finite
+from qalign.sampling import inversion
+from qalign.sampling.inversion import Inversion, denoise_step, invert_ddim, invert_ddpm, require_finite
 from tests.processors.models import make_unet
 
 STEPS = 20

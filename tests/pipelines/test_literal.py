@@ -17,11 +17,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 
 from qalign import AppearanceTransferPipeline, CrossImage, QAlign
+from qalign.context.layer_call import Site
 from qalign.embedded.scenes import held_out_pairs, render
-from qalign.inversion import Inversion
-from qalign.masks import segment
 from qalign.pipelines import appearance_transfer
-from qalign.site import Site
+from qalign.sampling.inversion import Inversion
+from qalign.sampling.object_masks import segment
 from qalign_kernels.testing import judge
 from tests.pipelines import literal
 from tests.processors.models import embedded_pipe, make_pipe, quiet

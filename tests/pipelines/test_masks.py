@@ -10,9 +10,10 @@ from transformers import CLIPTokenizer
 
 pytest.importorskip("sklearn")
 
-from qalign import QAlign, attach, masks  # noqa: E402
+from qalign import QAlign, attach  # noqa: E402
 from qalign.embedded import scenes  # noqa: E402
-from qalign.masks import AttentionMaps, MapCollector, default_noun, noun_map, noun_tokens, object_clusters, object_masks, segment  # noqa: E402
+from qalign.sampling import object_masks as masks  # noqa: E402
+from qalign.sampling.object_masks import AttentionMaps, MapCollector, default_noun, noun_map, noun_tokens, object_clusters, object_masks, segment  # noqa: E402
 from qalign_kernels.testing import judge_formula  # noqa: E402
 from tests.processors.models import make_pipe, make_unet, unet_inputs  # noqa: E402
 from tests.processors.test_unet_contract import ip_adapter_weights  # noqa: E402

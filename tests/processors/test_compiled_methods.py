@@ -7,9 +7,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from qalign import BatchLayout, UNetAttnProcessor
+from qalign.context.clock import Clock
+from qalign.context.regions import Regions
 from qalign.methods import METHODS
-from qalign.regions import Regions
-from qalign.schedule import Clock
 
 ELSEWHERE = ("qalign", "cross_image")  # test_unet_contract.py, through whole pipelines
 DRAWN_ON_THE_HOST = ("story_diffusion", "consistory")  # anew at each step, so their graphs break

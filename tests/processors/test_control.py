@@ -11,7 +11,7 @@ from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention_processor import AttnProcessor
 
 from qalign import BatchLayout, CrossImage, QAlign, QAlignAttnProcessor, UNetAttnProcessor, attach
-from qalign.schedule import Clock
+from qalign.context.clock import Clock
 from tests.processors.models import PROMPTS, SIZE, generate, make_pipe, make_unet, quiet, self_attention, unet_inputs
 
 

@@ -6,7 +6,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from qalign import BatchLayout, CrossImage, CrossImageAttnProcessor, QAlign, QAlignAttnProcessor, UNetAttnProcessor
-from qalign.site import Site
+from qalign.context.layer_call import Site
 from qalign_kernels import use_backend
 from qalign_kernels.testing import judge
 from tests.processors.models import make_pipe, make_unet, self_attention, unet_inputs

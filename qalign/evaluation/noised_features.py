@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .control import attach
-from .denoiser import decoder_layers
-from .layout import BatchLayout
-from .site import Site
+from ..context.layer_call import Site
+from ..context.layers import decoder_layers
+from ..context.layout import BatchLayout
+from ..processors.attach import attach
 
 
 class Features(NamedTuple):

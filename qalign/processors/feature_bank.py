@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .control import attach
-from .layout import BatchLayout
-from .methods import Hook, Method, require_method
-from .site import Site
+from ..context.layer_call import Site
+from ..context.layout import BatchLayout
+from ..methods import Hook, Method, require_method
+from .attach import attach
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 

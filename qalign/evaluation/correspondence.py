@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qalign_kernels import Match, mean_attention_map, similarity_argmax
 
-from .features import noised_features
-from .methods import Method
-from .site import Site
+from ..context.layer_call import Site
+from ..methods import Method
+from .noised_features import noised_features
 
 SIGNALS = {"query_query": "query-query (Q-Align)", "query_key": "query-key (Cross-Image)"}
 STRENGTH = 20.0  # of cosine similarity under a softmax, as in `QAlign`

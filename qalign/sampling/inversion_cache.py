@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inversion import Inversion
+from .inversion import Inversion
 
 SAMPLES = 16  # of each parameter
 NOT_PARAMETERS = ("b1", "b2", "s1", "s2", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")  # of FreeU and of adapters

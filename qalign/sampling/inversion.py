@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qalign_kernels._files import replacing
 
-from .checks import require_count
+from .._checks import require_count
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timesteps int64 [B]) -> the guided output, in the scheduler's prediction_type
 

@@ -19,10 +19,9 @@ A pair leaks when its cross-region mass, averaged over layers and steps, passes 
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +29,18 @@ from torch import Tensor
 
 from qalign_kernels import similarity_argmax
 
-from .denoiser import picture_size, short_name, token_grid
-from .embedded.scenes import BACKGROUNDS, PARTS, ScenePair, Scenes, held_out_pairs, render, token_labels
-from .features import noised_features
-from .layout import BatchLayout
-from .methods import CrossImage, QAlign
-from .methods._editing import Editing
-from .resuming import KeptResults
-from .site import Site, take
+from ..context.layer_call import Site, take
+from ..context.layers import picture_size, short_name, token_grid
+from ..context.layout import BatchLayout
+from ..embedded.scenes import BACKGROUNDS, PARTS, ScenePair, held_out_pairs, render, token_labels
+from ..methods import CrossImage, QAlign
+from ..methods._editing import Editing
+from .picture_metrics import OBJECT, colour_error, read_layouts
+from .processes import Progress, gathered
+from .resuming import KeptResults, keeping
 
 LEAK_THRESHOLD = 0.79  # of the cross-region mass: on 30 pairs of seed 1 Cross-Image leaks in the paper's share of pairs, 94 of 180
 RESAMPLES = 10_000
-COLOURED = 1e-3  # a part has a colour where it covers this share of the picture
-LAYOUT_NOISE = 0.4  # of the training timesteps, at which the layout of a finished picture is read
 TALLIED = ("tokens", "counterparts", "right", "own", "background")
 TITLES = {
     "part_agreement": "part agreement of the match",
@@ -55,12 +53,8 @@ TITLES = {
 }
 FIGURES = tuple(TITLES)
 NOTED = (("untouched", "colour_error"), ("untouched", "layout_iou"), ("appearance", "layout_iou"))
-OBJECT = slice(len(BACKGROUNDS), None)
 
 Tallies = dict[tuple[str, int], Tensor]  # by layer and step: float64 [PARTS, TALLIED]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Progress = Callable[[Iterable], Iterable]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,65 +186,6 @@ def figures(tallies: Tensor) -> dict[str, Tensor]:
     }
 
 
-def part_colours(picture: Tensor, labels: Tensor) -> Tensor:
-    """The mean colour of each part of a picture [3, S, S]: float64 [PARTS, 3], NaN for parts that are (nearly) out of view."""
-    members = F.one_hot(labels.flatten(), len(PARTS)).double()
-    pixels = members.sum(0).unsqueeze(1)
-    return torch.where(pixels >= COLOURED * labels.numel(), members.T @ picture.double().flatten(1).T / pixels, torch.nan)
-
-
-def colour_error(picture: Tensor, labels: Tensor, appearance: Tensor, appearance_labels: Tensor) -> Tensor:
-    """Euclidean RGB distance between the mean colours of each part: float64 [PARTS], NaN unless both show it.
-
-    `labels` says where the parts of `picture` ought to be: for a transferred picture, the structure's labels.
-    """
-    return (part_colours(picture, labels) - part_colours(appearance, appearance_labels)).norm(dim=-1)
-
-
-def part_iou(found: Tensor, truth: Tensor) -> float:
-    """Intersection over union of two label maps [N], averaged over the parts of `truth`."""
-    found, truth = (F.one_hot(labels.long(), len(PARTS)).bool() for labels in (found, truth))
-    both, either = (found & truth).sum(0).double(), (found | truth).sum(0).double()
-    return (both / either)[truth.any(0)].mean().item()
-
-
-def read_layouts(pipe: Any, pictures: Mapping[str, Tensor], scenes: Scenes, prompt: str, *, seed: int) -> dict[str, float]:
-    """Mean part IoU between the structure's layout and that of each picture [3, S, S], as `read_parts` sees it by the two scenes (appearance,
-    structure). Averaged over the decoder's layers.
-    """
-    read = read_parts(pipe, torch.stack(list(pictures.values())), scenes, prompt, seed=seed)
-    scores = torch.zeros(len(pictures), dtype=torch.float64)
-    for found in read.values():
-        structure = token_labels(scenes.labels[1:], token_grid(scenes.labels.shape[1:], found.shape[1]))[0].cpu()
-        scores += torch.tensor([part_iou(row, structure) for row in found], dtype=torch.float64)
-    return dict(zip(pictures, (scores / len(read)).tolist()))
-
-
-def read_parts(pipe: Any, pictures: Tensor, scenes: Scenes, prompt: str, *, seed: int) -> dict[str, Tensor]:
-    """The part that each token of some pictures shows, as the model itself sees it: int32 [B, N] on the CPU, by self-attention layer of the decoder.
-
-    A token of a noised picture takes the label of that token of the scenes, noised on their own, whose queries are most alike by joint cosine
-    similarity.
-
-    Args:
-        pictures: [B, 3, S, S] in [0, 1], which share one noise, so that they are compared by what they show.
-        scenes: whose labels are known.
-        prompt: of all of them.
-    """
-    timestep = int(LAYOUT_NOISE * pipe.scheduler.config.num_train_timesteps)
-    count, known = len(pictures), len(scenes.image)
-    seeds = [seed] * count + [seed + number for number in range(1, known + 1)]
-    rows = torch.cat([pictures, scenes.image])
-    kept = noised_features(pipe, rows, torch.full((len(rows),), timestep), prompt, seeds=seeds)
-    found = {}
-    for layer, (q, _, _) in kept.items():
-        labels = token_labels(scenes.labels, token_grid(scenes.labels.shape[1:], q.shape[2])).cpu().flatten()
-        joined = q[count:].transpose(0, 1).flatten(1, 2)[None]  # [1, H, known · N, D]
-        index = similarity_argmax(q[:count], joined, batch_index=torch.zeros(count, dtype=torch.int32, device=q.device)).index
-        found[layer] = labels[index[:, 0].long().cpu()]
-    return found
-
-
 @torch.inference_mode()
 def measure_pair(pipe: Any, pair: ScenePair, methods: Mapping[str, CrossImage], settings: Settings) -> PairResult:
     """Transfer the appearance of one scene to the other by every method, and measure. Depends on the pair and the settings alone."""
@@ -279,7 +214,7 @@ def check_steps(methods: Mapping[str, CrossImage], settings: Settings) -> None:
     Raises:
         ValueError: a method has none.
     """
-    from .pipelines.appearance_transfer import edited_steps
+    from ..pipelines.appearance_transfer import edited_steps
 
     for name, method in methods.items():
         if not any(step % settings.every == 0 for step in edited_steps(method, settings.steps)):
@@ -314,36 +249,6 @@ def run(
     work = keeping(kept, "pair", lambda pair: measure_pair(pipe, pair, chosen, settings), PairResult)
     results = gathered(work, held_out_pairs(pairs, settings.seed), progress)
     return summarise(results, settings, {name: repr(method) for name, method in chosen.items()})
-
-
-def keeping(
-    kept: KeptResults | None, name: str, work: Callable[[ScenePair], Result], kind: Callable[..., Result]
-) -> Callable[[ScenePair], Result]:
-    """`work`, with its results kept where there is a place for them."""
-    return work if kept is None else kept.keeping(name, work, kind)
-
-
-def processes() -> Any:
-    """accelerate's `PartialState`, which joins processes that run without GPUs only where it is told that they do."""
-    from accelerate import PartialState
-
-    wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return PartialState(cpu=wanted or ("LOCAL_RANK" in os.environ and not torch.cuda.is_available()))
-
-
-def leave() -> None:
-    """Wait for the other processes and part from them: one that ends while they are still connected may be aborted."""
-    state = processes()
-    state.wait_for_everyone()
-    state.destroy_process_group()
-
-
-def gathered(work: Callable[[Item], Result], items: Sequence[Item], progress: Progress = iter) -> list[Result]:
-    """`work` of every item, each done in one of the launched processes; in the order of the items, the same in each process."""
-    from accelerate.utils import gather_object
-
-    with processes().split_between_processes(list(items)) as mine:
-        return gather_object([work(item) for item in progress(mine)])
 
 
 def resample(columns: Mapping[str, Tensor], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Tensor]:

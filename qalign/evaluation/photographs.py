@@ -5,7 +5,6 @@ the pictures come with scikit-image, and the networks have the geometry of Stabl
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,19 +16,17 @@ from torch import Tensor, nn
 
 from qalign_kernels import Match, Segment, attention, attention_with_lse, match_counts, qalign_attention, use_backend
 
-from .commands._shared import say, write
-from .control import Control, attach
+from ..context.layers import short_name
+from ..context.layout import BatchLayout
+from ..methods import Method, QAlign
+from ..processors.attach import Control, attach
 from .correspondence import SIGNALS, Capture, Recording
-from .denoiser import short_name
-from .layout import BatchLayout
-from .memory import PeakMemory
-from .methods import Method, QAlign
+from .peak_memory import PeakMemory
 
 CHANNELS = (320, 640, 1280)
 HEADS = 8
 TIMESTEP = 301
 CROPS_APART = 120
-LINES = 120
 SOME_QUERIES = 512
 PAPER = QAlign(refinement="rearranged")
 LAYERS = "up"
@@ -163,6 +160,21 @@ class Step:
     time_s: float
     attention_s: float
     peak_mib: float
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the measured step gave.
+
+    Attributes:
+        pair: the photographs.
+        report: plain numbers and lists, ready for JSON.
+        panels: the truth, and the matches by signal, of each of the report's layers.
+    """
+
+    pair: StereoPair
+    report: dict[str, Any]
+    panels: list[tuple[Truth, dict[str, Match]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,16 +321,22 @@ def agreement(scene: Scene, steps: dict[str, Step]) -> dict[str, float]:
     }
 
 
-def run(out: Path, *, size: int = 512, seed: int = 0, channels: tuple[int, ...] = CHANNELS) -> dict[str, Any]:
-    """Run this part, print its figures, and write correspondences.png and demo.json to `out`."""
-    begin = time.perf_counter()
+def run(
+    *,
+    size: int = 512,
+    seed: int = 0,
+    channels: tuple[int, ...] = CHANNELS,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Measure one denoising step of every variant over the photographs.
 
-    def progress(text: str) -> None:
-        say(f"[{time.perf_counter() - begin:5.1f} s] {text}")
-
+    Args:
+        size: side of the photographs, in pixels.
+        seed: of weights and noise.
+        channels: of the UNet's blocks.
+        progress: called with what comes next, or with what has just been measured.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    say("Q-Align, one denoising step. The weights are random and seeded: tokens, heads, head dims and cost are those of Stable")
-    say("Diffusion 1.5; a picture that it would paint is not the point and none is painted.")
     with torch.inference_mode():
         progress(f"photographs: the stereo pair 'motorcycle' of scikit-image, {size}x{size}; the left one is structure, the right one appearance")
         pair = load_pair(size)
@@ -350,10 +368,7 @@ def run(out: Path, *, size: int = 512, seed: int = 0, channels: tuple[int, ...] 
         "agreement": agreement(scene, steps),
         "layers": layers,
     }
-    say(render(report) + "\n")
-    write("picture", _draw(pair, layers, panels), out / "correspondences.png")
-    write("figures", json.dumps(report, indent=2) + "\n", out / "demo.json")
-    return report
+    return Outcome(pair, report, panels)
 
 
 def _measure_all(scene: Scene, progress: Callable[[str], None]) -> dict[str, Step]:
@@ -364,77 +379,5 @@ def _measure_all(scene: Scene, progress: Callable[[str], None]) -> dict[str, Ste
     return steps
 
 
-def _draw(pair: StereoPair, layers: list[dict[str, Any]], panels: list[tuple[Truth, dict[str, Match]]]) -> Any:
-    from .plots import MatchPanel, correspondence
-
-    sizes = sorted({figures["tokens"] for figures in layers})
-    tokens = sizes[len(sizes) // 2]
-    chosen = next(i for i, figures in enumerate(layers) if figures["tokens"] == tokens)
-    truth, matches = panels[chosen]
-    shown = []
-    for signal, name in SIGNALS.items():
-        index, score = (tensor.flatten().cpu() for tensor in matches[signal])
-        best = torch.nonzero(truth.known).flatten()
-        best = best[score[best].topk(min(LINES, len(best))).indices]
-        target = truth.position[index[best].long()]
-        right = (target - truth.target[best]).norm(dim=-1) <= truth.pitch
-        title = f"{name[0].upper()}{name[1:]}: {right.double().mean():.0%} of these lines end within {truth.pitch:.0f} px of the truth"
-        shown.append(MatchPanel(title, truth.position[best], target, right))
-    curves = {name: truth.error(matches[signal].index.flatten().cpu()) for signal, name in SIGNALS.items()} | {"chance": truth.chance()}
-    return correspondence(
-        pair.structure,
-        pair.appearance,
-        shown,
-        title=f"Matches in {layers[chosen]['layer']}: {tokens} tokens, independent noise on both photographs, random weights",
-        note=f"Lines: the {len(shown[0].source)} most similar matches among tokens whose truth is known; green where they end within one token "
-        "of it (true disparity of the stereo pair).\nWith random weights the query and key projections are independent, so query-key "
-        "matches are no better than chance by construction; what query-query keeps is real.",
-        curves=curves,
-        tolerance=truth.pitch,
-    )
-
-
 def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def render(report: dict[str, Any]) -> str:
-    """The report as tables."""
-    names = {"stock": "stock processor", "materialised": "Q-Align, materialised", "shipped": "Q-Align, as shipped"}
-    lines = ["", f"{'one denoising step':<24}{'time s':>9}{'in edited attention s':>24}{'peak memory MiB':>18}"]
-    for name, step in report["steps"].items():
-        lines.append(f"{names[name]:<24}{step['time_s']:>9.2f}{step['attention_s']:>24.2f}{step['peak_mib']:>18.0f}")
-    lines.append(f"(one run each, which other work on the machine disturbs; memory above the level before the step: {report['memory']})")
-    differences = report["agreement"]
-    lines += [
-        "",
-        "largest difference of the prediction, relative to the largest prediction",
-        f"  shipped to materialised Q-Align          {differences['shipped_to_materialised']:.1e}",
-        f"  Q-Align to stock, output row             {differences['output_row_to_stock']:.1e}",
-        f"  Q-Align to stock, the other rows         {differences['reference_rows_to_stock']:.1e}",
-        "",
-        f"{'layer':<28}{'N':>6}{'d':>5}{'U/N':>7}{'within one token of the truth':>33}{'median error px':>24}",
-        f"{'':<46}{'q-q':>13}{'q-k':>10}{'chance':>10}{'q-q':>10}{'q-k':>7}{'chance':>7}",
-    ]
-    for row in report["layers"]:
-        within, error = row["within_one_token"], row["median_error_px"]
-        lines.append(
-            f"{row['layer']:<28}{row['tokens']:>6}{row['head_dim']:>5}{row['unique_fraction']:>7.2f}"
-            f"{within['query_query']:>13.1%}{within['query_key']:>10.1%}{within['chance']:>10.2%}"
-            f"{error['query_query']:>10.0f}{error['query_key']:>7.0f}{error['chance']:>7.0f}"
-        )
-    lines += [
-        "U/N: matched share of the reference tokens. q-q: query-query similarity (Q-Align). q-k: query-key similarity (Cross-Image);",
-        "query and key projections are independent random matrices here, so q-k can only be at chance. Trained ones are not.",
-        "",
-        f"{'where attention goes':<28}{'effective keys':>24}{'spread px (rms from its centre)':>38}",
-        f"{'':<28}{'all keys':>13}{'rearranged':>12}{'all keys':>16}{'rearranged':>12}{'guided':>9}",
-    ]
-    for row in report["layers"]:
-        keys, spread = row["effective_keys"], row["attention_spread_px"]
-        lines.append(
-            f"{row['layer']:<28}{keys['all_keys']:>13.0f}{keys['rearranged']:>12.0f}"
-            f"{spread['all_keys']:>16.0f}{spread['rearranged']:>12.0f}{spread['guided']:>9.0f}"
-        )
-    lines.append("effective keys: exp of the entropy over distinct keys. rearranged re-weights and prunes keys; guided acts per query.")
-    return "\n".join(lines)

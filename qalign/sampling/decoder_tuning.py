@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import require_count
-from .distillation import frozen
+from .._checks import require_count
+from .attention_reader import frozen
 from .inversion import require_finite
 
 ITERATIONS = 75  # as published

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from qalign_kernels import label_mass, mean_attention_map
 
-from .denoiser import decoder_layers, token_grid
-from .masks import segment
-from .methods.attention_distillation import Features, LayerFeatures
-from .methods.bounded import ONLY_BACKGROUND, BoundedAttention
-from .regions import EVERYTHING, Regions, labels_of_tokens
+from ..context.layers import decoder_layers, token_grid
+from ..context.regions import EVERYTHING, Regions, labels_of_tokens
+from ..methods.attention_distillation import Features, LayerFeatures
+from ..methods.bounded import ONLY_BACKGROUND, BoundedAttention
+from .object_masks import segment
 
 _TINY = torch.finfo(torch.float32).tiny
 _BOUNDED = BoundedAttention()

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..methods import CtrlX, EyeForAnEye, Method
+from ..pipelines import METHODS
 from . import leakage
-from .memory import PeakMemory
-from .methods import CtrlX, EyeForAnEye, Method
-from .pipelines import METHODS
+from .peak_memory import PeakMemory
+from .picture_metrics import OBJECT, colour_error
 
 UNREAD = (CtrlX, EyeForAnEye)  # their output attends itself: what it took of the appearance stands in no attention map
 
@@ -85,7 +86,7 @@ def compare_methods(
 def colour_ratio(picture: Tensor, appearance: Tensor, structure: Tensor, labels: tuple[Tensor, Tensor]) -> float:
     """Mean part colour error of the picture, over that of the structure as it was."""
     of_appearance, of_structure = labels
-    after, before = (leakage.colour_error(each, of_structure, appearance, of_appearance)[leakage.OBJECT].nanmean() for each in (picture, structure))
+    after, before = (colour_error(each, of_structure, appearance, of_appearance)[OBJECT].nanmean() for each in (picture, structure))
     return (after / before).item()
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .denoiser import token_grid
+from .layers import token_grid
 
 LARGEST = 30  # of a label: the sign bit of an int32 is not used
 EVERYTHING = -1  # the set of all labels

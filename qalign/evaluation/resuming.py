@@ -77,3 +77,10 @@ class KeptResults:
     def remove(self) -> None:
         """Remove the folder, once the report is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def keeping(
+    kept: KeptResults | None, name: str, work: Callable[[Any], Result], kind: Callable[..., Result]
+) -> Callable[[Any], Result]:
+    """`work`, with its results kept where there is a place for them."""
+    return work if kept is None else kept.keeping(name, work, kind)

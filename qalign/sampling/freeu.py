@@ -8,7 +8,7 @@ import torch
 from diffusers.utils.torch_utils import fourier_filter
 from torch import Tensor
 
-from .control import find_unet
+from ..processors.attach import find_unet
 
 
 @contextlib.contextmanager

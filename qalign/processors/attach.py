@@ -10,12 +10,12 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .layout import BatchLayout
-from .methods import Hook, Method, require_method
-from .processors.unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
-from .regions import Regions
-from .schedule import Clock
-from .site import ForwardPass, Site
+from ..context.clock import Clock
+from ..context.layer_call import ForwardPass, Site
+from ..context.layout import BatchLayout
+from ..context.regions import Regions
+from ..methods import Hook, Method, require_method
+from .unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 NOT_SPATIAL = ("fuser", "motion_modules", "temporal_transformer_blocks", "temp_attentions")  # tokens of these are not one image's

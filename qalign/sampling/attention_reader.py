@@ -8,13 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .control import attach, find_unet, select_layers
+from ..context.layer_call import Site
+from ..context.layout import BatchLayout
+from ..context.regions import Regions
+from ..methods import Method
+from ..methods.attention_distillation import AttentionDistillation, LayerFeatures, Losses
+from ..processors.attach import attach, find_unet, select_layers
 from .inversion import require_finite
-from .layout import BatchLayout
-from .methods import Method
-from .methods.attention_distillation import AttentionDistillation, LayerFeatures, Losses
-from .regions import Regions
-from .site import Site
 
 SCALE = 2.0**16  # a mean over 2^20 outputs has gradients of 2^-20 each, float16 ends at 2^-24
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import require_count
+from .._checks import require_count
 
 
 def swap_scales(steps: int, scale: float = 3.5, *, start: float = 10 / 68) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from qalign_kernels import Segment
 
+from .clock import Clock
 from .layout import BatchLayout
 from .regions import EVERYTHING, Regions
-from .schedule import Clock
 
 HIDDEN_BIAS = -1e3  # an additive mask hides a key below this; diffusers writes -1e4
 

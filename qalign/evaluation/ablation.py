@@ -1,7 +1,7 @@
 """What the alignment is made of, varied: the signal that matches tokens, and how attention reads the matches.
 
 Match and attention are measured on the decoder's queries and keys of two noised scenes in one stock pass, so that all variants see the same
-features; the definitions are those of `qalign.leakage`. What a variant does to the picture is measured by transfers.
+features; the definitions are those of `qalign.evaluation.leakage`. What a variant does to the picture is measured by transfers.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from qalign_kernels import match_counts, similarity_argmax
 
-from .denoiser import picture_size, short_name, token_grid
-from .embedded.scenes import PARTS, ScenePair, held_out_pairs, render, token_labels
-from .features import noised_features
+from ..context.layer_call import take
+from ..context.layers import picture_size, short_name, token_grid
+from ..embedded.scenes import PARTS, ScenePair, held_out_pairs, render, token_labels
+from ..methods import CrossImage, QAlign
 from .leakage import (
     PairResult,
-    Progress,
     Settings,
     Tallies,
     by_layer_and_step,
@@ -27,8 +27,6 @@ from .leakage import (
     check_steps,
     estimate,
     figures,
-    gathered,
-    keeping,
     layers_of,
     measure,
     measure_pair,
@@ -39,9 +37,9 @@ from .leakage import (
     summarise,
     tally,
 )
-from .methods import CrossImage, QAlign
-from .resuming import KeptResults
-from .site import take
+from .noised_features import noised_features
+from .processes import Progress, gathered
+from .resuming import KeptResults, keeping
 
 NOISE = (0.2, 0.4, 0.6)  # of the training timesteps
 SIGNALS = {

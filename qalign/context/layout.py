@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import require_count
+from .._checks import require_count
 
 ROLES = ("output", "appearance", "structure", "plain")
 

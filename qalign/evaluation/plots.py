@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
-from .denoiser import short_name
+from ..context.layers import short_name
 from .images import Picture, label_picture, palette, to_array
 
 RIGHT = "#1a9e77"

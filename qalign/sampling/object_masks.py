@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from qalign_kernels import mean_attention_map
 
-from .control import NOT_SPATIAL, find_unet
-from .denoiser import halved, token_grid
-from .processors.unet import is_unet_attention, project
-from .regions import Regions
+from ..context.layers import halved, token_grid
+from ..context.regions import Regions
+from ..processors.attach import NOT_SPATIAL, find_unet
+from ..processors.unet import is_unet_attention, project
 
 FEW_TOKENS, MOST_TOKENS = 1024, 4096  # one map takes 4 MiB, 64 MiB
 THRESHOLDS = {"relative": 1.4, "absolute": 0.35}

@@ -1,0 +1,1 @@
+"""What is measured: leakage, correspondence, comparisons of methods, and the plots of them."""

@@ -1,0 +1,34 @@
+"""Work that the processes of `accelerate launch` or `torchrun` share."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Progress = Callable[[Iterable], Iterable]
+
+
+def processes() -> Any:
+    """accelerate's `PartialState`, which joins processes that run without GPUs only where it is told that they do."""
+    from accelerate import PartialState
+
+    wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return PartialState(cpu=wanted or ("LOCAL_RANK" in os.environ and not torch.cuda.is_available()))
+
+
+def leave() -> None:
+    """Wait for the other processes and part from them: one that ends while they are still connected may be aborted."""
+    state = processes()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def gathered(work: Callable[[Item], Result], items: Sequence[Item], progress: Progress = iter) -> list[Result]:
+    """`work` of every item, each done in one of the launched processes; in the order of the items, the same in each process."""
+    from accelerate.utils import gather_object
+
+    with processes().split_between_processes(list(items)) as mine:
+        return gather_object([work(item) for item in progress(mine)])
