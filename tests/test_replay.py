@@ -49,6 +49,13 @@ def matched(query, reference, rows=None):
     module = _backends.implementation("triton", "similarity")
     return lambda: module.similarity_argmax(query, reference, "cosine", True, None, None, rows)
 
+import contextlib
+
+listed = contextlib.ExitStack()
+for mode in ("softmax hopper", "counted softmax hopper"):
+    for dtype in ("bfloat16", "float16"):
+        wanted = _configs.Key("attention", mode, "sm_90", _configs.triton_minor(), dtype, 1024, 64)
+        listed.enter_context(_configs.trying(wanted, _configs.Tile(128, 128, 8, 4)))
 wide = (2, 2, 300, 64)
 result["hopper"] = difference(stub, matched(*features(*wide, count=2)))
 result["hopper_other_tensors"] = difference(stub, matched(*features(*wide, count=2)), calls=1)
@@ -72,6 +79,8 @@ result["hopper_attention_batch_index"] = difference(stub, attended(*features(*wi
 with stub.recording() as calls:
     attended(*features(*wide, count=3))()
 result["hopper_attention_threads"] = [call.block[0] for call in calls]
+listed.close()
+difference(stub, transfer(x))  # the table changed: what was replayed is watched again
 
 stub.stream = 5
 result["other_stream"] = difference(stub, transfer(x), calls=1)

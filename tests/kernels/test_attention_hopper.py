@@ -1,5 +1,7 @@
 """Attention for Hopper: what it computes, which calls take it, and what the compiler makes of it."""
 
+import contextlib
+import itertools
 import math
 import subprocess
 import sys
@@ -159,9 +161,17 @@ def test_match_of_nan_gives_nan():
 
 @pytest.fixture
 def listed(monkeypatch):
-    _configs.listed_tile.cache_clear()
+    """The table lists the kernel for every dtype, head dim and number of tokens that it serves."""
     monkeypatch.setattr(_configs, "triton_minor", lambda: "3.7")
-    yield
+    tile = _configs.Tile(128, 128, 8, 3)
+    with contextlib.ExitStack() as tried:
+        for mode, dtype, tokens, dim in itertools.product(
+            ("softmax hopper", "counted softmax hopper"), ("bfloat16", "float16"), (1024, 4096, 16384), (64, 128)
+        ):
+            key = _configs.Key("attention", mode, "sm_90", "3.7", dtype, tokens, dim)
+            tried.enter_context(_configs.trying(key, tile))
+        _configs.listed_tile.cache_clear()
+        yield
     _configs.listed_tile.cache_clear()
 
 

@@ -192,6 +192,7 @@ def calls(dtype):
         "similarity_topk": (query, key, 3, "dot", False, query_labels, key_labels, rows, "tiled"),
         "match_counts": (index, 7, "tiled"),
         "take_rows": (value[:2], index, "tiled"),
+        "unit_features": (query, key, "tiled"),
         "attention": (query, *segments, True, False, "tiled"),
         "attention_backward": (grad, lse, grad, lse, query, *segments, [True, False, True], "tiled"),
         "topk_attention": (query, key, value, topk, 0.2, 1.0, rows, "tiled"),
@@ -238,7 +239,7 @@ def test_the_public_path_runs_on_fake_cuda_tensors(refinement):
     assert output.shape == query.shape and output.dtype == torch.bfloat16 and output.device.type == "cuda"
 
 
-NOT_REPORTED = {"attention_backward", "distillation_loss_backward", "label_mass_backward", "take_rows", "rearranged_attention"}
+NOT_REPORTED = {"unit_features", "attention_backward", "distillation_loss_backward", "label_mass_backward", "take_rows", "rearranged_attention"}
 
 
 def test_the_environment_report_says_what_auto_takes_on_a_gpu(monkeypatch):

@@ -85,7 +85,7 @@ def test_taken_where_tokens_are_rows_of_a_matrix(query):
     "query",
     [
         _features(dtype=torch.float32),
-        _features(256),
+        _features(100),
         _features(heads=1),
         _features(dim=40),
         _features().contiguous(),
