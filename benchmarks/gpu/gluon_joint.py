@@ -5,8 +5,11 @@ how long each takes; the kernel for Hopper with each of its tiles.
 """
 
 import functools
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +22,10 @@ from qalign_kernels._triton._launch import target_of
 from qalign_kernels.bench import measure
 
 from ..shapes import FOLDED_HEAD_DIM, Shape, make_inputs
-from . import arguments
+from . import arguments, forks
 
 ROUNDS = 20
+COMPILE_SECONDS = 20
 ATTENTION_SHAPES = (
     Shape("sdxl", 2, 10, 4096, 64),
     Shape("flux", 1, 24, 4096, 128),
@@ -184,9 +188,36 @@ def trials() -> Iterator[tuple[Shape, Callable[[], Trial]]]:
         yield shape, functools.partial(joint_trial, shape)
 
 
+def compile_attention(folder: Path) -> None:
+    """Fill Triton's cache with the kernels of attention, each in a process of its own; failures show later."""
+    log = folder / "logs" / "gluon-compile.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    seen: set[int] = set()
+    jobs: list[tuple[Shape, bool, Tile | None]] = []
+    for shape in ATTENTION_SHAPES:
+        tiles = () if shape.head_dim in seen else ATTENTION_TILES[shape.head_dim]
+        jobs += [(shape, counted, tile) for tile in (*tiles, None) for counted in (False, True)]
+        seen.add(shape.head_dim)
+    forks.preload()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ask = functools.partial(forks.ask, attend_once, log=log, seconds=COMPILE_SECONDS)
+        for answer in pool.map(lambda job: ask(*job), jobs):
+            if answer.error:
+                print(answer.error, flush=True)
+
+
+def attend_once(shape: Shape, counted: bool, tile: Tile | None) -> None:
+    """Compile and run the kernel of a tile, or the general one."""
+    trial = attention_trial(shape, counted)
+    with _configs.trying(trial.key, tile):
+        trial.call()
+    torch.cuda.synchronize()
+
+
 def main() -> int:
     options = arguments.parser(__doc__).parse_args()
     clock = arguments.Clock(options.seconds)
+    compile_attention(options.out)
     measure.use_cuda()
     rows: list[dict[str, Any]] = []
     for shape, trial in trials():
