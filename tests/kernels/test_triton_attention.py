@@ -188,3 +188,11 @@ def test_query_far_below_those_of_its_tile(below):
     query, segment = _query(torch.float32), _segment(torch.float32, 71, counts=_counts(71))
     segment.key[..., 0], query[..., 0], query[:, :, 3, 0] = 1, 0, -below
     _check(query, [segment], scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "dims, looped",
+    [((64,), False), ((128, 64), False), ((40,), True), ((96, 96), True), ((64, 16), True), ((160,), True)],
+)
+def test_narrow_parts_are_multiplied_in_loops(dims, looped):
+    assert kernels._loop_once(dims) == looped
