@@ -49,6 +49,7 @@ from .attention_backward import attention_backward as attention_backward
 
 LN_2 = 0.6931471805599453
 FIXED_TARGETS = ("sm_90", "interpreter")
+LOOP_TARGETS = ("sm_90", "interpreter")  # the interpreter, so that tests see it
 # head dims up to which the kernel with both loops is known not to spill there
 FIXED_WIDTHS = {"plain": 128, "counts": 128, "distance": 64}
 PARTS = tl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
@@ -191,17 +192,17 @@ def launch_attention(
         VALUE_WIDTH=width(value_dim),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        LOOP_ONCE=_loop_once((dim,) if output is None else (dim, value_dim)),
+        LOOP_ONCE=_loop_once(target_of(query.device), (dim,) if output is None else (dim, value_dim)),
     )
 
 
-def _loop_once(dims: tuple[int, ...]) -> bool:
+def _loop_once(target: str, dims: tuple[int, ...]) -> bool:
     """Whether every product is to be in a pipelined loop, those that are computed once as well.
 
     With parts of fewer than 64 channels, the ptxas 12.8 of Triton 3.6 and 3.7 reads the operands of others from
     wrong addresses on sm_90 (`stray_descriptors` in benchmarks/machine_code.py). Wider parts are faster without.
     """
-    return min(part for dim in dims for part in split_head_dim(dim) if part) < 64
+    return target in LOOP_TARGETS and min(part for dim in dims for part in split_head_dim(dim) if part) < 64
 
 
 def _tile_mode(

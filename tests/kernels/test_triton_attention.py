@@ -195,4 +195,5 @@ def test_query_far_below_those_of_its_tile(below):
     [((64,), False), ((128, 64), False), ((40,), True), ((96, 96), True), ((64, 16), True), ((160,), True)],
 )
 def test_narrow_parts_are_multiplied_in_loops(dims, looped):
-    assert kernels._loop_once(dims) == looped
+    assert kernels._loop_once("sm_90", dims) == looped
+    assert not kernels._loop_once("sm_100", dims)
