@@ -49,7 +49,7 @@ from .attention_backward import attention_backward as attention_backward
 
 LN_2 = 0.6931471805599453
 FIXED_TARGETS = ("sm_90", "interpreter")
-LOOP_TARGETS = ("sm_90", "interpreter")  # the interpreter, so that tests see it
+LOOP_TARGETS = ("sm_90", "interpreter")  # see `_loop_once`; the interpreter, so that tests run these loops
 # head dims up to which the kernel with both loops is known not to spill there
 FIXED_WIDTHS = {"plain": 128, "counts": 128, "distance": 64}
 PARTS = tl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
