@@ -65,6 +65,7 @@ demo: $(READY)
 lint: $(READY)
 	@echo "lint: ruff, mypy"
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet . || { echo "lint: run ruff format ." >&2; exit 1; }
 	@$(PY) -m mypy
 
 validate: $(READY)

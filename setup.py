@@ -6,15 +6,32 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "qalign_kernels" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"',
+    (ROOT / "qalign_kernels" / "__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
 REPOSITORY = "https://github.com/qalign-kernels/qalign-kernels"
 if VERSION is None:
-    raise RuntimeError("qalign_kernels/__init__.py: expected a line __version__ = \"...\"")
+    raise RuntimeError('qalign_kernels/__init__.py: expected a line __version__ = "..."')
 
 # torch brings the Triton that fits it; a torch for CPUs alone brings none, and the interpreter and the compiler need one
 TRITON = ['triton>=3.6; platform_system == "Linux"']
-DIFFUSERS = ["diffusers>=0.36", "transformers>=5", "accelerate>=1.10", "safetensors>=0.4.5", "scikit-learn>=1.4"]
-BESIDES = ["huggingface_hub", "numpy>=1.26", "Pillow>=10", "threadpoolctl>=3", "tokenizers", "tqdm>=4.66"]  # imported; DIFFUSERS bring them too
+DIFFUSERS = [
+    "diffusers>=0.36",
+    "transformers>=5",
+    "accelerate>=1.10",
+    "safetensors>=0.4.5",
+    "scikit-learn>=1.4",
+]
+BESIDES = [
+    "huggingface_hub",
+    "numpy>=1.26",
+    "Pillow>=10",
+    "threadpoolctl>=3",
+    "tokenizers",
+    "tqdm>=4.66",
+]  # imported; DIFFUSERS bring them too
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib", *TRITON]
 DEMO = ["scikit-image", "matplotlib", "psutil"]
 DEV = ["pytest>=8", "pytest-xdist>=3.6", "packaging>=23", "setuptools>=77", "ruff", "mypy", "uv", *TRITON]

@@ -21,7 +21,11 @@ LAYOUTS = {
     "rising": ((0.52, 0.03, 0.97, 0.48), (0.03, 0.52, 0.48, 0.97)),
     "one large": ((0.03, 0.03, 0.66, 0.6), (0.7, 0.66, 0.97, 0.97)),
 }
-PROMPTS = {"quadruped": "a photo of two quadrupeds", "bird": "a photo of two birds", "fish": "a photo of two fish"}
+PROMPTS = {
+    "quadruped": "a photo of two quadrupeds",
+    "bird": "a photo of two birds",
+    "fish": "a photo of two fish",
+}
 REFERENCES = 8  # held-out scenes of the same plan, by which a picture's tokens are told apart
 OCCUPIED = 0.25  # of a box that is creature
 TIMESTEPS = (201, 401)  # of the denoising error
@@ -35,17 +39,33 @@ FIGURES = {
     "loss_last": "last",
     "denoising": "denoising error",
 }
-RATES = {"guided, as published": (8.0, 2.0), "guided, rates (100, 25)": (100.0, 25.0), "guided, rates (400, 100)": (400.0, 100.0)}
+RATES = {
+    "guided, as published": (8.0, 2.0),
+    "guided, rates (100, 25)": (100.0, 25.0),
+    "guided, rates (400, 100)": (400.0, 100.0),
+}
 METHODS = ("untouched", "masks alone", *RATES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures = "by each method: every plan in every layout once (default: %(default)s)"
     parser.add_argument("--pictures", type=_command_line.count, default=12, help=pictures)
-    parser.add_argument("--steps", type=_command_line.count, default=20, help="of DDIM (default: %(default)s)")
-    parser.add_argument("--guidance", type=_command_line.number, default=7.5, help="of the prompt (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the report there after every picture; what it already has is not measured again")
-    parser.add_argument("--sheet", type=Path, help="all pictures with their boxes, a row for each method; of those measured now")
+    parser.add_argument(
+        "--steps", type=_command_line.count, default=20, help="of DDIM (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--guidance", type=_command_line.number, default=7.5, help="of the prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="write the report there after every picture; what it already has is not measured again",
+    )
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        help="all pictures with their boxes, a row for each method; of those measured now",
+    )
 
 
 def files(arguments: argparse.Namespace) -> Files:
@@ -57,7 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
     report = MethodReport.open("pictures", settings, arguments.json)
     shown: dict[str, list[Any]] = {name: [] for name in METHODS}
     for number in range(arguments.pictures):
-        plan, layout = list(PROMPTS)[number % len(PROMPTS)], list(LAYOUTS)[number // len(PROMPTS) % len(LAYOUTS)]
+        plan, layout = (
+            list(PROMPTS)[number % len(PROMPTS)],
+            list(LAYOUTS)[number // len(PROMPTS) % len(LAYOUTS)],
+        )
         found = report.methods(number, {"plan": plan, "layout": layout, "seed": number})
         for name in METHODS:
             if name not in found:
@@ -80,7 +103,9 @@ def pipeline() -> Any:
 
 
 @torch.no_grad()
-def measure(plan: str, layout: str, seed: int, name: str, *, steps: int, guidance: float) -> tuple[dict[str, float], Any]:
+def measure(
+    plan: str, layout: str, seed: int, name: str, *, steps: int, guidance: float
+) -> tuple[dict[str, float], Any]:
     """Figures of one picture by one method, and the picture. All methods get the same noise, prompt and scheduler.
 
     Shares are of tokens of the latents' grid: creature is what most of the decoder's layers read as such
@@ -93,7 +118,12 @@ def measure(plan: str, layout: str, seed: int, name: str, *, steps: int, guidanc
 
     pipe, prompt, boxes = pipeline(), PROMPTS[plan], LAYOUTS[layout]
     latents = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(seed))
-    options: dict[str, Any] = {"latents": latents, "num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+    options: dict[str, Any] = {
+        "latents": latents,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "output_type": "pt",
+    }
     figures, begun = {}, time.perf_counter()
     if name == "untouched":
         components = pipe.components | {"scheduler": DDIMScheduler.from_config(pipe.scheduler.config)}
@@ -101,13 +131,17 @@ def measure(plan: str, layout: str, seed: int, name: str, *, steps: int, guidanc
         stock.set_progress_bar_config(disable=True)
         picture = stock(prompt, **options).images[0]
     else:
-        rates = {"rates": RATES[name]} if name in RATES else {"rates": (0.0, 0.0), "iterations": 1, "enough": 0.0}
+        rates = (
+            {"rates": RATES[name]} if name in RATES else {"rates": (0.0, 0.0), "iterations": 1, "enough": 0.0}
+        )
         subject = prompt.split()[-1]
         result = pipe(prompt, [(subject, box) for box in boxes], guidance=BoundedGuidance(**rates), **options)
         picture = result.images[0]
         figures = {"loss_first": result.losses[0, 1].item(), "loss_last": result.losses[-1, 1].item()}
     figures["time_s"] = time.perf_counter() - begun
-    return figures | shares(creature(picture, plan), boxes) | {"denoising": denoising(picture, prompt)}, picture
+    return figures | shares(creature(picture, plan), boxes) | {
+        "denoising": denoising(picture, prompt)
+    }, picture
 
 
 def creature(picture: torch.Tensor, plan: str) -> torch.Tensor:
@@ -117,7 +151,10 @@ def creature(picture: torch.Tensor, plan: str) -> torch.Tensor:
 
     read = read_parts(pipeline(), picture[None], references(plan), PROMPTS[plan], seed=0)
     sides = {layer: int(found.shape[1] ** 0.5) for layer, found in read.items()}
-    maps = [(found >= len(BACKGROUNDS)).float().view(1, 1, sides[layer], sides[layer]) for layer, found in read.items()]
+    maps = [
+        (found >= len(BACKGROUNDS)).float().view(1, 1, sides[layer], sides[layer])
+        for layer, found in read.items()
+    ]
     return torch.cat([F.interpolate(each, (32, 32), mode="bilinear") for each in maps]).mean((0, 1)) > 0.5
 
 
@@ -150,7 +187,15 @@ def denoising(picture: torch.Tensor, prompt: str) -> float:
     noise, errors = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), []
     for timestep in torch.tensor(TIMESTEPS):
         wanted = pipe.scheduler.get_velocity(clean, noise, timestep[None])
-        errors.append((pipe.predict(pipe.scheduler.add_noise(clean, noise, timestep[None]), timestep, condition) - wanted).square().mean().item())
+        errors.append(
+            (
+                pipe.predict(pipe.scheduler.add_noise(clean, noise, timestep[None]), timestep, condition)
+                - wanted
+            )
+            .square()
+            .mean()
+            .item()
+        )
     return sum(errors) / len(errors)
 
 

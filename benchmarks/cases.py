@@ -28,7 +28,10 @@ def _module(stem: str) -> Any:
 
 def _features(head_dim: int, dtype: torch.dtype, tokens: int, count: int) -> list[Tensor]:
     """[B, H, N, D] views of [B, N, H, D] storage, as attention processors have them."""
-    return [torch.empty((BATCH, tokens, NUM_HEADS, head_dim), dtype=dtype, device="meta").transpose(1, 2) for _ in range(count)]
+    return [
+        torch.empty((BATCH, tokens, NUM_HEADS, head_dim), dtype=dtype, device="meta").transpose(1, 2)
+        for _ in range(count)
+    ]
 
 
 def _integers(*shape: int) -> Tensor:
@@ -39,9 +42,17 @@ def _argmax(similarity: str, joint: bool, exact: bool, labelled: bool) -> Case:
     def run(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
         query, reference = _features(head_dim, dtype, tokens, 2)
         labels = (_integers(BATCH, tokens), _integers(BATCH, tokens)) if labelled else (None, None)
-        return _module("similarity").similarity_argmax(query, reference, similarity, joint, *labels, None, exact=exact)
+        return _module("similarity").similarity_argmax(
+            query, reference, similarity, joint, *labels, None, exact=exact
+        )
 
-    words = ["similarity_argmax", similarity, "joint" if joint else "per_head", "exact" if exact else "packed", "labels" if labelled else ""]
+    words = [
+        "similarity_argmax",
+        similarity,
+        "joint" if joint else "per_head",
+        "exact" if exact else "packed",
+        "labels" if labelled else "",
+    ]
     return Case(" ".join(words).strip(), run)
 
 
@@ -51,7 +62,13 @@ def _topk(similarity: str, joint: bool, k: int, labelled: bool) -> Case:
         labels = (_integers(BATCH, tokens), _integers(BATCH, tokens)) if labelled else (None, None)
         return _module("similarity").similarity_topk(query, reference, k, similarity, joint, *labels, None)
 
-    words = ["similarity_topk", similarity, "joint" if joint else "per_head", f"k={k}", "labels" if labelled else ""]
+    words = [
+        "similarity_topk",
+        similarity,
+        "joint" if joint else "per_head",
+        f"k={k}",
+        "labels" if labelled else "",
+    ]
     return Case(" ".join(words).strip(), run)
 
 
@@ -134,9 +151,16 @@ def _gradient(
 def _distillation(name: str = "", *, labels: bool = False, images: int = 1) -> Case:
     def run(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
         output, query, key, value = _features(head_dim, dtype, tokens, 4)
-        parts = [Segment(key, value, labels=_integers(BATCH, tokens) if labels else None) for _ in range(images)]
+        parts = [
+            Segment(key, value, labels=_integers(BATCH, tokens) if labels else None) for _ in range(images)
+        ]
         return _module("distillation").distillation_loss(
-            output, query, parts, scale=head_dim**-0.5, query_labels=_integers(BATCH, tokens) if labels else None, need_signs=True
+            output,
+            query,
+            parts,
+            scale=head_dim**-0.5,
+            query_labels=_integers(BATCH, tokens) if labels else None,
+            need_signs=True,
         )
 
     return Case(f"distillation_loss {name}".strip(), run)
@@ -160,11 +184,23 @@ def _take_rows(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
     return _module("rearrange").take_rows(*_features(head_dim, dtype, tokens, 1), _integers(BATCH, 1, tokens))
 
 
-def _rearranged(name: str, *, similarity: str = "cosine", joint: bool = True, contrast: float = 1.0, labelled: bool = False) -> Case:
+def _rearranged(
+    name: str,
+    *,
+    similarity: str = "cosine",
+    joint: bool = True,
+    contrast: float = 1.0,
+    labelled: bool = False,
+) -> Case:
     def run(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
         labels = {f"{side}_labels": _integers(BATCH, tokens) for side in ("query", "ref")} if labelled else {}
         return _module("qalign_attention").rearranged_attention(
-            *_features(head_dim, dtype, tokens, 5), similarity, joint, scale=head_dim**-0.5, contrast=contrast, **labels
+            *_features(head_dim, dtype, tokens, 5),
+            similarity,
+            joint,
+            scale=head_dim**-0.5,
+            contrast=contrast,
+            **labels,
         )
 
     return Case(f"rearranged_attention {name}".strip(), run)
@@ -179,7 +215,9 @@ def _label_mass(counts: bool) -> Case:
         query, key = _features(head_dim, dtype, tokens, 2)
         multiplicity = _integers(BATCH, 1, tokens) if counts else None
         labels = _integers(BATCH, tokens)
-        return _module("probe").label_mass(query, key, labels, NUM_LABELS, scale=head_dim**-0.5, counts=multiplicity)
+        return _module("probe").label_mass(
+            query, key, labels, NUM_LABELS, scale=head_dim**-0.5, counts=multiplicity
+        )
 
     return Case("label_mass counts" if counts else "label_mass", run)
 
@@ -188,7 +226,15 @@ def _label_mass_gradient(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
     query, key = _features(head_dim, dtype, tokens, 2)
     mass = torch.empty((BATCH, NUM_HEADS, tokens, NUM_LABELS), device="meta")
     return _module("probe").label_mass_backward(
-        mass, mass, query, key, _integers(BATCH, tokens), NUM_LABELS, scale=head_dim**-0.5, counts=None, needs=[True, True]
+        mass,
+        mass,
+        query,
+        key,
+        _integers(BATCH, tokens),
+        NUM_LABELS,
+        scale=head_dim**-0.5,
+        counts=None,
+        needs=[True, True],
     )
 
 
@@ -200,7 +246,11 @@ def _topk_attention(contrast: float) -> Case:
     def run(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
         index = _integers(BATCH, 1, tokens, TOPK)
         return _module("qalign_attention").topk_attention(
-            *_features(head_dim, dtype, tokens, 3), index, scale=head_dim**-0.5, contrast=contrast, batch_index=None
+            *_features(head_dim, dtype, tokens, 3),
+            index,
+            scale=head_dim**-0.5,
+            contrast=contrast,
+            batch_index=None,
         )
 
     return Case("topk_attention contrast" if contrast != 1.0 else "topk_attention", run)
@@ -226,7 +276,12 @@ _CORE = {
     "attention_backward",
 }
 _ALL = [
-    *(_argmax(similarity, joint, exact, False) for similarity in ("dot", "cosine") for joint in (False, True) for exact in (True, False)),
+    *(
+        _argmax(similarity, joint, exact, False)
+        for similarity in ("dot", "cosine")
+        for joint in (False, True)
+        for exact in (True, False)
+    ),
     *(_argmax("cosine", joint, exact, True) for joint in (False, True) for exact in (True, False)),
     _topk("dot", False, TOPK, False),
     _topk("cosine", True, TOPK, False),

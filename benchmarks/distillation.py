@@ -26,19 +26,43 @@ INJECTIONS = {"injection": {}, "injection, plain": {"swap_guidance_scale": 1.0}}
 DISTILLATIONS: dict[str, dict[str, Any]] = {
     "optimise, as published": {},
     "optimise, rate 0.1, annealed": {"learning_rate": 0.1, "anneal": True},
-    "one timestep, no content, annealed": {"learning_rate": 0.3, "anneal": True, "content_weight": 0.0, "one": True},
-    "sample, rate 0.05, once a step": {"mode": "sample", "learning_rate": 0.05, "iterations": 1, "guidance_scale": 1.0, "adain": False},
+    "one timestep, no content, annealed": {
+        "learning_rate": 0.3,
+        "anneal": True,
+        "content_weight": 0.0,
+        "one": True,
+    },
+    "sample, rate 0.05, once a step": {
+        "mode": "sample",
+        "learning_rate": 0.05,
+        "iterations": 1,
+        "guidance_scale": 1.0,
+        "adain": False,
+    },
 }
 METHODS = ("untouched", *INJECTIONS, *DISTILLATIONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=_command_line.count, default=3, help="of held-out scenes (default: %(default)s)")
+    parser.add_argument(
+        "--pairs", type=_command_line.count, default=3, help="of held-out scenes (default: %(default)s)"
+    )
     steps = "of the schedule; the descent at one timestep has as many (default: %(default)s)"
     parser.add_argument("--steps", type=_command_line.count, default=100, help=steps)
-    parser.add_argument("--seed", type=_command_line.seed, default=0, help="of the pairs and of all noise (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the report there after every method; what it already has is not measured again")
-    parser.add_argument("--sheet", type=Path, help="the pictures, a row for each pair that was measured now as a whole")
+    parser.add_argument(
+        "--seed",
+        type=_command_line.seed,
+        default=0,
+        help="of the pairs and of all noise (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="write the report there after every method; what it already has is not measured again",
+    )
+    parser.add_argument(
+        "--sheet", type=Path, help="the pictures, a row for each pair that was measured now as a whole"
+    )
 
 
 def files(arguments: argparse.Namespace) -> Files:
@@ -74,7 +98,12 @@ def measure(pair: Any, name: str, *, steps: int, seed: int) -> tuple[dict[str, f
 
     `distillation` is that of the finished picture against the appearance, mean over `TIMESTEPS`; `loss_first` and `loss_last` are what the run saw.
     """
-    from qalign import AppearanceTransferPipeline, AttentionDistillation, AttentionDistillationPipeline, CrossImage
+    from qalign import (
+        AppearanceTransferPipeline,
+        AttentionDistillation,
+        AttentionDistillationPipeline,
+        CrossImage,
+    )
     from qalign.embedded.scenes import render
     from qalign.evaluation.picture_metrics import OBJECT, colour_error, read_layouts
     from qalign.sampling.attention_reader import AttentionReader
@@ -86,7 +115,11 @@ def measure(pair: Any, name: str, *, steps: int, seed: int) -> tuple[dict[str, f
     distillation = AttentionDistillationPipeline.from_pipe(injection)
     for pipe in (injection, distillation):
         pipe.set_progress_bar_config(disable=True)
-    options: dict[str, Any] = {"output_type": "pt", "generator": torch.manual_seed(seed), "num_inference_steps": steps}
+    options: dict[str, Any] = {
+        "output_type": "pt",
+        "generator": torch.manual_seed(seed),
+        "num_inference_steps": steps,
+    }
     figures, begun = {}, time.perf_counter()
     if name == "untouched":
         picture = structure
@@ -104,9 +137,17 @@ def measure(pair: Any, name: str, *, steps: int, seed: int) -> tuple[dict[str, f
     figures["time_s"] = time.perf_counter() - begun
 
     error = colour_error(picture, of_structure, appearance, of_appearance)[OBJECT].nanmean().item()
-    figures |= {"colour_error": error, "layout_iou": read_layouts(distillation, {"": picture}, scenes, prompt, seed=seed)[""]}
-    null, latents = distillation.conditions("", *structure.shape[-2:])[0], distillation.encode(torch.stack([picture, appearance]))
+    figures |= {
+        "colour_error": error,
+        "layout_iou": read_layouts(distillation, {"": picture}, scenes, prompt, seed=seed)[""],
+    }
+    null, latents = (
+        distillation.conditions("", *structure.shape[-2:])[0],
+        distillation.encode(torch.stack([picture, appearance])),
+    )
     with AttentionReader(distillation) as read:
         at = [[read(row[None], torch.tensor(timestep), null) for row in latents] for timestep in TIMESTEPS]
     alone = AttentionDistillation(content_weight=0.0)
-    return figures | {"distillation": sum(alone.loss(own, style).distillation.item() for own, style in at) / len(at)}, picture
+    return figures | {
+        "distillation": sum(alone.loss(own, style).distillation.item() for own, style in at) / len(at)
+    }, picture

@@ -45,10 +45,22 @@ class Pipeline(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help="embedded, or sd15: its geometry, random weights")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        choices=MODELS,
+        default=MODELS,
+        help="embedded, or sd15: its geometry, random weights",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=speed.DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
-    parser.add_argument("--rounds", type=_command_line.count, default=6, metavar="N", help="steps of each pipeline (default: %(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=_command_line.count,
+        default=6,
+        metavar="N",
+        help="steps of each pipeline (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
 
 
@@ -83,7 +95,9 @@ def make(name: str, dtype: torch.dtype, device: str) -> Model:
         condition = pipe.conditions("", *(side * pipe.vae_scale_factor,) * 2)[0]
     else:
         with torch.device(device):
-            unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).to(dtype)
+            unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).to(
+                dtype
+            )
             condition, side = {"encoder_hidden_states": torch.randn(1, 77, 768, dtype=dtype)}, 64
     latents, style = (torch.randn(1, unet.config.in_channels, side, side, device=device) for _ in range(2))
     return Model(unet.eval(), condition, latents.to(dtype).float(), style.to(dtype).float())
@@ -95,12 +109,18 @@ def ours(model: Model) -> Iterator[Pipeline]:
     from qalign import AttentionDistillation
     from qalign.sampling.attention_reader import AttentionReader
 
-    method, timestep = AttentionDistillation(content_weight=0.0), torch.tensor(TIMESTEP, device=model.latents.device)
+    method, timestep = (
+        AttentionDistillation(content_weight=0.0),
+        torch.tensor(TIMESTEP, device=model.latents.device),
+    )
     with AttentionReader(model) as read:
         with torch.no_grad():
             style = read(model.style.to(model.unet.dtype), timestep, model.condition)
         sizes = [list(layer.query.shape) for layer in style.values()]
-        yield Pipeline(lambda latents: method.loss(read(latents.to(model.unet.dtype), timestep, model.condition), style), sizes)
+        yield Pipeline(
+            lambda latents: method.loss(read(latents.to(model.unet.dtype), timestep, model.condition), style),
+            sizes,
+        )
 
 
 @contextlib.contextmanager
@@ -109,7 +129,10 @@ def plain(model: Model) -> Iterator[Pipeline]:
     from qalign.methods.attention_distillation import Losses
     from qalign.sampling.attention_reader import AttentionReader
 
-    timestep, zero = torch.tensor(TIMESTEP, device=model.latents.device), torch.zeros((), device=model.latents.device)
+    timestep, zero = (
+        torch.tensor(TIMESTEP, device=model.latents.device),
+        torch.zeros((), device=model.latents.device),
+    )
     layers = {name: model.unet.get_submodule(name) for name in AttentionReader(model).layers}
     found: dict[tuple[str, str], Tensor] = {}
 
@@ -117,7 +140,10 @@ def plain(model: Model) -> Iterator[Pipeline]:
         """By layer: query, key, value and output, [B, H, N, D]."""
         found.clear()
         model.predict(latents.to(model.unet.dtype), timestep, model.condition)
-        return {name: [_heads(found[name, part], layer.heads) for part in "qkvo"] for name, layer in layers.items()}
+        return {
+            name: [_heads(found[name, part], layer.heads) for part in "qkvo"]
+            for name, layer in layers.items()
+        }
 
     def loss(latents: Tensor) -> Losses:
         total = zero
@@ -182,7 +208,13 @@ def measure(model: Model, name: str, dtype: str, device: str, rounds: int) -> li
         row = speed.result_row(
             step, widest, dtype, device, provider, seconds[provider], peak_mib=memory[0], saved_mib=memory[1]
         )
-        rows.append(row | {"layers": sizes, "gradient_difference": float(f"{difference:.2g}") if provider == backend else None})
+        rows.append(
+            row
+            | {
+                "layers": sizes,
+                "gradient_difference": float(f"{difference:.2g}") if provider == backend else None,
+            }
+        )
     return rows
 
 
@@ -205,6 +237,30 @@ def _time(call: Callable[[], Any], device: str) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = ("step", "widest layer", "dtype", "provider", "p20 ms", "p50 ms", "p80 ms", "peak MiB", "saved MiB", "gradient off by")
-    keys = ("op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "peak_mib", "saved_mib", "gradient_difference")
-    return measurement.aligned(head, [["-" if row[key] is None else row[key] for key in keys] for row in rows])
+    head = (
+        "step",
+        "widest layer",
+        "dtype",
+        "provider",
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+        "peak MiB",
+        "saved MiB",
+        "gradient off by",
+    )
+    keys = (
+        "op",
+        "shape",
+        "dtype",
+        "provider",
+        "p20_ms",
+        "p50_ms",
+        "p80_ms",
+        "peak_mib",
+        "saved_mib",
+        "gradient_difference",
+    )
+    return measurement.aligned(
+        head, [["-" if row[key] is None else row[key] for key in keys] for row in rows]
+    )

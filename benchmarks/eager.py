@@ -66,7 +66,9 @@ def attention(x: Inputs) -> Tensor:
     return _attend(x.query, x.key, x.value)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, contrast: float = 1.0) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, contrast: float = 1.0
+) -> Tensor:
     """`bias` [B, 1, 1 or N_q, N_k] is added to the logits."""
     result, start = [], 0
     for rows in _chunks(query * query.shape[-1] ** -0.5):
@@ -100,7 +102,12 @@ def attention_half_labels(x: Inputs) -> Tensor:
 
 def _attend_where_sets_meet(x: Inputs, sets: Tensor) -> Tensor:
     seen = (sets.unsqueeze(-1) & sets.unsqueeze(-2)) != 0
-    return _attend(x.query, x.key, x.value, bias=torch.zeros_like(seen, dtype=x.query.dtype).masked_fill(~seen, float("-inf")).unsqueeze(1))
+    return _attend(
+        x.query,
+        x.key,
+        x.value,
+        bias=torch.zeros_like(seen, dtype=x.query.dtype).masked_fill(~seen, float("-inf")).unsqueeze(1),
+    )
 
 
 def attention_segments(x: Inputs) -> Tensor:
@@ -135,7 +142,13 @@ def qalign_attention_guided(x: Inputs) -> Tensor:
     query, reference = normalize(x.query, dim=-1), normalize(x.ref_query, dim=-1)
     scale = x.query.shape[-1] ** -0.5
     pairs = zip(_chunks(x.query), _chunks(query))
-    return torch.cat([(scale * (rows @ x.key.mT) + STRENGTH * (unit @ reference.mT)).softmax(-1) @ x.value for rows, unit in pairs], 2)
+    return torch.cat(
+        [
+            (scale * (rows @ x.key.mT) + STRENGTH * (unit @ reference.mT)).softmax(-1) @ x.value
+            for rows, unit in pairs
+        ],
+        2,
+    )
 
 
 def qalign_attention_topk(x: Inputs) -> Tensor:

@@ -16,7 +16,11 @@ def is_validation(content: Any) -> bool:
 
 
 def is_static(content: Any) -> bool:
-    return isinstance(content, list) and bool(content) and all(isinstance(row, dict) and "spill_bytes" in row for row in content)
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(row, dict) and "spill_bytes" in row for row in content)
+    )
 
 
 def is_stage(content: Any) -> bool:
@@ -35,7 +39,10 @@ def accuracy(validation: Row) -> str:
     for row in validation["rows"]:
         rows.setdefault((row["op"], row["backend"]), {})[row["dtype"]] = row
     lines = [[*key, *(_error(found.get(dtype)) for dtype in MEASURED_DTYPES)] for key, found in rows.items()]
-    cases, failed = sum(row["cases"] for row in validation["rows"]), sum(len(row["failures"]) for row in validation["rows"])
+    cases, failed = (
+        sum(row["cases"] for row in validation["rows"]),
+        sum(len(row["failures"]) for row in validation["rows"]),
+    )
     note = f"{cases} cases, {failed} failed. Largest error against float64; in brackets the share of its budget that the worst case takes."
     return f"**{'; '.join(validation['device'])}**\n\n{markdown(('op', 'backend', *MEASURED_DTYPES), lines)}\n\n{note}"
 
@@ -43,12 +50,18 @@ def accuracy(validation: Row) -> str:
 def _error(row: Row | None) -> str:
     if row is None:
         return "-"
-    return ("exact" if row["error"] == 0 else f"{row['error']:.1e} ({row['ratio']:.2f})") if row["passed"] else "FAILED"
+    return (
+        ("exact" if row["error"] == 0 else f"{row['error']:.1e} ({row['ratio']:.2f})")
+        if row["passed"]
+        else "FAILED"
+    )
 
 
 def machine_code(rows: list[Row], budgets: Row) -> str:
     """One line for each architecture, dtype and Triton, the pinned Triton first; then the kernels of the pinned one that have a budget."""
-    rows = sorted(rows, key=lambda row: (minor_version(row["triton"]) != budgets["pinned_triton"], row["triton"]))
+    rows = sorted(
+        rows, key=lambda row: (minor_version(row["triton"]) != budgets["pinned_triton"], row["triton"])
+    )
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["target"], row["dtype"], row["triton"]), []).append(row)
@@ -57,7 +70,16 @@ def machine_code(rows: list[Row], budgets: Row) -> str:
          f"{max(r['shared_kib'] for r in found):.0f} of {budgets['shared_memory_kib'][key[0]]}", sum(bool(r["problems"]) for r in found)]
         for key, found in groups.items()
     ]  # fmt: skip
-    head = ("architecture", "dtype", "Triton", "kernels compiled", "most registers", "with spills", "most shared KiB", "budgets broken")
+    head = (
+        "architecture",
+        "dtype",
+        "Triton",
+        "kernels compiled",
+        "most registers",
+        "with spills",
+        "most shared KiB",
+        "budgets broken",
+    )
     held = [
         [
             " ".join([budget["case"], *([budget["kernel"]] if "kernel" in budget else [])]),

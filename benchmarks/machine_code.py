@@ -68,11 +68,18 @@ class MachineCode:
 
     def hot_loop(self) -> Loop | None:
         """The innermost loop with the most matrix instructions; of equals the shortest, which is the one without a mask for the tail."""
-        loops = [body for body in natural_loops(self.instructions) if any(is_matrix(self.instructions[i].name) for i in body)]
+        loops = [
+            body
+            for body in natural_loops(self.instructions)
+            if any(is_matrix(self.instructions[i].name) for i in body)
+        ]
         innermost = [body for body in loops if not any(other < body for other in loops)]
         if not innermost:
             return None
-        candidates = [Loop(len(body), [name for i in sorted(body) if is_matrix(name := self.instructions[i].name)]) for body in innermost]
+        candidates = [
+            Loop(len(body), [name for i in sorted(body) if is_matrix(name := self.instructions[i].name)])
+            for body in innermost
+        ]
         return min(candidates, key=lambda loop: (-len(loop.matrix), loop.instructions))
 
 
@@ -84,7 +91,10 @@ def minor_version(version: str) -> str:
 def is_narrow_load(name: str) -> bool:
     """Whether the instruction reads a single 8- or 16-bit number from global memory: what a load of half-precision rows falls to
     where the compiler does not know them to be aligned."""
-    return re.match(r"LDG\.E(\.\w+)*\.[US](8|16)\b|(global|buffer|flat)_load_[us]?(short|byte)", name) is not None
+    return (
+        re.match(r"LDG\.E(\.\w+)*\.[US](8|16)\b|(global|buffer|flat)_load_[us]?(short|byte)", name)
+        is not None
+    )
 
 
 def is_matrix(name: str) -> bool:
@@ -114,7 +124,9 @@ def read_cubin(cubin: bytes, cuobjdump: str, shared_bytes: int) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        text = subprocess.run([cuobjdump, "-sass", "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [cuobjdump, "-sass", "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     instructions = parse_sass(text)
     traffic = 4 * sum(x.name.split(".")[0] in ("LDL", "STL") for x in instructions)
@@ -272,7 +284,9 @@ def natural_loops(instructions: list[Instruction]) -> list[frozenset[int]]:
             if dominators[block] >> header & 1:
                 inside = [[x for x in row if dominators[x] >> header & 1] for row in predecessors]
                 bodies.setdefault(header, {header}).update(_reaching(block, header, inside))
-    return [frozenset(i for block in body for i in range(starts[block], ends[block])) for body in bodies.values()]
+    return [
+        frozenset(i for block in body for i in range(starts[block], ends[block])) for body in bodies.values()
+    ]
 
 
 def _dominators(successors: list[list[int]], predecessors: list[list[int]]) -> list[int]:

@@ -65,13 +65,25 @@ class MethodReport:
     def save(self) -> None:
         if self.path is not None:
             with replacing(self.path) as unfinished:
-                unfinished.write_text(json.dumps({"settings": self.settings, self.kind: self.cases}, indent=1) + "\n")
+                unfinished.write_text(
+                    json.dumps({"settings": self.settings, self.kind: self.cases}, indent=1) + "\n"
+                )
 
     def table(self, methods: Sequence[str], figures: Mapping[str, str]) -> str:
         """Means over the cases, a row for each method, a column for each figure under its title."""
         rows = []
         for name in methods:
             found = [case["methods"][name] for case in self.cases if name in case["methods"]]
-            means = {figure: sum(each[figure] for each in found) / len(found) for figure in figures if found and figure in found[0]}
-            rows.append([name, len(found), *(f"{means[figure]:.3g}" if figure in means else "-" for figure in figures)])
+            means = {
+                figure: sum(each[figure] for each in found) / len(found)
+                for figure in figures
+                if found and figure in found[0]
+            }
+            rows.append(
+                [
+                    name,
+                    len(found),
+                    *(f"{means[figure]:.3g}" if figure in means else "-" for figure in figures),
+                ]
+            )
         return measure.aligned(["method", self.kind, *figures.values()], rows)

@@ -39,7 +39,9 @@ def flash_kmeans(x: Inputs, joint: bool) -> Callable[[], Tensor]:
     """Nearest centroid among vectors of equal norm, which is the most similar one: the index only."""
     assign = importlib.import_module("flash_kmeans.assign_euclid_triton").euclid_assign_triton
     points, centroids = ((_joined(part) if joint else part.flatten(0, 1)) for part in (x.query, x.ref_query))
-    points, centroids = (normalize(part.float(), dim=-1).to(x.query.dtype).contiguous() for part in (points, centroids))
+    points, centroids = (
+        normalize(part.float(), dim=-1).to(x.query.dtype).contiguous() for part in (points, centroids)
+    )
     takes_squares = "x_sq" in inspect.signature(assign).parameters
     squares = {"x_sq": points.float().square().sum(-1)} if takes_squares else {}
     return lambda: assign(points, centroids, **squares)
@@ -84,7 +86,9 @@ def counted_varlen(x: Inputs) -> Callable[[], Tensor]:
     key, value = (part.take_along_dim(places, dim=2) for part in (key, value))
     rows = [part.transpose(1, 2).flatten(0, 1).contiguous() for part in (query, key, value)]
     lengths = [part.shape[2] for part in (query, key)]
-    starts = [torch.arange(batch + 1, device=x.query.device, dtype=torch.int32) * length for length in lengths]
+    starts = [
+        torch.arange(batch + 1, device=x.query.device, dtype=torch.int32) * length for length in lengths
+    ]
     used = (x.counts.squeeze(1) > 0).sum(-1).int()
 
     def call() -> Tensor:

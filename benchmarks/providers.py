@@ -41,9 +41,15 @@ def names(op: Op, shape: Shape, device: str, quick: bool) -> list[str]:
     """The providers measured beside each other; SDPA on the same shape is always among them, as the yardstick."""
     cuda = device == "cuda"
     result = [*(OURS if cuda else ("tiled",)), SDPA, "eager"]
-    if op.name.startswith(("attention", "qalign_attention")) and op.name not in ("attention_segments", "attention_gradient") and cuda:
+    if (
+        op.name.startswith(("attention", "qalign_attention"))
+        and op.name not in ("attention_segments", "attention_gradient")
+        and cuda
+    ):
         result += FORCED_SDPA
-    if _reference_gib(shape) < (40 if cuda else 6) and (not quick or shape.scores < 2e7 or op.name == "qalign_attention"):
+    if _reference_gib(shape) < (40 if cuda else 6) and (
+        not quick or shape.scores < 2e7 or op.name == "qalign_attention"
+    ):
         result.append("reference")
     if op.name in COMPILED_OPS and not quick and (cuda or not shape.large):
         result.append("eager compiled")
@@ -90,7 +96,11 @@ def sdpa_implementation(provider: str, x: Inputs) -> str | None:
     forced = FORCED_SDPA.get(provider)
     with sdpa_kernel(forced) if forced else contextlib.nullcontext():
         chosen = SDPBackend(torch._fused_sdp_choice(x.query, x.key, x.value))
-    return _flash_implementation() if chosen == SDPBackend.FLASH_ATTENTION else IMPLEMENTATIONS.get(chosen, chosen.name)
+    return (
+        _flash_implementation()
+        if chosen == SDPBackend.FLASH_ATTENTION
+        else IMPLEMENTATIONS.get(chosen, chosen.name)
+    )
 
 
 def _flash_implementation() -> str:
@@ -118,7 +128,9 @@ def _flex(op_name: str, x: Inputs, options: dict[str, Any] | None) -> Callable[[
     if op_name == "attention_labels":
         classes, tokens = x.classes, x.query.shape[2]
         batch, device = x.query.shape[0], str(x.query.device)
-        mask = create_block_mask(lambda b, h, i, j: classes[b, i] == classes[b, j], batch, None, tokens, tokens, device=device)
+        mask = create_block_mask(
+            lambda b, h, i, j: classes[b, i] == classes[b, j], batch, None, tokens, tokens, device=device
+        )
         return lambda: compiled(x.query, x.key, x.value, block_mask=mask)
     if op_name == "attention_gradient":
         return lambda: eager.gradient(compiled, x)

@@ -23,8 +23,15 @@ Row = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = "JSON files of `speed`, `validate` or `static` (default: all of benchmarks/results)"
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=kinds)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md and report.png there; without it the tables go to stdout")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite the section between {BEGIN} and {END} in FILE")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write report.md and report.png there; without it the tables go to stdout",
+    )
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help=f"rewrite the section between {BEGIN} and {END} in FILE"
+    )
 
 
 def files(arguments: argparse.Namespace) -> Files:
@@ -42,11 +49,16 @@ def files(arguments: argparse.Namespace) -> Files:
 def run(arguments: argparse.Namespace) -> int:
     files = arguments.files or sorted(RESULTS.glob("*/*.json"))
     contents = [read(file) for file in files]
-    rows = [row for content in contents if isinstance(content, list) and _is_timing(content) for row in content]
+    rows = [
+        row for content in contents if isinstance(content, list) and _is_timing(content) for row in content
+    ]
     if not rows:
         raise ValueError("FILE: expected at least one file with rows of `speed`, got none")
     if arguments.readme:
-        replace_section(arguments.readme, "\n\n".join([*(summary(group) for group in by_device(rows)), *other_evidence(contents)]))
+        replace_section(
+            arguments.readme,
+            "\n\n".join([*(summary(group) for group in by_device(rows)), *other_evidence(contents)]),
+        )
         print(f"wrote the section of {arguments.readme}")
     if arguments.out:
         with replacing(arguments.out / "report.md") as unfinished:
@@ -64,7 +76,10 @@ def read(file: Path) -> Any:
         rows = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: expected JSON rows, got {error}") from None
-    if any(known(rows) for known in (evidence.is_validation, evidence.is_static, evidence.is_stage, evidence.is_host)):
+    if any(
+        known(rows)
+        for known in (evidence.is_validation, evidence.is_static, evidence.is_stage, evidence.is_host)
+    ):
         return rows
     if not isinstance(rows, list) or any(not isinstance(row, dict) or "p50_ms" not in row for row in rows):
         raise ValueError(f"{file}: expected a list of rows as `speed --json` writes it, got something else")
@@ -93,20 +108,53 @@ def heading(rows: list[Row]) -> str:
 
 def other_evidence(contents: list[Any]) -> list[str]:
     """Accuracy and machine code, where the files hold them."""
-    parts = [f"### Accuracy\n\n{evidence.accuracy(content)}" for content in contents if evidence.is_validation(content)]
+    parts = [
+        f"### Accuracy\n\n{evidence.accuracy(content)}"
+        for content in contents
+        if evidence.is_validation(content)
+    ]
     compiled = [row for content in contents if evidence.is_static(content) for row in content]
     if compiled:
-        parts.append(f"### Machine code, without a GPU\n\n{evidence.machine_code(compiled, json.loads(BUDGETS.read_text()))}")
+        parts.append(
+            f"### Machine code, without a GPU\n\n{evidence.machine_code(compiled, json.loads(BUDGETS.read_text()))}"
+        )
     return parts
 
 
 def report(rows: list[Row], contents: list[Any]) -> str:
     """Every row of every device, losses and wins alike."""
-    head = ("op", "[B, H, N, D]", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "x SDPA", "peak MiB", "U/N", "layout")
-    keys = ("op", "shape", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "ratio_to_sdpa", "peak_mib", "unique_fraction", "layout")
+    head = (
+        "op",
+        "[B, H, N, D]",
+        "provider",
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+        "TFLOP/s",
+        "x SDPA",
+        "peak MiB",
+        "U/N",
+        "layout",
+    )
+    keys = (
+        "op",
+        "shape",
+        "provider",
+        "p20_ms",
+        "p50_ms",
+        "p80_ms",
+        "tflops",
+        "ratio_to_sdpa",
+        "peak_mib",
+        "unique_fraction",
+        "layout",
+    )
     parts = ["# Benchmarks", f"{NOTE} TFLOP/s count the op's definition, whoever runs it."]
     for group in by_device(rows):
-        parts += [f"## {heading(group)}", markdown(head, [[_cell(row.get(key)) for key in keys] for row in group])]
+        parts += [
+            f"## {heading(group)}",
+            markdown(head, [[_cell(row.get(key)) for key in keys] for row in group]),
+        ]
     return "\n\n".join([*parts, *other_evidence(contents)]) + "\n"
 
 
@@ -118,7 +166,19 @@ NOTE = (
 
 def summary(rows: list[Row]) -> str:
     """One line for each op and shape: ours beside eager PyTorch and the reference."""
-    head = ("op", "[B, H, N, D]", "backend", "ms", "x SDPA", "eager ms", "reference ms", "MiB", "eager MiB", "reference MiB", "U/N")
+    head = (
+        "op",
+        "[B, H, N, D]",
+        "backend",
+        "ms",
+        "x SDPA",
+        "eager ms",
+        "reference ms",
+        "MiB",
+        "eager MiB",
+        "reference MiB",
+        "U/N",
+    )
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         if row.get("layout") != CONTIGUOUS:
@@ -129,8 +189,21 @@ def summary(rows: list[Row]) -> str:
         for name in OURS:
             if name in found:
                 mine, eager, reference = found[name], found.get("eager", {}), found.get("reference", {})
-                cells = [mine["op"], mine["shape"], name, mine["p50_ms"], mine["ratio_to_sdpa"], eager.get("p50_ms"), reference.get("p50_ms")]
-                cells += [mine["peak_mib"], eager.get("peak_mib"), reference.get("peak_mib"), mine["unique_fraction"]]
+                cells = [
+                    mine["op"],
+                    mine["shape"],
+                    name,
+                    mine["p50_ms"],
+                    mine["ratio_to_sdpa"],
+                    eager.get("p50_ms"),
+                    reference.get("p50_ms"),
+                ]
+                cells += [
+                    mine["peak_mib"],
+                    eager.get("peak_mib"),
+                    reference.get("peak_mib"),
+                    mine["unique_fraction"],
+                ]
                 lines.append([_cell(cell) for cell in cells])
     return f"**{heading(rows)}**\n\n{markdown(head, lines)}\n\n{NOTE}"
 
@@ -138,7 +211,13 @@ def summary(rows: list[Row]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value:.0f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 1000
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def replace_section(readme: Path, text: str) -> None:
@@ -172,9 +251,15 @@ def plot(rows: list[Row], file: Path) -> None:
             and row.get("layout") != CONTIGUOUS
         ]
         for provider in dict.fromkeys(row["provider"] for row in chosen):
-            own = sorted((row for row in chosen if row["provider"] == provider), key=lambda row: row["shape"][2])
+            own = sorted(
+                (row for row in chosen if row["provider"] == provider), key=lambda row: row["shape"][2]
+            )
             tokens = [row["shape"][2] for row in own]
-            style = {"marker": "o", "linewidth": 2.5 if provider in OURS else 1.2, "linestyle": "--" if provider.startswith(SDPA) else "-"}
+            style = {
+                "marker": "o",
+                "linewidth": 2.5 if provider in OURS else 1.2,
+                "linestyle": "--" if provider.startswith(SDPA) else "-",
+            }
             time_panel.plot(tokens, [row["p50_ms"] for row in own], label=provider, **style)
             measured = [(n, row["peak_mib"]) for n, row in zip(tokens, own) if row["peak_mib"] is not None]
             if measured:

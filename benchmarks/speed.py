@@ -53,8 +53,17 @@ class Measured:
 class Plan:
     """The pytest plugin: what is timed, its checks before the first round, and the rows after the last."""
 
-    def __init__(self, items: list[Item], dtype: str, device: str, seconds: float, with_memory: bool, file: Path | None) -> None:
-        self.items, self.dtype, self.device, self.seconds, self.with_memory, self.file = items, dtype, device, seconds, with_memory, file
+    def __init__(
+        self, items: list[Item], dtype: str, device: str, seconds: float, with_memory: bool, file: Path | None
+    ) -> None:
+        self.items, self.dtype, self.device, self.seconds, self.with_memory, self.file = (
+            items,
+            dtype,
+            device,
+            seconds,
+            with_memory,
+            file,
+        )
         self.rows: list[dict[str, Any]] = []
         self.failed: list[str] = []
         self.notes: list[str] = []
@@ -123,7 +132,9 @@ class Plan:
             saves = item.op.learned and item.provider != providers.SDPA
             saved = measure.saved_mib(call, self._inputs)[0] if saves else None
         except Exception as error:  # a peer that cannot run here is a note, one of ours is a failure
-            (self.failed if item.provider in providers.OURS else self.notes).append(f"{where}: {type(error).__name__}: {error}".splitlines()[0])
+            (self.failed if item.provider in providers.OURS else self.notes).append(
+                f"{where}: {type(error).__name__}: {error}".splitlines()[0]
+            )
             return "did not run"
         rounds = int(self.seconds / REPEATS / estimate)
         return Measured(call, max(1, min(rounds, MAX_ROUNDS)), hidden, peak, saved)
@@ -155,7 +166,11 @@ class Plan:
 
     def _finish(self) -> None:
         """Rows of the group that ended."""
-        shown = {name: found for name, found in self._measured.items() if isinstance(found, Measured) and found.seconds}
+        shown = {
+            name: found
+            for name, found in self._measured.items()
+            if isinstance(found, Measured) and found.seconds
+        }
         yardstick = statistics.median(shown[providers.SDPA].seconds) if providers.SDPA in shown else None
         for name, found in shown.items():
             self.rows.append(self._row(name, found, yardstick))
@@ -183,8 +198,15 @@ def commit() -> str:
     """The short hash of the checkout, "+" behind it where files differ from it, or "unknown"."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True).stdout
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changed.strip() else "")
@@ -193,9 +215,24 @@ def commit() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
-    parser.add_argument("--op", nargs="+", metavar="NAME", help=f"ops by name or by a part that several share ({', '.join(op.name for op in OPS)})")
-    parser.add_argument("--shape", nargs="+", choices=[shape.name for shape in SHAPES], metavar="NAME", help=", ".join(map(_describe, SHAPES)))
-    parser.add_argument("--quick", action="store_true", help=f"shapes {', '.join(QUICK_SHAPES)}, fewer rounds and peers; two minutes on two cores")
+    parser.add_argument(
+        "--op",
+        nargs="+",
+        metavar="NAME",
+        help=f"ops by name or by a part that several share ({', '.join(op.name for op in OPS)})",
+    )
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        choices=[shape.name for shape in SHAPES],
+        metavar="NAME",
+        help=", ".join(map(_describe, SHAPES)),
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"shapes {', '.join(QUICK_SHAPES)}, fewer rounds and peers; two minutes on two cores",
+    )
     seconds = "time spent on each provider (default 1, with --quick 0.3; on cuda 0.3 of that)"
     parser.add_argument("--seconds", type=_command_line.positive, metavar="S", help=seconds)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
@@ -256,7 +293,9 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = arguments.seconds or (0.3 if arguments.quick else 1.0) * (0.3 if device == "cuda" else 1.0)
     if device == "cuda":
         measure.use_cuda()
-    plan = Plan(choose_items(arguments, device), dtype, device, seconds, not arguments.no_memory, arguments.json)
+    plan = Plan(
+        choose_items(arguments, device), dtype, device, seconds, not arguments.no_memory, arguments.json
+    )
     with torch.no_grad():
         code = pytest.main(_pytest_arguments(), plugins=[_Named(plan)])
     if code == pytest.ExitCode.INTERRUPTED:
@@ -298,8 +337,34 @@ def _pytest_arguments() -> list[str]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = ("op", "shape", "dtype", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "peak MiB", "saved MiB", "x SDPA", "U/N")
-    keys = ("op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "saved_mib", "ratio_to_sdpa", "unique_fraction")
+    head = (
+        "op",
+        "shape",
+        "dtype",
+        "provider",
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+        "TFLOP/s",
+        "peak MiB",
+        "saved MiB",
+        "x SDPA",
+        "U/N",
+    )
+    keys = (
+        "op",
+        "shape",
+        "dtype",
+        "provider",
+        "p20_ms",
+        "p50_ms",
+        "p80_ms",
+        "tflops",
+        "peak_mib",
+        "saved_mib",
+        "ratio_to_sdpa",
+        "unique_fraction",
+    )
     lines = [["-" if row[key] is None else row[key] for key in keys] for row in rows]
     for line, row in zip(lines, rows):
         line[3] += f" {row['layout']}" if row["layout"] != shapes.PROCESSOR else ""

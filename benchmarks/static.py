@@ -61,10 +61,22 @@ class Job:
 
     def key(self) -> str:
         name = (self.kernel.fn.__module__, self.kernel.fn.__qualname__)
-        return repr((name, self.signature, self.constexprs, self.attributes, self.options["num_warps"], self.options["num_stages"], self.target))
+        return repr(
+            (
+                name,
+                self.signature,
+                self.constexprs,
+                self.attributes,
+                self.options["num_warps"],
+                self.options["num_stages"],
+                self.target,
+            )
+        )
 
     def named_constexprs(self) -> dict[str, Any]:
-        return {self.kernel.arg_names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
+        return {
+            self.kernel.arg_names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1
+        }
 
 
 @dataclass
@@ -96,25 +108,56 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
     def tile(self) -> str:
-        return "x".join(str(self.constexprs[name]) for name in ("BLOCK_M", "BLOCK_N") if name in self.constexprs)
+        return "x".join(
+            str(self.constexprs[name]) for name in ("BLOCK_M", "BLOCK_N") if name in self.constexprs
+        )
 
     def flags(self) -> list[str]:
         return [name for name, value in self.constexprs.items() if value is True]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", nargs="+", choices=TARGETS, metavar="ARCH", help=f"architectures (default all: {' '.join(TARGETS)})")
+    parser.add_argument(
+        "--target",
+        nargs="+",
+        choices=TARGETS,
+        metavar="ARCH",
+        help=f"architectures (default all: {' '.join(TARGETS)})",
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="bf16, fp16 or both (default)")
     dims = " ".join(map(str, HEAD_DIMS))
-    parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, metavar="D", help=f"head dims (default {dims})")
-    parser.add_argument("--op", nargs="+", metavar="NAME", help="cases whose name contains one of these words")
-    parser.add_argument("--quick", action="store_true", help="bf16: every case on sm_90 at d = 64, the core cases on sm_80 at 64 and gfx942 at 40")
+    parser.add_argument(
+        "--head-dim", nargs="+", type=int, choices=HEAD_DIMS, metavar="D", help=f"head dims (default {dims})"
+    )
+    parser.add_argument(
+        "--op", nargs="+", metavar="NAME", help="cases whose name contains one of these words"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="bf16: every case on sm_90 at d = 64, the core cases on sm_80 at 64 and gfx942 at 40",
+    )
     jobs = "compile in N processes (default: one per core)"
     parser.add_argument("--jobs", type=_command_line.count, default=os.cpu_count(), metavar="N", help=jobs)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
-    parser.add_argument("--update", action="store_true", help="keep what FILE has of other cases, architectures, dtypes and head dims")
-    parser.add_argument("--budgets", type=Path, default=BUDGETS, metavar="FILE", help="limits to hold (default benchmarks/budgets.json)")
-    parser.add_argument("--cases", default="benchmarks.cases", metavar="MODULE", help="the module whose CASES are driven (default benchmarks.cases)")
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="keep what FILE has of other cases, architectures, dtypes and head dims",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=Path,
+        default=BUDGETS,
+        metavar="FILE",
+        help="limits to hold (default benchmarks/budgets.json)",
+    )
+    parser.add_argument(
+        "--cases",
+        default="benchmarks.cases",
+        metavar="MODULE",
+        help="the module whose CASES are driven (default benchmarks.cases)",
+    )
 
 
 def files(arguments: argparse.Namespace) -> Files:
@@ -126,12 +169,16 @@ def files(arguments: argparse.Namespace) -> Files:
 
 def run(arguments: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"):
-        raise ValueError("TRITON_INTERPRET: expected unset, because interpreted kernels cannot be compiled, got it set")
+        raise ValueError(
+            "TRITON_INTERPRET: expected unset, because interpreted kernels cannot be compiled, got it set"
+        )
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
 
     budgets = json.loads(arguments.budgets.read_text())
-    cases = [case for case in importlib.import_module(arguments.cases).CASES if _named(case.name, arguments.op)]
+    cases = [
+        case for case in importlib.import_module(arguments.cases).CASES if _named(case.name, arguments.op)
+    ]
     if not cases:
         raise ValueError(f"--op: expected part of a case name, got {' '.join(arguments.op)}")
     scope = list(_scope(arguments))
@@ -146,10 +193,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         results = [result(row) for row in rows]
         if arguments.update and arguments.json.is_file():
-            results = merged(json.loads(arguments.json.read_text()), results, {case.name for case in cases}, set(scope))
+            results = merged(
+                json.loads(arguments.json.read_text()), results, {case.name for case in cases}, set(scope)
+            )
         with replacing(arguments.json) as unfinished:
             unfinished.write_text("[\n" + ",\n".join(json.dumps(row) for row in results) + "\n]\n")
-    broken = [f"{row.target} {row.dtype} d={row.head_dim} {row.cases[0]} ({row.kernel}): {problem}" for row in rows for problem in row.problems]
+    broken = [
+        f"{row.target} {row.dtype} d={row.head_dim} {row.cases[0]} ({row.kernel}): {problem}"
+        for row in rows
+        for problem in row.problems
+    ]
     broken += unmatched
     print(f"\n{len(rows)} compilations, {len(broken)} budgets broken")
     if unheld := unheld_version(budgets, triton.__version__):
@@ -167,7 +220,9 @@ def _scope(arguments: argparse.Namespace) -> Iterable[tuple[str, str, int]]:
     """The (target, dtype, head dim) combinations asked for."""
     for target in arguments.target or (QUICK if arguments.quick else TARGETS):
         for dtype in arguments.dtype or (("bf16",) if arguments.quick else DTYPES):
-            for head_dim in arguments.head_dim or ((QUICK.get(target, 64),) if arguments.quick else HEAD_DIMS):
+            for head_dim in arguments.head_dim or (
+                (QUICK.get(target, 64),) if arguments.quick else HEAD_DIMS
+            ):
                 yield target, dtype, head_dim
 
 
@@ -189,8 +244,12 @@ def record(cases: list, scope: list[tuple[str, str, int]], quick: bool) -> tuple
                     with recording(target) as launches:
                         case.run(head_dim, DTYPES[dtype], count)
                 except Exception as error:  # whatever a launcher raises is a finding
-                    problem = f"does not launch on meta tensors: {type(error).__name__}: {error}".splitlines()[0]
-                    broken.append(Row([case.name], "-", target, dtype, head_dim, {}, 0, 0, problems=[problem]))
+                    problem = (
+                        f"does not launch on meta tensors: {type(error).__name__}: {error}".splitlines()[0]
+                    )
+                    broken.append(
+                        Row([case.name], "-", target, dtype, head_dim, {}, 0, 0, problems=[problem])
+                    )
                     break
                 for launch in launches:
                     job = specialise(launch, target, dtype, head_dim)
@@ -208,9 +267,13 @@ def specialise(launch: Any, target: str, dtype: str, head_dim: int) -> Job:
 
     backend = make_backend(GPUTarget(*TARGETS[target]))
     kernel = launch.kernel
-    bound, specialisation, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(**launch.arguments)
+    bound, specialisation, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        **launch.arguments
+    )
     choices = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    options, signature, constexprs, attributes = kernel._pack_args(backend, choices, bound, specialisation, {})
+    options, signature, constexprs, attributes = kernel._pack_args(
+        backend, choices, bound, specialisation, {}
+    )
     return Job(kernel, signature, constexprs, attributes, dict(options.__dict__), target, dtype, head_dim)
 
 
@@ -234,7 +297,11 @@ def compile_all(jobs: list[Job], budgets: dict, processes: int) -> list[Row]:
                 row.problems.append("the compiler ended its process")
             hold_limits(row, budgets)
             rows.append(row)
-            progress.show(len(rows), len(jobs), f"{row.target} {row.dtype} d={row.head_dim} {row.kernel} {row.cases[0]}, {row.seconds:.1f} s")
+            progress.show(
+                len(rows),
+                len(jobs),
+                f"{row.target} {row.dtype} d={row.head_dim} {row.kernel} {row.cases[0]}, {row.seconds:.1f} s",
+            )
     return rows
 
 
@@ -256,7 +323,14 @@ def _cancelling(pool: ProcessPoolExecutor) -> Iterator[None]:
 def _row(job: Job) -> Row:
     options = job.options
     return Row(
-        job.cases, job.kernel.fn.__name__, job.target, job.dtype, job.head_dim, job.named_constexprs(), options["num_warps"], options["num_stages"]
+        job.cases,
+        job.kernel.fn.__name__,
+        job.target,
+        job.dtype,
+        job.head_dim,
+        job.named_constexprs(),
+        options["num_warps"],
+        options["num_stages"],
     )
 
 
@@ -299,7 +373,11 @@ def _source_class(kernel: Any) -> Any:
 
 
 def record_resources(row: Row, code: MachineCode) -> None:
-    row.registers, row.spill_bytes, row.shared_kib = code.registers, code.spill_bytes, code.shared_bytes / 1024
+    row.registers, row.spill_bytes, row.shared_kib = (
+        code.registers,
+        code.spill_bytes,
+        code.shared_bytes / 1024,
+    )
     row.narrow_loads, row.undefined = code.narrow_loads(), code.undefined()
     row.stray_descriptors = code.stray_descriptors()
 
@@ -309,11 +387,15 @@ def read(compiled: Any) -> MachineCode:
 
     if "amdgcn" in compiled.asm:
         return machine_code.read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
-    return machine_code.read_cubin(compiled.asm["cubin"], knobs.nvidia.cuobjdump.path, compiled.metadata.shared)
+    return machine_code.read_cubin(
+        compiled.asm["cubin"], knobs.nvidia.cuobjdump.path, compiled.metadata.shared
+    )
 
 
 _FOR = re.compile(r"^(\s*)(?:%\S+ = )?scf\.for .* step %c(\d+)\w*")
-_DOT = re.compile(r"(?:tt\.dot|warp_group_dot|tc_gen5_mma) .* : (?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x.*?[*,] (?:tensor|!ttg\.memdesc)<\d+x(\d+)x")
+_DOT = re.compile(
+    r"(?:tt\.dot|warp_group_dot|tc_gen5_mma) .* : (?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x.*?[*,] (?:tensor|!ttg\.memdesc)<\d+x(\d+)x"
+)
 
 
 def tiles_per_pass(ttgir: str, loop: Loop, block_n: int, num_warps: int) -> int:
@@ -346,11 +428,15 @@ def hold_limits(row: Row, budgets: dict) -> None:
         row.problems.append(f"reads uniform registers before anything writes them: {' '.join(row.undefined)}")
     if row.stray_descriptors:
         registers = " ".join(row.stray_descriptors)
-        row.problems.append(f"multiplies matrices at descriptors whose upper words are no constants: {registers}")
+        row.problems.append(
+            f"multiplies matrices at descriptors whose upper words are no constants: {registers}"
+        )
     if row.spill_bytes > (most := most_spills(row, budgets)):
         row.problems.append(f"spills {row.spill_bytes} bytes, at most {most} allowed")
     if row.narrow_loads > budgets["narrow_loads"]:
-        row.problems.append(f"loads {row.narrow_loads} times 2 bytes or less, at most {budgets['narrow_loads']} allowed for aligned tensors")
+        row.problems.append(
+            f"loads {row.narrow_loads} times 2 bytes or less, at most {budgets['narrow_loads']} allowed for aligned tensors"
+        )
     limit = budgets["shared_memory_kib"][row.target]
     if row.shared_kib > limit:
         row.problems.append(f"wants {row.shared_kib:.0f} KiB of shared memory, a block has {limit}")
@@ -388,11 +474,17 @@ def hold_instruction_budgets(rows: list[Row], budgets: dict, version: str) -> li
         limit = instruction_limit(budget, version)
         if limit is None:
             continue
-        scope = [row for row in rows if budget["case"] in row.cases and all(getattr(row, name) == budget[name] for name in _PLACE)]
+        scope = [
+            row
+            for row in rows
+            if budget["case"] in row.cases and all(getattr(row, name) == budget[name] for name in _PLACE)
+        ]
         held = [row for row in scope if _fits(row, budget)]
         for row in held:
             if row.lane_instructions is not None and row.lane_instructions > limit:
-                row.problems.append(f"{row.lane_instructions} lane-instructions per score, at most {limit} allowed for {budget['case']}")
+                row.problems.append(
+                    f"{row.lane_instructions} lane-instructions per score, at most {limit} allowed for {budget['case']}"
+                )
         if scope and all(row.lane_instructions is None for row in held):
             unmatched.append(f"budget for {budget['case']} on {budget['target']} matches no score loop")
     return unmatched
@@ -407,7 +499,9 @@ def unheld_version(budgets: dict, version: str) -> str | None:
 
 def _fits(row: Row, budget: dict) -> bool:
     wanted = budget.get("constexprs", {})
-    return fnmatch.fnmatch(row.kernel, budget.get("kernel", "*")) and all(row.constexprs.get(name) == value for name, value in wanted.items())
+    return fnmatch.fnmatch(row.kernel, budget.get("kernel", "*")) and all(
+        row.constexprs.get(name) == value for name, value in wanted.items()
+    )
 
 
 def result(row: Row) -> dict[str, Any]:
@@ -418,18 +512,39 @@ def result(row: Row) -> dict[str, Any]:
     return {"triton": triton.__version__, **written, "tile": row.tile(), "flags": row.flags()}
 
 
-def merged(before: list[dict], results: list[dict], compiled: set[str], scope: set[tuple[str, str, int]]) -> list[dict]:
+def merged(
+    before: list[dict], results: list[dict], compiled: set[str], scope: set[tuple[str, str, int]]
+) -> list[dict]:
     """`results` and what `before` has that was not compiled anew. A compilation that old cases and new ones share then has a row of each."""
     kept = []
     for row in before:
         anew = compiled if (row["target"], row["dtype"], row["head_dim"]) in scope else set()
         if cases := [name for name in row["cases"] if name not in anew]:
             kept.append(row | {"cases": cases})
-    return sorted([*kept, *results], key=lambda row: (row["cases"], row["kernel"], row["target"], row["dtype"], row["head_dim"]))
+    return sorted(
+        [*kept, *results],
+        key=lambda row: (row["cases"], row["kernel"], row["target"], row["dtype"], row["head_dim"]),
+    )
 
 
 def table(rows: list[Row]) -> str:
-    head = ("case", "kernel", "flags", "target", "dtype", "d", "tile", "warps", "stages", "regs", "spills", "KiB", "matrix", "/score", "")
+    head = (
+        "case",
+        "kernel",
+        "flags",
+        "target",
+        "dtype",
+        "d",
+        "tile",
+        "warps",
+        "stages",
+        "regs",
+        "spills",
+        "KiB",
+        "matrix",
+        "/score",
+        "",
+    )
     lines = []
     for row in rows:
         more = f" (+{len(row.cases) - 1})" if len(row.cases) > 1 else ""

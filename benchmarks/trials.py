@@ -81,29 +81,62 @@ def _laid_out(inputs: Inputs, key: Key) -> Inputs:
     return inputs._replace(**{name: lay_out(x) for name, x in features.items()})
 
 
-def _attention(*, counts: bool = False, labels: bool = False, segments: int = 1, contrast: float = 1.0, guided: bool = False) -> Call:
+def _attention(
+    *,
+    counts: bool = False,
+    labels: bool = False,
+    segments: int = 1,
+    contrast: float = 1.0,
+    guided: bool = False,
+) -> Call:
     def parts(x: Inputs) -> list[Segment]:
-        first = Segment(x.key, x.value, counts=x.counts if counts else None, labels=x.bit_sets if labels else None)
-        return [first, *(Segment(x.ref_query, x.value, labels=x.bit_sets if labels else None) for _ in range(segments - 1))]
+        first = Segment(
+            x.key, x.value, counts=x.counts if counts else None, labels=x.bit_sets if labels else None
+        )
+        return [
+            first,
+            *(
+                Segment(x.ref_query, x.value, labels=x.bit_sets if labels else None)
+                for _ in range(segments - 1)
+            ),
+        ]
 
     def guide(x: Inputs) -> Guide | None:
         return Guide(unit(x.query), unit(x.ref_query), STRENGTH) if guided else None
 
     def run(x: Inputs, backend: str) -> Tensor:
-        how: dict[str, Any] = {"contrast": contrast, "query_labels": x.bit_sets if labels else None, "backend": backend}
+        how: dict[str, Any] = {
+            "contrast": contrast,
+            "query_labels": x.bit_sets if labels else None,
+            "backend": backend,
+        }
         guidance = guide(x)
         if guidance is not None:
             return guided_attention(x.query, parts(x)[0], guidance, **how)
         return qk.attention(x.query, parts(x), **how)
 
-    return Call(run, lambda x, output, backend: check_attention(x, output, parts(x), contrast, x.bit_sets if labels else None, guide(x)))
+    return Call(
+        run,
+        lambda x, output, backend: check_attention(
+            x, output, parts(x), contrast, x.bit_sets if labels else None, guide(x)
+        ),
+    )
 
 
 def _match(similarity: str, joint: bool, k: int | None = None, labels: bool = False) -> Call:
     def run(x: Inputs, backend: str) -> qk.Match:
         sets = {"query_labels": x.bit_sets, "reference_labels": x.bit_sets} if labels else {}
-        how: dict[str, Any] = {"similarity": similarity, "heads": "joint" if joint else "per_head", "backend": backend, **sets}
-        return qk.similarity_argmax(x.query, x.ref_query, **how) if k is None else qk.similarity_topk(x.query, x.ref_query, k, **how)
+        how: dict[str, Any] = {
+            "similarity": similarity,
+            "heads": "joint" if joint else "per_head",
+            "backend": backend,
+            **sets,
+        }
+        return (
+            qk.similarity_argmax(x.query, x.ref_query, **how)
+            if k is None
+            else qk.similarity_topk(x.query, x.ref_query, k, **how)
+        )
 
     def check(x: Inputs, match: Any, backend: str) -> bool:
         return check_match(x, match, similarity, joint, labels=labels)
@@ -120,7 +153,9 @@ def _candidates(x: Inputs) -> Tensor:
 
 def _topk_attention(contrast: float) -> Call:
     def attend(stem: Any, x: Inputs, index: Tensor) -> Tensor:
-        return stem.topk_attention(x.query, x.key, x.value, index, scale=x.query.shape[3] ** -0.5, contrast=contrast)
+        return stem.topk_attention(
+            x.query, x.key, x.value, index, scale=x.query.shape[3] ** -0.5, contrast=contrast
+        )
 
     def run(x: Inputs, backend: str) -> Tensor:
         return attend(_backends.implementation(backend, "qalign_attention"), x, _candidates(x))
@@ -129,7 +164,9 @@ def _topk_attention(contrast: float) -> Call:
         rows, reference = sampled_rows(x), _backends.implementation("reference", "qalign_attention")
         index, x = _candidates(x)[:, :, rows], x._replace(query=x.query[:, :, rows])
         doubled = x._replace(query=x.query.double(), key=x.key.double(), value=x.value.double())
-        return testing.judge(output[:, :, rows], attend(reference, x, index), attend(reference, doubled, index), TOPK).passed
+        return testing.judge(
+            output[:, :, rows], attend(reference, x, index), attend(reference, doubled, index), TOPK
+        ).passed
 
     return Call(run, check)
 
@@ -139,7 +176,11 @@ def _counted_mass(x: Inputs, backend: str) -> Tensor:
 
 
 def _check_counted_mass(x: Inputs, mass: Tensor, backend: str) -> bool:
-    rows, reference, scale = sampled_rows(x), _backends.implementation("reference", "probe").label_mass, x.query.shape[3] ** -0.5
+    rows, reference, scale = (
+        sampled_rows(x),
+        _backends.implementation("reference", "probe").label_mass,
+        x.query.shape[3] ** -0.5,
+    )
     query = x.query[:, :, rows]
     same = reference(query, x.key, x.classes, NUM_LABELS, scale=scale, counts=x.counts)
     truth = reference(query.double(), x.key.double(), x.classes, NUM_LABELS, scale=scale, counts=x.counts)
@@ -148,7 +189,9 @@ def _check_counted_mass(x: Inputs, mass: Tensor, backend: str) -> bool:
 
 _OPS = {op.name: op for op in OPS}
 _CONTRASTED = _attention(contrast=CONTRAST)
-_SHARED_GRADIENT = Call(functools.partial(gradient, shared=True), functools.partial(check_gradient, shared=True))
+_SHARED_GRADIENT = Call(
+    functools.partial(gradient, shared=True), functools.partial(check_gradient, shared=True)
+)
 # what Q-Align runs for every layer first
 TRIALS = (
     Trial("similarity", "joint", _OPS["similarity_argmax"], (_match("cosine", True, labels=True), _match("dot", True))),
@@ -186,7 +229,14 @@ def trial_named(name: str) -> Trial:
     return next(trial for trial in TRIALS if trial.name == name)
 
 
-CORE = ("similarity joint", "attention counted softmax", "attention softmax", "attention contrast", "attention guided", "similarity topk")
+CORE = (
+    "similarity joint",
+    "attention counted softmax",
+    "attention softmax",
+    "attention contrast",
+    "attention guided",
+    "similarity topk",
+)
 CORE_HEAD_DIMS = (64, 40, 128)
 
 

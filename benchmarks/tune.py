@@ -99,7 +99,9 @@ class Sweep:
     def improve(self, key: Key) -> Change | None:
         """The tile that beats the shipped one, in a screening and once more beside it alone; raises TimeoutError when it is late."""
         shipped, subject = _configs.look_up(key, self.itemsize), self.subject(key)
-        tiles = [tile for tile in (shipped, *self.candidates(key, shipped)) if self._passes(subject.right, tile)]
+        tiles = [
+            tile for tile in (shipped, *self.candidates(key, shipped)) if self._passes(subject.right, tile)
+        ]
         self.timed += len(tiles)
         first = medians(tiles, subject.seconds, ROUNDS)
         runs = shipped in first
@@ -176,7 +178,10 @@ class GpuSubject:
 
     def serves(self, tile: Tile) -> bool:
         ragged = trials.make_ragged(self.inputs, self.key)
-        calls = [(self.trial.timed, ragged), *((call, x) for call in self.trial.others for x in (self.inputs, ragged))]
+        calls = [
+            (self.trial.timed, ragged),
+            *((call, x) for call in self.trial.others for x in (self.inputs, ragged)),
+        ]
         return all(self._right(call, x, tile) for call, x in calls)
 
     def seconds(self, tile: Tile) -> float:
@@ -225,8 +230,19 @@ def write(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", nargs="+", metavar="NAME", help=f"parts of names of {', '.join(trial.name for trial in TRIALS)}; default: all")
-    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="write the table there (default: the one that the library reads)")
+    parser.add_argument(
+        "--op",
+        nargs="+",
+        metavar="NAME",
+        help=f"parts of names of {', '.join(trial.name for trial in TRIALS)}; default: all",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=FILE,
+        metavar="FILE",
+        help="write the table there (default: the one that the library reads)",
+    )
     minutes = "stop after this time (default 10; all of it takes hours)"
     parser.add_argument("--minutes", type=_command_line.positive, default=10.0, metavar="M", help=minutes)
 
@@ -242,7 +258,9 @@ def choose_keys(words: list[str] | None, architecture: str, triton: str) -> list
         for head_dim in trials.HEADS
     ]
     if not chosen:
-        raise ValueError(f"--op: expected part of {', '.join(trial.name for trial in TRIALS)}, got {' '.join(words or ())}")
+        raise ValueError(
+            f"--op: expected part of {', '.join(trial.name for trial in TRIALS)}, got {' '.join(words or ())}"
+        )
     return sorted(chosen, key=lambda pair: trials.order(*pair))
 
 
@@ -260,11 +278,16 @@ def run(arguments: argparse.Namespace) -> int:
     if refusal := _backends.triton_refusal(torch.empty(1, device="cuda"), ()):
         raise RuntimeError(f"expected Triton on the GPU, got none: {refusal}")
     if _backends.interpreted():
-        raise ValueError("TRITON_INTERPRET: expected unset, because interpreted kernels cannot be timed, got it set")
+        raise ValueError(
+            "TRITON_INTERPRET: expected unset, because interpreted kernels cannot be timed, got it set"
+        )
     target, triton = target_of(torch.device("cuda", torch.cuda.current_device())), _configs.triton_minor()
     measure.use_cuda()
     chosen = choose_keys(arguments.op, target, triton)
-    print(f"{torch.cuda.get_device_name()}, {target}, Triton {triton}: {len(chosen)} keys, {arguments.minutes:g} minutes", flush=True)
+    print(
+        f"{torch.cuda.get_device_name()}, {target}, Triton {triton}: {len(chosen)} keys, {arguments.minutes:g} minutes",
+        flush=True,
+    )
     with torch.no_grad():
         return sweep(chosen, arguments.out, arguments.minutes * 60)
 

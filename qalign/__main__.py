@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"{__package__}.commands.{name}")
-        command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=formatter)
+        command = commands.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=formatter
+        )
         _shared.add_command(command, module)
         needs = {"": getattr(module, "NEEDS", NEEDS), **getattr(module, "OPTION_NEEDS", {})}
         command.set_defaults(needs=needs)
@@ -76,8 +78,12 @@ def prepare(options: argparse.Namespace) -> None:
     if refusal := missing_packages(options):
         raise ImportError(f"{refusal}: pip install 'qalign-kernels[demo]'")
     for library in ("DIFFUSERS", "TRANSFORMERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")  # read at import; otherwise they say what they would rather have installed
-    warnings.simplefilter("ignore", FutureWarning)  # between those libraries: nothing that a user of the command line could change
+        os.environ.setdefault(
+            f"{library}_VERBOSITY", "error"
+        )  # read at import; otherwise they say what they would rather have installed
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # between those libraries: nothing that a user of the command line could change
 
 
 if __name__ == "__main__":

@@ -91,7 +91,13 @@ def interpreter_problem() -> str | None:
     return None
 
 
-def triton_refusal(tensor: Tensor, head_dims: tuple[int, ...], differentiable: bool = False, max_k: int = 1, num_labels: int = 1) -> str | None:
+def triton_refusal(
+    tensor: Tensor,
+    head_dims: tuple[int, ...],
+    differentiable: bool = False,
+    max_k: int = 1,
+    num_labels: int = 1,
+) -> str | None:
     """Why the Triton kernels cannot serve this call, or None."""
     if problem := triton_problem():
         return problem
@@ -141,7 +147,9 @@ def require_gradient(op: str, backend: str, tensor: Tensor, head_dims: tuple[int
     if not torch.compiler.is_compiling():
         select(op, backend, tensor, head_dims, differentiable=True)
     elif backend == "triton":
-        raise RuntimeError(f"backend: expected one that can run {op} here, got 'triton': its kernels have no backward")
+        raise RuntimeError(
+            f"backend: expected one that can run {op} here, got 'triton': its kernels have no backward"
+        )
 
 
 @functools.cache

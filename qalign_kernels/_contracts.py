@@ -36,9 +36,16 @@ def check_features(argument: str, value: Tensor) -> None:
 def check_like(argument: str, value: Tensor, model_argument: str, model: Tensor) -> None:
     """Same dtype and device as `model`."""
     if value.dtype != model.dtype:
-        fail(argument, f"the dtype of {model_argument}, {str(model.dtype).removeprefix('torch.')}", value, error=TypeError)
+        fail(
+            argument,
+            f"the dtype of {model_argument}, {str(model.dtype).removeprefix('torch.')}",
+            value,
+            error=TypeError,
+        )
     if value.device != model.device:
-        raise ValueError(f"{argument}: expected the device of {model_argument}, {model.device}, got {value.device}")
+        raise ValueError(
+            f"{argument}: expected the device of {model_argument}, {model.device}, got {value.device}"
+        )
 
 
 def check_sizes(argument: str, value: Tensor, **expected: int) -> None:
@@ -49,33 +56,45 @@ def check_sizes(argument: str, value: Tensor, **expected: int) -> None:
             fail(argument, f"{name}={size}", value)
 
 
-def check_integers(argument: str, value: Tensor, sizes: Sequence[tuple[str, Sequence[int]]], device: torch.device) -> None:
+def check_integers(
+    argument: str, value: Tensor, sizes: Sequence[tuple[str, Sequence[int]]], device: torch.device
+) -> None:
     """An int32 tensor on `device`; `sizes` gives each axis as (words for the message, admissible sizes)."""
     shape = "[" + ", ".join(name for name, _ in sizes) + "]"
     if not isinstance(value, Tensor) or value.dtype != torch.int32:
         fail(argument, f"int32 {shape}", value, error=TypeError)
-    if value.dim() != len(sizes) or any(size not in admissible for size, (_, admissible) in zip(value.shape, sizes)):
+    if value.dim() != len(sizes) or any(
+        size not in admissible for size, (_, admissible) in zip(value.shape, sizes)
+    ):
         fail(argument, f"int32 {shape}", value)
     if value.device != device:
         raise ValueError(f"{argument}: expected device {device}, got {value.device}")
 
 
-def check_token_labels(argument: str, value: Tensor, batch: int, tokens: int, tokens_name: str, device: torch.device) -> None:
+def check_token_labels(
+    argument: str, value: Tensor, batch: int, tokens: int, tokens_name: str, device: torch.device
+) -> None:
     sizes = [(f"B={batch} or 1", (batch, 1)), (f"{tokens_name}={tokens}", (tokens,))]
     check_integers(argument, value, sizes, device)
 
 
-def check_counts(argument: str, value: Tensor, batch: int, heads: int, tokens: int, device: torch.device) -> None:
+def check_counts(
+    argument: str, value: Tensor, batch: int, heads: int, tokens: int, device: torch.device
+) -> None:
     sizes = [(f"B={batch}", (batch,)), (f"1 or H={heads}", (1, heads)), (f"N_k={tokens}", (tokens,))]
     check_integers(argument, value, sizes, device)
 
 
-def check_batch_index(argument: str, value: Tensor | None, query: Tensor, rows: int, rows_argument: str) -> None:
+def check_batch_index(
+    argument: str, value: Tensor | None, query: Tensor, rows: int, rows_argument: str
+) -> None:
     """Either an int32 [B] that names rows, or one row for each query row."""
     if value is not None:
         check_integers(argument, value, [(f"B={query.shape[0]}", (query.shape[0],))], query.device)
     elif rows != query.shape[0]:
-        raise ValueError(f"{rows_argument}: expected batch={query.shape[0]} as query has, or a {argument}, got batch={rows}")
+        raise ValueError(
+            f"{rows_argument}: expected batch={query.shape[0]} as query has, or a {argument}, got batch={rows}"
+        )
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
@@ -87,24 +106,44 @@ def check_number(argument: str, value: object, *, above: float | None = None) ->
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument}: expected a number, got {describe(value)}")
     if not math.isfinite(value) or (above is not None and value <= above):
-        raise ValueError(f"{argument}: expected a finite number{'' if above is None else f' above {above}'}, got {value!r}")
+        raise ValueError(
+            f"{argument}: expected a finite number{'' if above is None else f' above {above}'}, got {value!r}"
+        )
 
 
 def check_count(argument: str, value: object, limit_name: str = "", limit: int | None = None) -> None:
     """An int of at least 1 and at most `limit`."""
-    inside = isinstance(value, int) and not isinstance(value, bool) and value >= 1 and (limit is None or value <= limit)
+    inside = (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and value >= 1
+        and (limit is None or value <= limit)
+    )
     if not inside:
-        fail(argument, "an integer of at least 1" if limit is None else f"an integer from 1 to {limit_name}={limit}", value)
+        fail(
+            argument,
+            "an integer of at least 1" if limit is None else f"an integer from 1 to {limit_name}={limit}",
+            value,
+        )
 
 
 def check_label_sets(
-    query: Tensor, reference: Tensor, query_labels: Tensor | None, query_name: str, reference_labels: Tensor | None, reference_name: str
+    query: Tensor,
+    reference: Tensor,
+    query_labels: Tensor | None,
+    query_name: str,
+    reference_labels: Tensor | None,
+    reference_name: str,
 ) -> None:
     """Both bit sets or neither, each given per query row."""
     if query_labels is None and reference_labels is None:
         return
     if query_labels is None or reference_labels is None:
-        missing, given = (query_name, reference_name) if query_labels is None else (reference_name, query_name)
+        missing, given = (
+            (query_name, reference_name) if query_labels is None else (reference_name, query_name)
+        )
         raise ValueError(f"{missing}: expected int32 bit sets because {given} came, got None")
     check_token_labels(query_name, query_labels, query.shape[0], query.shape[2], "N_q", query.device)
-    check_token_labels(reference_name, reference_labels, query.shape[0], reference.shape[2], "N_k", query.device)
+    check_token_labels(
+        reference_name, reference_labels, query.shape[0], reference.shape[2], "N_k", query.device
+    )

@@ -21,7 +21,9 @@ def register(
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qalign_kernels::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"qalign_kernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        torch.library.register_autograd(
+            f"qalign_kernels::{name}", backward, setup_context=setup_context, lib=LIBRARY
+        )
     return getattr(torch.ops.qalign_kernels, name).default
 
 

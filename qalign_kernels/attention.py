@@ -109,12 +109,23 @@ def attention_with_lse(
     return AttentionWithLse(*_attend(query, segments, scale, contrast, query_labels, None, True, backend))
 
 
-def guided_attention(query: Tensor, segment: Segment, guide: Guide, *, scale=None, contrast=1.0, query_labels=None, backend=None) -> Tensor:
+def guided_attention(
+    query: Tensor,
+    segment: Segment,
+    guide: Guide,
+    *,
+    scale=None,
+    contrast=1.0,
+    query_labels=None,
+    backend=None,
+) -> Tensor:
     """`attention` over one segment with logits + strength · guide.query_i·guide.key_j: the guided reading of `qalign_attention`."""
     return _attend(query, segment, scale, contrast, query_labels, guide, False, backend)[0]
 
 
-def _attend(query, segments, scale, contrast, query_labels, guide, need_lse, backend) -> tuple[Tensor, Tensor]:
+def _attend(
+    query, segments, scale, contrast, query_labels, guide, need_lse, backend
+) -> tuple[Tensor, Tensor]:
     if not isinstance(segments, (Segment, list, tuple)):
         _contracts.fail("segments", "a Segment or a sequence of them", segments, error=TypeError)
     segments = (segments,) if isinstance(segments, Segment) else tuple(segments)
@@ -123,7 +134,9 @@ def _attend(query, segments, scale, contrast, query_labels, guide, need_lse, bac
     backend = _backends.requested(backend)
     if backend == "reference":
         module = _backends.implementation("reference", "attention")
-        return module.attention(query, segments, scale=scale, contrast=contrast, query_labels=query_labels, guide=guide)
+        return module.attention(
+            query, segments, scale=scale, contrast=contrast, query_labels=query_labels, guide=guide
+        )
     keys, values = [s.key for s in segments], [s.value for s in segments]
     guide_tensors = [] if guide is None else [guide.query, guide.key]
     return _attention_op(
@@ -162,7 +175,9 @@ def _check(query, segments, scale, contrast, query_labels) -> None:
         name = "" if len(segments) == 1 else f"segments[{position}]."
         _check_segment(name, segment, query)
         if segment.labels is not None and query_labels is None:
-            raise ValueError(f"query_labels: expected int32 bit sets [B={batch} or 1, N_q={tokens}] because {name}labels came, got None")
+            raise ValueError(
+                f"query_labels: expected int32 bit sets [B={batch} or 1, N_q={tokens}] because {name}labels came, got None"
+            )
         _contracts.check_sizes(f"{name}value", segment.value, head_dim=segments[0].value.shape[3])
 
 
@@ -172,12 +187,18 @@ def _check_segment(name: str, segment: Segment, query: Tensor) -> None:
         _contracts.check_features(name + part, tensor)
         _contracts.check_like(name + part, tensor, "query", query)
     _contracts.check_sizes(f"{name}key", key, heads=query.shape[1], head_dim=query.shape[3])
-    _contracts.check_sizes(f"{name}value", value, batch=key.shape[0], heads=query.shape[1], tokens=key.shape[2])
+    _contracts.check_sizes(
+        f"{name}value", value, batch=key.shape[0], heads=query.shape[1], tokens=key.shape[2]
+    )
     _contracts.check_batch_index(f"{name}batch_index", segment.batch_index, query, key.shape[0], f"{name}key")
     if segment.counts is not None:
-        _contracts.check_counts(f"{name}counts", segment.counts, query.shape[0], query.shape[1], key.shape[2], query.device)
+        _contracts.check_counts(
+            f"{name}counts", segment.counts, query.shape[0], query.shape[1], key.shape[2], query.device
+        )
     if segment.labels is not None:
-        _contracts.check_token_labels(f"{name}labels", segment.labels, query.shape[0], key.shape[2], "N_k", query.device)
+        _contracts.check_token_labels(
+            f"{name}labels", segment.labels, query.shape[0], key.shape[2], "N_k", query.device
+        )
     _contracts.check_number(f"{name}logit_scale", segment.logit_scale)
     _contracts.check_number(f"{name}logit_shift", segment.logit_shift)
 
@@ -193,10 +214,22 @@ def _or_none(tensor: Tensor) -> Tensor | None:
     return None if tensor.numel() == 0 else tensor
 
 
-def _rebuild(keys, values, guide_tensors, counts, labels, batch_index, logit_scale, logit_shift, guide_strength):
+def _rebuild(
+    keys, values, guide_tensors, counts, labels, batch_index, logit_scale, logit_shift, guide_strength
+):
     segments = tuple(
-        Segment(key, value, counts=_or_none(c), labels=_or_none(lb), batch_index=_or_none(row), logit_scale=a, logit_shift=b)
-        for key, value, c, lb, row, a, b in zip(keys, values, counts, labels, batch_index, logit_scale, logit_shift)
+        Segment(
+            key,
+            value,
+            counts=_or_none(c),
+            labels=_or_none(lb),
+            batch_index=_or_none(row),
+            logit_scale=a,
+            logit_shift=b,
+        )
+        for key, value, c, lb, row, a, b in zip(
+            keys, values, counts, labels, batch_index, logit_scale, logit_shift
+        )
     )
     return segments, Guide(*guide_tensors, guide_strength) if guide_tensors else None
 
@@ -205,12 +238,20 @@ def _implementation(
     query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, logit_scale, logit_shift, guide_strength,
     scale, contrast, need_lse, differentiable, backend,
 ):  # fmt: skip
-    segments, guide = _rebuild(keys, values, guide_tensors, counts, labels, batch_index, logit_scale, logit_shift, guide_strength)
+    segments, guide = _rebuild(
+        keys, values, guide_tensors, counts, labels, batch_index, logit_scale, logit_shift, guide_strength
+    )
     dims = (query.shape[3], values[0].shape[3])
     kept = differentiable and _keeps_lse(contrast, guide_tensors)
     chosen = _backends.select("attention", backend, query, dims, differentiable=differentiable and not kept)
     output, lse = _backends.implementation(chosen, "attention").attention(
-        query, segments, scale=scale, contrast=contrast, query_labels=query_labels, guide=guide, need_lse=need_lse or kept
+        query,
+        segments,
+        scale=scale,
+        contrast=contrast,
+        query_labels=query_labels,
+        guide=guide,
+        need_lse=need_lse or kept,
     )
     return output, _absent_lse(query) if lse is None else lse
 
@@ -230,18 +271,34 @@ def _fake(
 ):  # fmt: skip
     lse = _absent_lse(query)
     present = need_lse or (differentiable and _keeps_lse(contrast, guide_tensors))
-    return query.new_empty((*query.shape[:3], values[0].shape[3])), lse.new_empty(query.shape[:3]) if present else lse
+    return query.new_empty((*query.shape[:3], values[0].shape[3])), lse.new_empty(
+        query.shape[:3]
+    ) if present else lse
 
 
 def _backward_implementation(
     grad_output, grad_lse, output, lse, query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, logit_scale, logit_shift,
     guide_strength, scale, contrast, needs, backend,
 ):  # fmt: skip
-    segments, guide = _rebuild(keys, values, guide_tensors, counts, labels, batch_index, logit_scale, logit_shift, guide_strength)
+    segments, guide = _rebuild(
+        keys, values, guide_tensors, counts, labels, batch_index, logit_scale, logit_shift, guide_strength
+    )
     dims = (query.shape[3], values[0].shape[3])
-    chosen = _backends.select("attention", backend, query, dims, differentiable=not _keeps_lse(contrast, guide_tensors))
+    chosen = _backends.select(
+        "attention", backend, query, dims, differentiable=not _keeps_lse(contrast, guide_tensors)
+    )
     grads = _backends.implementation(chosen, "attention").attention_backward(
-        grad_output, grad_lse, output, lse, query, segments, scale=scale, contrast=contrast, query_labels=query_labels, guide=guide, needs=needs
+        grad_output,
+        grad_lse,
+        output,
+        lse,
+        query,
+        segments,
+        scale=scale,
+        contrast=contrast,
+        query_labels=query_labels,
+        guide=guide,
+        needs=needs,
     )
     return [query.new_empty(0) if grad is None else grad for grad in grads]
 
@@ -250,7 +307,10 @@ def _backward_fake(
     grad_output, grad_lse, output, lse, query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, logit_scale, logit_shift,
     guide_strength, scale, contrast, needs, backend,
 ):  # fmt: skip
-    return [x.new_empty(x.shape if needed else 0) for x, needed in zip((query, *keys, *values, *guide_tensors), needs)]
+    return [
+        x.new_empty(x.shape if needed else 0)
+        for x, needed in zip((query, *keys, *values, *guide_tensors), needs)
+    ]
 
 
 _SEGMENT_SCHEMA = (
@@ -268,10 +328,31 @@ _backward_op = _library.register(
 
 
 def _setup_context(ctx, inputs, output):
-    query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, *numbers, need_lse, _, backend = inputs
-    ctx.segments, ctx.guided, ctx.numbers, ctx.need_lse, ctx.backend = len(keys), len(guide_tensors), numbers, need_lse, backend
+    (
+        query,
+        keys,
+        values,
+        guide_tensors,
+        counts,
+        labels,
+        batch_index,
+        query_labels,
+        *numbers,
+        need_lse,
+        _,
+        backend,
+    ) = inputs
+    ctx.segments, ctx.guided, ctx.numbers, ctx.need_lse, ctx.backend = (
+        len(keys),
+        len(guide_tensors),
+        numbers,
+        need_lse,
+        backend,
+    )
     results = output if _keeps_lse(numbers[-1], guide_tensors) else (None, None)
-    ctx.save_for_backward(*results, query_labels, query, *keys, *values, *guide_tensors, *counts, *labels, *batch_index)
+    ctx.save_for_backward(
+        *results, query_labels, query, *keys, *values, *guide_tensors, *counts, *labels, *batch_index
+    )
     ctx.set_materialize_grads(False)
 
 
@@ -281,12 +362,19 @@ def _backward(ctx, grad_output, grad_lse):
     wanted, *needed = ctx.needs_input_grad[:4]
     needs = [wanted, *chain(*needed)]
     values = lists[1]
-    grad_output = query.new_zeros((*query.shape[:3], values[0].shape[3])) if grad_output is None else grad_output
+    grad_output = (
+        query.new_zeros((*query.shape[:3], values[0].shape[3])) if grad_output is None else grad_output
+    )
     grads = _backward_op(
         grad_output, grad_lse if ctx.need_lse else None, output, lse, query, *lists, query_labels, *ctx.numbers, needs, ctx.backend
     )  # fmt: skip
     each = iter([grad if needed else None for grad, needed in zip(grads, needs)])
-    return (next(each), *(list(islice(each, size)) for size in (n, n, ctx.guided)), *([None] * n for _ in range(3)), *[None] * 9)
+    return (
+        next(each),
+        *(list(islice(each, size)) for size in (n, n, ctx.guided)),
+        *([None] * n for _ in range(3)),
+        *[None] * 9,
+    )
 
 
 _attention_op = _library.register(

@@ -70,7 +70,9 @@ def distillation_loss(
     )[0]
 
 
-def _check(output, query, ref_key, ref_value, query_labels, ref_labels) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]:
+def _check(
+    output, query, ref_key, ref_value, query_labels, ref_labels
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]:
     """Keys, values and labels, one of each for every image."""
     _contracts.check_features("query", query)
     _contracts.check_features("output", output)
@@ -79,7 +81,9 @@ def _check(output, query, ref_key, ref_value, query_labels, ref_labels) -> tuple
     _contracts.check_sizes("output", output, batch=batch, heads=heads, tokens=tokens)
     several = not isinstance(ref_key, Tensor)
     if several and not (isinstance(ref_key, (list, tuple)) and ref_key):
-        _contracts.fail("ref_key", "a tensor [B or 1, H, N_k, D] or a sequence of them", ref_key, error=TypeError)
+        _contracts.fail(
+            "ref_key", "a tensor [B or 1, H, N_k, D] or a sequence of them", ref_key, error=TypeError
+        )
     keys, values = (ref_key, ref_value) if several else ([ref_key], [ref_value])
     labels = [None] * len(keys) if ref_labels is None else ref_labels if several else [ref_labels]
     for argument, parts in (("ref_value", values), ("ref_labels", labels)):
@@ -88,30 +92,43 @@ def _check(output, query, ref_key, ref_value, query_labels, ref_labels) -> tuple
     if query_labels is not None:
         _contracts.check_token_labels("query_labels", query_labels, batch, tokens, "N_q", query.device)
     for position, (key, value, sets) in enumerate(zip(keys, values, labels)):
-        key_name, value_name, labels_name = (f"{name}[{position}]" if several else name for name in ("ref_key", "ref_value", "ref_labels"))
+        key_name, value_name, labels_name = (
+            f"{name}[{position}]" if several else name for name in ("ref_key", "ref_value", "ref_labels")
+        )
         for name, tensor in ((key_name, key), (value_name, value)):
             _contracts.check_features(name, tensor)
             _contracts.check_like(name, tensor, "query", query)
         if key.shape[0] not in (1, batch):
             _contracts.fail(key_name, f"batch={batch} as query has, or 1", key)
         _contracts.check_sizes(key_name, key, heads=heads, head_dim=head_dim)
-        _contracts.check_sizes(value_name, value, batch=key.shape[0], heads=heads, tokens=key.shape[2], head_dim=output.shape[3])
+        _contracts.check_sizes(
+            value_name, value, batch=key.shape[0], heads=heads, tokens=key.shape[2], head_dim=output.shape[3]
+        )
         if sets is None:
             continue
         if query_labels is None:
-            raise ValueError(f"query_labels: expected int32 bit sets [B={batch} or 1, N_q={tokens}] because {labels_name} came, got None")
+            raise ValueError(
+                f"query_labels: expected int32 bit sets [B={batch} or 1, N_q={tokens}] because {labels_name} came, got None"
+            )
         _contracts.check_token_labels(labels_name, sets, batch, key.shape[2], "N_k", query.device)
     return keys, values, labels
 
 
-def _segments(keys: Sequence[Tensor], values: Sequence[Tensor], labels: Sequence[Tensor | None], batch: int) -> tuple[Segment, ...]:
+def _segments(
+    keys: Sequence[Tensor], values: Sequence[Tensor], labels: Sequence[Tensor | None], batch: int
+) -> tuple[Segment, ...]:
     """Rows that serve the whole batch lie at stride 0."""
     rows = (batch, -1, -1, -1)
-    return tuple(Segment(key.expand(rows), value.expand(rows), labels=sets) for key, value, sets in zip(keys, values, labels))
+    return tuple(
+        Segment(key.expand(rows), value.expand(rows), labels=sets)
+        for key, value, sets in zip(keys, values, labels)
+    )
 
 
 def _implementation(output, query, keys, values, labels, query_labels, scale, differentiable, backend):
-    segments = _segments(keys, values, [None if sets.numel() == 0 else sets for sets in labels], query.shape[0])
+    segments = _segments(
+        keys, values, [None if sets.numel() == 0 else sets for sets in labels], query.shape[0]
+    )
     chosen = _backends.select("distillation_loss", backend, query, (query.shape[3], output.shape[3]))
     loss, signs = _backends.implementation(chosen, "distillation").distillation_loss(
         output, query, segments, scale=scale, query_labels=query_labels, need_signs=differentiable
@@ -136,7 +153,17 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_loss, grad_signs):
     (signs,) = ctx.saved_tensors
     images = [None] * ctx.images
-    return _distillation_loss_backward_op(grad_loss, signs, ctx.dtype), None, images, images, images, None, None, None, None
+    return (
+        _distillation_loss_backward_op(grad_loss, signs, ctx.dtype),
+        None,
+        images,
+        images,
+        images,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 _distillation_loss_op = _library.register(

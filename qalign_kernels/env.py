@@ -28,7 +28,9 @@ def _version(package: str) -> str:
 def _devices() -> Iterator[str]:
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        architecture = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        architecture = (
+            properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        )
         yield f"cuda:{i} {properties.name}, {architecture}, {properties.total_memory / 2**20:.0f} MiB"
     if torch.backends.mps.is_available():
         yield "mps"
@@ -47,7 +49,11 @@ def _default_backend() -> str:
     name = os.environ.get("QALIGN_BACKEND")
     if name is None:
         return "unset: auto"
-    return name if name in _backends.BACKENDS else f"{name}: not one of {', '.join(_backends.BACKENDS)}, every call will say so"
+    return (
+        name
+        if name in _backends.BACKENDS
+        else f"{name}: not one of {', '.join(_backends.BACKENDS)}, every call will say so"
+    )
 
 
 def _device() -> torch.device:
@@ -89,7 +95,10 @@ def report() -> str:
         "",
         f'Backend that "auto" takes on {_device()} (gradients: likewise for attention without contrast, distillation_loss, label_mass; else tiled):',
     ]
-    lines += [f"{op:20s} {dtype:9s} {chosen:7s} {reason}" for (op, dtype), (chosen, reason) in choices(_device()).items()]
+    lines += [
+        f"{op:20s} {dtype:9s} {chosen:7s} {reason}"
+        for (op, dtype), (chosen, reason) in choices(_device()).items()
+    ]
     return "\n".join(lines)
 
 

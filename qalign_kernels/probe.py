@@ -48,11 +48,15 @@ def label_mass(
     scale = _scale(query, scale)
     backend = _backends.requested(backend)
     if backend == "reference":
-        return _backends.implementation("reference", "probe").label_mass(query, key, key_labels, num_labels, scale=scale, counts=counts)
+        return _backends.implementation("reference", "probe").label_mass(
+            query, key, key_labels, num_labels, scale=scale, counts=counts
+        )
     return _label_mass_op(query, key, key_labels, num_labels, scale, counts, backend)
 
 
-def mean_attention_map(query: Tensor, key: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
+def mean_attention_map(
+    query: Tensor, key: Tensor, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
     """The attention map, averaged over heads.
 
     map_ij = 1/H Σ_h softmax_j(scale · q_hi·k_hj)
@@ -80,7 +84,12 @@ def mean_attention_map(query: Tensor, key: Tensor, *, scale: float | None = None
     if _library.wants_gradient(query, key):
         _backends.require_gradient("mean_attention_map", backend, query, (query.shape[3],))
         heads = ((query[:, h : h + 1], key[:, h : h + 1]) for h in range(query.shape[1]))
-        maps = (torch.utils.checkpoint.checkpoint(reference.mean_attention_map, q, k, scale=scale, use_reentrant=False) for q, k in heads)
+        maps = (
+            torch.utils.checkpoint.checkpoint(
+                reference.mean_attention_map, q, k, scale=scale, use_reentrant=False
+            )
+            for q, k in heads
+        )
         return sum(maps) / query.shape[1]
     return _mean_map_op(query, key, scale, backend)
 
@@ -101,7 +110,9 @@ def _scale(query: Tensor, scale: float | None) -> float:
 
 def _label_mass_implementation(query, key, key_labels, num_labels, scale, counts, backend):
     chosen = _backends.select("label_mass", backend, query, (query.shape[3],), num_labels=num_labels)
-    return _backends.implementation(chosen, "probe").label_mass(query, key, key_labels, num_labels, scale=scale, counts=counts)
+    return _backends.implementation(chosen, "probe").label_mass(
+        query, key, key_labels, num_labels, scale=scale, counts=counts
+    )
 
 
 def _mean_map_implementation(query, key, scale, backend):
@@ -114,10 +125,14 @@ def _label_mass_fake(query, key, key_labels, num_labels, scale, counts, backend)
 
 
 def _mean_map_fake(query, key, scale, backend):
-    return query.new_empty((query.shape[0], query.shape[2], key.shape[2]), dtype=_library.accumulate_dtype(query))
+    return query.new_empty(
+        (query.shape[0], query.shape[2], key.shape[2]), dtype=_library.accumulate_dtype(query)
+    )
 
 
-def _label_mass_backward_implementation(grad_mass, mass, query, key, key_labels, num_labels, scale, counts, needs, backend):
+def _label_mass_backward_implementation(
+    grad_mass, mass, query, key, key_labels, num_labels, scale, counts, needs, backend
+):
     chosen = _backends.select("label_mass", backend, query, (query.shape[3],), num_labels=num_labels)
     grads = _backends.implementation(chosen, "probe").label_mass_backward(
         grad_mass, mass, query, key, key_labels, num_labels, scale=scale, counts=counts, needs=needs
@@ -125,7 +140,9 @@ def _label_mass_backward_implementation(grad_mass, mass, query, key, key_labels,
     return [query.new_empty(0) if grad is None else grad for grad in grads]
 
 
-def _label_mass_backward_fake(grad_mass, mass, query, key, key_labels, num_labels, scale, counts, needs, backend):
+def _label_mass_backward_fake(
+    grad_mass, mass, query, key, key_labels, num_labels, scale, counts, needs, backend
+):
     return [x.new_empty(x.shape if needed else 0) for x, needed in zip((query, key), needs)]
 
 
@@ -146,7 +163,9 @@ def _setup_context(ctx, inputs, output):
 
 def _label_mass_backward(ctx, grad_mass):
     (mass, query, key, key_labels, counts), needs = ctx.saved_tensors, list(ctx.needs_input_grad[:2])
-    grads = _label_mass_backward_op(grad_mass, mass, query, key, key_labels, ctx.num_labels, ctx.scale, counts, needs, ctx.backend)
+    grads = _label_mass_backward_op(
+        grad_mass, mass, query, key, key_labels, ctx.num_labels, ctx.scale, counts, needs, ctx.backend
+    )
     return *(grad if needed else None for grad, needed in zip(grads, needs)), *[None] * 5
 
 
@@ -159,5 +178,8 @@ _label_mass_op = _library.register(
     backward=_label_mass_backward,
 )
 _mean_map_op = _library.register(
-    "mean_attention_map", "(Tensor query, Tensor key, float scale, str backend) -> Tensor", _mean_map_implementation, _mean_map_fake
+    "mean_attention_map",
+    "(Tensor query, Tensor key, float scale, str backend) -> Tensor",
+    _mean_map_implementation,
+    _mean_map_fake,
 )

@@ -107,7 +107,9 @@ def qalign_attention(
             batch_index,
         )  # fmt: skip
         differentiable = _library.wants_gradient(query, ref_key, ref_value)
-        return (_rearranged if differentiable else _rearranged_attention_op)(*arguments, _backends.requested(backend))
+        return (_rearranged if differentiable else _rearranged_attention_op)(
+            *arguments, _backends.requested(backend)
+        )
     matching: dict[str, Any] = {
         "similarity": similarity,
         "heads": heads,
@@ -117,7 +119,10 @@ def qalign_attention(
     }
     if refinement == "topk":
         index, score = similarity_topk(asking.detach(), ref_query.detach(), topk, **matching, backend=backend)
-        return _unmatchable_to_nan(topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine), score.select(-1, 0))
+        return _unmatchable_to_nan(
+            topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine),
+            score.select(-1, 0),
+        )
     index, score = similarity_argmax(asking.detach(), ref_query.detach(), **matching, backend=backend)
     if refinement == "warped_output":
         own = ref_query if batch_index is None else ref_query.index_select(0, batch_index)
@@ -132,7 +137,19 @@ def qalign_attention(
 
 
 def _rearranged(
-    query, asking, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend
+    query,
+    asking,
+    ref_query,
+    ref_key,
+    ref_value,
+    similarity,
+    heads,
+    scale,
+    contrast,
+    query_labels,
+    ref_labels,
+    batch_index,
+    backend,
 ) -> Tensor:
     """Match, count, attend: differentiable, one op each."""
     index, score = similarity_argmax(
@@ -141,7 +158,9 @@ def _rearranged(
     )  # fmt: skip
     counts = match_counts(index, ref_key.shape[2], backend=backend)
     segment = Segment(ref_key, ref_value, counts=counts, labels=ref_labels, batch_index=batch_index)
-    output = attention(query, segment, scale=scale, contrast=contrast, query_labels=query_labels, backend=backend)
+    output = attention(
+        query, segment, scale=scale, contrast=contrast, query_labels=query_labels, backend=backend
+    )
     return _unmatchable_to_nan(output, score)
 
 
@@ -166,17 +185,23 @@ def topk_attention(
     backend = _backends.requested(backend)
     if backend == "reference":
         module = _backends.implementation("reference", "qalign_attention")
-        return module.topk_attention(query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index)
+        return module.topk_attention(
+            query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
+        )
     if _library.wants_gradient(query, key, value):
         _backends.require_gradient("topk_attention", backend, query, (query.shape[3], value.shape[3]))
-        return tiled.topk_attention(query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index)
+        return tiled.topk_attention(
+            query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
+        )
     return _topk_attention_op(query, key, value, index, scale, contrast, batch_index, backend)
 
 
 def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
     """NaN in each row of [B, H, N, D] whose best score [B, 1 or H, N] is NaN: its choice means nothing. In place, unless a gradient may need
     the rows."""
-    return (rows.masked_fill if rows.requires_grad else rows.masked_fill_)(score.isnan().unsqueeze(-1), float("nan"))
+    return (rows.masked_fill if rows.requires_grad else rows.masked_fill_)(
+        score.isnan().unsqueeze(-1), float("nan")
+    )
 
 
 def _features(
@@ -208,12 +233,18 @@ def _soft(
     features, ref_features = _features(asking, ref_query, similarity, refine["backend"])
     key, value = (
         attention(
-            features, dataclasses.replace(reference, key=ref_features, value=x), scale=strength, query_labels=query_labels, backend=refine["backend"]
+            features,
+            dataclasses.replace(reference, key=ref_features, value=x),
+            scale=strength,
+            query_labels=query_labels,
+            backend=refine["backend"],
         )
         for x in (reference.key, reference.value)
     )
     present = None
-    if query_labels is not None and reference.labels is not None:  # a token that saw no reference token has nothing to offer the refinement
+    if (
+        query_labels is not None and reference.labels is not None
+    ):  # a token that saw no reference token has nothing to offer the refinement
         seen = (query_labels.unsqueeze(-1) & _label_union(reference.labels).unsqueeze(-1)) != 0
         present = seen.squeeze(-1).int().unsqueeze(1).expand(query.shape[0], 1, -1)
     return attention(query, Segment(key, value, counts=present), **refine)
@@ -226,8 +257,15 @@ def _label_union(labels: Tensor) -> Tensor:
     return (carried << bits).sum(-1, keepdim=True, dtype=torch.int32)
 
 
-def _check_tensors(query: Tensor, ref_query: Tensor, ref_key: Tensor, ref_value: Tensor, batch_index: Tensor | None) -> None:
-    for name, tensor in (("query", query), ("ref_query", ref_query), ("ref_key", ref_key), ("ref_value", ref_value)):
+def _check_tensors(
+    query: Tensor, ref_query: Tensor, ref_key: Tensor, ref_value: Tensor, batch_index: Tensor | None
+) -> None:
+    for name, tensor in (
+        ("query", query),
+        ("ref_query", ref_query),
+        ("ref_key", ref_key),
+        ("ref_value", ref_value),
+    ):
         _contracts.check_features(name, tensor)
         _contracts.check_like(name, tensor, "query", query)
     _, heads, _, head_dim = query.shape
@@ -238,7 +276,9 @@ def _check_tensors(query: Tensor, ref_query: Tensor, ref_key: Tensor, ref_value:
     _contracts.check_batch_index("batch_index", batch_index, query, rows, "ref_query")
 
 
-def _check_settings(similarity: str, heads: str, refinement: str, strength: float, scale: float | None, contrast: float) -> None:
+def _check_settings(
+    similarity: str, heads: str, refinement: str, strength: float, scale: float | None, contrast: float
+) -> None:
     _contracts.check_choice("similarity", similarity, SIMILARITIES)
     _contracts.check_choice("heads", heads, HEADS)
     _contracts.check_choice("refinement", refinement, REFINEMENTS)
@@ -248,12 +288,23 @@ def _check_settings(similarity: str, heads: str, refinement: str, strength: floa
         _contracts.check_number("scale", scale)
 
 
-def _check_refinement(query: Tensor, ref_key: Tensor, refinement: str, match_query: Tensor | None, own_key: Tensor | None, topk: int) -> None:
+def _check_refinement(
+    query: Tensor,
+    ref_key: Tensor,
+    refinement: str,
+    match_query: Tensor | None,
+    own_key: Tensor | None,
+    topk: int,
+) -> None:
     """What stands beside the reference: `match_query`, and what only one refinement takes, `topk` and `own_key`."""
     if refinement == "topk":
         _contracts.check_count("topk", topk, "N_k", ref_key.shape[2])
     if (own_key is not None) != (refinement == "warped_values"):
-        need = "[B, H, N_q, D] for refinement='warped_values'" if own_key is None else f"None for refinement={refinement!r}"
+        need = (
+            "[B, H, N_q, D] for refinement='warped_values'"
+            if own_key is None
+            else f"None for refinement={refinement!r}"
+        )
         _contracts.fail("own_key", need, own_key)
     batch, heads, tokens, head_dim = query.shape
     for name, tensor in (("match_query", match_query), ("own_key", own_key)):
@@ -264,18 +315,52 @@ def _check_refinement(query: Tensor, ref_key: Tensor, refinement: str, match_que
 
 
 def _rearranged_attention_implementation(
-    query, asking, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend
+    query,
+    asking,
+    ref_query,
+    ref_key,
+    ref_value,
+    similarity,
+    heads,
+    scale,
+    contrast,
+    query_labels,
+    ref_labels,
+    batch_index,
+    backend,
 ):
     chosen = _backends.select("qalign_attention", backend, query, (query.shape[3], ref_value.shape[3]))
-    settings = {"scale": scale, "contrast": contrast, "query_labels": query_labels, "ref_labels": ref_labels, "batch_index": batch_index}
+    settings = {
+        "scale": scale,
+        "contrast": contrast,
+        "query_labels": query_labels,
+        "ref_labels": ref_labels,
+        "batch_index": batch_index,
+    }
     if chosen == "triton":
         module = _backends.implementation("triton", "qalign_attention")
-        return module.rearranged_attention(query, asking, ref_query, ref_key, ref_value, similarity, heads == "joint", **settings)
-    return _rearranged(query, asking, ref_query, ref_key, ref_value, similarity, heads, **settings, backend=chosen)
+        return module.rearranged_attention(
+            query, asking, ref_query, ref_key, ref_value, similarity, heads == "joint", **settings
+        )
+    return _rearranged(
+        query, asking, ref_query, ref_key, ref_value, similarity, heads, **settings, backend=chosen
+    )
 
 
 def _rearranged_attention_fake(
-    query, asking, ref_query, ref_key, ref_value, similarity, heads, scale, contrast, query_labels, ref_labels, batch_index, backend
+    query,
+    asking,
+    ref_query,
+    ref_key,
+    ref_value,
+    similarity,
+    heads,
+    scale,
+    contrast,
+    query_labels,
+    ref_labels,
+    batch_index,
+    backend,
 ):
     return query.new_empty((*query.shape[:3], ref_value.shape[3]))
 
@@ -312,7 +397,9 @@ def _topk_attention_implementation(query, key, value, index, scale, contrast, ba
     dims = (query.shape[3], value.shape[3])
     chosen = _backends.select("topk_attention", backend, query, dims, max_k=index.shape[3])
     module = _backends.implementation(chosen, "qalign_attention")
-    return module.topk_attention(query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index)
+    return module.topk_attention(
+        query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
+    )
 
 
 def _topk_attention_fake(query, key, value, index, scale, contrast, batch_index, backend):

@@ -29,7 +29,12 @@ def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) 
         _contracts.fail("index", "int32 [B, 1 or H, N_q]", index, error=TypeError)
     if index.dim() != 3 or 0 in index.shape:
         _contracts.fail("index", "int32 [B, 1 or H, N_q] with every size at least 1", index)
-    _contracts.check_integers("index", index, [(f"{name}={size}", (size,)) for name, size in zip(("B", "G", "N_q"), index.shape)], index.device)
+    _contracts.check_integers(
+        "index",
+        index,
+        [(f"{name}={size}", (size,)) for name, size in zip(("B", "G", "N_q"), index.shape)],
+        index.device,
+    )
     _contracts.check_count("num_tokens", num_tokens)
     backend = _backends.requested(backend)
     if backend == "reference":
@@ -37,7 +42,9 @@ def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) 
     return _counts_op(index, num_tokens, backend)
 
 
-def rearrange_kv(key: Tensor, value: Tensor, index: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def rearrange_kv(
+    key: Tensor, value: Tensor, index: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Gather keys and values by a match map: K̃_i = K_{index_i}, Ṽ_i = V_{index_i}.
 
     `attention` over these equals `attention` over the originals with `counts=match_counts(index, N_k)`, which costs less and is what
@@ -97,5 +104,12 @@ def _take_rows_fake(x, index, backend):
     return x.new_empty((*x.shape[:2], index.shape[2], x.shape[3]))
 
 
-_counts_op = _library.register("match_counts", "(Tensor index, int num_tokens, str backend) -> Tensor", _counts_implementation, _counts_fake)
-_take_rows_op = _library.register("take_rows", "(Tensor x, Tensor index, str backend) -> Tensor", _take_rows_implementation, _take_rows_fake)
+_counts_op = _library.register(
+    "match_counts",
+    "(Tensor index, int num_tokens, str backend) -> Tensor",
+    _counts_implementation,
+    _counts_fake,
+)
+_take_rows_op = _library.register(
+    "take_rows", "(Tensor x, Tensor index, str backend) -> Tensor", _take_rows_implementation, _take_rows_fake
+)

@@ -63,7 +63,11 @@ def similarity_argmax(
     joint, backend = heads == "joint", _backends.requested(backend)
     labels = (query_labels, reference_labels, batch_index)
     if backend == "reference":
-        return Match(*_backends.implementation("reference", "similarity").similarity_argmax(query, reference, similarity, joint, *labels))
+        return Match(
+            *_backends.implementation("reference", "similarity").similarity_argmax(
+                query, reference, similarity, joint, *labels
+            )
+        )
     index, score = _argmax_op(query.detach(), reference.detach(), similarity, joint, *labels, exact, backend)
     if _library.wants_gradient(query, reference):
         score = _matched_score(query, reference, index.unsqueeze(-1), similarity, batch_index).squeeze(-1)
@@ -101,7 +105,11 @@ def similarity_topk(
     joint, backend = heads == "joint", _backends.requested(backend)
     labels = (query_labels, reference_labels, batch_index)
     if backend == "reference":
-        return Match(*_backends.implementation("reference", "similarity").similarity_topk(query, reference, k, similarity, joint, *labels))
+        return Match(
+            *_backends.implementation("reference", "similarity").similarity_topk(
+                query, reference, k, similarity, joint, *labels
+            )
+        )
     index, score = _topk_op(query.detach(), reference.detach(), k, similarity, joint, *labels, backend)
     if _library.wants_gradient(query, reference):
         score = _matched_score(query, reference, index, similarity, batch_index)
@@ -116,10 +124,14 @@ def _check(query, reference, similarity, heads, query_labels, reference_labels, 
     _contracts.check_choice("similarity", similarity, SIMILARITIES)
     _contracts.check_choice("heads", heads, HEADS)
     _contracts.check_batch_index("batch_index", batch_index, query, reference.shape[0], "reference")
-    _contracts.check_label_sets(query, reference, query_labels, "query_labels", reference_labels, "reference_labels")
+    _contracts.check_label_sets(
+        query, reference, query_labels, "query_labels", reference_labels, "reference_labels"
+    )
 
 
-def _matched_score(query: Tensor, reference: Tensor, index: Tensor, similarity: str, batch_index: Tensor | None) -> Tensor:
+def _matched_score(
+    query: Tensor, reference: Tensor, index: Tensor, similarity: str, batch_index: Tensor | None
+) -> Tensor:
     """The scores [B, G, N_q, k] at the matched pairs, recorded by autograd; O(N k C) memory."""
     accumulate = _library.accumulate_dtype(query)
     query, reference = query.to(accumulate), reference.to(accumulate)
@@ -135,25 +147,39 @@ def _matched_score(query: Tensor, reference: Tensor, index: Tensor, similarity: 
     return score.masked_fill(index < 0, float("-inf"))
 
 
-def _argmax_implementation(query, reference, similarity, joint, query_labels, reference_labels, batch_index, exact, backend):
+def _argmax_implementation(
+    query, reference, similarity, joint, query_labels, reference_labels, batch_index, exact, backend
+):
     chosen = _backends.select("similarity_argmax", backend, query, (query.shape[3],))
     module = _backends.implementation(chosen, "similarity")
     arguments = (query, reference, similarity, joint, query_labels, reference_labels, batch_index)
-    return module.similarity_argmax(*arguments, exact=exact) if chosen == "triton" else module.similarity_argmax(*arguments)
+    return (
+        module.similarity_argmax(*arguments, exact=exact)
+        if chosen == "triton"
+        else module.similarity_argmax(*arguments)
+    )
 
 
-def _topk_implementation(query, reference, k, similarity, joint, query_labels, reference_labels, batch_index, backend):
+def _topk_implementation(
+    query, reference, k, similarity, joint, query_labels, reference_labels, batch_index, backend
+):
     chosen = _backends.select("similarity_topk", backend, query, (query.shape[3],), max_k=k)
     module = _backends.implementation(chosen, "similarity")
-    return module.similarity_topk(query, reference, k, similarity, joint, query_labels, reference_labels, batch_index)
+    return module.similarity_topk(
+        query, reference, k, similarity, joint, query_labels, reference_labels, batch_index
+    )
 
 
 def _empty_match(query: Tensor, joint: bool, *last: int) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], 1 if joint else query.shape[1], query.shape[2], *last)
-    return query.new_empty(shape, dtype=torch.int32), query.new_empty(shape, dtype=_library.accumulate_dtype(query))
+    return query.new_empty(shape, dtype=torch.int32), query.new_empty(
+        shape, dtype=_library.accumulate_dtype(query)
+    )
 
 
-def _argmax_fake(query, reference, similarity, joint, query_labels, reference_labels, batch_index, exact, backend):
+def _argmax_fake(
+    query, reference, similarity, joint, query_labels, reference_labels, batch_index, exact, backend
+):
     return _empty_match(query, joint)
 
 

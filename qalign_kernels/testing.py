@@ -28,7 +28,11 @@ def worst_error(actual: Tensor, truth: Tensor) -> float:
     if actual.shape != truth.shape:
         return float("inf")
     difference = (actual - truth).abs().masked_fill(actual == truth, 0)
-    return difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item() if difference.numel() else 0.0
+    return (
+        difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
+        if difference.numel()
+        else 0.0
+    )
 
 
 def error_budget(same_precision: Tensor, truth: Tensor, reduction: int) -> float:
@@ -44,7 +48,9 @@ def judge(actual: Tensor, same_precision: Tensor, truth: Tensor, reduction: int)
     return Verdict(error, budget, error <= budget < float("inf"))
 
 
-def judge_formula(actual: Tensor, formula: Callable[..., Tensor], *tensors: Tensor, reduction: int) -> Verdict:
+def judge_formula(
+    actual: Tensor, formula: Callable[..., Tensor], *tensors: Tensor, reduction: int
+) -> Verdict:
     """Hold `actual` against `formula` of the tensors: in float64 it is the truth, as it stands the yardstick."""
     truth = formula(*(x.double() if x.is_floating_point() else x for x in tensors))
     return judge(actual, formula(*tensors), truth, reduction)
@@ -56,7 +62,15 @@ def judge_exact(actual: Tensor, truth: Tensor) -> Verdict:
     return Verdict(error, 0.0, error == 0)
 
 
-def judge_match(index: Tensor, score: Tensor, same_precision: Tensor, truth: Tensor, reduction: int, *, packed: bool = False) -> Verdict:
+def judge_match(
+    index: Tensor,
+    score: Tensor,
+    same_precision: Tensor,
+    truth: Tensor,
+    reduction: int,
+    *,
+    packed: bool = False,
+) -> Verdict:
     """Hold a match by its scores against score tables [B, G, N_q, N_k], the truth and plain PyTorch's.
 
     error = max(|score - best|, regret / 2), regret = |best - truth at index|: two scores that are each off by the budget may change
@@ -97,17 +111,25 @@ def poisoned_memory() -> Iterator[None]:
             deterministic.fill_uninitialized_memory = fill
 
 
-def random_features(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+def random_features(
+    *shape: int, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
     """Normal numbers, the same on every device: drawn on the CPU in float32, then rounded and moved."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device=device, dtype=dtype)
 
 
-def random_integers(low: int, high: int, *shape: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+def random_integers(
+    low: int, high: int, *shape: int, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """int32 in [low, high), the same on every device."""
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32).to(device)
+    return torch.randint(
+        low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32
+    ).to(device)
 
 
-def matched_queries(reference: Tensor, tokens: int, *, seed: int, noise: float = 0.25) -> tuple[Tensor, Tensor]:
+def matched_queries(
+    reference: Tensor, tokens: int, *, seed: int, noise: float = 0.25
+) -> tuple[Tensor, Tensor]:
     """Noisy copies [B_r, H, tokens, D] of random reference tokens, and which: int32 [B_r, 1, tokens]. Each has one clear match."""
     batch, heads, ref_tokens, head_dim = reference.shape
     index = random_integers(0, ref_tokens, batch, 1, tokens, seed=seed, device=reference.device)

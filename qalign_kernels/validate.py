@@ -33,9 +33,23 @@ from .qalign_attention import REFINEMENTS, qalign_attention
 from .rearrange import match_counts, rearrange_kv
 from .reference.similarity import scores
 from .similarity import similarity_argmax, similarity_topk
-from .testing import Verdict, judge, judge_exact, judge_match, matched_queries, poisoned_memory, random_features, random_integers
+from .testing import (
+    Verdict,
+    judge,
+    judge_exact,
+    judge_match,
+    matched_queries,
+    poisoned_memory,
+    random_features,
+    random_integers,
+)
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
 CONTRAST = 1.67
 COLUMNS = "{:42s} {:9s} {:8s} {:>5}  {:>9s}  {:>9s}  {:>12s}  {:7s} {:>6s}"
 
@@ -89,7 +103,12 @@ class Draw:
     """Seeded inputs of one shape in one dtype on one device."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.dtype, self.device, self.seed = shape, dtype, device, 1000 * shape.head_dim + shape.query_tokens
+        self.shape, self.dtype, self.device, self.seed = (
+            shape,
+            dtype,
+            device,
+            1000 * shape.head_dim + shape.query_tokens,
+        )
 
     def features(self, batch: int, tokens: int, dim: int) -> Tensor:
         """[batch, H, tokens, dim] in the layout of the shape."""
@@ -145,7 +164,9 @@ class Draw:
             ref_query=self.features(shape.batch, shape.key_tokens, shape.head_dim),
             ref_key=self.features(shape.batch, shape.key_tokens, shape.head_dim),
             ref_value=self.features(shape.batch, shape.key_tokens, shape.value_dim),
-            own_key=self.features(shape.batch, shape.query_tokens, shape.head_dim) if refinement == "warped_values" else None,
+            own_key=self.features(shape.batch, shape.query_tokens, shape.head_dim)
+            if refinement == "warped_values"
+            else None,
         )
         self.seed += 2
         inputs.query, inputs.index = matched_queries(inputs.ref_query, shape.query_tokens, seed=self.seed)
@@ -158,29 +179,57 @@ Cases = Callable[[Draw], Iterator[Case]]
 def _match_cases(draw: Draw, packed: bool, k: int | None) -> Iterator[Case]:
     shape = draw.shape
     k = None if k is None else min(k, shape.key_tokens)
-    settings = (("cosine", "joint", ""), ("dot", "per_head", "labels"), ("cosine", "per_head", "batch_index"), ("dot", "joint", ""))
+    settings = (
+        ("cosine", "joint", ""),
+        ("dot", "per_head", "labels"),
+        ("cosine", "per_head", "batch_index"),
+        ("dot", "joint", ""),
+    )
     for similarity, heads, option in draw.share(settings):
         inputs = draw.attention(2 if option == "batch_index" else None)
-        query_labels, key_labels = (draw.labels(shape.query_tokens), draw.labels(shape.key_tokens)) if option == "labels" else (None, None)
+        query_labels, key_labels = (
+            (draw.labels(shape.query_tokens), draw.labels(shape.key_tokens))
+            if option == "labels"
+            else (None, None)
+        )
         rows = draw.rows() if option == "batch_index" else None
         labels = {"query_labels": query_labels, "reference_labels": key_labels, "batch_index": rows}
 
         def call(x, backend, similarity=similarity, heads=heads, labels=labels):
             if k is not None:
-                return similarity_topk(x.query, x.key, k, similarity=similarity, heads=heads, backend=backend, **labels)
-            return similarity_argmax(x.query, x.key, similarity=similarity, heads=heads, exact=not packed, backend=backend, **labels)
+                return similarity_topk(
+                    x.query, x.key, k, similarity=similarity, heads=heads, backend=backend, **labels
+                )
+            return similarity_argmax(
+                x.query,
+                x.key,
+                similarity=similarity,
+                heads=heads,
+                exact=not packed,
+                backend=backend,
+                **labels,
+            )
 
         def tables(x, similarity=similarity, heads=heads, labels=labels):
             return scores(x.query, x.key, similarity, heads == "joint", **labels)
 
         reduction = shape.head_dim * (shape.heads if heads == "joint" else 1)
-        yield Case(f"{shape} {similarity} {heads} {option}".rstrip(), inputs, call, reduction, tables=tables, packed=packed)
+        yield Case(
+            f"{shape} {similarity} {heads} {option}".rstrip(),
+            inputs,
+            call,
+            reduction,
+            tables=tables,
+            packed=packed,
+        )
 
 
 def _counts_cases(draw: Draw) -> Iterator[Case]:
     shape = draw.shape
     for heads in (1, shape.heads):
-        inputs = SimpleNamespace(index=draw.integers(-1, shape.key_tokens, shape.batch, heads, shape.query_tokens))
+        inputs = SimpleNamespace(
+            index=draw.integers(-1, shape.key_tokens, shape.batch, heads, shape.query_tokens)
+        )
         call = lambda x, backend: (match_counts(x.index, shape.key_tokens, backend=backend),)  # noqa: E731
         yield Case(f"{shape} G={heads}", inputs, call, 1, exact=True)
 
@@ -190,7 +239,13 @@ def _gather_cases(draw: Draw) -> Iterator[Case]:
     for heads in (1, shape.heads):
         inputs = draw.attention()
         inputs.index = draw.integers(-1, shape.key_tokens, shape.batch, heads, shape.query_tokens)
-        yield Case(f"{shape} G={heads}", inputs, lambda x, backend: rearrange_kv(x.key, x.value, x.index, backend=backend), 1, exact=True)
+        yield Case(
+            f"{shape} G={heads}",
+            inputs,
+            lambda x, backend: rearrange_kv(x.key, x.value, x.index, backend=backend),
+            1,
+            exact=True,
+        )
 
 
 def _attention_cases(draw: Draw, option: str) -> Iterator[Case]:
@@ -216,16 +271,27 @@ def _attention_cases(draw: Draw, option: str) -> Iterator[Case]:
         segments = [Segment(x.key, x.value, **segment)]
         if other is not None:
             segments.append(Segment(x.other_key, x.other_value, **other))
-        return attention_with_lse(x.query, segments, contrast=contrast, query_labels=query_labels, backend=backend)
+        return attention_with_lse(
+            x.query, segments, contrast=contrast, query_labels=query_labels, backend=backend
+        )
 
     def call_without_lse(x, backend):
         return (attention(x.query, Segment(x.key, x.value), backend=backend),)
 
-    yield Case(f"{shape} {option}".rstrip(), inputs, call if option else call_without_lse, max(shape.head_dim, shape.key_tokens))
+    yield Case(
+        f"{shape} {option}".rstrip(),
+        inputs,
+        call if option else call_without_lse,
+        max(shape.head_dim, shape.key_tokens),
+    )
 
 
 def _qalign_cases(
-    draw: Draw, refinement: str, similarity: str = "cosine", strengths: tuple[float, ...] = (20.0, 5.0), contrast: float = CONTRAST
+    draw: Draw,
+    refinement: str,
+    similarity: str = "cosine",
+    strengths: tuple[float, ...] = (20.0, 5.0),
+    contrast: float = CONTRAST,
 ) -> Iterator[Case]:
     shape = draw.shape
     reduction = max(shape.heads * shape.head_dim, shape.key_tokens, shape.query_tokens)
@@ -243,12 +309,27 @@ def _qalign_cases(
         }
         if labelled:  # a query carries the set of the token that it copies
             ref_labels = draw.integers(1, 4, shape.batch, shape.key_tokens)
-            arguments |= {"ref_labels": ref_labels, "query_labels": ref_labels.take_along_dim(inputs.index.squeeze(1).long(), dim=1)}
+            arguments |= {
+                "ref_labels": ref_labels,
+                "query_labels": ref_labels.take_along_dim(inputs.index.squeeze(1).long(), dim=1),
+            }
 
         def call(x, backend, arguments=arguments):
-            return (qalign_attention(x.query, x.ref_query, x.ref_key, x.ref_value, own_key=x.own_key, backend=backend, **arguments),)
+            return (
+                qalign_attention(
+                    x.query,
+                    x.ref_query,
+                    x.ref_key,
+                    x.ref_value,
+                    own_key=x.own_key,
+                    backend=backend,
+                    **arguments,
+                ),
+            )
 
-        yield Case(f"{shape} {heads} contrast={contrast}{' labels' if labelled else ''}", inputs, call, reduction)
+        yield Case(
+            f"{shape} {heads} contrast={contrast}{' labels' if labelled else ''}", inputs, call, reduction
+        )
 
 
 def _distillation_cases(draw: Draw, labelled: bool, apart: bool = False) -> Iterator[Case]:
@@ -258,15 +339,27 @@ def _distillation_cases(draw: Draw, labelled: bool, apart: bool = False) -> Iter
     inputs.output = draw.features(shape.batch, shape.query_tokens, shape.value_dim)
     labels: dict[str, Any] = dict.fromkeys(("query_labels", "ref_labels"))
     if labelled:
-        labels = {"query_labels": draw.labels(shape.query_tokens), "ref_labels": draw.labels(shape.key_tokens)}
+        labels = {
+            "query_labels": draw.labels(shape.query_tokens),
+            "ref_labels": draw.labels(shape.key_tokens),
+        }
     if apart:
         whole = (x.expand(shape.batch, -1, -1, -1) for x in (inputs.key, inputs.value))
-        ideal = attention(inputs.query, Segment(*whole, labels=labels["ref_labels"]), query_labels=labels["query_labels"], backend="reference")
+        ideal = attention(
+            inputs.query,
+            Segment(*whole, labels=labels["ref_labels"]),
+            query_labels=labels["query_labels"],
+            backend="reference",
+        )
         inputs.output = ideal + inputs.output + inputs.output.sign()
 
     def call(x, backend):
         # the ideal is of the inputs' precision, and so is the distance to it
-        return (distillation_loss(x.output, x.query, x.key, x.value, backend=backend, **labels).to(x.output.dtype),)
+        return (
+            distillation_loss(x.output, x.query, x.key, x.value, backend=backend, **labels).to(
+                x.output.dtype
+            ),
+        )
 
     yield Case(f"{shape}{' labels' if labelled else ''}", inputs, call, max(shape.head_dim, shape.key_tokens))
 
@@ -296,14 +389,20 @@ def _gradient_cases(draw: Draw, cases: Cases) -> Iterator[Case]:
         with torch.no_grad():
             outputs = [x for x in case.call(case.inputs, "reference") if x.is_floating_point()]
         draw.seed += 1
-        weights = [random_features(*x.shape, seed=draw.seed, device=draw.device).to(draw.dtype) for x in outputs]
+        weights = [
+            random_features(*x.shape, seed=draw.seed, device=draw.device).to(draw.dtype) for x in outputs
+        ]
         inputs = SimpleNamespace(**vars(case.inputs), weights=weights)
 
         def call(x, backend, case=case, names=names):
             leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
-            outputs = [y for y in case.call(SimpleNamespace(**(vars(x) | leaves)), backend) if y.is_floating_point()]
+            outputs = [
+                y for y in case.call(SimpleNamespace(**(vars(x) | leaves)), backend) if y.is_floating_point()
+            ]
             # a row that sees nothing has lse -inf, which carries no gradient
-            loss = sum((y.masked_fill(y == float("-inf"), 0) * weight).sum() for y, weight in zip(outputs, x.weights))
+            loss = sum(
+                (y.masked_fill(y == float("-inf"), 0) * weight).sum() for y, weight in zip(outputs, x.weights)
+            )
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             return tuple(gradient for gradient in gradients if gradient is not None)
 
@@ -338,7 +437,9 @@ def _ops() -> dict[str, Op]:
         "rearrange_kv": Op(_gather_cases),
         "attention": Op(partial(_attention_cases, option="")),
     }
-    for i, option in enumerate(("with_lse", "contrast", "counts", "counts contrast", "labels", "segments", "batch_index")):
+    for i, option in enumerate(
+        ("with_lse", "contrast", "counts", "counts contrast", "labels", "segments", "batch_index")
+    ):
         name = "attention_with_lse" if option == "with_lse" else f"attention {option}"
         ops[name] = Op(partial(_attention_cases, option=option), _rotated(i))
     for i, refinement in enumerate(REFINEMENTS):
@@ -347,15 +448,22 @@ def _ops() -> dict[str, Op]:
         ops[name] = Op(partial(_distillation_cases, labelled=i == 1), _rotated(3 + i))
     ops["label_mass"] = Op(_mass_cases, _rotated(2))
     ops["mean_attention_map"] = Op(_map_cases, _rotated(4))
-    others, last = ("similarity_argmax packed", "similarity_topk", "match_counts"), ("attention", "distillation_loss", "distillation_loss labels")
+    others, last = (
+        ("similarity_argmax packed", "similarity_topk", "match_counts"),
+        ("attention", "distillation_loss", "distillation_loss labels"),
+    )
     differentiable = [name for name in ops if name not in (*others, *last)] + list(last)
     for i, name in enumerate(differentiable):
         cases = ops[name].cases
         if name in ("qalign_attention guided", "qalign_attention soft"):
             # weak, as a saturated softmax has no gradient to measure; dot, as cosine's takes out the radial part and leaves its rounding
-            cases = partial(_qalign_cases, refinement=name.split()[1], similarity="dot", strengths=(0.3, 0.15))
+            cases = partial(
+                _qalign_cases, refinement=name.split()[1], similarity="dot", strengths=(0.3, 0.15)
+            )
         if name == "qalign_attention rearranged":
-            cases = partial(_qalign_cases, refinement="rearranged", contrast=1.0)  # with a contrast it is not Triton's
+            cases = partial(
+                _qalign_cases, refinement="rearranged", contrast=1.0
+            )  # with a contrast it is not Triton's
         if name.startswith("distillation_loss"):
             cases = partial(_distillation_cases, labelled="labels" in name, apart=True)
         backends = ("triton", "tiled", "reference") if name in TRITON_GRADIENTS else ("tiled", "reference")
@@ -403,11 +511,18 @@ def _map_tensors(inputs: SimpleNamespace, convert: Callable[[Tensor], Tensor]) -
 
 
 def _ratio(verdict: Verdict) -> float:
-    return verdict.error / verdict.budget if verdict.budget > 0 else (0.0 if verdict.error == 0 else float("inf"))
+    return (
+        verdict.error / verdict.budget
+        if verdict.budget > 0
+        else (0.0 if verdict.error == 0 else float("inf"))
+    )
 
 
 def _same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)) for a, b in zip(first, second, strict=True))
+    return all(
+        torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0))
+        for a, b in zip(first, second, strict=True)
+    )
 
 
 class Truth:
@@ -419,13 +534,17 @@ class Truth:
         self.truth, self.yardstick = self._compute(doubled), self._compute(case.inputs)
 
     def _compute(self, inputs: SimpleNamespace) -> tuple[Tensor, ...]:
-        return self.case.call(inputs, "reference") if self.case.tables is None else (self.case.tables(inputs),)
+        return (
+            self.case.call(inputs, "reference") if self.case.tables is None else (self.case.tables(inputs),)
+        )
 
     def judge(self, outputs: Sequence[Tensor]) -> Verdict:
         case = self.case
         if case.tables is not None:
             index, score = outputs
-            return judge_match(index, score, self.yardstick[0], self.truth[0], case.reduction, packed=case.packed)
+            return judge_match(
+                index, score, self.yardstick[0], self.truth[0], case.reduction, packed=case.packed
+            )
         if len(outputs) != len(self.truth):
             return Verdict(float("inf"), 0.0, False)
         if case.exact:
@@ -503,7 +622,17 @@ def run_op(
     for backend in (name for name in backends if verdicts[name]):
         worst = max(verdicts[backend], key=_ratio)
         figures = (len(verdicts[backend]), worst.error, worst.budget, _ratio(worst))
-        rows.append(Row(name, backend, dtype, *figures, not failures[backend], tuple(failures[backend]), seconds[backend]))
+        rows.append(
+            Row(
+                name,
+                backend,
+                dtype,
+                *figures,
+                not failures[backend],
+                tuple(failures[backend]),
+                seconds[backend],
+            )
+        )
     return Found(rows, dropped)
 
 
@@ -530,7 +659,10 @@ def _triton_state(device: torch.device) -> tuple[str | None, str]:
     problem = _backends.triton_problem()
     if problem is None:
         problem = _backends.triton_refusal(torch.empty(1, device=device), ())
-    return problem, f"Triton not run: {problem}" if problem else f"Triton {sys.modules['triton'].__version__}{note}"
+    return (
+        problem,
+        f"Triton not run: {problem}" if problem else f"Triton {sys.modules['triton'].__version__}{note}",
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -544,10 +676,25 @@ def parser() -> argparse.ArgumentParser:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--backend", nargs="+", choices=_backends.BACKENDS[1:], metavar="NAME", help="triton, tiled, reference; default: the first two"
+        "--backend",
+        nargs="+",
+        choices=_backends.BACKENDS[1:],
+        metavar="NAME",
+        help="triton, tiled, reference; default: the first two",
     )
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="NAME", help=f"of {', '.join(DTYPES)}; default: the first three")
-    parser.add_argument("--op", nargs="+", metavar="NAME", help="ops whose name begins so, as the table writes them; default: all")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        metavar="NAME",
+        help=f"of {', '.join(DTYPES)}; default: the first three",
+    )
+    parser.add_argument(
+        "--op",
+        nargs="+",
+        metavar="NAME",
+        help="ops whose name begins so, as the table writes them; default: all",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument(
@@ -560,13 +707,25 @@ def files(options: argparse.Namespace) -> Files:
 
 
 def _header(device: torch.device, triton: str) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     return f"qalign_kernels {__version__}, torch {torch.__version__}, {name}\n{triton}"
 
 
 def _line(row: Row) -> str:
     figures = f"{row.error:.2e}", f"{row.budget:.2e}", f"{row.ratio:.2f}"
-    return COLUMNS.format(row.op, row.backend, row.dtype, row.cases, *figures, "ok" if row.passed else "FAILED", f"{row.seconds:.1f}")
+    return COLUMNS.format(
+        row.op,
+        row.backend,
+        row.dtype,
+        row.cases,
+        *figures,
+        "ok" if row.passed else "FAILED",
+        f"{row.seconds:.1f}",
+    )
 
 
 def _shown(failures: Sequence[str], limit: int = 3) -> list[str]:
@@ -584,7 +743,9 @@ def run(options: argparse.Namespace) -> int:
     if options.device == "cuda":
         _command_line.require_device("cuda")
     device = _device(options.device)
-    names = [name for name in OPS if options.op is None or any(name.startswith(prefix) for prefix in options.op)]
+    names = [
+        name for name in OPS if options.op is None or any(name.startswith(prefix) for prefix in options.op)
+    ]
     if unknown := [prefix for prefix in options.op or () if not any(name.startswith(prefix) for name in OPS)]:
         raise ValueError(f"--op: expected the beginning of one of {', '.join(OPS)}, got {', '.join(unknown)}")
     problem, triton = _triton_state(device)
@@ -593,14 +754,23 @@ def run(options: argparse.Namespace) -> int:
     backends = options.backend or (["tiled"] if problem else ["triton", "tiled"])
 
     print(_header(device, triton))
-    print(COLUMNS.format("op", "backend", "dtype", "cases", "error", "budget", "error/budget", "verdict", "time_s"), flush=True)
+    print(
+        COLUMNS.format(
+            "op", "backend", "dtype", "cases", "error", "budget", "error/budget", "verdict", "time_s"
+        ),
+        flush=True,
+    )
     rows: list[Row] = []
     dropped: list[str] = []
     start = time.perf_counter()
     for name in names:
         for dtype in options.dtype or list(DTYPES)[:3]:
             probe = torch.empty(1, dtype=DTYPES[dtype], device=device)
-            served = [backend for backend in backends if backend != "triton" or _backends.triton_refusal(probe, ()) is None]
+            served = [
+                backend
+                for backend in backends
+                if backend != "triton" or _backends.triton_refusal(probe, ()) is None
+            ]
             found = run_op(name, served, dtype, device, quick=options.quick)
             dropped += found.dropped
             for row in found.rows:

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which no test module does before this
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when Triton is imported, which no test module does before this
 
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # full thread pools wait for each other: a worker, and what it starts, takes its share
+if (
+    "PYTEST_XDIST_WORKER_COUNT" in os.environ
+):  # full thread pools wait for each other: a worker, and what it starts, takes its share
     share = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     torch.set_num_threads(share)
     os.environ["OMP_NUM_THREADS"] = str(share)
@@ -21,7 +25,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def _skip_where_refused(backend: str, dtype: torch.dtype) -> None:
-    refusal = _backends.triton_refusal(torch.empty(1, dtype=dtype, device=DEVICE), ()) if backend == "triton" else None
+    refusal = (
+        _backends.triton_refusal(torch.empty(1, dtype=dtype, device=DEVICE), ())
+        if backend == "triton"
+        else None
+    )
     if refusal:
         pytest.skip(refusal)
 

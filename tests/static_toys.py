@@ -11,7 +11,15 @@ from qalign_kernels._triton._launch import launch
 
 @triton.jit
 def toy_row_max_kernel(
-    query_ptr, key_ptr, out_ptr, tokens, stride_token, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, COPIES: tl.constexpr
+    query_ptr,
+    key_ptr,
+    out_ptr,
+    tokens,
+    stride_token,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
@@ -30,7 +38,16 @@ def toy_row_max_kernel(
     tl.store(out_ptr + rows, best)
 
 
-def _run(head_dim: int, dtype: torch.dtype, tokens: int, block_m: int, block_n: int, num_warps: int, num_stages: int, copies: bool = False) -> None:
+def _run(
+    head_dim: int,
+    dtype: torch.dtype,
+    tokens: int,
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    num_stages: int,
+    copies: bool = False,
+) -> None:
     query, key = (torch.empty(tokens, head_dim, dtype=dtype, device="meta") for _ in range(2))
     out: Tensor = torch.empty(tokens, device="meta")
     launch(

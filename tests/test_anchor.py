@@ -38,11 +38,15 @@ def literal(structure, box, other, size):
     ],
 )
 def test_it_is_the_formula(box, other, size) -> None:
-    torch.testing.assert_close(anchor_align(PICTURE, box, other, size=size), literal(PICTURE, box, other, size), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        anchor_align(PICTURE, box, other, size=size), literal(PICTURE, box, other, size), rtol=0, atol=2e-5
+    )
 
 
 def test_equal_boxes_change_nothing() -> None:
-    torch.testing.assert_close(anchor_align(PICTURE, (3, 2, 9, 11), (3, 2, 9, 11)), PICTURE, rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        anchor_align(PICTURE, (3, 2, 9, 11), (3, 2, 9, 11)), PICTURE, rtol=0, atol=2e-6
+    )
 
 
 def test_a_box_of_the_same_height_moves_by_its_bottom_centre() -> None:
@@ -61,18 +65,29 @@ def test_the_object_gets_the_appearance_s_height_bottom_and_middle() -> None:
     mask, other = torch.zeros(40, 40, dtype=torch.bool), torch.zeros(60, 50, dtype=torch.bool)
     mask[10:20, 5:25] = True  # 20 wide, 10 tall
     other[12:42, 20:30] = True  # 10 wide, 30 tall
-    aligned = anchor_align(mask[None].float(), object_box(mask), object_box(other), size=(60, 50), nearest=True, fill=0.0)[0].bool()
+    aligned = anchor_align(
+        mask[None].float(), object_box(mask), object_box(other), size=(60, 50), nearest=True, fill=0.0
+    )[0].bool()
     assert object_box(aligned) == (0, 12, 50, 42)  # 60 wide around 25, cut by the canvas
-    narrow = anchor_align(mask[None].float(), object_box(mask), object_box(other), size=(60, 90), nearest=True, fill=0.0)[0].bool()
+    narrow = anchor_align(
+        mask[None].float(), object_box(mask), object_box(other), size=(60, 90), nearest=True, fill=0.0
+    )[0].bool()
     assert object_box(narrow) == (0, 12, 55, 42) and narrow.sum() == 55 * 30
 
 
 def test_boxes_and_pictures_are_named_when_refused() -> None:
-    with pytest.raises(ValueError, match=r"structure_box: expected \(left, top, right, bottom\) with left < right .*, got \(3, 2, 3, 5\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"structure_box: expected \(left, top, right, bottom\) with left < right .*, got \(3, 2, 3, 5\)",
+    ):
         anchor_align(PICTURE, (3, 2, 3, 5), (0, 0, 1, 1))
     with pytest.raises(ValueError, match="appearance_box: expected"):
         anchor_align(PICTURE, (0, 0, 1, 1), (0, 0, 1))
-    with pytest.raises(ValueError, match=r"structure: expected floats \[C, h, w\], got torch.float32 \[12, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"structure: expected floats \[C, h, w\], got torch.float32 \[12, 16\]"
+    ):
         anchor_align(PICTURE[0], (0, 0, 1, 1), (0, 0, 1, 1))
-    with pytest.raises(ValueError, match=r"mask: expected bool \[h, w\] with something in it, got torch.bool \[4, 4\] with 0"):
+    with pytest.raises(
+        ValueError, match=r"mask: expected bool \[h, w\] with something in it, got torch.bool \[4, 4\] with 0"
+    ):
         object_box(torch.zeros(4, 4, dtype=torch.bool))

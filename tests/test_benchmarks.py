@@ -30,9 +30,24 @@ COLUMNS = [
 
 def _speed(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
     program = f"import sys; from benchmarks.__main__ import main\n{code}\nsys.exit(main())"
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # it runs a pytest of its own
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }  # it runs a pytest of its own
     environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, "speed", "--device", "cpu", "--shape", "sd15-mid", "--seconds", "0.02", "--no-memory", *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "speed",
+        "--device",
+        "cpu",
+        "--shape",
+        "sd15-mid",
+        "--seconds",
+        "0.02",
+        "--no-memory",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -70,12 +85,17 @@ def test_static_compiles_for_the_strides_of_measured_inputs():
 
 
 @pytest.mark.parametrize(
-    ("op", "head_dim", "count"), [("qalign_attention", 40, 2), ("qalign_attention", 64, 1), ("attention", 40, 1)]
+    ("op", "head_dim", "count"),
+    [("qalign_attention", 40, 2), ("qalign_attention", 64, 1), ("attention", 40, 1)],
 )
 def test_ops_that_fold_heads_are_measured_in_both_layouts(op, head_dim, count):
     options = benchmarks_main.parser().parse_args(["speed", "--op", op, "--shape", "sd15", "sdxl"])
     items = speed.choose_items(options, "cuda")
-    found = {(item.layout, item.provider) for item in items if item.op.name == op and item.shape.head_dim == head_dim}
+    found = {
+        (item.layout, item.provider)
+        for item in items
+        if item.op.name == op and item.shape.head_dim == head_dim
+    }
     assert len({layout for layout, _ in found}) == count
     assert {name for layout, name in found if layout == CONTIGUOUS} <= {"triton", "sdpa"}
 
@@ -87,7 +107,9 @@ class Stamp(float):
         return float(self) - float(earlier)
 
 
-@pytest.mark.parametrize(("host_ms", "flushes", "bound"), [(0.01, 2, False), (0.3, 6, False), (9.0, 32, True)])
+@pytest.mark.parametrize(
+    ("host_ms", "flushes", "bound"), [(0.01, 2, False), (0.3, 6, False), (9.0, 32, True)]
+)
 def test_flushes_take_longer_than_the_host(monkeypatch, host_ms, flushes, bound):
     """The eager time of a call whose launches take longer than one flush was that of the host."""
     now = [0.0]
@@ -109,7 +131,9 @@ def test_label_sets_are_equal_regions():
     inputs = make_inputs(SMALL, False, torch.float32, "cpu")
     for sets, count in ((inputs.bit_sets, measure.NUM_LABELS), (inputs.half_sets, 2)):
         found, sizes = sets[0].unique(return_counts=True)
-        assert found.tolist() == [1 << label for label in range(count)] and sizes.unique().tolist() == [SMALL.tokens // count]
+        assert found.tolist() == [1 << label for label in range(count)] and sizes.unique().tolist() == [
+            SMALL.tokens // count
+        ]
 
 
 def test_inputs_are_the_same_for_a_seed():
@@ -160,7 +184,11 @@ def test_no_figure_for_a_failed_check(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"), [(("--op", "nonsense"), "--op: expected part of an op's name"), (("--device", "cuda"), "--device: expected one")]
+    ("arguments", "complaint"),
+    [
+        (("--op", "nonsense"), "--op: expected part of an op's name"),
+        (("--device", "cuda"), "--device: expected one"),
+    ],
 )
 def test_bad_arguments_give_one_line(arguments, complaint):
     if "cuda" in arguments and torch.cuda.is_available():
@@ -175,11 +203,15 @@ def test_percentiles():
     assert measure.percentiles([3.0]) == (3.0, 3.0, 3.0)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process restarts on Linux only")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the peak of a process restarts on Linux only"
+)
 def test_memory_sees_the_scores_that_eager_holds():
     shape = (*Shape("", 1, 8, 1024, 40),)
     scores_mib = 8 * 1024 * 1024 * 4 / measure.MIB
-    eager, tiled = (memory.cpu_peak_mib(provider, "attention", shape, torch.float32) for provider in ("eager", "tiled"))
+    eager, tiled = (
+        memory.cpu_peak_mib(provider, "attention", shape, torch.float32) for provider in ("eager", "tiled")
+    )
     assert scores_mib < eager < 4 * scores_mib
     assert 0 < tiled < scores_mib
 
@@ -188,15 +220,25 @@ def test_a_distillation_step_saves_its_output_log_sum_exp_and_signs():
     inputs = make_inputs(SMALL, False, torch.float32, "cpu")
     step = next(op for op in OPS if op.name == "distillation_step")
     elements, rows = inputs.query.numel(), inputs.query[..., 0].numel()
-    ours, peer = (measure.saved_mib(call, inputs)[0] for call in (lambda: step.run(inputs, "tiled"), lambda: eager.peer(step.name)(inputs)))
+    ours, peer = (
+        measure.saved_mib(call, inputs)[0]
+        for call in (lambda: step.run(inputs, "tiled"), lambda: eager.peer(step.name)(inputs))
+    )
     assert ours == (elements * 4 + rows * 4 + elements) / measure.MIB
     assert peer == (elements * 4 + rows * 4 + elements * 4) / measure.MIB
 
 
 def test_an_optimisation_step_is_that_of_the_plain_pipeline():
-    rows = distillation_step.measure(distillation_step.make("embedded", torch.float32, "cpu"), "embedded", "fp32", "cpu", rounds=2)
+    rows = distillation_step.measure(
+        distillation_step.make("embedded", torch.float32, "cpu"), "embedded", "fp32", "cpu", rounds=2
+    )
     ours, peer = rows
-    assert (ours["provider"], peer["provider"]) == ("tiled", "eager") and ours["shape"] == peer["shape"] == [1, 1, 1024, 32]
+    assert (ours["provider"], peer["provider"]) == ("tiled", "eager") and ours["shape"] == peer["shape"] == [
+        1,
+        1,
+        1024,
+        32,
+    ]
     assert len(ours["layers"]) == 6 and 0 < ours["saved_mib"] < peer["saved_mib"]
     assert ours["gradient_difference"] < 2e-5
     assert all(row["p50_ms"] > 0 and row["op"] == "optimisation_step embedded" for row in rows)
@@ -204,14 +246,31 @@ def test_an_optimisation_step_is_that_of_the_plain_pipeline():
 
 
 def _row(provider: str, tokens: int, p50_ms: float, **more) -> dict:
-    row = dict.fromkeys(COLUMNS) | {"device": "Toy GPU", "torch": "2", "triton": "3", "op": "qalign_attention", "dtype": "bf16", "commit": "abc"}
-    times = {"p20_ms": p50_ms, "p50_ms": p50_ms, "p80_ms": p50_ms, "ratio_to_sdpa": p50_ms / 2, "peak_mib": p50_ms * 3}
+    row = dict.fromkeys(COLUMNS) | {
+        "device": "Toy GPU",
+        "torch": "2",
+        "triton": "3",
+        "op": "qalign_attention",
+        "dtype": "bf16",
+        "commit": "abc",
+    }
+    times = {
+        "p20_ms": p50_ms,
+        "p50_ms": p50_ms,
+        "p80_ms": p50_ms,
+        "ratio_to_sdpa": p50_ms / 2,
+        "peak_mib": p50_ms * 3,
+    }
     return row | {"shape": [1, 8, tokens, 40], "provider": provider} | times | more
 
 
 @pytest.fixture
 def results(tmp_path) -> Path:
-    rows = [_row(provider, tokens, scale * tokens / 1024) for provider, scale in (("tiled", 1.5), ("eager", 4.25)) for tokens in (1024, 4096)]
+    rows = [
+        _row(provider, tokens, scale * tokens / 1024)
+        for provider, scale in (("tiled", 1.5), ("eager", 4.25))
+        for tokens in (1024, 4096)
+    ]
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(rows))
     return file
@@ -236,31 +295,72 @@ def test_readme_section_is_replaced_and_nothing_else(results, tmp_path):
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     assert _report(results, "--readme", readme) == 0
     text = readme.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
-    assert "| qalign_attention | [1, 8, 1024, 40] | tiled | 1.5 | 0.75 | 4.25 | - | 4.5 | 12.8 | - | - |" in text
+    assert (
+        text.startswith(f"before\n{report.BEGIN}\n")
+        and text.endswith(f"{report.END}\nafter\n")
+        and "old" not in text
+    )
+    assert (
+        "| qalign_attention | [1, 8, 1024, 40] | tiled | 1.5 | 0.75 | 4.25 | - | 4.5 | 12.8 | - | - |" in text
+    )
 
 
 def test_report_tells_accuracy_and_machine_code(results, tmp_path):
     checked = {"op": "attention", "backend": "tiled", "cases": 2, "failures": [], "passed": True}
     validation = {"device": ["Toy"], "rows": [{**checked, "dtype": "float32", "error": 1.5e-7, "ratio": 0.3}]}
-    validation["rows"].append({**checked, "dtype": "float16", "error": 1.0, "ratio": 9.0, "passed": False, "failures": ["it"]})
-    compiled = {"triton": "3.7.1", "cases": ["attention plain"], "target": "sm_90", "dtype": "bf16", "head_dim": 64, "registers": 200}
-    compiled |= {"spill_bytes": 0, "shared_kib": 96.0, "lane_instructions": 5.5, "problems": [], "tile": "128x128", "flags": []}
+    validation["rows"].append(
+        {**checked, "dtype": "float16", "error": 1.0, "ratio": 9.0, "passed": False, "failures": ["it"]}
+    )
+    compiled = {
+        "triton": "3.7.1",
+        "cases": ["attention plain"],
+        "target": "sm_90",
+        "dtype": "bf16",
+        "head_dim": 64,
+        "registers": 200,
+    }
+    compiled |= {
+        "spill_bytes": 0,
+        "shared_kib": 96.0,
+        "lane_instructions": 5.5,
+        "problems": [],
+        "tile": "128x128",
+        "flags": [],
+    }
     compiled |= {"kernel": "attention_kernel"}
     backward = [
-        {**compiled, "cases": ["attention_backward"], "kernel": kernel, "flags": flags, "registers": registers}
-        for registers, (kernel, flags) in enumerate([("key_gradient_kernel", []), ("key_gradient_kernel", ["RAGGED"]), ("query_gradient_kernel", [])])
+        {
+            **compiled,
+            "cases": ["attention_backward"],
+            "kernel": kernel,
+            "flags": flags,
+            "registers": registers,
+        }
+        for registers, (kernel, flags) in enumerate(
+            [("key_gradient_kernel", []), ("key_gradient_kernel", ["RAGGED"]), ("query_gradient_kernel", [])]
+        )
     ]
     files = [tmp_path / "validate.json", tmp_path / "static.json"]
-    for file, content in zip(files, (validation, [compiled, {**compiled, "spill_bytes": 8, "problems": ["spills"], "cases": ["other"]}, *backward])):
+    for file, content in zip(
+        files,
+        (
+            validation,
+            [compiled, {**compiled, "spill_bytes": 8, "problems": ["spills"], "cases": ["other"]}, *backward],
+        ),
+    ):
         file.write_text(json.dumps(content))
     assert _report(results, *files, "--out", tmp_path / "out") == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| attention | tiled | 1.5e-07 (0.30) | FAILED | - |" in text and "4 cases, 1 failed" in text
     assert "| sm_90 | bf16 | 3.7.1 | 5 | 200 | 1 | 96 of 227 | 1 |" in text
-    limits = {budget["case"]: budget["limits"]["3.7"] for budget in json.loads(BUDGETS.read_text())["lane_instructions"]}
+    limits = {
+        budget["case"]: budget["limits"]["3.7"]
+        for budget in json.loads(BUDGETS.read_text())["lane_instructions"]
+    }
     assert f"| attention plain | sm_90 | 128x128 | 200 | 5.5 | {limits['attention plain']} |" in text
-    (held,) = [line for line in text.splitlines() if line.startswith("| attention_backward")]  # a budget is of the kernel and flags that it names
+    (held,) = [
+        line for line in text.splitlines() if line.startswith("| attention_backward")
+    ]  # a budget is of the kernel and flags that it names
     assert held == "| attention_backward key_gradient_kernel | sm_90 | 128x128 | 0 | 5.5 | 10.2 |"
 
 
@@ -290,14 +390,18 @@ def test_readme_without_markers_is_left_alone(results, tmp_path):
     assert readme.read_text() == "nothing to replace\n"
 
 
-def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings(tmp_path, monkeypatch, capsys):
+def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings(
+    tmp_path, monkeypatch, capsys
+):
     measured = []
 
     def measure(pair, name, **settings):
         if len(measured) == 9:
             raise KeyboardInterrupt
         measured.append((pair.structure, name))
-        return dict.fromkeys(("time_s", "colour_error", "layout_iou", "distillation"), float(len(measured))), torch.zeros(3, 8, 8)
+        return dict.fromkeys(
+            ("time_s", "colour_error", "layout_iou", "distillation"), float(len(measured))
+        ), torch.zeros(3, 8, 8)
 
     monkeypatch.setattr(distillation, "measure", measure)
     parser = argparse.ArgumentParser()
@@ -309,24 +413,37 @@ def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_set
     assert [len(pair["methods"]) for pair in kept["pairs"]] == [7, 2]
     later = dict.fromkeys(("time_s", "colour_error", "layout_iou", "distillation"), 10.0)
     monkeypatch.setattr(distillation, "measure", lambda pair, name, **settings: (later, torch.ones(3, 8, 8)))
-    assert distillation.run(parser.parse_args(["--pairs", "3", "--json", path, "--sheet", str(tmp_path / "sheet.png")])) == 0
+    assert (
+        distillation.run(
+            parser.parse_args(["--pairs", "3", "--json", path, "--sheet", str(tmp_path / "sheet.png")])
+        )
+        == 0
+    )
     assert Image.open(tmp_path / "sheet.png").width > 0  # of the third pair
     report = json.loads(Path(path).read_text())
-    assert report["pairs"][0] == kept["pairs"][0] and [len(pair["methods"]) for pair in report["pairs"]] == [7, 7, 7]
+    assert report["pairs"][0] == kept["pairs"][0] and [len(pair["methods"]) for pair in report["pairs"]] == [
+        7,
+        7,
+        7,
+    ]
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["untouched", "3", *["6.33"] * 3, "-", "-", "6.33"]
     with pytest.raises(ValueError, match="^--json: expected a report of {'steps': 5"):
         distillation.run(parser.parse_args(["--steps", "5", "--json", path]))
 
 
-def test_bounded_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings(tmp_path, monkeypatch, capsys):
+def test_bounded_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings(
+    tmp_path, monkeypatch, capsys
+):
     measured = []
 
     def measure(plan, layout, seed, name, **settings):
         if len(measured) == 7:
             raise KeyboardInterrupt
         measured.append((plan, layout, seed, name))
-        return dict.fromkeys(("time_s", "inside", "covered", "background", "both", "denoising"), float(len(measured))), torch.zeros(3, 16, 16)
+        return dict.fromkeys(
+            ("time_s", "inside", "covered", "background", "both", "denoising"), float(len(measured))
+        ), torch.zeros(3, 16, 16)
 
     monkeypatch.setattr(bounded, "measure", measure)
     parser = argparse.ArgumentParser()
@@ -337,11 +454,28 @@ def test_bounded_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings
     assert [each[:3] for each in measured[::5]] == [("quadruped", "above", 0), ("bird", "above", 1)]
     later = dict.fromkeys(("time_s", "inside", "covered", "background", "both", "denoising"), 10.0)
     monkeypatch.setattr(bounded, "measure", lambda *given, **settings: (later, torch.ones(3, 16, 16)))
-    assert bounded.run(parser.parse_args(["--pictures", "4", "--json", path, "--sheet", str(tmp_path / "sheet.png")])) == 0
+    assert (
+        bounded.run(
+            parser.parse_args(["--pictures", "4", "--json", path, "--sheet", str(tmp_path / "sheet.png")])
+        )
+        == 0
+    )
     report = json.loads(Path(path).read_text())
-    assert [(each["plan"], each["layout"]) for each in report["pictures"]][2:] == [("fish", "above"), ("quadruped", "falling")]
-    assert report["pictures"][0]["methods"]["masks alone"]["inside"] == 2 and (tmp_path / "sheet.png").is_file()
-    assert capsys.readouterr().out.splitlines()[1].split() == ["untouched", "4", *["6.75"] * 5, "-", "-", "6.75"]
+    assert [(each["plan"], each["layout"]) for each in report["pictures"]][2:] == [
+        ("fish", "above"),
+        ("quadruped", "falling"),
+    ]
+    assert (
+        report["pictures"][0]["methods"]["masks alone"]["inside"] == 2 and (tmp_path / "sheet.png").is_file()
+    )
+    assert capsys.readouterr().out.splitlines()[1].split() == [
+        "untouched",
+        "4",
+        *["6.75"] * 5,
+        "-",
+        "-",
+        "6.75",
+    ]
     with pytest.raises(ValueError, match="^--json: expected a report of {'steps': 5"):
         bounded.run(parser.parse_args(["--steps", "5", "--json", path]))
 
@@ -349,15 +483,27 @@ def test_bounded_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings
 def test_shares_are_of_the_boxes_that_were_given():
     mask = torch.zeros(32, 32, dtype=torch.bool)
     mask[:16, :16] = True
-    assert bounded.shares(mask, ((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1))) == {"inside": 1, "covered": 0.5, "background": 0, "both": 0}
+    assert bounded.shares(mask, ((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1))) == {
+        "inside": 1,
+        "covered": 0.5,
+        "background": 0,
+        "both": 0,
+    }
     mask[24:, 16:] = True
     found = bounded.shares(mask, ((0, 0, 0.5, 0.25), (0.5, 0.5, 1, 1)))
-    assert found == {"inside": pytest.approx(256 / 384), "covered": 0.75, "background": pytest.approx(128 / 640), "both": 1}
+    assert found == {
+        "inside": pytest.approx(256 / 384),
+        "covered": 0.75,
+        "background": pytest.approx(128 / 640),
+        "both": 1,
+    }
 
 
 def test_creatures_of_held_out_scenes_are_found():
     seeds = [scenes.held_out_seed(number) for number in range(200, 230)]
-    drawn = scenes.render([seed for seed, plan in zip(seeds, scenes.render(seeds, 16).plans) if plan == "fish"][:2])
+    drawn = scenes.render(
+        [seed for seed, plan in zip(seeds, scenes.render(seeds, 16).plans) if plan == "fish"][:2]
+    )
     truth = scenes.token_labels(drawn.labels, (32, 32)).view(2, 32, 32) >= len(scenes.BACKGROUNDS)
     for picture, mask in zip(drawn.image, truth):
         found = bounded.creature(picture, "fish")

@@ -49,7 +49,9 @@ def folder(tmp_path_factory):
 
 def picture(seed):
     generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray(torch.randint(256, (SIZE, SIZE, 3), dtype=torch.uint8, generator=generator).numpy())
+    return Image.fromarray(
+        torch.randint(256, (SIZE, SIZE, 3), dtype=torch.uint8, generator=generator).numpy()
+    )
 
 
 def pixels(path):
@@ -64,7 +66,12 @@ def run(folder, text):
 
 def test_help_needs_neither_torch_nor_diffusers():
     code = "import sys; from qalign.__main__ import parser; parser(); print({'torch', 'numpy', 'diffusers', 'matplotlib'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "set()"
+    )
 
 
 @pytest.mark.parametrize("command", command_line.COMMANDS)
@@ -73,7 +80,11 @@ def test_help_has_examples_that_parse(command, capsys):
         command_line.main([command, "--help"])
     assert finished.value.code == 0
     text = capsys.readouterr().out.replace("\\\n", " ")
-    examples = [shlex.split(line.split("-m qalign ", 1)[1], comments=True) for line in text.splitlines() if f"  python -m qalign {command}" in line]
+    examples = [
+        shlex.split(line.split("-m qalign ", 1)[1], comments=True)
+        for line in text.splitlines()
+        if f"  python -m qalign {command}" in line
+    ]
     assert examples
     for example in examples:
         assert command_line.parser().parse_args(example).command == command
@@ -82,26 +93,74 @@ def test_help_has_examples_that_parse(command, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("transfer --appearance {}/none.png --structure {}/b.png --out {}/o.png", "none.png: expected a picture, found no such file"),
-        ("transfer --appearance {} --structure {}/b.png --out {}/o.png", "expected a picture, found a folder"),
-        ("transfer --appearance {}/text.png --structure {}/b.png --out {}/o.png", "text.png: expected a picture (PNG"),
-        ("transfer --appearance {}/a.png --structure {}/odd.png --out {}/o.png", "multiples of 8, got 30x45; --size 32x48 is the nearest"),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --size 30x45", "multiples of 8, got 30x45; the nearest is 32x48"),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --size big", "expected a size such as 512"),
-        ("transfer --appearance {}/a.png --structure {}/large.png --out {}/o.png", "large.png: expected the size of"),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method masa", "invalid choice: 'masa'"),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method cross_image --topk 3", "--topk: expected with --method qalign"),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --aligned me", "--aligned: invalid choice: 'me'"),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method seal --aligned both", "--aligned: expected with"),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.txt", "expected a file that ends in .png"),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --cache {}/a.png", "expected a folder, got the file"),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}", "a path without one"),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model no/such", "hf download no/such --local-dir such"),
+        (
+            "transfer --appearance {}/none.png --structure {}/b.png --out {}/o.png",
+            "none.png: expected a picture, found no such file",
+        ),
+        (
+            "transfer --appearance {} --structure {}/b.png --out {}/o.png",
+            "expected a picture, found a folder",
+        ),
+        (
+            "transfer --appearance {}/text.png --structure {}/b.png --out {}/o.png",
+            "text.png: expected a picture (PNG",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/odd.png --out {}/o.png",
+            "multiples of 8, got 30x45; --size 32x48 is the nearest",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --size 30x45",
+            "multiples of 8, got 30x45; the nearest is 32x48",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --size big",
+            "expected a size such as 512",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/large.png --out {}/o.png",
+            "large.png: expected the size of",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method masa",
+            "invalid choice: 'masa'",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method cross_image --topk 3",
+            "--topk: expected with --method qalign",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --aligned me",
+            "--aligned: invalid choice: 'me'",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method seal --aligned both",
+            "--aligned: expected with",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.txt",
+            "expected a file that ends in .png",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --cache {}/a.png",
+            "expected a folder, got the file",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}",
+            "a path without one",
+        ),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model no/such",
+            "hf download no/such --local-dir such",
+        ),
         (
             "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --adain masked --noun zebra --prompt horse",
             "noun: expected a word",
         ),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --layers top", "layers: expected names or patterns"),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --layers top",
+            "layers: expected names or patterns",
+        ),
         (
             "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --regions {}/l.png",
             "--regions: expected 'self', or label maps of the appearance and the structure, got",
@@ -110,16 +169,25 @@ def test_help_has_examples_that_parse(command, capsys):
             "transfer --appearance {}/a.png --structure {}/b.png {}/c.png --out {}/o.png --regions self",
             "--regions: expected one --structure, got 2",
         ),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --regions {}/l.png {}/m.png", "l.png: expected a label map, found no"),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --regions {}/l.png {}/m.png",
+            "l.png: expected a label map, found no",
+        ),
         (
             "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --regions {}/a.png {}/b.png",
             "a.png: expected a label map, one channel",
         ),
-        ("transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --regions self", "noun: expected a word of the prompt"),
+        (
+            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --regions self",
+            "noun: expected a word of the prompt",
+        ),
         ("transfer --appearance {}/a.png", "required: --structure, --out"),
         ("correspond --structure {}/a.png", "expected either --structure and --appearance, or --scenes"),
         ("correspond --structure {}/a.png --appearance {}/b.png --scenes 1", "expected either"),
-        ("correspond --structure {}/a.png --appearance {}/b.png --model {}/model --point 32,3", "--point: expected pixels inside 32x32, got 32,3"),
+        (
+            "correspond --structure {}/a.png --appearance {}/b.png --model {}/model --point 32,3",
+            "--point: expected pixels inside 32x32, got 32,3",
+        ),
         ("correspond --structure {}/a.png --appearance {}/b.png --point 3", "expected a point such as 40,64"),
         ("correspond --structure {}/a.png --appearance {}/b.png --noise 1.5", "--noise: expected a fraction"),
         ("scenes --count 0 --out {}/s", "expected a number above zero"),
@@ -127,23 +195,59 @@ def test_help_has_examples_that_parse(command, capsys):
         ("compare --structure {}/a.png", "expected either --structure and --appearance, or --scenes"),
         ("compare --scenes 0 --method bounded", "invalid choice: 'bounded'"),
         ("distill --content {}/a.png --out {}/o.png", "required: --style"),
-        ("distill --style {}/a.png --content {}/none.png --out {}/o.png", "none.png: expected a picture, found no such file"),
-        ("distill --style {}/a.png {}/b.png --mask {}/a.png {}/b.png --out {}/o.png", "--mask: expected one --style with it, got 2"),
-        ("distill --style {}/a.png --mask {}/none.png {}/b.png --out {}/o.png", "none.png: expected a label map, found no such file"),
+        (
+            "distill --style {}/a.png --content {}/none.png --out {}/o.png",
+            "none.png: expected a picture, found no such file",
+        ),
+        (
+            "distill --style {}/a.png {}/b.png --mask {}/a.png {}/b.png --out {}/o.png",
+            "--mask: expected one --style with it, got 2",
+        ),
+        (
+            "distill --style {}/a.png --mask {}/none.png {}/b.png --out {}/o.png",
+            "none.png: expected a label map, found no such file",
+        ),
         ("distill --style {}/a.png --mask {}/a.png {}/b.png --out {}/o.png", "a.png: expected a label map"),
         ("distill --style {}/a.png --steps 0 --out {}/o.png", "expected a number above zero"),
         ("distill --style {}/a.png --tune-decoder 0 --out {}/o.png", "expected a number above zero"),
-        ("texture --style {}/a.png --size 32 --tune-decoder x --out {}/o.png", "expected a whole number, got 'x'"),
-        ("texture --style {}/a.png --out {}/o.png", "--size: expected the size of the output, or --mask, got neither"),
-        ("texture --style {}/a.png {}/b.png --mask {}/a.png {}/b.png --out {}/o.png", "--mask: expected one --style with it, got 2"),
-        ("texture --style {}/a.png --mask {}/none.png {}/b.png --out {}/o.png", "none.png: expected a label map, found no such file"),
-        ("texture --style {}/a.png --size 30 --out {}/o.png", "multiples of 8, got 30x30; the nearest is 32x32"),
-        ("texture --style {}/a.png --size 32 --stride 99 --model {}/model --out {}/o.png", "stride: expected 1 to the window's 16 latents, got 99"),
+        (
+            "texture --style {}/a.png --size 32 --tune-decoder x --out {}/o.png",
+            "expected a whole number, got 'x'",
+        ),
+        (
+            "texture --style {}/a.png --out {}/o.png",
+            "--size: expected the size of the output, or --mask, got neither",
+        ),
+        (
+            "texture --style {}/a.png {}/b.png --mask {}/a.png {}/b.png --out {}/o.png",
+            "--mask: expected one --style with it, got 2",
+        ),
+        (
+            "texture --style {}/a.png --mask {}/none.png {}/b.png --out {}/o.png",
+            "none.png: expected a label map, found no such file",
+        ),
+        (
+            "texture --style {}/a.png --size 30 --out {}/o.png",
+            "multiples of 8, got 30x30; the nearest is 32x32",
+        ),
+        (
+            "texture --style {}/a.png --size 32 --stride 99 --model {}/model --out {}/o.png",
+            "stride: expected 1 to the window's 16 latents, got 99",
+        ),
         ("bound --prompt fox --out {}/o.png", "required: --box"),
         ("bound --prompt fox --box fox 0 0 1 --out {}/o.png", "argument --box: expected 5 arguments"),
-        ("bound --prompt fox --box fox 0 0 1 low --out {}/o.png", "--box: expected WORDS X0 Y0 X1 Y1, got fox 0 0 1 low"),
-        ("bound --prompt fox --box ox 0 0 1 1 --model {}/model --out {}/o.png", "subjects: expected words of the prompt 'fox', got 'ox'"),
-        ("bound --prompt fox --box fox 0.5 0 0.4 1 --model {}/model --out {}/o.png", "boxes: expected x0 y0 x1 y1 with"),
+        (
+            "bound --prompt fox --box fox 0 0 1 low --out {}/o.png",
+            "--box: expected WORDS X0 Y0 X1 Y1, got fox 0 0 1 low",
+        ),
+        (
+            "bound --prompt fox --box ox 0 0 1 1 --model {}/model --out {}/o.png",
+            "subjects: expected words of the prompt 'fox', got 'ox'",
+        ),
+        (
+            "bound --prompt fox --box fox 0.5 0 0.4 1 --model {}/model --out {}/o.png",
+            "boxes: expected x0 y0 x1 y1 with",
+        ),
         ("bound --prompt fox --box fox 0 0 1 1 --size 30 --out {}/o.png", "multiples of 8, got 30x30"),
         ("nonsense", "invalid choice: 'nonsense'"),
         ("", "required: COMMAND"),
@@ -160,7 +264,9 @@ def test_errors_are_one_line_and_write_nothing(folder, text, message, capsys, mo
     error = capsys.readouterr().err
     assert status == 2
     assert message in error
-    assert len([line for line in error.splitlines() if line and "Loading" not in line]) == 1  # the bars of a model that is loaded apart
+    assert (
+        len([line for line in error.splitlines() if line and "Loading" not in line]) == 1
+    )  # the bars of a model that is loaded apart
     assert sorted(folder.iterdir()) == before
 
 
@@ -185,7 +291,10 @@ def test_choices_are_those_of_the_library():
 def test_transfer_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
     options = "--model {}/model --steps 6 --swap-guidance 2 --refinement guided --strength 5 --aligned structure --inversion ddim"
     outputs = f"--out {tmp_path}/new/o.png --grid {tmp_path}/grid.png"
-    assert run(folder, f"transfer --appearance {{}}/a.png --structure {{}}/b.png {{}}/c.png {options} {outputs}") == 0
+    assert (
+        run(folder, f"transfer --appearance {{}}/a.png --structure {{}}/b.png {{}}/c.png {options} {outputs}")
+        == 0
+    )
     said = capsys.readouterr().out
     stock = models.make_pipe("sd15")
     expected = pipelines.AppearanceTransferPipeline.from_pipe(stock)(
@@ -213,7 +322,9 @@ def test_label_maps_are_read_scaled_and_cut_as_their_pictures(tmp_path):
     assert torch.equal(_shared.read_label_map(tmp_path / "labels.png", (40, 20), None), labels.long())
     fitted = _shared.read_label_map(tmp_path / "labels.png", (16, 16), (16, 16))  # the middle 20 x 20 pixels
     assert fitted.tolist() == [[3] * 8 + [7] * 8] * 16
-    with pytest.raises(ValueError, match="labels.png: expected labels of its picture's 40x24 pixels, got 40x20"):
+    with pytest.raises(
+        ValueError, match="labels.png: expected labels of its picture's 40x24 pixels, got 40x20"
+    ):
         _shared.read_label_map(tmp_path / "labels.png", (40, 24), None)
 
 
@@ -225,7 +336,12 @@ def test_transfer_reads_regions_from_files(folder, tmp_path):
     options = "--model {}/model --steps 4 --skip 0 --swap-guidance 1 --method visual_style"
     command = f"transfer --appearance {{}}/a.png --structure {{}}/b.png {options} --out {tmp_path}/o.png"
     found = []
-    for given in ("", "--regions {0}/one.png {0}/one.png", "--regions {0}/left.png {0}/left.png", "--regions {0}/left.png {0}/right.png"):
+    for given in (
+        "",
+        "--regions {0}/one.png {0}/one.png",
+        "--regions {0}/left.png {0}/left.png",
+        "--regions {0}/left.png {0}/right.png",
+    ):
         assert run(folder, f"{command} {given.format(tmp_path)}") == 0
         found.append(pixels(tmp_path / "o.png").int())
     assert (found[0] - found[1]).abs().max() <= 1
@@ -254,14 +370,22 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_scenes_are_written_with_their_labels(tmp_path, capsys):
-    assert run(tmp_path, "scenes --count 3 --seed 5 --held-out --size 40 --out {}/held --sheet {}/sheet.png") == 0
+    assert (
+        run(tmp_path, "scenes --count 3 --seed 5 --held-out --size 40 --out {}/held --sheet {}/sheet.png")
+        == 0
+    )
     assert run(tmp_path, "scenes --count 3 --seed 5 --size 40 --out {}/train") == 0
-    assert f"contact sheet: {tmp_path}/sheet.png" in capsys.readouterr().out and (tmp_path / "sheet.png").is_file()
+    assert (
+        f"contact sheet: {tmp_path}/sheet.png" in capsys.readouterr().out
+        and (tmp_path / "sheet.png").is_file()
+    )
     seeds = [scenes.held_out_seed(number) for number in (5, 6, 7)]
     assert sorted(path.name for path in (tmp_path / "held").iterdir()) == [
         *(name for seed in seeds for name in (f"{seed:04}-labels.png", f"{seed:04}.png")),
     ]
-    assert not {path.name for path in (tmp_path / "held").iterdir()} & {path.name for path in (tmp_path / "train").iterdir()}
+    assert not {path.name for path in (tmp_path / "held").iterdir()} & {
+        path.name for path in (tmp_path / "train").iterdir()
+    }
     truth = scenes.render(seeds[1:2], 40)
     with Image.open(tmp_path / "held" / f"{seeds[1]:04}-labels.png") as labels:
         assert torch.equal(torch.tensor(numpy.asarray(labels)).long(), truth.labels[0])
@@ -319,7 +443,9 @@ def test_missing_packages_are_named_first(text, refusal, folder, tmp_path, only_
 def test_correspond_writes_its_pictures(folder, tmp_path, capsys):
     text = f"correspond --structure {{}}/a.png --appearance {{}}/b.png --model {{}}/model --point 3,4 --out {tmp_path}/c"
     assert run(folder, text) == 0
-    assert run(folder, f"correspond --scenes 0 --model {{}}/model --layer up_blocks.2 --out {tmp_path}/s") == 0
+    assert (
+        run(folder, f"correspond --scenes 0 --model {{}}/model --layer up_blocks.2 --out {tmp_path}/s") == 0
+    )
     said = capsys.readouterr().out
     for path in (tmp_path / out / name for out in "cs" for name in ("correspondences.png", "heat_maps.png")):
         assert pixels(path).float().std() > 10
@@ -332,12 +458,20 @@ def test_compare_keeps_the_queries_and_keys_of_a_stock_call():
     kept = {}
     name, layer = list(models.self_attention(pipe.unet, "up_blocks").items())[-1]
     for projection in ("to_q", "to_k"):
-        getattr(layer, projection).register_forward_hook(lambda _, __, output, projection=projection: kept.__setitem__(projection, output))
+        getattr(layer, projection).register_forward_hook(
+            lambda _, __, output, projection=projection: kept.__setitem__(projection, output)
+        )
     structure, appearance = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     captures = correspondence.compare(pipe, structure, appearance, "a zebra", noise=0.5)
     capture = captures[-1]
-    assert [each.layer for each in captures] == list(models.self_attention(pipe.unet, "up_blocks")) and capture.layer == name
-    for got, projection, row in ((capture.query, "to_q", 0), (capture.ref_query, "to_q", 1), (capture.ref_key, "to_k", 1)):
+    assert [each.layer for each in captures] == list(
+        models.self_attention(pipe.unet, "up_blocks")
+    ) and capture.layer == name
+    for got, projection, row in (
+        (capture.query, "to_q", 0),
+        (capture.ref_query, "to_q", 1),
+        (capture.ref_key, "to_k", 1),
+    ):
         assert torch.equal(got[0].transpose(0, 1).flatten(1), kept[projection][row])
     alone = correspondence.compare(pipe, structure, structure.flip(0), "a zebra", noise=0.5, layers=name)[0]
     torch.testing.assert_close(alone.query, capture.query)
@@ -350,13 +484,22 @@ def test_matches_and_heat_are_the_formulas():
     query, ref_query, ref_key = (random_features(1, 4, 36, 8, seed=seed) for seed in range(3))
     capture = Capture("layer", query, ref_query, ref_key)
     joint = [features[0].transpose(0, 1).flatten(1).double() for features in (query, ref_query, ref_key)]
-    cosine = torch.nn.functional.normalize(joint[0], dim=-1) @ torch.nn.functional.normalize(joint[1], dim=-1).T
+    cosine = (
+        torch.nn.functional.normalize(joint[0], dim=-1) @ torch.nn.functional.normalize(joint[1], dim=-1).T
+    )
     assert torch.equal(capture.match("query_query").index.flatten().long(), cosine.argmax(-1))
     assert torch.equal(capture.match("query_key").index.flatten().long(), (joint[0] @ joint[2].T).argmax(-1))
     attention = (query.double() @ ref_key.double().mT / 8**0.5).softmax(-1).mean(1)[0]
     for token in (0, 17, 35):
-        torch.testing.assert_close(capture.heat(token, "query_key").double(), attention[token], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(capture.heat(token, "query_query").double(), (20 * cosine[token]).softmax(-1), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            capture.heat(token, "query_key").double(), attention[token], atol=1e-6, rtol=1e-5
+        )
+        torch.testing.assert_close(
+            capture.heat(token, "query_query").double(),
+            (20 * cosine[token]).softmax(-1),
+            atol=1e-6,
+            rtol=1e-5,
+        )
 
 
 def test_shares_are_of_object_tokens_whose_part_the_appearance_shows():
@@ -366,10 +509,17 @@ def test_shares_are_of_object_tokens_whose_part_the_appearance_shows():
     query = random_features(1, 2, 64, 16, seed=0)
     picture = torch.zeros(3, 32, 32)
     capture = Capture("up_blocks.0.attn1", query, query, -query)
-    shares = [match_figures.draw_lines(capture, picture, picture, pair)[1]["query-query (Q-Align)"] for pair in ((labels, labels), (labels, other))]
+    shares = [
+        match_figures.draw_lines(capture, picture, picture, pair)[1]["query-query (Q-Align)"]
+        for pair in ((labels, labels), (labels, other))
+    ]
     assert shares == [1, 1]
-    swapped = Capture("up_blocks.0.attn1", query, query.roll(32, 2), -query)  # the upper half matches the lower one
-    assert match_figures.draw_lines(swapped, picture, picture, (labels, other))[1]["query-query (Q-Align)"] == 0
+    swapped = Capture(
+        "up_blocks.0.attn1", query, query.roll(32, 2), -query
+    )  # the upper half matches the lower one
+    assert (
+        match_figures.draw_lines(swapped, picture, picture, (labels, other))[1]["query-query (Q-Align)"] == 0
+    )
     assert match_figures.draw_lines(capture, picture, picture, None)[1] == {}
 
 
@@ -384,17 +534,26 @@ def test_default_points_lie_on_tokens_of_parts_that_both_scenes_show():
     assert torch.cdist(points, centres).amin(1).max() == 0
     assert len(set(parts)) == 3
     assert all(part >= len(scenes.BACKGROUNDS) and (second == part).any() for part in parts)
-    assert match_figures.default_points(capture, torch.zeros(3, 40, 80), None).tolist() == [[20, 10], [40, 20], [60, 30]]
+    assert match_figures.default_points(capture, torch.zeros(3, 40, 80), None).tolist() == [
+        [20, 10],
+        [40, 20],
+        [60, 30],
+    ]
 
 
-@pytest.mark.parametrize(("height", "width", "tokens", "grid"), [(512, 768, 384, (16, 24)), (520, 512, 33 * 32, (33, 32)), (40, 40, 9, (3, 3))])
+@pytest.mark.parametrize(
+    ("height", "width", "tokens", "grid"),
+    [(512, 768, 384, (16, 24)), (520, 512, 33 * 32, (33, 32)), (40, 40, 9, (3, 3))],
+)
 def test_token_grid_halves_and_rounds_up(height, width, tokens, grid):
     assert token_grid((height, width), tokens) == grid
 
 
 @pytest.mark.parametrize("tokens", [0, 17, 64 * 64 * 4])
 def test_token_grid_refuses_what_is_no_grid(tokens):
-    with pytest.raises(ValueError, match=f"^tokens: expected a grid of 64 x 64 halved some times, got {tokens}$"):
+    with pytest.raises(
+        ValueError, match=f"^tokens: expected a grid of 64 x 64 halved some times, got {tokens}$"
+    ):
         token_grid((64, 64), tokens)
 
 
@@ -402,7 +561,10 @@ def test_token_grid_refuses_what_is_no_grid(tokens):
     ("layer", "short"),
     [
         ("up_blocks.1.attentions.0.transformer_blocks.0.attn1", "up_blocks.1.attentions.0"),
-        ("up_blocks.0.attentions.2.transformer_blocks.10.attn1", "up_blocks.0.attentions.2.transformer_blocks.10"),
+        (
+            "up_blocks.0.attentions.2.transformer_blocks.10.attn1",
+            "up_blocks.0.attentions.2.transformer_blocks.10",
+        ),
     ],
 )
 def test_short_names_of_layers_leave_out_the_first_block(layer, short):
@@ -414,9 +576,18 @@ def test_token_centres_run_along_rows_first():
 
 
 def _report(pairs, agreement):
-    entry = {"part_agreement": agreement, "own_part_mass": 0.5, "object_background_leakage": 0.25, "leaking_pairs": 2, "colour_error": None}
+    entry = {
+        "part_agreement": agreement,
+        "own_part_mass": 0.5,
+        "object_background_leakage": 0.25,
+        "leaking_pairs": 2,
+        "colour_error": None,
+    }
     layers = {"layers": ["up.0", "up.1"], "steps": [3, 6], "cross_region_mass": [[0.1, 0.2], [0.3, None]]}
-    methods = {"cross_image": {**entry, "by_layer_and_step": layers}, "qalign": {**entry, "leaking_pairs_improved": 1, "by_layer_and_step": layers}}
+    methods = {
+        "cross_image": {**entry, "by_layer_and_step": layers},
+        "qalign": {**entry, "leaking_pairs_improved": 1, "by_layer_and_step": layers},
+    }
     return {"pairs": pairs, "methods": methods}
 
 
@@ -428,7 +599,10 @@ def test_demo_sets_its_figures_beside_the_committed_ones(tmp_path, monkeypatch):
     assert lines[0].split() == ["attention", "leakage", "6", "pairs", "180", "pairs,", "as", "committed"]
     assert lines[1].split() == ["Cross-Image", "Q-Align"] * 2
     assert lines[2].split()[-4:] == ["0.500", "0.500", "0.750", "0.750"]
-    assert [line.split()[-4:] for line in lines if line.startswith("leaking pairs")] == [["2", "2", "2", "2"], ["-", "1", "-", "1"]]
+    assert [line.split()[-4:] for line in lines if line.startswith("leaking pairs")] == [
+        ["2", "2", "2", "2"],
+        ["-", "1", "-", "1"],
+    ]
 
 
 def test_demo_reads_a_method_s_leakage_by_layer():
@@ -448,7 +622,10 @@ def test_methods_are_all_in_the_table(capsys):
     )
     lines = [line for line in written if not line.startswith(" ")]
     assert [line.split()[0] for line in lines] == ["name", *methods.METHODS, "-"]
-    assert all(_shared.METHODS.get(name, kind.card.title) == kind.card.title for name, kind in methods.METHODS.items())
+    assert all(
+        _shared.METHODS.get(name, kind.card.title) == kind.card.title
+        for name, kind in methods.METHODS.items()
+    )
     assert lines[1].split()[-2:] == ["5.4", "10.7"] and lines[-1].split()[-2:] == ["10.7", "21.5"]
 
 
@@ -458,7 +635,9 @@ def test_compare_draws_and_prints_every_method_that_was_named(folder, tmp_path, 
     head, *lines, where = capsys.readouterr().out.splitlines()
     assert head.split() == "method time s peak MiB own part on background colour error".split()
     assert [line[:24].strip() for line in lines] == ["Q-Align", "Ctrl-X", "Eye-for-an-eye"]
-    assert all(line.split()[-3:] == ["-", "-", "-"] for line in lines)  # nobody knows the parts of these pictures
+    assert all(
+        line.split()[-3:] == ["-", "-", "-"] for line in lines
+    )  # nobody knows the parts of these pictures
     assert where == f"grid: {tmp_path}/grid.png"
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 800
@@ -476,10 +655,14 @@ def test_labels_beside_pictures_are_read_where_they_fit(tmp_path):
 
 def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
     for name, step in (("a", 3), ("b", 5)):
-        Image.fromarray((numpy.arange(SIZE * SIZE).reshape(SIZE, SIZE) // step % 2).astype("uint8")).save(tmp_path / f"{name}-labels.png")
+        Image.fromarray((numpy.arange(SIZE * SIZE).reshape(SIZE, SIZE) // step % 2).astype("uint8")).save(
+            tmp_path / f"{name}-labels.png"
+        )
     options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7 --layers up_blocks.1 --tune-decoder 4"
     masks = [tmp_path / f"{name}-labels.png" for name in "ab"]
-    text = f"distill --appearance {{}}/a.png --content {{}}/b.png {options} --mask {masks[0]} {masks[1]} --mode"
+    text = (
+        f"distill --appearance {{}}/a.png --content {{}}/b.png {options} --mask {masks[0]} {masks[1]} --mode"
+    )
     pipe = pipelines.AttentionDistillationPipeline.from_pipe(models.make_pipe("sd15"))
     for mode, own in (("optimise", "--anneal"), ("sample", "--seed 4")):
         assert run(folder, f"{text} {mode} {own} --out {tmp_path}/{mode}.png") == 0
@@ -502,10 +685,15 @@ def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
         assert f"loss={result.losses[-1, 0]:.4g}" in progress
         assert f"picture: {tmp_path}/{mode}.png" in said
         assert f"loss: {result.losses[0, 0]:.4g} to {result.losses[-1, 0]:.4g} in 6 iterations" in said
-        assert f"loss of the decoder: {result.decoder_losses[0]:.4g} to {result.decoder_losses[-1]:.4g} in 4 iterations" in said
+        assert (
+            f"loss of the decoder: {result.decoder_losses[0]:.4g} to {result.decoder_losses[-1]:.4g} in 4 iterations"
+            in said
+        )
 
 
-@pytest.mark.parametrize("text", ["distill --content {}/b.png", "distill --content {}/b.png --mode sample", "texture --size 48"])
+@pytest.mark.parametrize(
+    "text", ["distill --content {}/b.png", "distill --content {}/b.png --mode sample", "texture --size 48"]
+)
 def test_an_interrupted_run_writes_the_best_picture_so_far(folder, tmp_path, capsys, monkeypatch, text):
     """Ctrl-C in the third iteration."""
     descend, losses = attention_distillation.descend, []
@@ -527,12 +715,18 @@ def test_an_interrupted_run_writes_the_best_picture_so_far(folder, tmp_path, cap
         result = pipe.expand(picture(0), 48, 48, **settings)
     else:
         result = pipe(picture(0), picture(1), mode="sample" if "sample" in text else "optimise", **settings)
-    assert result.interrupted and torch.equal(pixels(tmp_path / "o.png"), torch.tensor(numpy.asarray(result.images[0])))
+    assert result.interrupted and torch.equal(
+        pixels(tmp_path / "o.png"), torch.tensor(numpy.asarray(result.images[0]))
+    )
 
 
 def test_texture_has_the_size_that_was_asked_for(folder, tmp_path, capsys):
     command = "texture --style {}/a.png --size 64x48 --model {}/model --steps 1 --iterations 1"
-    assert run(folder, f"{command} --out {tmp_path}/o.png") == run(folder, f"{command} --tune-decoder --out {tmp_path}/t.png") == 0
+    assert (
+        run(folder, f"{command} --out {tmp_path}/o.png")
+        == run(folder, f"{command} --tune-decoder --out {tmp_path}/t.png")
+        == 0
+    )
     assert pixels(tmp_path / "o.png").shape == pixels(tmp_path / "t.png").shape == (48, 64, 3)
     assert not torch.equal(pixels(tmp_path / "o.png"), pixels(tmp_path / "t.png"))
     said, progress = capsys.readouterr()
@@ -546,7 +740,11 @@ def test_masked_textures_have_the_size_of_their_labels(folder, tmp_path):
     for name, each in (("style", labels[:SIZE, :SIZE]), ("output", labels), ("odd", labels[:30])):
         Image.fromarray(each).save(tmp_path / f"{name}.png")
     pipe = pipelines.AttentionDistillationPipeline.from_pipe(models.make_pipe("sd15"))
-    options = {"num_inference_steps": 1, "iterations": 1, "regions": Regions.open(tmp_path / "style.png", tmp_path / "output.png")}
+    options = {
+        "num_inference_steps": 1,
+        "iterations": 1,
+        "regions": Regions.open(tmp_path / "style.png", tmp_path / "output.png"),
+    }
     expected = {
         "texture": lambda **more: pipe.expand(picture(0), 48, 64, **more),
         "distill": lambda **more: pipe(picture(0), mode="optimise", height=48, width=64, **more),
@@ -558,14 +756,23 @@ def test_masked_textures_have_the_size_of_their_labels(folder, tmp_path):
         assert torch.equal(pixels(tmp_path / f"{command}-o.png"), torch.tensor(numpy.asarray(image)))
         assert run(folder, f"{text % 'output'} --size 32x24 --out {tmp_path}/{command}-s.png") == 0
         assert pixels(tmp_path / f"{command}-s.png").shape == (24, 32, 3)
-        assert run(folder, f"{text % 'odd'} --out {tmp_path}/{command}-odd.png") == 2 and not (tmp_path / f"{command}-odd.png").exists()
+        assert (
+            run(folder, f"{text % 'odd'} --out {tmp_path}/{command}-odd.png") == 2
+            and not (tmp_path / f"{command}-odd.png").exists()
+        )
 
 
 BOUND = "bound --prompt fox --box fox 0 0.25 0.5 1 --model {}/model --steps 4 --seed 3 --guidance 3 --rates 300 100 --iterations 2"
 
 
 def test_bound_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
-    assert run(folder, f"{BOUND} --size 40x32 --layers up_blocks.1 mid --labels-out {tmp_path}/l.png --out {tmp_path}/o.png") == 0
+    assert (
+        run(
+            folder,
+            f"{BOUND} --size 40x32 --layers up_blocks.1 mid --labels-out {tmp_path}/l.png --out {tmp_path}/o.png",
+        )
+        == 0
+    )
     pipe = pipelines.BoundedAttentionPipeline.from_pipe(models.make_pipe("sd15"))
     result = pipe(
         "fox",
@@ -580,7 +787,9 @@ def test_bound_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
     )
     assert torch.equal(pixels(tmp_path / "o.png"), torch.tensor(numpy.asarray(result.images[0])))
     with Image.open(tmp_path / "l.png") as labels:
-        assert labels.size == (40, 32) and torch.equal(torch.tensor(numpy.asarray(labels))[::2, ::2].long(), result.regions.structure)
+        assert labels.size == (40, 32) and torch.equal(
+            torch.tensor(numpy.asarray(labels))[::2, ::2].long(), result.regions.structure
+        )
     said = capsys.readouterr().out
     assert f"picture: {tmp_path}/o.png" in said and f"masks: {tmp_path}/l.png" in said
     assert f"loss: {result.losses[0, 1]:.4g} to {result.losses[-1, 1]:.4g} in 2 readings" in said
@@ -591,7 +800,9 @@ def test_bound_can_leave_out_each_part(folder, tmp_path, capsys):
     without_loss = BOUND.replace("--rates 300 100 --iterations 2", "--iterations 0")
     for text in (BOUND, f"{BOUND} --keep-boxes", without_loss):
         assert run(folder, f"{text} --labels-out {tmp_path}/l.png --out {tmp_path}/o.png") == 0
-        found.append((pixels(tmp_path / "o.png"), torch.tensor(numpy.asarray(Image.open(tmp_path / "l.png")))))
+        found.append(
+            (pixels(tmp_path / "o.png"), torch.tensor(numpy.asarray(Image.open(tmp_path / "l.png"))))
+        )
     boxes = torch.zeros(SIZE, SIZE)
     boxes[SIZE // 4 :, : SIZE // 2] = 1
     assert torch.equal(found[1][1], boxes) and not torch.equal(found[0][1], boxes)
@@ -609,4 +820,7 @@ def test_an_interrupted_bound_writes_its_picture(folder, tmp_path, capsys, monke
 
     monkeypatch.setattr(bounded_attention._Run, "_predict", interrupted)
     assert run(folder, f"{BOUND} --out {tmp_path}/o.png") == 130
-    assert pixels(tmp_path / "o.png").float().std() > 0 and "interrupted: the picture is the last estimate" in capsys.readouterr().out
+    assert (
+        pixels(tmp_path / "o.png").float().std() > 0
+        and "interrupted: the picture is the last estimate" in capsys.readouterr().out
+    )

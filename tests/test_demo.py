@@ -47,7 +47,11 @@ def test_the_two_paths_of_qalign_agree_and_edit_the_output_row_only(finished):
 def test_figures_are_within_what_they_can_be(finished):
     for layer in finished[1]["layers"]:
         assert 0 < layer["unique_fraction"] <= 1
-        assert 1 <= layer["effective_keys"]["rearranged"] <= layer["unique_fraction"] * layer["tokens"] * (1 + 1e-5)
+        assert (
+            1
+            <= layer["effective_keys"]["rearranged"]
+            <= layer["unique_fraction"] * layer["tokens"] * (1 + 1e-5)
+        )
         assert layer["effective_keys"]["all_keys"] <= layer["tokens"] * (1 + 1e-5)
         assert all(0 <= share <= 1 for share in layer["within_one_token"].values())
 
@@ -123,7 +127,10 @@ def test_peak_memory_sees_what_was_held_inside_only():
     assert small.peak_mib < 16
 
 
-@pytest.mark.parametrize("arguments", [["demo", "--size", "100"], ["demo", "--size", "32"], ["demo", "--size", "x"], ["demo", "--only", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["demo", "--size", "100"], ["demo", "--size", "32"], ["demo", "--size", "x"], ["demo", "--only", "x"]],
+)
 def test_command_line_refuses_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as refusal:
         command_line.main(arguments)
@@ -148,14 +155,20 @@ def test_command_line_names_what_is_not_installed(monkeypatch, capsys):
 def test_command_line_hands_its_options_on(given, parts, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(command, "show_step", lambda out, *options: calls.append(("step", out, options)))
-    monkeypatch.setattr(command, "show_transfer", lambda out, *options: calls.append(("transfer", out, options)))
+    monkeypatch.setattr(
+        command, "show_transfer", lambda out, *options: calls.append(("transfer", out, options))
+    )
     assert command_line.main(["demo", "--out", str(tmp_path), "--seed", "3", *given.split()]) == 0
     expected = [("step", tmp_path, (256, 3)), ("transfer", tmp_path, (2, 3))]
     assert calls == [call for call in expected if call[0] in parts]
 
 
 def test_the_second_part_transfers_matches_and_measures(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(AppearanceTransferPipeline, "embedded", classmethod(lambda cls, dtype: cls.from_pipe(models.make_pipe("small"))))
+    monkeypatch.setattr(
+        AppearanceTransferPipeline,
+        "embedded",
+        classmethod(lambda cls, dtype: cls.from_pipe(models.make_pipe("small"))),
+    )
     for name, value in {"STEPS": 4, "MEASURED_STEPS": 8, "ROWS": 1}.items():
         monkeypatch.setattr(command, name, value)
     assert command_line.main(["demo", "--only", "transfer", "--pairs", "1", "--out", str(tmp_path)]) == 0
@@ -179,5 +192,13 @@ def test_a_row_of_the_grid_is_what_the_pipeline_paints():
     scenes = render([pair.structure, pair.appearance], size)
     assert torch.equal(torch.stack([row["structure"], row["appearance"]]), scenes.image)
     caption, generator = f"a photo of a {scenes.plans[0]}", torch.Generator().manual_seed(2)
-    painted = pipe(row["appearance"], row["structure"], caption, method="cross_image", num_inference_steps=4, adain=None, generator=generator)
+    painted = pipe(
+        row["appearance"],
+        row["structure"],
+        caption,
+        method="cross_image",
+        num_inference_steps=4,
+        adain=None,
+        generator=generator,
+    )
     assert painted.images[0].tobytes() == row["Cross-Image"].tobytes() != row["Q-Align"].tobytes()

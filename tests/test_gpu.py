@@ -68,8 +68,17 @@ def test_stages_that_fail_overrun_or_hang_do_not_stop_the_rest(tmp_path, capsys)
         _stage("good", ":", least_seconds=60),
     ]
     assert command.execute(stages, tmp_path, 120, report.text) == 1
-    outcomes = {outcome["stage"]: outcome for outcome in json.loads((tmp_path / "stages.json").read_text())["outcomes"]}
-    assert [outcome["status"] for outcome in outcomes.values()] == ["failed", "stopped", "stopped", "skipped", "ok"]
+    outcomes = {
+        outcome["stage"]: outcome
+        for outcome in json.loads((tmp_path / "stages.json").read_text())["outcomes"]
+    }
+    assert [outcome["status"] for outcome in outcomes.values()] == [
+        "failed",
+        "stopped",
+        "stopped",
+        "skipped",
+        "ok",
+    ]
     assert outcomes["fails"]["note"] == "exit code 1: ValueError: no such clock"
     assert "at least 1000" in outcomes["never"]["note"]
     assert not _alive(int(pid_file.read_text()))
@@ -80,7 +89,12 @@ def test_stages_that_fail_overrun_or_hang_do_not_stop_the_rest(tmp_path, capsys)
 
 
 def test_run_of_good_stages_ends_with_zero(tmp_path):
-    assert command.execute([_stage("good", "[ $1 = --seconds ] && [ $2 = 7.5 ]", seconds=7.5)], tmp_path, 120, report.text) == 0
+    assert (
+        command.execute(
+            [_stage("good", "[ $1 = --seconds ] && [ $2 = 7.5 ]", seconds=7.5)], tmp_path, 120, report.text
+        )
+        == 0
+    )
     assert "| good | ok |" in (tmp_path / "report.md").read_text()
 
 
@@ -115,7 +129,10 @@ def test_help(monkeypatch, capsys):
 def test_without_a_gpu_one_line_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert _main(monkeypatch, "gpu", "--out", str(tmp_path / "out")) == 2
-    assert capsys.readouterr().err == f"gpu: expected a GPU that torch can use, got torch {torch.__version__} without one\n"
+    assert (
+        capsys.readouterr().err
+        == f"gpu: expected a GPU that torch can use, got torch {torch.__version__} without one\n"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -136,14 +153,18 @@ def test_stages_fit_in_the_time_of_the_command(tmp_path):
     ]  # fmt: skip
     least = {name: stage.least_seconds for name, stage in stages.items()}
     assert sum(least.values()) < 150
-    before = sum(stages[name].seconds for name in ("environment", "compile", "must_show", "validate", "ceilings"))
+    before = sum(
+        stages[name].seconds for name in ("environment", "compile", "must_show", "validate", "ceilings")
+    )
     assert before + least["speed"] + least["validate rest"] + least["sanitizer"] < 60 * command.MINUTES
 
 
 def test_first_contact_fits_in_300_seconds(tmp_path):
     stages = command.first_stages(tmp_path)
     assert [stage.name for stage in stages] == ["environment", "right", "core", "kernels", "tiles", "gluon"]
-    assert sum(stage.seconds for stage in stages[:-2]) + sum(stage.least_seconds for stage in stages[-2:]) < 280
+    assert (
+        sum(stage.seconds for stage in stages[:-2]) + sum(stage.least_seconds for stage in stages[-2:]) < 280
+    )
     assert command.FIRST_SECONDS < 300
     for stage in (*stages, *command.stages(tmp_path)):
         assert (ROOT / "benchmarks" / "gpu" / f"{stage.command[3]}.py").is_file()
@@ -175,9 +196,28 @@ def test_what_is_published_is_whole_and_follows_the_work(tmp_path):
 
 
 def _row(op: str, provider: str, ms: float, graph_ms: float | None = None, **more: object) -> dict:
-    row = {"op": op, "provider": provider, "shape": SMALL.size, "asked_fraction": 0.55, "unique_fraction": 0.5, "p50_ms": ms}
-    row |= {"layout": "processor", "ceiling_tflops": 400.0, "implementation": None, "host_bound": False, "host_us": 5.0}
-    row |= {"graph_p50_ms": graph_ms, "tflops": 100 / ms, "graph_tflops": graph_ms and 100 / graph_ms, "peak_mib": None, "output_mib": None}
+    row = {
+        "op": op,
+        "provider": provider,
+        "shape": SMALL.size,
+        "asked_fraction": 0.55,
+        "unique_fraction": 0.5,
+        "p50_ms": ms,
+    }
+    row |= {
+        "layout": "processor",
+        "ceiling_tflops": 400.0,
+        "implementation": None,
+        "host_bound": False,
+        "host_us": 5.0,
+    }
+    row |= {
+        "graph_p50_ms": graph_ms,
+        "tflops": 100 / ms,
+        "graph_tflops": graph_ms and 100 / graph_ms,
+        "peak_mib": None,
+        "output_mib": None,
+    }
     return row | more
 
 
@@ -199,7 +239,11 @@ def test_time_ratio_is_held_against_must_and_goal(ms, word):
 def test_no_eager_time_stands_for_a_failed_capture():
     """The eager time of a call of many launches is the host's."""
     mine, sdpa = _row("qalign_attention", OURS, 1.0, 0.1), _row("attention", "sdpa", 4.0, 1.0)
-    for measure_name, bar in (("time ratio", Bar(0.5, DEFAULT)), ("ceiling share", Bar(0.1)), ("graph µs", Bar(40))):
+    for measure_name, bar in (
+        ("time ratio", Bar(0.5, DEFAULT)),
+        ("ceiling share", Bar(0.1)),
+        ("graph µs", Bar(40)),
+    ):
         line = _line(measure_name, bar)
         assert _judge(line, mine, sdpa).measured[0] is not None
         verdict = _judge(line, mine | {"graph_p50_ms": None, "graph_tflops": None}, sdpa)
@@ -214,8 +258,13 @@ def test_fastest_peer_counts():
     times |= {("attention", "sdpa cudnn"): 1.25, ("attention", "fa3"): 0.5}
     rows = [_row(*visit, ms, ms) for visit, ms in times.items()]
     assert _judge(line, *rows).measured == (0.5, 2.0) and _judge(line, *rows).text == "must"
-    assert _judge(line, *rows[:3]).measured == (0.5, 0.8) and _judge(line, *rows[:3]).text == "goal; without fa3"
-    assert _judge(line, *rows[:2]).measured == (0.5, None) and _judge(line, *rows[:2]).text == "must; without sdpa cudnn, fa3"
+    assert (
+        _judge(line, *rows[:3]).measured == (0.5, 0.8) and _judge(line, *rows[:3]).text == "goal; without fa3"
+    )
+    assert (
+        _judge(line, *rows[:2]).measured == (0.5, None)
+        and _judge(line, *rows[:2]).text == "must; without sdpa cudnn, fa3"
+    )
     assert _judge(line, rows[0]).text == _judge(line).text == "not measured"
 
 
@@ -239,7 +288,9 @@ def test_share_of_the_ceiling():
 
 def test_speed_up_and_time_under_a_graph():
     line = _line("speed-up", Bar(3, EAGER), Bar(5, EAGER))
-    verdict = _judge(line, _row("qalign_attention", OURS, 1.0, 1.0), _row("qalign_attention", "eager sdpa", 4.0, 4.0))
+    verdict = _judge(
+        line, _row("qalign_attention", OURS, 1.0, 1.0), _row("qalign_attention", "eager sdpa", 4.0, 4.0)
+    )
     assert verdict.measured == (4.0, 4.0) and verdict.text == "must"
     line = _line("graph µs", Bar(40), Bar(20))
     assert _judge(line, _row("qalign_attention", OURS, 1.0, 0.0205)).measured == (pytest.approx(20.5),) * 2
@@ -273,8 +324,12 @@ def test_plans_name_ops_and_providers_that_exist():
     assert {op for op, _ in measured} <= names
     assert {op for op, provider in measured if provider == OURS} == names - {"qalign_attention_correlated"}
     assert {group.asked_fraction for group in plan.other_groups()} == {None, 0.35, 0.55, 0.63, 1.0}
-    compiled = {(visit, group.shape) for part in plan.compile_parts() for group in part for visit in group.visits}
-    assert {(visit, group.shape) for group in plan.other_groups() for visit in group.visits if visit[1] == OURS} <= compiled
+    compiled = {
+        (visit, group.shape) for part in plan.compile_parts() for group in part for visit in group.visits
+    }
+    assert {
+        (visit, group.shape) for group in plan.other_groups() for visit in group.visits if visit[1] == OURS
+    } <= compiled
 
 
 def test_jobs_of_the_validation_hold_every_op_once():
@@ -296,9 +351,13 @@ def test_first_contact_begins_with_core_ops_in_bfloat16(monkeypatch):
     calls = right.calls()
     assert len(calls) == len(set(calls))
     first = calls[: len(plan.CORE_SHAPES) * len(plan.CORE_OPS)]
-    assert {call.name for call in first} == set(plan.CORE_OPS) and {call.dtype for call in first} == {"bfloat16"}
+    assert {call.name for call in first} == set(plan.CORE_OPS) and {call.dtype for call in first} == {
+        "bfloat16"
+    }
     tiles = [call for call in calls if call.tile]
-    assert ("attention counted softmax", _configs.Tile(128, 128, 8, 3)) in {(call.name, call.tile) for call in tiles}
+    assert ("attention counted softmax", _configs.Tile(128, 128, 8, 3)) in {
+        (call.name, call.tile) for call in tiles
+    }
     assert {(call.name, call.dtype) for call in calls if not call.tile} == {
         (name, dtype)
         for name in (*(op.name for op in ops.OPS if not op.correlated), *JOINT_CALLS)
@@ -359,7 +418,10 @@ def test_candidates_are_what_is_launched(monkeypatch):
         tried = call._replace(shape=small, dtype="float16")
         with right._trying(tried), recording("sm_90") as launches:
             trials.trial_named(call.name).timed.run(inputs, "triton")
-        found = {(one.arguments.get("BLOCK_M"), one.arguments.get("BLOCK_N"), one.num_warps, one.num_stages) for one in launches}
+        found = {
+            (one.arguments.get("BLOCK_M"), one.arguments.get("BLOCK_N"), one.num_warps, one.num_stages)
+            for one in launches
+        }
         assert tuple(call.tile) in found, call
 
 
@@ -369,7 +431,9 @@ def test_candidates_are_tiles_of_this_table_that_fit():
             key = _configs.Key(row["op"], row["mode"], "sm_90", "3.7", "bfloat16", 4096, head_dim)
             found = candidates.tiles(key)
             assert found and all(_configs.fits(tile, key, 2) for tile in found), (key, found)
-            assert set(found) - {_configs.look_up(key, 2)} <= set(tune.candidate_tiles(key, _configs.look_up(key, 2)))
+            assert set(found) - {_configs.look_up(key, 2)} <= set(
+                tune.candidate_tiles(key, _configs.look_up(key, 2))
+            )
 
 
 @pytest.mark.parametrize(
@@ -379,7 +443,10 @@ def test_candidates_are_tiles_of_this_table_that_fit():
         ("void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<...>>>", "FA3"),
         ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90_object_at", "FA4"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x64", "cuDNN"),
-        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel)", "memory-efficient"),
+        (
+            "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel)",
+            "memory-efficient",
+        ),
         ("void softmax_warp_forward<float, float>", "math"),
         ("ampere_gemm", "unknown: ampere_gemm"),
     ],
@@ -400,7 +467,12 @@ def _varlen_attention(query, key, value, start_q, start_k, max_q, max_k, *, scal
 
 def test_kernels_are_those_of_one_call_without_the_flush(monkeypatch):
     Event = namedtuple("Event", "key device_time_total count")
-    events = [Event("short", 40.0, 20), Event("long", 90.0, 10), Event("Memset (Device)", 900.0, 10), Event("cpu", 0, 1)]
+    events = [
+        Event("short", 40.0, 20),
+        Event("long", 90.0, 10),
+        Event("Memset (Device)", 900.0, 10),
+        Event("cpu", 0, 1),
+    ]
 
     class Profile(contextlib.nullcontext):
         def __enter__(self):
@@ -413,7 +485,13 @@ def test_kernels_are_those_of_one_call_without_the_flush(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     found = kernels(lambda: None, rounds=10)
     assert found == [("long", 9.0, 1.0), ("short", 2.0, 2.0)]
-    place = {"what": "kernel", "op": "attention", "provider": "sdpa", "shape": [1, 2], "implementation": "FA2"}
+    place = {
+        "what": "kernel",
+        "op": "attention",
+        "provider": "sdpa",
+        "shape": [1, 2],
+        "implementation": "FA2",
+    }
     rows = [place | {"name": name, "us": us, "launches": n} for name, us, n in found]
     assert "| attention | sdpa (FA2) | [1, 2] | long | 9.0 | 1 |" in first_report.kernel_table(rows)
 
@@ -427,11 +505,16 @@ def test_sdpa_is_named_by_what_torch_chooses():
 def test_first_report_names_what_is_wrong_and_what_is_missing(tmp_path):
     row = {"op": "attention", "shape": [1, 2, 3, 4], "layout": "processor", "dtype": "bfloat16", "tile": None}
     rows = [row | {"right": True, "same_bits": True}, row | {"error": "illegal address"}]
-    rows += [row | {"right": True, "same_bits": False}, row | {"right": False, "same_bits": True, "tile": [1, 2, 3, 4]}]
+    rows += [
+        row | {"right": True, "same_bits": False},
+        row | {"right": False, "same_bits": True, "tile": [1, 2, 3, 4]},
+    ]
     arguments.write_json(tmp_path / "right.json", rows)
     text = first_report.text(tmp_path, [Outcome("right", "failed", 3.0, "")])
     assert "1 of 4 calls are right" in text and "bfloat16: illegal address" in text
-    assert "two calls differ in bits" in text and "tile [1, 2, 3, 4]: wrong" in text and "Not measured." in text
+    assert (
+        "two calls differ in bits" in text and "tile [1, 2, 3, 4]: wrong" in text and "Not measured." in text
+    )
 
 
 def test_what_json_has_no_word_for_is_null(tmp_path):
@@ -455,7 +538,9 @@ def test_counts_are_two_channels_of_any_sdpa(monkeypatch, peer, dtype):
 BUSY = "attention triton [1, 2, 3, 4]"
 
 
-def _supervise(tmp_path: Path, visit: str, end: str, seconds: float = 100, stall_seconds: float = 60) -> tuple[int, Journal]:
+def _supervise(
+    tmp_path: Path, visit: str, end: str, seconds: float = 100, stall_seconds: float = 60
+) -> tuple[int, Journal]:
     """Workers that are busy with the visit, until it is to be left out."""
     journal = Journal(tmp_path / "speed.journal")
     journal.add("begin", visit)
@@ -486,7 +571,10 @@ def test_worker_is_stopped_when_time_is_up(tmp_path):
 def test_workers_that_never_start_are_a_failure(tmp_path):
     journal = Journal(tmp_path / "speed.journal")
     assert measure.supervise(("sh", "-c", FAILS), journal, arguments.Clock(300)) == 1
-    assert "ValueError: no such clock" in journal.texts("failure")[0] and len(journal.texts("failure")) == measure.WORKERS + 1
+    assert (
+        "ValueError: no such clock" in journal.texts("failure")[0]
+        and len(journal.texts("failure")) == measure.WORKERS + 1
+    )
 
 
 @pytest.fixture
@@ -506,7 +594,16 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
-GROUP = Group(SMALL, 0.35, (("qalign_attention", "tiled"), ("qalign_attention", "eager sdpa"), ("attention", "fa3"), ("attention", "sdpa")))
+GROUP = Group(
+    SMALL,
+    0.35,
+    (
+        ("qalign_attention", "tiled"),
+        ("qalign_attention", "eager sdpa"),
+        ("attention", "fa3"),
+        ("attention", "sdpa"),
+    ),
+)
 
 
 def test_worker_measures_a_group(on_cpu, tmp_path):
@@ -517,11 +614,22 @@ def test_worker_measures_a_group(on_cpu, tmp_path):
     rows = {(row["op"], row["provider"]): row for row in json.loads(where.rows.read_text())}
     assert list(rows) == [visit for visit in GROUP.visits if visit[1] != "fa3"]
     mine, sdpa = rows["qalign_attention", "tiled"], rows["attention", "sdpa"]
-    assert abs(mine["unique_fraction"] - 0.35) < 0.02 and mine["asked_fraction"] == 0.35 and mine["shape"] == SMALL.size
+    assert (
+        abs(mine["unique_fraction"] - 0.35) < 0.02
+        and mine["asked_fraction"] == 0.35
+        and mine["shape"] == SMALL.size
+    )
     assert sdpa["ratio_to_sdpa"] == 1.0 and 0 < mine["p20_ms"] <= mine["p50_ms"] <= mine["p80_ms"]
-    assert mine["output_mib"] == pytest.approx(2 * 300 * 40 * 4 / 2**20, abs=1e-3) and mine["graph_p50_ms"] is None
+    assert (
+        mine["output_mib"] == pytest.approx(2 * 300 * 40 * 4 / 2**20, abs=1e-3)
+        and mine["graph_p50_ms"] is None
+    )
     notes = where.journal.texts("note")
-    assert any(note.startswith("attention fa3 [1, 2, 300, 40] U/N 0.35: ModuleNotFoundError") or "ImportError" in note for note in notes)
+    assert any(
+        note.startswith("attention fa3 [1, 2, 300, 40] U/N 0.35: ModuleNotFoundError")
+        or "ImportError" in note
+        for note in notes
+    )
     assert any("no CUDA graph, RuntimeError: no graphs here" in note for note in notes)
     assert where.journal.texts("group") == [GROUP.name] and not where.journal.texts("failure")
     assert mine["layout"] == "processor" and mine["ceiling_tflops"] > 0 and not mine["host_bound"]
@@ -536,7 +644,11 @@ def test_ratios_of_the_speed_table_stay_within_a_run():
     first = [_row("attention", OURS, 1.0, 1.0, **more), _row("attention", "sdpa", 2.0, 2.0, **more)]
     second = [_row("attention", OURS, 3.0, 3.0, **more)]
     lines = report.speed_table([first, second]).splitlines()[2:]
-    assert [line.split(" | ")[6:9] for line in lines] == [["100", "0.5", "0.5"], ["50", "0.25", "1"], ["33.3", "0.167", "-"]]
+    assert [line.split(" | ")[6:9] for line in lines] == [
+        ["100", "0.5", "0.5"],
+        ["50", "0.25", "1"],
+        ["33.3", "0.167", "-"],
+    ]
 
 
 def test_worker_shows_no_figure_for_a_failed_check(on_cpu, tmp_path, monkeypatch):
@@ -544,7 +656,9 @@ def test_worker_shows_no_figure_for_a_failed_check(on_cpu, tmp_path, monkeypatch
     monkeypatch.setattr(worker, "op_named", lambda name: wrong)
     journal = Journal(tmp_path / "journal")
     with torch.no_grad():
-        found = list(worker.measure(Group(SMALL, None, ((wrong.name, "tiled"),)), journal, arguments.Clock(600)))
+        found = list(
+            worker.measure(Group(SMALL, None, ((wrong.name, "tiled"),)), journal, arguments.Clock(600))
+        )
     assert found == [[]] * worker.REPEATS
     assert journal.texts("failure") == [f"similarity_argmax tiled {SMALL.size} U/N by chance: check failed"]
 
@@ -564,14 +678,26 @@ def test_worker_without_time_measures_nothing(on_cpu, tmp_path):
     where = worker.files(tmp_path, "speed")
     (tmp_path / "logs").mkdir()
     worker.measure_groups([GROUP], where, arguments.Clock(1))
-    assert where.journal.texts("note") == [f"{GROUP.name}: not measured for want of time"] and not where.rows.exists()
+    assert (
+        where.journal.texts("note") == [f"{GROUP.name}: not measured for want of time"]
+        and not where.rows.exists()
+    )
 
 
 # -- validation, sanitizer, rates
 
 
 def test_validation_merges_its_jobs_and_names_what_is_missing(tmp_path, capsys):
-    row = {"op": "attention", "backend": "triton", "dtype": "bfloat16", "cases": 3, "error": 1.0, "ratio": 0.5, "passed": True, "failures": []}
+    row = {
+        "op": "attention",
+        "backend": "triton",
+        "dtype": "bfloat16",
+        "cases": 3,
+        "error": 1.0,
+        "ratio": 0.5,
+        "passed": True,
+        "failures": [],
+    }
     jobs = [validation.Job(dtype, "attention") for dtype in validation.DTYPES]
     merged = validation.Merged(tmp_path, jobs, "Toy")
     merged.add(jobs[0], forks.Answer({"rows": [row], "dropped": ["attention, bfloat16, B=9"]}))
@@ -585,7 +711,10 @@ def test_validation_merges_its_jobs_and_names_what_is_missing(tmp_path, capsys):
     assert "not run for want of memory: attention, bfloat16, B=9" in said
     assert evidence.is_validation(again.content)
     text = report.text(tmp_path, [Outcome("validate", "failed", 0.1, "")])
-    assert "Not run for want of memory: attention, bfloat16, B=9." in text and "float32 attention (stopped)" in text
+    assert (
+        "Not run for want of memory: attention, bfloat16, B=9." in text
+        and "float32 attention (stopped)" in text
+    )
     merged.add(jobs[0], forks.Answer({"rows": [row], "dropped": []}))
     assert len(merged.content["rows"]) == 1 and not merged.content["dropped"]
 
@@ -593,7 +722,9 @@ def test_validation_merges_its_jobs_and_names_what_is_missing(tmp_path, capsys):
 @pytest.mark.parametrize(("code", "summary", "expected"), [(0, "0 errors", 0), (99, "4 errors", 1)])
 def test_sanitizer_reads_the_summary(tmp_path, monkeypatch, code, summary, expected):
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!/bin/sh\necho 'called attention [1]'\necho '========= ERROR SUMMARY: {summary}'\nexit {code}\n")
+    tool.write_text(
+        f"#!/bin/sh\necho 'called attention [1]'\necho '========= ERROR SUMMARY: {summary}'\nexit {code}\n"
+    )
     tool.chmod(0o755)
     (tmp_path / "logs").mkdir()
     monkeypatch.setattr(sanitizer, "program", lambda: str(tool))
@@ -601,14 +732,20 @@ def test_sanitizer_reads_the_summary(tmp_path, monkeypatch, code, summary, expec
     assert sanitizer.main() == expected
     rows = json.loads((tmp_path / "sanitizer.json").read_text())["rows"]
     found = [(row["tool"], row["part"], row["verdict"], row["calls"]) for row in rows]
-    assert found == [(tool, part, summary, ["attention [1]"]) for tool in ("memcheck", "racecheck") for part in range(sanitizer.PARTS)]
+    assert found == [
+        (tool, part, summary, ["attention [1]"])
+        for tool in ("memcheck", "racecheck")
+        for part in range(sanitizer.PARTS)
+    ]
 
 
 def test_sanitizer_that_is_not_installed_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitizer, "program", lambda: None)
     monkeypatch.setattr(sys, "argv", ["sanitizer", "--out", str(tmp_path), "--seconds", "60"])
     assert sanitizer.main() == 0
-    assert "compute-sanitizer is not installed." in report.text(tmp_path, [Outcome("sanitizer", "ok", 0.1, "")])
+    assert "compute-sanitizer is not installed." in report.text(
+        tmp_path, [Outcome("sanitizer", "ok", 0.1, "")]
+    )
 
 
 RATES = """
@@ -630,9 +767,13 @@ def test_loops_of_the_rate_kernel_hold_the_chain_and_nothing_else():
     pytest.importorskip("triton")
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = inherited | {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run([sys.executable, "-c", RATES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RATES], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    loops = {name: eval(contents) for name, contents in (line.split("|") for line in done.stdout.splitlines())}
+    loops = {
+        name: eval(contents) for name, contents in (line.split("|") for line in done.stdout.splitlines())
+    }
     chain = 16 * 8  # unrolled steps, chains of a lane
     for name, instruction in (("FFMA", "FFMA"), ("FMNMX", "FMNMX"), ("LOP3", "LOP3"), ("MUFU.EX2", "MUFU")):
         assert loops[name][instruction] == chain and sum(loops[name].values()) <= chain + 6, name
@@ -643,5 +784,7 @@ def test_lanes_per_clock_counts_every_instruction_of_every_warp():
     pytest.importorskip("triton")
     from benchmarks.gpu.instruction_rates import lanes_per_clock
 
-    instructions = 1000 * 16 * 8 * 8 * 2  # iterations, unrolled steps, chains, warps, programs on a multiprocessor
+    instructions = (
+        1000 * 16 * 8 * 8 * 2
+    )  # iterations, unrolled steps, chains, warps, programs on a multiprocessor
     assert lanes_per_clock(1000, cycle_count=instructions / 4) == 128

@@ -13,14 +13,22 @@ from tests.project import ROOT, packaging_arguments
 PINS = ROOT / "constraints.txt"
 LINUX = "x86_64-manylinux_2_28"
 MACHINES = [(python, LINUX) for python in ("3.11", "3.12", "3.13", "3.14")]
-MACHINES += [("3.13", "aarch64-manylinux_2_28"), ("3.13", "aarch64-apple-darwin"), ("3.13", "x86_64-pc-windows-msvc")]
-UNREACHABLE = re.compile(r"error sending request|Failed to fetch|network (was|is) disabled|dns error", re.IGNORECASE)
+MACHINES += [
+    ("3.13", "aarch64-manylinux_2_28"),
+    ("3.13", "aarch64-apple-darwin"),
+    ("3.13", "x86_64-pc-windows-msvc"),
+]
+UNREACHABLE = re.compile(
+    r"error sending request|Failed to fetch|network (was|is) disabled|dns error", re.IGNORECASE
+)
 
 
 def _promised():
     """Every requirement of this library and of all its extras."""
     given = packaging_arguments()
-    return sorted({*given["install_requires"], *(text for extra in given["extras_require"].values() for text in extra)})
+    return sorted(
+        {*given["install_requires"], *(text for extra in given["extras_require"].values() for text in extra)}
+    )
 
 
 def _resolve(folder, requirements, pins, python, platform):
@@ -29,7 +37,16 @@ def _resolve(folder, requirements, pins, python, platform):
     On Linux, where all of them are published, every pin is itself required; elsewhere a pin only constrains.
     """
     (folder / "requirements.in").write_text("\n".join(requirements))
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--only-binary=:all:", "--no-python-downloads"]
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "compile",
+        "--quiet",
+        "--only-binary=:all:",
+        "--no-python-downloads",
+    ]
     command += ["--no-config", "--no-header", "--no-annotate", "--python-version", python]
     command += ["--python-platform", platform, "requirements.in"]
     command += [str(pins)] if "linux" in platform else ["--constraint", str(pins)]
@@ -58,7 +75,9 @@ def conflicts(tmp_path_factory):
     requirements = _promised()
     folders = [tmp_path_factory.mktemp("resolve") for _ in MACHINES]
     with ThreadPoolExecutor(len(MACHINES)) as pool:
-        reasons = pool.map(lambda folder, machine: _resolve(folder, requirements, PINS, *machine), folders, MACHINES)
+        reasons = pool.map(
+            lambda folder, machine: _resolve(folder, requirements, PINS, *machine), folders, MACHINES
+        )
         return dict(zip(MACHINES, reasons))
 
 

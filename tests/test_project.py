@@ -25,7 +25,11 @@ from tests.project import ROOT, own_files, packaging_arguments
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 SHOWN_ONLY = ("qalign/embedded/weights/samples.png",)  # linked by documents, read by no code
 STEMS = ("similarity", "rearrange", "attention", "probe", "qalign_attention", "distillation")
-OPS = [name for name in qalign_kernels.__all__ if inspect.isfunction(getattr(qalign_kernels, name)) and name != "use_backend"]
+OPS = [
+    name
+    for name in qalign_kernels.__all__
+    if inspect.isfunction(getattr(qalign_kernels, name)) and name != "use_backend"
+]
 
 
 def _read(name):
@@ -90,7 +94,9 @@ def test_readme_commands_read_what_earlier_ones_write(tmp_path, monkeypatch):
         if options.command == "scenes":
             seeds = [2 * (options.seed + number) + options.held_out for number in range(options.count)]
             made |= {f"{options.out}/{seed:04}{kind}.png" for seed in seeds for kind in ("", "-labels")}
-    assert {"scenes", "transfer", "distill", "texture", "bound", "compare"} <= {words[0] for words in commands}
+    assert {"scenes", "transfer", "distill", "texture", "bound", "compare"} <= {
+        words[0] for words in commands
+    }
 
 
 def test_readme_has_the_markers_that_the_report_fills():
@@ -106,17 +112,26 @@ def test_readme_names_every_op():
 def test_readme_has_a_line_for_every_method():
     methods = importlib.import_module("qalign.methods").METHODS.values()
     for kind in methods:
-        line = next((line for line in _read("README.md").splitlines() if line.startswith(f"| `{kind.__name__}` |")), "")
+        line = next(
+            (line for line in _read("README.md").splitlines() if line.startswith(f"| `{kind.__name__}` |")),
+            "",
+        )
         assert kind.card.paper in line and line.endswith(f"| {kind.card.cost} |"), kind
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_named_in_documents_exist(document):
     text = re.sub(r"```.*?```", "", _read(document), flags=re.DOTALL)
-    quoted = re.findall(r"`([\w./-]+(?:/|\.(?:py|md|txt|json|toml|png)))`", text) + re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    quoted = re.findall(r"`([\w./-]+(?:/|\.(?:py|md|txt|json|toml|png)))`", text) + re.findall(
+        r"\]\((?!http)([^)#]+)\)", text
+    )
     made_by_commands = {"benchmarks/results/"}
     folders = ("", "qalign_kernels")
-    missing = [path for path in quoted if path not in made_by_commands and not any((ROOT / folder / path).exists() for folder in folders)]
+    missing = [
+        path
+        for path in quoted
+        if path not in made_by_commands and not any((ROOT / folder / path).exists() for folder in folders)
+    ]
     assert not missing
 
 
@@ -131,7 +146,10 @@ def test_commands_named_in_readme_exist():
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_stem_stands_in_five_places(stem):
-    places = (f"qalign_kernels/{stem}.py", *(f"qalign_kernels/{package}/{stem}.py" for package in ("reference", "tiled", "_triton")))
+    places = (
+        f"qalign_kernels/{stem}.py",
+        *(f"qalign_kernels/{package}/{stem}.py" for package in ("reference", "tiled", "_triton")),
+    )
     missing = [place for place in (*places, f"tests/kernels/test_{stem}.py") if not (ROOT / place).is_file()]
     assert not missing
 
@@ -142,18 +160,30 @@ def test_every_public_op_belongs_to_a_stem_is_documented_and_tested(name):
     stem = op.__module__.removeprefix("qalign_kernels.")
     assert stem in STEMS
     for section in ("Args:", "Returns:", "Memory:", "Source:"):
-        assert section in op.__doc__ or f"as `{name.removesuffix('_with_lse')}`" in op.__doc__ or "As `similarity_argmax`" in op.__doc__, section
+        assert (
+            section in op.__doc__
+            or f"as `{name.removesuffix('_with_lse')}`" in op.__doc__
+            or "As `similarity_argmax`" in op.__doc__
+        ), section
     assert f"{name}(" in _read(f"tests/kernels/test_{stem}.py")
     assert name in _read("qalign_kernels/validate.py")
 
 
 def test_version_is_the_same_everywhere(packaging):
     assert packaging["version"] == qalign_kernels.__version__
-    assert re.search(rf"^## \[(?:Unreleased|{re.escape(qalign_kernels.__version__)})\]", _read("CHANGELOG.md"), re.MULTILINE)
+    assert re.search(
+        rf"^## \[(?:Unreleased|{re.escape(qalign_kernels.__version__)})\]",
+        _read("CHANGELOG.md"),
+        re.MULTILINE,
+    )
 
 
 def test_constraints_cover_all_requirements(packaging):
-    pins = dict(line.split("==") for line in _read("constraints.txt").splitlines() if line and not line.startswith("#"))
+    pins = dict(
+        line.split("==")
+        for line in _read("constraints.txt").splitlines()
+        if line and not line.startswith("#")
+    )
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     extras = packaging["extras_require"].values()
     for text in [*packaging["install_requires"], *(requirement for extra in extras for requirement in extra)]:
@@ -179,18 +209,28 @@ def test_data_files_are_packaged(package, packaging):
     folder = ROOT / package
     packaged = {path for pattern in packaging["package_data"][package] for path in folder.glob(pattern)}
     packaged |= {ROOT / name for name in SHOWN_ONLY}
-    assert not [path for path in own_files() if folder in path.parents and path.suffix != ".py" and path not in packaged]
+    assert not [
+        path
+        for path in own_files()
+        if folder in path.parents and path.suffix != ".py" and path not in packaged
+    ]
 
 
 def test_wheels_hold_no_file_for_show(packaging):
-    patterns = [(package, pattern) for package, names in packaging["package_data"].items() for pattern in names]
+    patterns = [
+        (package, pattern) for package, names in packaging["package_data"].items() for pattern in names
+    ]
     packaged = {path for package, pattern in patterns for path in (ROOT / package).glob(pattern)}
     assert packaged and not packaged & {ROOT / name for name in SHOWN_ONLY}
 
 
 def test_no_file_holds_a_path_of_somebodys_machine():
     machine = re.compile(rb"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt|var)/\w")
-    holders = [str(path) for path in own_files() if path.suffix != ".png" and path != Path(__file__) and machine.search(path.read_bytes())]
+    holders = [
+        str(path)
+        for path in own_files()
+        if path.suffix != ".png" and path != Path(__file__) and machine.search(path.read_bytes())
+    ]
     assert not holders
 
 
@@ -252,7 +292,10 @@ def test_make_says_in_one_line_that_python_is_too_old(bare_copy):
 def _write_wheel(folder, name, version, *requirements):
     """An empty package that says what it requires."""
     info = f"{name}-{version}.dist-info"
-    metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {x}" for x in requirements)]
+    metadata = [
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}",
+        *(f"Requires-Dist: {x}" for x in requirements),
+    ]
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA", "\n".join(metadata) + "\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -261,7 +304,9 @@ def _write_wheel(folder, name, version, *requirements):
 
 def test_make_installs_every_extra_it_needs(bare_copy):
     """A comma in an argument of $(call) cuts it: the shell then met half a command."""
-    text = subprocess.run(["make", "-n", "test"], cwd=bare_copy, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["make", "-n", "test"], cwd=bare_copy, capture_output=True, text=True, check=True
+    ).stdout
     assert 'install -e ".[diffusers,bench,demo,dev]" -c constraints.txt' in text
 
 
@@ -274,7 +319,11 @@ def test_make_shows_why_pip_refuses(bare_copy, tmp_path_factory):
     (bare_copy / "constraints.txt").write_text("torch==9.0\ntriton==2.0\n")
     offline = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
     refusal = subprocess.run(
-        ["make", "test", f"PYTHON={sys.executable}"], cwd=bare_copy, env=offline, capture_output=True, text=True
+        ["make", "test", f"PYTHON={sys.executable}"],
+        cwd=bare_copy,
+        env=offline,
+        capture_output=True,
+        text=True,
     )
     assert refusal.returncode != 0 and not (bare_copy / ".venv/.ready").exists()
     assert "torch 9.0 depends on triton==1.0" in refusal.stderr

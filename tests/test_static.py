@@ -54,7 +54,12 @@ def test_good_kernel_passes(tmp_path):
     done = _static("--cases", "static_toys", "--op", "good", *ONE, "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "rows.json").read_text())
-    assert row["matrix"] == "HGMMA" and row["spill_bytes"] == 0 and row["registers"] > 0 and row["undefined"] == row["stray_descriptors"] == []
+    assert (
+        row["matrix"] == "HGMMA"
+        and row["spill_bytes"] == 0
+        and row["registers"] > 0
+        and row["undefined"] == row["stray_descriptors"] == []
+    )
     assert 2 < row["lane_instructions"] < 8
 
 
@@ -69,7 +74,9 @@ def test_bad_kernels_fail():
 
 def test_spills_that_a_gpu_prefers_are_allowed():
     budgets = json.loads(static.BUDGETS.read_text())
-    budgets["measured_spills"] = [{"case": "a", "target": "sm_90", "head_dim": 64, "bytes": 24, "evidence": "us"}]
+    budgets["measured_spills"] = [
+        {"case": "a", "target": "sm_90", "head_dim": 64, "bytes": 24, "evidence": "us"}
+    ]
     row = static.Row(["a b"], "k", "sm_90", "bf16", 64, {}, 4, 3)
     others = [
         static.Row(["b a"], "k", "sm_90", "bf16", 64, {}, 4, 3),
@@ -89,7 +96,12 @@ def test_budgets_are_held(tmp_path):
     here = machine_code.minor_version(importlib.metadata.version("triton"))
     loose, tight = ({"limits": {here: limit}} for limit in (100.0, 1.0))
     elsewhere = {"limits": {"2.0": 1.0}}
-    budgets["lane_instructions"] = [budget | loose, budget | tight, budget | loose | {"kernel": "renamed_*"}, budget | elsewhere]
+    budgets["lane_instructions"] = [
+        budget | loose,
+        budget | tight,
+        budget | loose | {"kernel": "renamed_*"},
+        budget | elsewhere,
+    ]
     file = tmp_path / "budgets.json"
     file.write_text(json.dumps(budgets))
     done = _static("--cases", "static_toys", "--op", "good", *ONE, "--budgets", str(file))
@@ -102,7 +114,9 @@ def test_budgets_are_held(tmp_path):
 def test_triton_without_budgets_is_named():
     budgets = json.loads(static.BUDGETS.read_text())
     assert static.unheld_version(budgets, "3.7.9") is None
-    assert static.unheld_version(budgets, "4.0.0").startswith("Triton 4.0.0: expected a minor version that budgets.json names")
+    assert static.unheld_version(budgets, "4.0.0").startswith(
+        "Triton 4.0.0: expected a minor version that budgets.json names"
+    )
 
 
 def test_pinned_triton_has_budgets_for_every_budgeted_case():
@@ -115,11 +129,23 @@ def test_pinned_triton_has_budgets_for_every_budgeted_case():
 
 def test_update_keeps_what_was_not_compiled_anew():
     def row(cases, head_dim, registers, target="sm_90"):
-        return {"cases": cases, "kernel": "k", "target": target, "dtype": "bf16", "head_dim": head_dim, "registers": registers}
+        return {
+            "cases": cases,
+            "kernel": "k",
+            "target": target,
+            "dtype": "bf16",
+            "head_dim": head_dim,
+            "registers": registers,
+        }
 
     before = [row(["a", "b"], 64, 1), row(["b"], 64, 2), row(["b"], 80, 3), row(["b"], 64, 4, "sm_80")]
     after = static.merged(before, [row(["b"], 64, 5)], {"b"}, {("sm_90", "bf16", 64)})
-    assert [(r["cases"], r["head_dim"], r["registers"]) for r in after] == [(["a"], 64, 1), (["b"], 64, 4), (["b"], 64, 5), (["b"], 80, 3)]
+    assert [(r["cases"], r["head_dim"], r["registers"]) for r in after] == [
+        (["a"], 64, 1),
+        (["b"], 64, 4),
+        (["b"], 64, 5),
+        (["b"], 80, 3),
+    ]
 
 
 def test_interpreted_kernels_are_refused(monkeypatch):
@@ -154,11 +180,15 @@ def test_hot_loop_is_the_innermost_one_that_multiplies_matrices():
 
 def _code(*lines: str) -> machine_code.MachineCode:
     """The machine code of `lines`, 16 bytes each."""
-    text = "\n".join(f"        /*{16 * position:04x}*/  {line} ;  /* 0x0 */" for position, line in enumerate(lines))
+    text = "\n".join(
+        f"        /*{16 * position:04x}*/  {line} ;  /* 0x0 */" for position, line in enumerate(lines)
+    )
     return machine_code.MachineCode(8, 0, 0, 32, machine_code.parse_sass(text))
 
 
-@pytest.mark.parametrize(("before", "undefined"), [("NOP", ["UR26", "UR27"]), ("ULDC.64 UR26, c[0x0][0x210]", [])])
+@pytest.mark.parametrize(
+    ("before", "undefined"), [("NOP", ["UR26", "UR27"]), ("ULDC.64 UR26, c[0x0][0x210]", [])]
+)
 def test_undefined_descriptor_breaks_the_gate(before, undefined):
     """ptxas 12.8 computed descriptors of attention at d = 40 from registers that nothing wrote: wrong results on an H200."""
     code = _code(
@@ -173,7 +203,9 @@ def test_undefined_descriptor_breaks_the_gate(before, undefined):
     static.record_resources(row, code)
     static.hold_limits(row, json.loads(static.BUDGETS.read_text()))
     assert code.undefined() == row.undefined == undefined
-    assert row.problems == ["reads uniform registers before anything writes them: UR26 UR27"] * bool(undefined)
+    assert row.problems == ["reads uniform registers before anything writes them: UR26 UR27"] * bool(
+        undefined
+    )
 
 
 @pytest.mark.parametrize(("source", "right"), [("UR16", 0), ("UR19", 0), ("UR18", 1), ("UR8", 1), ("URZ", 1)])
@@ -227,11 +259,16 @@ def test_definitions_follow_the_flow_not_the_text():
     assert _code(*away).undefined() == []
     for jump in ("@P1 BRA 0x20", "BRA.U !UP1, 0x20", "BRA P1, 0x20"):
         assert _code(jump, "UMOV UR4, 0x400", "STS [UR4], R0", "EXIT").undefined() == ["UR4"]
-    assert _code("CALL.REL.NOINC 0x20", "EXIT", "STS [UR4], R0", "RET.REL.NODEC R2 0x0").undefined() == ["UR4"]
+    assert _code("CALL.REL.NOINC 0x20", "EXIT", "STS [UR4], R0", "RET.REL.NODEC R2 0x0").undefined() == [
+        "UR4"
+    ]
 
 
 def test_predicated_definitions_count():
-    assert _code("@UP0 UMOV UR4, 0x1", "@!UP0 UMOV UR4, 0x2", "IMAD.U32 R4, RZ, RZ, UR4", "EXIT").undefined() == []
+    assert (
+        _code("@UP0 UMOV UR4, 0x1", "@!UP0 UMOV UR4, 0x2", "IMAD.U32 R4, RZ, RZ, UR4", "EXIT").undefined()
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +276,11 @@ def test_predicated_definitions_count():
     [
         ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR36], RZ, !UPT", {36, 37, 38, 39}, set()),
         ("HGMMA.64x32x16.F32.BF16 R88, R116, gdesc[UR28].tnspB, R88, gsb0", {30, 31}, set()),
-        ("UTCHMMA tmem[UR25], gdesc[UR68], tmem[UR16], tmem[UR38], idesc[UR39], UPT", {16, 25, 38, 39, 68, 69}, set()),
+        (
+            "UTCHMMA tmem[UR25], gdesc[UR68], tmem[UR16], tmem[UR38], idesc[UR39], UPT",
+            {16, 25, 38, 39, 68, 69},
+            set(),
+        ),
         ("LDG.E.128 R28, desc[UR24][R20.64]", {24, 25}, set()),
         ("LDS.128 R4, [R63+UR23+0x2000]", {23}, set()),
         ("LDCU.128 UR12, c[0x0][0x380]", set(), {12, 13, 14, 15}),
@@ -301,11 +342,25 @@ def test_unrolled_loops_count_all_their_tiles(step, copies, tiles):
     assert static.tiles_per_pass(TTGIR.format(step=step), loop, block_n=128, num_warps=4) == tiles
 
 
-@pytest.mark.parametrize("name", ["LDG.E.U16", "LDG.E.U16.CONSTANT", "LDG.E.CONSTANT.S8", "global_load_short_d16_hi", "buffer_load_ubyte"])
+@pytest.mark.parametrize(
+    "name",
+    ["LDG.E.U16", "LDG.E.U16.CONSTANT", "LDG.E.CONSTANT.S8", "global_load_short_d16_hi", "buffer_load_ubyte"],
+)
 def test_narrow_loads_are_seen(name):
     assert machine_code.is_narrow_load(name)
 
 
-@pytest.mark.parametrize("name", ["LDG.E", "LDG.E.64", "LDG.E.128", "LDGSTS.E.BYPASS.128", "LDS.U16", "global_load_dwordx4", "ds_read_u16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LDG.E",
+        "LDG.E.64",
+        "LDG.E.128",
+        "LDGSTS.E.BYPASS.128",
+        "LDS.U16",
+        "global_load_dwordx4",
+        "ds_read_u16",
+    ],
+)
 def test_wide_and_shared_loads_are_not_narrow(name):
     assert not machine_code.is_narrow_load(name)

@@ -50,7 +50,9 @@ def _sweep(subject, *, late=lambda: False, settle=lambda: None, candidates=(SLOW
     return sweep
 
 
-@pytest.mark.parametrize(("times", "chosen"), [((9.0, 0.99, 1.5), None), ((9.0, 0.97, 0.985), FAST), ((9.0, 0.97, 0.5), FASTER)])
+@pytest.mark.parametrize(
+    ("times", "chosen"), [((9.0, 0.99, 1.5), None), ((9.0, 0.97, 0.985), FAST), ((9.0, 0.97, 0.5), FASTER)]
+)
 def test_two_percent_replace_a_tile_and_less_does_not(times, chosen):
     sweep = _sweep(Fake({_shipped(): 1.0, **dict(zip((SLOW, FAST, FASTER), times))}))
     assert (sweep.swept, sweep.timed, sweep.skipped, sweep.wrong, sweep.notes) == (1, 4, 0, 0, [])
@@ -59,7 +61,11 @@ def test_two_percent_replace_a_tile_and_less_does_not(times, chosen):
 
 
 def test_wrong_unserving_and_failing_tiles_are_passed_over():
-    subject = Fake({_shipped(): 1.0, FAST: 0.6, FASTER: 0.5, Tile(32, 32, 4, 1): 0.1}, wrong=(Tile(32, 32, 4, 1),), unserving=(FASTER,))
+    subject = Fake(
+        {_shipped(): 1.0, FAST: 0.6, FASTER: 0.5, Tile(32, 32, 4, 1): 0.1},
+        wrong=(Tile(32, 32, 4, 1),),
+        unserving=(FASTER,),
+    )
     sweep = _sweep(subject, candidates=(Tile(32, 32, 4, 1), SLOW, FASTER, FAST))
     assert sweep.changes == [Change(KEY, _shipped(), FAST, 0.6)]
     assert (sweep.timed, sweep.skipped, sweep.wrong) == (3, 1, 2)
@@ -124,12 +130,21 @@ def test_neighbours(op, mode, head_dim):
     tile = _configs.look_up(key, 2)
     steps = tune.neighbours(key, tile)
     assert len(steps) >= 3 and tile not in steps and len(set(steps)) == len(steps)
-    assert all(min(step) >= 1 and step.num_warps in (4, 8) and _configs.accumulators(step, key) <= _configs.MOST_ACCUMULATORS for step in steps)
+    assert all(
+        min(step) >= 1
+        and step.num_warps in (4, 8)
+        and _configs.accumulators(step, key) <= _configs.MOST_ACCUMULATORS
+        for step in steps
+    )
 
 
 def test_rows_are_replaced_and_others_stay(tmp_path):
     shipped = json.loads(_configs.FILE.read_text())
-    first = [Change(KEY, SLOW, FAST, 0.5), Change(OTHER, SLOW, FAST, 0.5), Change(KEY._replace(triton="3.9", architecture="sm_80"), SLOW, FAST, 0.5)]
+    first = [
+        Change(KEY, SLOW, FAST, 0.5),
+        Change(OTHER, SLOW, FAST, 0.5),
+        Change(KEY._replace(triton="3.9", architecture="sm_80"), SLOW, FAST, 0.5),
+    ]
     rows = tune.replace(tune.replace(shipped, first), [Change(KEY, FAST, FASTER, 0.5)])
     table = _configs.expand(rows)
     assert [row for row in rows if row["triton"] is None] == [row for row in shipped if row["triton"] is None]
@@ -165,21 +180,36 @@ def test_what_was_found_is_kept_at_once(interrupted, tmp_path, monkeypatch, caps
     monkeypatch.setattr(tune, "GpuSubject", subject)
     monkeypatch.setattr(tune, "candidate_tiles", lambda key, tile: [FAST])
     assert tune.sweep([(TRIALS[1], KEY), (TRIALS[1], OTHER)], file, 60.0) == (130 if interrupted else 0)
-    assert set(_configs.expand(json.loads(file.read_text()))) - set(_configs.expand(json.loads(_configs.FILE.read_text()))) == {KEY}
+    assert set(_configs.expand(json.loads(file.read_text()))) - set(
+        _configs.expand(json.loads(_configs.FILE.read_text()))
+    ) == {KEY}
     first, *_, last = capsys.readouterr().out.splitlines()
-    assert "attention softmax sm_90 bfloat16 d=64 tokens<=4096: 64x64 warps 4 stages 1 instead of" in first and "0.500 of its time" in first
-    assert last.startswith("interrupted: 1 of 2 keys swept, 1 changed" if interrupted else "2 of 2 keys swept, 1 changed")
+    assert (
+        "attention softmax sm_90 bfloat16 d=64 tokens<=4096: 64x64 warps 4 stages 1 instead of" in first
+        and "0.500 of its time" in first
+    )
+    assert last.startswith(
+        "interrupted: 1 of 2 keys swept, 1 changed" if interrupted else "2 of 2 keys swept, 1 changed"
+    )
 
 
 def test_what_matters_most_is_first_and_everything_is_there():
     chosen = tune.choose_keys(None, "sm_90", "3.6")
     keys = [key for _, key in chosen]
-    assert len(set(keys)) == len(keys) == len(WORK) * len(tune.DTYPES) * len(_configs.TOKEN_BUCKETS) * len(trials.HEADS)
+    assert (
+        len(set(keys))
+        == len(keys)
+        == len(WORK) * len(tune.DTYPES) * len(_configs.TOKEN_BUCKETS) * len(trials.HEADS)
+    )
     assert {(key.op, key.mode) for key in keys} == set(WORK)
     assert set(trials.USUAL_TOKENS) == set(_configs.TOKEN_BUCKETS)
     named = [f"{trial.name} {key.head_dim}" for trial, key in chosen[:8]]
     assert named[0] == "similarity joint 64"
-    assert named[1:7] == [f"attention {mode} {head_dim}" for mode in ("counted softmax", "softmax") for head_dim in (64, 40, 128)]
+    assert named[1:7] == [
+        f"attention {mode} {head_dim}"
+        for mode in ("counted softmax", "softmax")
+        for head_dim in (64, 40, 128)
+    ]
     assert named[7] == "attention contrast 64"
     assert all(key.tokens == 4096 and key.dtype == "bfloat16" for key in keys[:8])
 
@@ -206,13 +236,19 @@ def test_every_call_launches_with_the_tile_that_is_tried(trial, head_dim, device
         pytest.skip(problem)
     from qalign_kernels._triton._launch import recording
 
-    key, odd = Key(trial.op, trial.mode, "sm_90", _configs.triton_minor(), "float16", 256, head_dim), Tile(16, 16, 4, 5)
+    key, odd = (
+        Key(trial.op, trial.mode, "sm_90", _configs.triton_minor(), "float16", 256, head_dim),
+        Tile(16, 16, 4, 5),
+    )
     inputs = trials.make_inputs(key, device)
     for call in (trial.timed, *(trial.others if head_dim == 64 else ())):
         for x in (inputs, trials.make_ragged(inputs, key)):
             with _configs.trying(key, odd), recording("sm_90") as launches:
                 call.run(x, "triton")
-            assert any(launch.num_stages == odd.num_stages and launch.arguments["BLOCK_M"] == odd.block_m for launch in launches)
+            assert any(
+                launch.num_stages == odd.num_stages and launch.arguments["BLOCK_M"] == odd.block_m
+                for launch in launches
+            )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -221,7 +257,9 @@ def test_a_short_sweep_on_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(_configs, "tiles", lambda: table)
     monkeypatch.setattr(measure, "_flush", None)
     file = tmp_path / "tiles.json"
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "tune", "--op", "packed", "--minutes", "0.5", "--out", str(file)])
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks", "tune", "--op", "packed", "--minutes", "0.5", "--out", str(file)]
+    )
     assert __main__.main() == 0
     assert _configs.expand(json.loads(file.read_text()))
     assert not capsys.readouterr().out.splitlines()[-1].startswith("0 of")

@@ -41,7 +41,13 @@ class Environment(NamedTuple):
 
 ENVIRONMENTS = (
     Environment("oldest", "3.11", ("diffusers", "triton"), "lowest-direct"),
-    Environment("kernels alone, torch 2.11", "3.12", ("triton",), further=("torch==2.11.*", "numpy>=2.4"), suite=KERNELS),
+    Environment(
+        "kernels alone, torch 2.11",
+        "3.12",
+        ("triton",),
+        further=("torch==2.11.*", "numpy>=2.4"),
+        suite=KERNELS,
+    ),
     Environment("pinned", "3.13", ("diffusers", "triton"), further=("-c", "constraints.txt")),
     Environment("newest", "3.13", ("diffusers", "triton")),
 )
@@ -61,7 +67,9 @@ class Row(NamedTuple):
 def requirements(extras: tuple[str, ...]) -> list[str]:
     """What setup.py requires with these extras."""
     given = packaging_arguments()
-    return sorted({*given["install_requires"], *(text for extra in extras for text in given["extras_require"][extra])})
+    return sorted(
+        {*given["install_requires"], *(text for extra in extras for text in given["extras_require"][extra])}
+    )
 
 
 def _uv(*arguments: str) -> None:
@@ -82,15 +90,21 @@ def versions(python: Path) -> dict[str, str]:
     """The installed version of each of PACKAGES and of Python."""
     code = "import importlib.metadata as m, platform; print('python', platform.python_version())\n"
     code += "for d in m.distributions(): print(d.name.lower(), d.version)"
-    lines = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     installed = dict(line.split(" ", 1) for line in lines)
     return {name: installed.get(name, "-") for name in ("python", *PACKAGES)}
 
 
 def _run(log: Path, python: Path, *arguments: str) -> tuple[int, str]:
     """The exit code, and what was printed, which also goes to the log."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    done = subprocess.run([python, *arguments], cwd=ROOT, env=kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")
+    }
+    done = subprocess.run(
+        [python, *arguments], cwd=ROOT, env=kept, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ python {' '.join(arguments)}\n{done.stdout}\n")
     return done.returncode, done.stdout
@@ -103,11 +117,19 @@ def try_out(environment: Environment, log: Path) -> Row:
         python = build(environment, Path(folder) / "venv")
         found = versions(python)
         validate, report = _run(log, python, "-m", "qalign_kernels.validate", "--quick")
-        pytest, summary = _run(log, python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *environment.suite)
+        pytest, summary = _run(
+            log, python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *environment.suite
+        )
     cases = re.findall(r"^(\d+ cases) in \d+ rows, (\d+ failed)", report, re.MULTILINE)
     refusal = re.findall(r"^Triton not run: (.*)$", report, re.MULTILINE)
-    validated = "; ".join([*(", ".join(case) for case in cases), *(f"Triton not run: {reason}" for reason in refusal)])
-    tested = re.sub(r" in [\d.]+s.*", "", summary.strip().splitlines()[-1]).strip("= ") if summary.strip() else "nothing ran"
+    validated = "; ".join(
+        [*(", ".join(case) for case in cases), *(f"Triton not run: {reason}" for reason in refusal)]
+    )
+    tested = (
+        re.sub(r" in [\d.]+s.*", "", summary.strip().splitlines()[-1]).strip("= ")
+        if summary.strip()
+        else "nothing ran"
+    )
     minutes = round((time.monotonic() - start) / 60, 1)
     return Row(environment.name, found, validated or "nothing ran", tested, minutes, validate == pytest == 0)
 
@@ -125,8 +147,12 @@ def table(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.versions", description=__doc__.splitlines()[0])
     names = [environment.name for environment in ENVIRONMENTS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--log", type=Path, default=Path("versions.log"), help="what ran, whole (default: %(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
+    )
+    parser.add_argument(
+        "--log", type=Path, default=Path("versions.log"), help="what ran, whole (default: %(default)s)"
+    )
     options = parser.parse_args()
     options.log.write_text("", encoding="utf-8")
     rows = []

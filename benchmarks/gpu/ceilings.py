@@ -40,7 +40,14 @@ def copy(seconds: float) -> dict[str, Any]:
     target = torch.empty_like(source)
     p20, p50, p80 = percentiles(times(lambda: target.copy_(source), seconds))
     moved = 2 * source.numel()
-    return {"name": "copy", "unit": "GB/s", "value": moved / p50 / 1e9, "p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3}
+    return {
+        "name": "copy",
+        "unit": "GB/s",
+        "value": moved / p50 / 1e9,
+        "p20_ms": p20 * 1e3,
+        "p50_ms": p50 * 1e3,
+        "p80_ms": p80 * 1e3,
+    }
 
 
 def large_matmul() -> Callable[[], Tensor]:
@@ -61,7 +68,12 @@ def matmul(seconds: float) -> dict[str, Any]:
     call = large_matmul()
     with Clocks() as clocks:
         p20, p50, p80 = percentiles(times(call, seconds))
-    figures = {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "sm_mhz_while_running": clocks.summary()}
+    figures = {
+        "p20_ms": p20 * 1e3,
+        "p50_ms": p50 * 1e3,
+        "p80_ms": p80 * 1e3,
+        "sm_mhz_while_running": clocks.summary(),
+    }
     return {"name": "matmul bf16 8192^3", "unit": "TFLOP/s", "value": matmul_tflops(p50), **figures}
 
 
@@ -88,7 +100,11 @@ class Clocks:
 
     def summary(self) -> list[float] | None:
         """Smallest, median and largest reading."""
-        return [min(self._readings), statistics.median(self._readings), max(self._readings)] if self._readings else None
+        return (
+            [min(self._readings), statistics.median(self._readings), max(self._readings)]
+            if self._readings
+            else None
+        )
 
 
 def main() -> int:

@@ -19,7 +19,15 @@ FIELDS = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",
     "utilization.gpu", "memory.used", "mig.mode.current", "clocks_event_reasons.active",
 )  # fmt: skip
-PACKAGES = ("fa3-fwd", "flash-kmeans", "sageattention", "diffusers", "numpy", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+PACKAGES = (
+    "fa3-fwd",
+    "flash-kmeans",
+    "sageattention",
+    "diffusers",
+    "numpy",
+    "nvidia-cudnn-cu13",
+    "nvidia-cudnn-cu12",
+)
 
 
 def nvidia_smi(*fields: str) -> dict[str, str]:

@@ -28,16 +28,28 @@ FIRST_ITERATIONS = 2000
 
 @core.extern
 def cycles(_semantic=None):
-    return core.inline_asm_elementwise("mov.u64 $0, %clock64;", "=l", [], dtype=core.int64, is_pure=False, pack=1, _semantic=_semantic)
+    return core.inline_asm_elementwise(
+        "mov.u64 $0, %clock64;", "=l", [], dtype=core.int64, is_pure=False, pack=1, _semantic=_semantic
+    )
 
 
 @triton.jit
 def _majority(x, y, z):
-    return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0xE8;", "=r,r,r,r", [x, y, z], dtype=tl.int32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xE8;", "=r,r,r,r", [x, y, z], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def rate_kernel(values_ptr, result_ptr, clock_ptr, iterations, MODE: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr):
+def rate_kernel(
+    values_ptr,
+    result_ptr,
+    clock_ptr,
+    iterations,
+    MODE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Four tensors of BLOCK elements feed each other, so that no step can be folded into another. clock_ptr: int64 [programs, 2]."""
     offsets = tl.arange(0, BLOCK)
     a = tl.load(values_ptr + offsets)
@@ -45,7 +57,12 @@ def rate_kernel(values_ptr, result_ptr, clock_ptr, iterations, MODE: tl.constexp
     c = tl.load(values_ptr + 2 * BLOCK + offsets)
     d = tl.load(values_ptr + 3 * BLOCK + offsets)
     if MODE == 2:
-        a, b, c, d = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True), c.to(tl.int32, bitcast=True), d.to(tl.int32, bitcast=True)
+        a, b, c, d = (
+            a.to(tl.int32, bitcast=True),
+            b.to(tl.int32, bitcast=True),
+            c.to(tl.int32, bitcast=True),
+            d.to(tl.int32, bitcast=True),
+        )
     first_cycle, first_nanosecond = cycles(), globaltimer()
     for _iteration in range(iterations):
         for _step in tl.static_range(UNROLL):
@@ -80,14 +97,18 @@ def measure(seconds: float) -> list[dict[str, Any]]:
     clocks = torch.zeros(programs, 2, dtype=torch.int64, device="cuda")
 
     def launch(mode: int, iterations: int) -> Any:
-        return rate_kernel[(programs,)](values, result, clocks, iterations, MODE=mode, UNROLL=UNROLL, BLOCK=BLOCK, num_warps=WARPS)
+        return rate_kernel[(programs,)](
+            values, result, clocks, iterations, MODE=mode, UNROLL=UNROLL, BLOCK=BLOCK, num_warps=WARPS
+        )
 
     rows = []
     for name, mode in MODES.items():
         compiled = launch(mode, FIRST_ITERATIONS)
         launch(mode, FIRST_ITERATIONS)
         taken = clocks[:, 1].median().item() * 1e-9
-        iterations = max(FIRST_ITERATIONS, round(FIRST_ITERATIONS * seconds / len(MODES) / 10 / max(taken, 1e-6)))
+        iterations = max(
+            FIRST_ITERATIONS, round(FIRST_ITERATIONS * seconds / len(MODES) / 10 / max(taken, 1e-6))
+        )
         rates, mhz = [], []
         for _ in range(5):
             launch(mode, iterations)
@@ -96,7 +117,15 @@ def measure(seconds: float) -> list[dict[str, Any]]:
             mhz.append((cycle_counts / nanoseconds).median().item() * 1e3)
         p20, p50, p80 = percentiles(rates)
         figures = {"p20": p20, "p80": p80, "sm_mhz": percentiles(mhz)[1], "iterations": iterations}
-        rows.append({"name": f"{name} chain", "unit": "lanes per clock and SM", "value": p50, **figures, "in_loop": loop_contents(compiled)})
+        rows.append(
+            {
+                "name": f"{name} chain",
+                "unit": "lanes per clock and SM",
+                "value": p50,
+                **figures,
+                "in_loop": loop_contents(compiled),
+            }
+        )
     return rows
 
 

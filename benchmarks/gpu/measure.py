@@ -24,13 +24,18 @@ WORKER_OF = {
 }
 
 
-def supervise(command: Sequence[str], journal: Journal, clock: arguments.Clock, stall_seconds: float = STALL_SECONDS) -> int:
+def supervise(
+    command: Sequence[str], journal: Journal, clock: arguments.Clock, stall_seconds: float = STALL_SECONDS
+) -> int:
     """0 where a worker came to its end, or measured until time was up. `command` is started with `--seconds S` behind it."""
     for number in range(WORKERS):
         with journal.path.with_name(f"{journal.path.stem}-{number}.log").open("w") as output:
             seconds = max(0.0, clock.left() - SECONDS_TO_END)
             process = subprocess.Popen(
-                (*command, "--seconds", f"{seconds:.1f}"), stdout=output, stderr=subprocess.STDOUT, env=processes.environment()
+                (*command, "--seconds", f"{seconds:.1f}"),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=processes.environment(),
             )
             code = _wait(process, journal, clock, stall_seconds)
         if code == 0:
@@ -43,7 +48,9 @@ def supervise(command: Sequence[str], journal: Journal, clock: arguments.Clock, 
     return 1
 
 
-def _wait(process: subprocess.Popen, journal: Journal, clock: arguments.Clock, stall_seconds: float) -> int | None:
+def _wait(
+    process: subprocess.Popen, journal: Journal, clock: arguments.Clock, stall_seconds: float
+) -> int | None:
     """The exit code, or None where nothing was written for too long or time was up."""
     started = time.time()
     while True:
@@ -62,7 +69,9 @@ def _leave_out(journal: Journal, code: int | None) -> None:
     how = "did not come to an end" if code is None else f"ended the process with exit code {code}"
     place = journal.left_open()
     if place is None:
-        journal.add("failure", f"a worker {how} outside any visit: {processes.last_line(_newest_log(journal))}")
+        journal.add(
+            "failure", f"a worker {how} outside any visit: {processes.last_line(_newest_log(journal))}"
+        )
         return
     of_peer = not place.startswith("[") and f" {OURS} [" not in place
     journal.add("note" if of_peer else "failure", f"{place}: {how}")
@@ -79,10 +88,21 @@ def compile_all(folder: Path, clock: arguments.Clock) -> None:
     from .plan import compile_parts
 
     def part(number: int) -> None:
-        command = (sys.executable, "-m", "benchmarks.gpu", "worker", "--out", str(folder), "--compile-part", str(number))
+        command = (
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "worker",
+            "--out",
+            str(folder),
+            "--compile-part",
+            str(number),
+        )
         left = clock.left()
         if left > 0:
-            processes.run((*command, "--seconds", f"{left - 2:.1f}"), folder / "logs" / f"compile-{number}.log", left)
+            processes.run(
+                (*command, "--seconds", f"{left - 2:.1f}"), folder / "logs" / f"compile-{number}.log", left
+            )
 
     count = len(compile_parts())
     with ThreadPoolExecutor(max(1, min(count, os.cpu_count() or 1))) as pool:

@@ -72,16 +72,42 @@ PER_HEAD = {64: (0.50, 0.65), 128: (0.65, 0.80)}
 CONTRAST = {64: (1.5, 1.1), 128: (1.05, 0.85)}
 
 LINES = [
-    *_lines(WHOLE, "qalign_attention", WIDE, "time ratio", Bar(0.87, DEFAULT), Bar(0.65, DEFAULT), Bar(1.0, FASTEST)),
+    *_lines(
+        WHOLE,
+        "qalign_attention",
+        WIDE,
+        "time ratio",
+        Bar(0.87, DEFAULT),
+        Bar(0.65, DEFAULT),
+        Bar(1.0, FASTEST),
+    ),
     *_against_sdpa(WHOLE, "qalign_attention", NARROW, 0.80, 0.52),
-    *_lines(WHOLE, "qalign_attention", FLUX, "time ratio", Bar(0.85, DEFAULT), Bar(0.65, DEFAULT), Bar(1.3, FA3)),
-    *_against_sdpa(f"{WHOLE}, U/N = 1", "qalign_attention", f"{WIDE} {NARROW} {FLUX}", 1.20, 0.95, asked_fraction=1.0),
-    *_lines("joint similarity_argmax", "similarity_argmax", "sd15-512px sdxl flux", "ceiling share", Bar(0.60), Bar(0.80)),
+    *_lines(
+        WHOLE, "qalign_attention", FLUX, "time ratio", Bar(0.85, DEFAULT), Bar(0.65, DEFAULT), Bar(1.3, FA3)
+    ),
+    *_against_sdpa(
+        f"{WHOLE}, U/N = 1", "qalign_attention", f"{WIDE} {NARROW} {FLUX}", 1.20, 0.95, asked_fraction=1.0
+    ),
+    *_lines(
+        "joint similarity_argmax",
+        "similarity_argmax",
+        "sd15-512px sdxl flux",
+        "ceiling share",
+        Bar(0.60),
+        Bar(0.80),
+    ),
     *(
         line
         for op, kind in (("similarity_argmax_per_head", "exact"), ("similarity_argmax_packed", "packed"))
         for head_dim, (must, goal) in PER_HEAD.items()
-        for line in _lines(f"per-head similarity_argmax, {kind}", op, HEAD_DIM_SHAPES[head_dim], "ceiling share", Bar(must), Bar(goal))
+        for line in _lines(
+            f"per-head similarity_argmax, {kind}",
+            op,
+            HEAD_DIM_SHAPES[head_dim],
+            "ceiling share",
+            Bar(must),
+            Bar(goal),
+        )
     ),
     *(
         line
@@ -91,14 +117,45 @@ LINES = [
     *(
         line
         for head_dim, (must, goal) in CONTRAST.items()
-        for line in _against_sdpa("contrast attention", "attention_contrast", HEAD_DIM_SHAPES[head_dim], must, goal)
+        for line in _against_sdpa(
+            "contrast attention", "attention_contrast", HEAD_DIM_SHAPES[head_dim], must, goal
+        )
     ),
     *_against_sdpa("guided refinement", "qalign_attention_guided", "sd15-512px sdxl", 1.5, 1.0),
-    *_against_sdpa("topk refinement, k = 8, with its similarity_topk", "qalign_attention_topk", "sd15-512px sdxl", 0.9, 0.5),
-    *_lines("two equal labels", "attention_half_labels", "sdxl sd15-512px", "time ratio", Bar(0.60, UNMASKED), Bar(0.54, UNMASKED)),
-    *_lines("whole call under a CUDA graph", "qalign_attention", "sd15-mid sd15-low sd15-256px sdxl-low", "graph µs", Bar(40), Bar(20)),
-    *_lines("against eager matmul, argmax, gather, SDPA", "qalign_attention", f"{WIDE} {NARROW} {FLUX}", "speed-up", Bar(3, EAGER), Bar(5, EAGER)),
-    *_lines("peak extra memory", "qalign_attention", f"{WIDE} {NARROW} {FLUX}", "memory ratio", Bar(2), Bar(1)),
+    *_against_sdpa(
+        "topk refinement, k = 8, with its similarity_topk",
+        "qalign_attention_topk",
+        "sd15-512px sdxl",
+        0.9,
+        0.5,
+    ),
+    *_lines(
+        "two equal labels",
+        "attention_half_labels",
+        "sdxl sd15-512px",
+        "time ratio",
+        Bar(0.60, UNMASKED),
+        Bar(0.54, UNMASKED),
+    ),
+    *_lines(
+        "whole call under a CUDA graph",
+        "qalign_attention",
+        "sd15-mid sd15-low sd15-256px sdxl-low",
+        "graph µs",
+        Bar(40),
+        Bar(20),
+    ),
+    *_lines(
+        "against eager matmul, argmax, gather, SDPA",
+        "qalign_attention",
+        f"{WIDE} {NARROW} {FLUX}",
+        "speed-up",
+        Bar(3, EAGER),
+        Bar(5, EAGER),
+    ),
+    *_lines(
+        "peak extra memory", "qalign_attention", f"{WIDE} {NARROW} {FLUX}", "memory ratio", Bar(2), Bar(1)
+    ),
 ]
 
 
@@ -123,7 +180,9 @@ def judge(line: Line, rows: Sequence[Row]) -> Verdict:
     if mine is None:
         return Verdict((None,) * (1 + len(line.goals)), "-", None, "not measured")
     measured, modes = zip(*(_measure(line, bar, mine, found) for bar in (line.must, *line.goals)))
-    absent = dict.fromkeys(provider for bar in line.goals for op, provider in bar.against if (op, provider) not in found)
+    absent = dict.fromkeys(
+        provider for bar in line.goals for op, provider in bar.against if (op, provider) not in found
+    )
     word = modes[0] if modes[0] == NOT_CAPTURED else _word(line, measured)
     text = f"{word}; without {', '.join(absent)}" if absent and measured[0] is not None else word
     return Verdict(measured, modes[0], mine["unique_fraction"], text)
@@ -164,7 +223,10 @@ def memory_ratio(shape: Shape, row: Row) -> float | None:
 
 def _word(line: Line, measured: tuple[float | None, ...]) -> str:
     better = MEASURES[line.measure].more_is_better
-    held = [None if value is None else value >= bar.limit if better else value <= bar.limit for value, bar in zip(measured, (line.must, *line.goals))]
+    held = [
+        None if value is None else value >= bar.limit if better else value <= bar.limit
+        for value, bar in zip(measured, (line.must, *line.goals))
+    ]
     must, *goals = held
     if must is None:
         return "not measured"
@@ -183,5 +245,7 @@ def _names(visits: tuple[Visit, ...]) -> str:
         return "eager"
     if visits == UNMASKED:
         return "unmasked"
-    names = ["default SDPA" if provider == "sdpa" else provider.removeprefix("sdpa ") for _, provider in visits]
+    names = [
+        "default SDPA" if provider == "sdpa" else provider.removeprefix("sdpa ") for _, provider in visits
+    ]
     return names[0] if len(names) == 1 else f"the fastest of {', '.join(names)}"

@@ -11,7 +11,9 @@ from .must_show import DEFAULT, LINES, OURS, Visit
 
 FRACTIONS = (0.35, 0.55, 0.63, 1.0)
 DATA_OPS = ("qalign_attention", "attention_counts")  # those whose time depends on U/N
-YARDSTICKS: tuple[Visit, ...] = tuple(("attention", name) for name in ("sdpa", "sdpa cudnn", "sdpa flash", "fa3", "flex", "sageattention"))
+YARDSTICKS: tuple[Visit, ...] = tuple(
+    ("attention", name) for name in ("sdpa", "sdpa cudnn", "sdpa flash", "fa3", "flex", "sageattention")
+)
 COMPILED = (OURS, "flex", FLEX_FLASH, "flash_kmeans")
 MATCHED_BY_PEERS = ("similarity_argmax", "similarity_argmax_per_head")
 
@@ -73,7 +75,9 @@ def other_groups() -> list[Group]:
         if folded:
             groups.append(Group(shape, None, (*DEFAULT, *((op, OURS) for op in folded)), CONTIGUOUS))
         if not shape.sweep:
-            groups += [Group(shape, fraction, (*DEFAULT, *((op, OURS) for op in DATA_OPS))) for fraction in FRACTIONS]
+            groups += [
+                Group(shape, fraction, (*DEFAULT, *((op, OURS) for op in DATA_OPS))) for fraction in FRACTIONS
+            ]
     return groups
 
 

@@ -41,7 +41,9 @@ def environment() -> dict[str, str]:
 def run(command: Sequence[str], log: Path, seconds: float, **variables: str) -> int | None:
     """Exit code of `command` in its parent's process group, or None where it was stopped after `seconds`."""
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment() | variables)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment() | variables
+        )
         try:
             return process.wait(max(seconds, 0))
         except subprocess.TimeoutExpired:
@@ -53,7 +55,9 @@ def run(command: Sequence[str], log: Path, seconds: float, **variables: str) -> 
 def run_group(command: Sequence[str], log: Path, seconds: float) -> int | None:
     """`run` in a process group of its own, of which nothing is left over when this returns."""
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        )
         try:
             return process.wait(max(seconds, 0))
         except subprocess.TimeoutExpired:

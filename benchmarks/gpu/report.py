@@ -14,7 +14,13 @@ from .must_show import LINES, NOT_CAPTURED, Line, Row, Verdict, describe, judge,
 from .stages import Outcome
 
 PLANS = ("must_show", "speed")
-PEERS = (("attention", "sdpa"), ("attention", "sdpa cudnn"), ("attention", "sdpa flash"), ("attention", "fa3"), ("attention", "flex"))
+PEERS = (
+    ("attention", "sdpa"),
+    ("attention", "sdpa cudnn"),
+    ("attention", "sdpa flash"),
+    ("attention", "fa3"),
+    ("attention", "flex"),
+)
 NOTE = (
     "Times are of single calls with an empty L2 cache, medians over alternating rounds; eager: launched one by one; graph: replayed as a CUDA graph. "
     "Ratios are times of graphs over times of graphs, of the same inputs in the same process: below 1 is faster. TFLOP/s count the op's definition, "
@@ -25,7 +31,10 @@ NOTE = (
 
 def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
     """The whole report."""
-    environment, ceilings = read_stage(folder / "environment.json", {}), read_stage(folder / "ceilings.json", {})
+    environment, ceilings = (
+        read_stage(folder / "environment.json", {}),
+        read_stage(folder / "ceilings.json", {}),
+    )
     must_rows, rows = (read_stage(folder / f"{plan}.json", []) for plan in PLANS)
     parts = [
         f"# {_heading(environment)}",
@@ -57,7 +66,9 @@ def _heading(environment: Row) -> str:
 
 
 def stage_table(outcomes: Sequence[Outcome]) -> str:
-    return markdown(("stage", "status", "s", ""), [(x.stage, x.status, f"{x.seconds:.0f}", x.note) for x in outcomes])
+    return markdown(
+        ("stage", "status", "s", ""), [(x.stage, x.status, f"{x.seconds:.0f}", x.note) for x in outcomes]
+    )
 
 
 def ceiling_table(ceilings: Row) -> str:
@@ -65,7 +76,12 @@ def ceiling_table(ceilings: Row) -> str:
     if not rows:
         return "Not measured."
     cells = [(row["name"], f"{row['value']:.4g}", row["unit"], _clock(row)) for row in rows]
-    return "\n\n".join([markdown(("ceiling", "measured", "unit", "SM MHz while it ran"), cells), *ceilings.get("problems", [])])
+    return "\n\n".join(
+        [
+            markdown(("ceiling", "measured", "unit", "SM MHz while it ran"), cells),
+            *ceilings.get("problems", []),
+        ]
+    )
 
 
 def _clock(row: Row) -> str:
@@ -93,9 +109,20 @@ COUNTED = (
 
 def _line_cells(line: Line, verdict: Verdict) -> tuple[str, ...]:
     fraction = "-" if verdict.unique_fraction is None else f"{verdict.unique_fraction:.3f}"
-    figures = list(dict.fromkeys("not measured" if value is None else f"{value:.3g}" for value in verdict.measured))
+    figures = list(
+        dict.fromkeys("not measured" if value is None else f"{value:.3g}" for value in verdict.measured)
+    )
     sizes = str(line.shape.size)
-    return line.what, sizes, fraction, describe(line, [line.must]), describe(line, line.goals), " / ".join(figures), verdict.mode, verdict.text
+    return (
+        line.what,
+        sizes,
+        fraction,
+        describe(line, [line.must]),
+        describe(line, line.goals),
+        " / ".join(figures),
+        verdict.mode,
+        verdict.text,
+    )
 
 
 def speed_table(runs: Sequence[Sequence[Row]]) -> str:
@@ -110,7 +137,18 @@ def speed_table(runs: Sequence[Sequence[Row]]) -> str:
     for group in groups.values():
         yardsticks = {(row["op"], row["provider"]): row for row in group}
         cells += [_speed_cells(row, yardsticks) for row in group]
-    head = ("op", "[B, H, N, D]", "U/N", "provider", "eager ms (p20 p50 p80)", "graph ms", "TFLOP/s", "of matmul", *_peer_names(), "peak MiB")
+    head = (
+        "op",
+        "[B, H, N, D]",
+        "U/N",
+        "provider",
+        "eager ms (p20 p50 p80)",
+        "graph ms",
+        "TFLOP/s",
+        "of matmul",
+        *_peer_names(),
+        "peak MiB",
+    )
     return markdown(head, cells)
 
 
@@ -152,7 +190,13 @@ def memory_table(rows: Sequence[Row]) -> str:
     if not groups:
         return "Not measured."
     head = ("[B, H, N, D]", *(f"{op} {provider}" for op, provider in columns))
-    return markdown(head, [(str(list(shape)), *(_figure(found.get(column)) for column in columns)) for shape, found in groups.items()])
+    return markdown(
+        head,
+        [
+            (str(list(shape)), *(_figure(found.get(column)) for column in columns))
+            for shape, found in groups.items()
+        ],
+    )
 
 
 def _accuracy(folder: Path) -> str:
@@ -174,12 +218,17 @@ def _accuracy(folder: Path) -> str:
 def _sanitizer(content: Row) -> str:
     if not content.get("rows"):
         return f"{content.get('note', 'not run')}."
-    cells = [(row["tool"], row["part"], len(row["calls"]), row["seconds"], row["verdict"]) for row in content["rows"]]
+    cells = [
+        (row["tool"], row["part"], len(row["calls"]), row["seconds"], row["verdict"])
+        for row in content["rows"]
+    ]
     return markdown(("tool", "part of the ops", "calls", "s", "verdict"), cells)
 
 
 def _notes(folder: Path) -> str:
     journals = [Journal(folder / "logs" / f"{plan}.journal") for plan in PLANS]
-    failures, notes = ([text for journal in journals for text in journal.texts(kind)] for kind in ("failure", "note"))
+    failures, notes = (
+        [text for journal in journals for text in journal.texts(kind)] for kind in ("failure", "note")
+    )
     lines = [*(f"- FAILED: {text}" for text in failures), *(f"- {text}" for text in notes)]
     return "\n".join(dict.fromkeys(lines)) or "Nothing."

@@ -142,7 +142,9 @@ def _trying(call: Call) -> contextlib.AbstractContextManager[None]:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two results agree bit by bit, NaN included."""
-    return torch.equal(a.reshape(-1).contiguous().view(torch.uint8), b.reshape(-1).contiguous().view(torch.uint8))
+    return torch.equal(
+        a.reshape(-1).contiguous().view(torch.uint8), b.reshape(-1).contiguous().view(torch.uint8)
+    )
 
 
 def _parts(result: Any) -> tuple[Any, ...]:

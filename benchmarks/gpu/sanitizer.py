@@ -19,15 +19,27 @@ FINDING = "=========     at "
 
 def program() -> str | None:
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    places = [f"{home}/{place}" for home in homes if home for place in ("bin", "compute-sanitizer", "extras/compute-sanitizer")]
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    places = [
+        f"{home}/{place}"
+        for home in homes
+        if home
+        for place in ("bin", "compute-sanitizer", "extras/compute-sanitizer")
+    ]
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=os.pathsep.join(places)
+    )
 
 
 def check(sanitizer: str, tool: str, part: int, folder: Path, seconds: float) -> dict[str, Any]:
     """One tool's verdict on a part of the ops: its own summary line and the exit code."""
     log, start = folder / "logs" / f"{tool}-{part}.log", time.monotonic()
     calls = (sys.executable, "-m", "benchmarks.gpu.small_calls", str(part), str(PARTS))
-    code = processes.run((sanitizer, "--tool", tool, "--error-exitcode", str(ERROR_CODE), *calls), log, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    code = processes.run(
+        (sanitizer, "--tool", tool, "--error-exitcode", str(ERROR_CODE), *calls),
+        log,
+        seconds,
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+    )
     text = log.read_text(errors="replace")
     called = re.findall(r"^called (.+)$", text, re.MULTILINE)
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.+)", text)
@@ -36,7 +48,14 @@ def check(sanitizer: str, tool: str, part: int, folder: Path, seconds: float) ->
     else:
         verdict = summary[-1] if summary else processes.last_line(log)
     passed = code == 0 or code is None and FINDING not in text
-    return {"tool": tool, "part": part, "passed": passed, "verdict": verdict, "calls": called, "seconds": round(time.monotonic() - start, 1)}
+    return {
+        "tool": tool,
+        "part": part,
+        "passed": passed,
+        "verdict": verdict,
+        "calls": called,
+        "seconds": round(time.monotonic() - start, 1),
+    }
 
 
 def main() -> int:
@@ -49,7 +68,9 @@ def main() -> int:
         return 0
     jobs = [(tool, part) for tool in TOOLS for part in range(PARTS)]
     with ThreadPoolExecutor(min(len(jobs), max(2, os.cpu_count() or 2))) as pool:
-        rows = list(pool.map(lambda job: check(sanitizer, job[0], job[1], options.out, clock.left() - 1), jobs))
+        rows = list(
+            pool.map(lambda job: check(sanitizer, job[0], job[1], options.out, clock.left() - 1), jobs)
+        )
     arguments.write(options.out, "sanitizer", note=sanitizer, rows=rows)
     for row in rows:
         print(f"{row['tool']} {row['part']}: {row['verdict']}")

@@ -10,7 +10,10 @@ from qalign_kernels.bench.ops import OPS
 from ..shapes import Shape, make_inputs
 
 SHAPES = (Shape("small", 2, 2, 150, 64), Shape("small", 1, 3, 96, 40))
-SORTED_FROM = (1, _labels.SORTED_FROM)  # tokens are sorted by label in the first shape as they are where there are many
+SORTED_FROM = (
+    1,
+    _labels.SORTED_FROM,
+)  # tokens are sorted by label in the first shape as they are where there are many
 
 
 def main(part: int, parts: int) -> None:

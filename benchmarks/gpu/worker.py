@@ -153,7 +153,10 @@ def _first_visit(visit: Visit, group: Group, inputs: shapes.Inputs, journal: Jou
         else:
             measured = _prepare(op, provider, inputs, name, journal)
     except Exception as error:  # a peer that cannot run here is a note, one of ours a failure
-        journal.add("failure" if provider == OURS else "note", f"{name}: {type(error).__name__}: {error}".splitlines()[0][:300])
+        journal.add(
+            "failure" if provider == OURS else "note",
+            f"{name}: {type(error).__name__}: {error}".splitlines()[0][:300],
+        )
         _require_device()
     journal.add("end", name)
     return measured
@@ -193,7 +196,9 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
     return tuple(result) if isinstance(result, tuple) else (result,)
 
 
-def _captured(call: Callable[[], Any], result: Any, provider: str, name: str, journal: Journal) -> torch.cuda.CUDAGraph | None:
+def _captured(
+    call: Callable[[], Any], result: Any, provider: str, name: str, journal: Journal
+) -> torch.cuda.CUDAGraph | None:
     """The call as a graph, whose replay must give the same bits where the call is ours."""
     try:
         graph, replayed = capture(call)
@@ -234,7 +239,10 @@ def _row(
         unique_fraction=measured.unique_fraction, hidden=measured.hidden, layout=group.layout,
     )  # fmt: skip
     graph = percentiles(measured.graph_seconds) if measured.graph_seconds else (None, None, None)
-    times = {f"graph_{name}_ms": None if value is None else round(value * 1e3, 5) for name, value in zip(("p20", "p50", "p80"), graph)}
+    times = {
+        f"graph_{name}_ms": None if value is None else round(value * 1e3, 5)
+        for name, value in zip(("p20", "p50", "p80"), graph)
+    }
     tflops = None if work is None or graph[1] is None else float(f"{work / graph[1] / 1e12:.4g}")
     return {
         **row,
@@ -260,7 +268,10 @@ def call_once(groups: list[Group], clock: arguments.Clock) -> None:
                 torch.cuda.synchronize()
                 print(f"called {op_name} {provider} {group.name}", flush=True)
             except Exception as error:  # reported where it is measured
-                print(f"{op_name} {provider} {group.name}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+                print(
+                    f"{op_name} {provider} {group.name}: {type(error).__name__}: {error}".splitlines()[0],
+                    flush=True,
+                )
 
 
 def main() -> int:

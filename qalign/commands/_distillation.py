@@ -15,9 +15,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of a run of the optimiser."""
     run = parser.add_argument_group("distillation")
     run.add_argument("--steps", type=count, metavar="N", help="of the schedule (default: as published)")
-    run.add_argument("--iterations", type=count, metavar="M", help="of the optimiser at each step (default: as published)")
+    run.add_argument(
+        "--iterations", type=count, metavar="M", help="of the optimiser at each step (default: as published)"
+    )
     run.add_argument("--rate", type=positive, metavar="R", help="of the optimiser (default: as published)")
-    run.add_argument("--layers", nargs="+", metavar="NAME", help="self-attention layers: up, names, patterns (default: the last six of the decoder)")
+    run.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="NAME",
+        help="self-attention layers: up, names, patterns (default: the last six of the decoder)",
+    )
     run.add_argument(
         "--tune-decoder",
         type=count,
@@ -33,8 +40,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def run_settings(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    settings = {"num_inference_steps": options.steps, "iterations": options.iterations, "learning_rate": options.rate}
-    return settings | {"layers": options.layers, "tune_decoder": options.tune_decoder, "generator": torch.Generator().manual_seed(options.seed)}
+    settings = {
+        "num_inference_steps": options.steps,
+        "iterations": options.iterations,
+        "learning_rate": options.rate,
+    }
+    return settings | {
+        "layers": options.layers,
+        "tune_decoder": options.tune_decoder,
+        "generator": torch.Generator().manual_seed(options.seed),
+    }
 
 
 def read_regions(
@@ -47,7 +62,10 @@ def read_regions(
     """The label maps of a style and of the output, by `read_label_map`."""
     from ..context.regions import Regions
 
-    style, output = read_label_map(mask[0], of_style, style_wanted), read_label_map(mask[1], of_output, output_wanted)
+    style, output = (
+        read_label_map(mask[0], of_style, style_wanted),
+        read_label_map(mask[1], of_output, output_wanted),
+    )
     return Regions(appearance=style, structure=output)
 
 
@@ -56,7 +74,9 @@ def report(result: Any, path: Path) -> int:
     write("picture", result.images[0], path)
     if len(result.losses):
         first, last = result.losses[0].tolist(), result.losses[-1].tolist()
-        say(f"loss: {first[0]:.4g} to {last[0]:.4g} in {len(result.losses)} iterations; distillation {first[1]:.4g} to {last[1]:.4g}")
+        say(
+            f"loss: {first[0]:.4g} to {last[0]:.4g} in {len(result.losses)} iterations; distillation {first[1]:.4g} to {last[1]:.4g}"
+        )
     if len(result.decoder_losses):
         first, last = result.decoder_losses[0].item(), result.decoder_losses[-1].item()
         say(f"loss of the decoder: {first:.4g} to {last:.4g} in {len(result.decoder_losses)} iterations")

@@ -68,9 +68,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="'embedded': the small one inside the package, for pictures of 128x128; a folder with a Stable Diffusion (XL) model in diffusers' "
         "form; or the id of one on the Hugging Face Hub (default: %(default)s)",
     )
-    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the networks; latents are float32 always (default: %(default)s)")
-    group.add_argument("--device", metavar="NAME", help="cuda, mps or cpu (default: the first of these that is there)")
-    group.add_argument("--offload", action="store_true", help="keep only the network that runs on the device, for little memory")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the networks; latents are float32 always (default: %(default)s)",
+    )
+    group.add_argument(
+        "--device", metavar="NAME", help="cuda, mps or cpu (default: the first of these that is there)"
+    )
+    group.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep only the network that runs on the device, for little memory",
+    )
 
 
 def refinement_of(options: argparse.Namespace) -> str:
@@ -85,7 +96,9 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"expected a size such as 512 or 512x768, got {text!r}")
     width, height = sides[0], sides[-1]
     if width % MULTIPLE or height % MULTIPLE:
-        raise argparse.ArgumentTypeError(f"expected multiples of {MULTIPLE}, got {width}x{height}; the nearest is {nearest(width, height)}")
+        raise argparse.ArgumentTypeError(
+            f"expected multiples of {MULTIPLE}, got {width}x{height}; the nearest is {nearest(width, height)}"
+        )
     return width, height
 
 
@@ -138,7 +151,9 @@ def read_pictures(paths: Sequence[Path], wanted: tuple[int, int] | None) -> list
     for path, picture in zip(paths, pictures):
         if picture.size != pictures[0].size:
             first, other = (f"{picture.width}x{picture.height}" for picture in (pictures[0], picture))
-            raise ValueError(f"{path}: expected the size of {paths[0]}, {first}, got {other}; --size {first} makes them equal")
+            raise ValueError(
+                f"{path}: expected the size of {paths[0]}, {first}, got {other}; --size {first} makes them equal"
+            )
     return pictures
 
 
@@ -146,12 +161,16 @@ def _read_picture(path: Path, wanted: tuple[int, int] | None) -> Any:
     from PIL import Image, ImageOps
 
     if not path.is_file():
-        raise ValueError(f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}")
+        raise ValueError(
+            f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}"
+        )
     try:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: expected a picture (PNG, JPEG, WebP, ...), got something that cannot be read as one") from error
+        raise ValueError(
+            f"{path}: expected a picture (PNG, JPEG, WebP, ...), got something that cannot be read as one"
+        ) from error
     if wanted is not None:
         return ImageOps.fit(picture, wanted, Image.Resampling.LANCZOS)
     _check_sides(path, *picture.size)
@@ -161,7 +180,9 @@ def _read_picture(path: Path, wanted: tuple[int, int] | None) -> Any:
 def _check_sides(path: Path, width: int, height: int) -> None:
     if width % MULTIPLE or height % MULTIPLE:
         near = nearest(width, height)
-        raise ValueError(f"{path}: expected sides that are multiples of {MULTIPLE}, got {width}x{height}; --size {near} is the nearest")
+        raise ValueError(
+            f"{path}: expected sides that are multiples of {MULTIPLE}, got {width}x{height}; --size {near} is the nearest"
+        )
 
 
 def read_label_map(path: Path, size: tuple[int, int] | None, wanted: tuple[int, int] | None) -> Any:
@@ -174,7 +195,9 @@ def read_label_map(path: Path, size: tuple[int, int] | None, wanted: tuple[int, 
     from ..context.regions import read_labels
 
     if not path.is_file():
-        raise ValueError(f"{path}: expected a label map, found {'a folder' if path.is_dir() else 'no such file'}")
+        raise ValueError(
+            f"{path}: expected a label map, found {'a folder' if path.is_dir() else 'no such file'}"
+        )
     labels = read_labels(path)
     if wanted is not None:
         import torch
@@ -185,7 +208,9 @@ def read_label_map(path: Path, size: tuple[int, int] | None, wanted: tuple[int, 
     if size is None:
         _check_sides(path, labels.shape[1], labels.shape[0])
     elif labels.shape != (size[1], size[0]):
-        raise ValueError(f"{path}: expected labels of its picture's {size[0]}x{size[1]} pixels, got {labels.shape[1]}x{labels.shape[0]}")
+        raise ValueError(
+            f"{path}: expected labels of its picture's {size[0]}x{size[1]} pixels, got {labels.shape[1]}x{labels.shape[0]}"
+        )
     return labels
 
 
@@ -196,7 +221,9 @@ def load_pipeline(options: argparse.Namespace) -> Any:
     from ..pipelines import AppearanceTransferPipeline
 
     dtype = getattr(torch, options.dtype)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = options.device or (
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
     require_device(device)
     if options.offload and torch.device(device).type == "cpu":
         raise ValueError("--offload: expected a device with a memory of its own, got cpu")

@@ -30,7 +30,10 @@ from ._shared import (
     write,
 )
 
-EMBEDDED_RATES = (100.0, 25.0)  # those of Stable Diffusion hardly move the small model's latents (python -m benchmarks bounded)
+EMBEDDED_RATES = (
+    100.0,
+    25.0,
+)  # those of Stable Diffusion hardly move the small model's latents (python -m benchmarks bounded)
 
 READINGS = (
     Reading(("rates",), lambda options: options.iterations != 0, "without --iterations 0"),
@@ -54,12 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="words of the prompt (their plural in s will do), and where what they name belongs; once for each subject",
     )
     pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
-    pictures.add_argument("--labels-out", type=label_path, metavar="L.png", help="also the subjects' masks in the end: 1 the first, 0 none")
-    pictures.add_argument("--size", type=size, metavar="S|WxH", help="in pixels, multiples of 8 (default: the model's own)")
+    pictures.add_argument(
+        "--labels-out",
+        type=label_path,
+        metavar="L.png",
+        help="also the subjects' masks in the end: 1 the first, 0 none",
+    )
+    pictures.add_argument(
+        "--size", type=size, metavar="S|WxH", help="in pixels, multiples of 8 (default: the model's own)"
+    )
 
     run = parser.add_argument_group("guidance")
     run.add_argument("--steps", type=count, default=50, metavar="N", help="of DDIM (default: %(default)s)")
-    run.add_argument("--guidance", type=number, default=7.5, metavar="S", help="of the prompt (default: %(default)s)")
+    run.add_argument(
+        "--guidance", type=number, default=7.5, metavar="S", help="of the prompt (default: %(default)s)"
+    )
     run.add_argument(
         "--rates",
         type=number,
@@ -68,8 +80,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the descent in the first guided step and the last (default: as published, of the embedded model "
         f"{EMBEDDED_RATES[0]:g} {EMBEDDED_RATES[1]:g}); larger ones obey more and look worse",
     )
-    run.add_argument("--iterations", type=whole, metavar="M", help="at most, in each guided step; 0: masks alone (default: 5, as published)")
-    run.add_argument("--layers", nargs="+", metavar="NAME", help="in which the loss is read: names, patterns (default: as published)")
+    run.add_argument(
+        "--iterations",
+        type=whole,
+        metavar="M",
+        help="at most, in each guided step; 0: masks alone (default: 5, as published)",
+    )
+    run.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="NAME",
+        help="in which the loss is read: names, patterns (default: as published)",
+    )
     run.add_argument("--keep-boxes", action="store_true", help="do not let masks take the boxes' place")
     run.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
     add_model_arguments(parser)
@@ -121,7 +143,9 @@ def run(options: argparse.Namespace) -> int:
     if options.labels_out:
         from ..evaluation.images import label_picture
 
-        scaled = torch.nn.functional.interpolate(result.regions.structure[None, None].float(), result.images[0].size[::-1], mode="nearest-exact")
+        scaled = torch.nn.functional.interpolate(
+            result.regions.structure[None, None].float(), result.images[0].size[::-1], mode="nearest-exact"
+        )
         write("masks", label_picture(scaled[0, 0]), options.labels_out)
     if len(result.losses):
         first, last = result.losses[0, 1].item(), result.losses[-1, 1].item()

@@ -45,15 +45,37 @@ HEAD = ("method", "time s", "peak MiB", "own part", "on background", "colour err
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--appearance", type=Path, metavar="A.png", help="whose colours and textures to take")
+    pictures.add_argument(
+        "--appearance", type=Path, metavar="A.png", help="whose colours and textures to take"
+    )
     pictures.add_argument("--structure", type=Path, metavar="B.png", help="what to give them to")
-    pictures.add_argument("--scenes", type=seed, metavar="SEED", help="two held-out scenes in place of --appearance and --structure")
-    pictures.add_argument("--size", type=size, metavar="S|WxH", help="scale and crop both pictures to this, multiples of 8 (default: their own)")
-    pictures.add_argument("--out", type=picture_path, default=Path("compare.png"), metavar="GRID.png", help="where to (default: %(default)s)")
+    pictures.add_argument(
+        "--scenes",
+        type=seed,
+        metavar="SEED",
+        help="two held-out scenes in place of --appearance and --structure",
+    )
+    pictures.add_argument(
+        "--size",
+        type=size,
+        metavar="S|WxH",
+        help="scale and crop both pictures to this, multiples of 8 (default: their own)",
+    )
+    pictures.add_argument(
+        "--out",
+        type=picture_path,
+        default=Path("compare.png"),
+        metavar="GRID.png",
+        help="where to (default: %(default)s)",
+    )
     run = parser.add_argument_group("transfer")
-    run.add_argument("--method", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)} (default: all)")
+    run.add_argument(
+        "--method", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)} (default: all)"
+    )
     run.add_argument("--prompt", default="", help="what the pictures show")
-    run.add_argument("--steps", type=count, default=20, metavar="N", help="of the schedule (default: %(default)s)")
+    run.add_argument(
+        "--steps", type=count, default=20, metavar="N", help="of the schedule (default: %(default)s)"
+    )
     run.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
     add_model_arguments(parser)
 
@@ -73,21 +95,35 @@ def run(options: argparse.Namespace) -> int:
 
     prompt, labels = options.prompt, None
     if given:
-        structure, appearance = to_tensors(read_pictures([options.structure, options.appearance], options.size), "pictures")
+        structure, appearance = to_tensors(
+            read_pictures([options.structure, options.appearance], options.size), "pictures"
+        )
         labels = labels_beside(options.appearance, options.structure, structure)
         pipe = load_pipeline(options)
     else:
         pipe = load_pipeline(options)
-        structure, appearance, (of_structure, of_appearance), caption = held_out_scenes(options.scenes, picture_size(pipe))
+        structure, appearance, (of_structure, of_appearance), caption = held_out_scenes(
+            options.scenes, picture_size(pipe)
+        )
         labels, prompt = (of_appearance, of_structure), prompt or caption
     pipe.set_progress_bar_config(disable=True)
     methods = {name: KINDS[name]() for name in options.method or METHODS}
     compared = compare_methods(
-        pipe, appearance, structure, prompt, labels=labels, methods=methods, num_inference_steps=options.steps, seed=options.seed, told=_tell
+        pipe,
+        appearance,
+        structure,
+        prompt,
+        labels=labels,
+        methods=methods,
+        num_inference_steps=options.steps,
+        seed=options.seed,
+        told=_tell,
     )
     for line in table(compared):
         say(line)
-    titles = {"structure": structure, "appearance": appearance} | {caption_of(name, each): each.picture for name, each in compared.items()}
+    titles = {"structure": structure, "appearance": appearance} | {
+        caption_of(name, each): each.picture for name, each in compared.items()
+    }
     write("grid", comparison_grid(titles, title="Appearance transfer, one pair"), options.out)
     return 0
 
@@ -106,7 +142,11 @@ def labels_beside(appearance: Path, structure: Path, picture: "Tensor") -> "tupl
 def table(compared: "dict[str, Compared]") -> list[str]:
     lines = ["".join([f"{HEAD[0]:<24}", *(f"{title:>15}" for title in HEAD[1:])])]
     for name, each in compared.items():
-        cells = (f"{each.time_s:.2f}", f"{each.peak_mib:.0f}", *map(_figure, (each.own_part_mass, each.object_background_leakage, each.colour_ratio)))
+        cells = (
+            f"{each.time_s:.2f}",
+            f"{each.peak_mib:.0f}",
+            *map(_figure, (each.own_part_mass, each.object_background_leakage, each.colour_ratio)),
+        )
         lines.append("".join([f"{METHODS[name]:<24}", *(f"{cell:>15}" for cell in cells)]))
     return lines
 

@@ -38,14 +38,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument("--structure", type=Path, metavar="B.png", help="where the lines begin")
     pictures.add_argument("--appearance", type=Path, metavar="A.png", help="where they end")
-    pictures.add_argument("--scenes", type=seed, metavar="SEED", help="two held-out scenes in place of --structure and --appearance")
-    pictures.add_argument("--size", type=size, metavar="S|WxH", help="scale and crop both pictures to this, multiples of 8 (default: their own)")
-    pictures.add_argument("--out", type=Path, default=Path("correspond_out"), metavar="DIR", help="where to (default: %(default)s)")
+    pictures.add_argument(
+        "--scenes",
+        type=seed,
+        metavar="SEED",
+        help="two held-out scenes in place of --structure and --appearance",
+    )
+    pictures.add_argument(
+        "--size",
+        type=size,
+        metavar="S|WxH",
+        help="scale and crop both pictures to this, multiples of 8 (default: their own)",
+    )
+    pictures.add_argument(
+        "--out",
+        type=Path,
+        default=Path("correspond_out"),
+        metavar="DIR",
+        help="where to (default: %(default)s)",
+    )
     shown = parser.add_argument_group("what is shown")
-    shown.add_argument("--point", type=point, action="append", metavar="X,Y", help="in pixels of the structure, for the heat maps; repeatable")
-    shown.add_argument("--lines", type=count, default=80, metavar="N", help="at most so many (default: %(default)s)")
-    shown.add_argument("--layer", metavar="NAME", help=f"a self-attention layer or pattern (default: of the decoder, nearest {SIDE}x{SIDE} tokens)")
-    shown.add_argument("--noise", type=number, default=0.3, metavar="F", help="timestep as a fraction of those of training (default: %(default)s)")
+    shown.add_argument(
+        "--point",
+        type=point,
+        action="append",
+        metavar="X,Y",
+        help="in pixels of the structure, for the heat maps; repeatable",
+    )
+    shown.add_argument(
+        "--lines", type=count, default=80, metavar="N", help="at most so many (default: %(default)s)"
+    )
+    shown.add_argument(
+        "--layer",
+        metavar="NAME",
+        help=f"a self-attention layer or pattern (default: of the decoder, nearest {SIDE}x{SIDE} tokens)",
+    )
+    shown.add_argument(
+        "--noise",
+        type=number,
+        default=0.3,
+        metavar="F",
+        help="timestep as a fraction of those of training (default: %(default)s)",
+    )
     shown.add_argument("--prompt", default="", help="what the pictures show")
     shown.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
     add_model_arguments(parser)
@@ -77,22 +111,36 @@ def run(options: argparse.Namespace) -> int:
 
     labels, prompt = None, options.prompt
     if given:
-        structure, appearance = to_tensors(read_pictures([options.structure, options.appearance], options.size), "pictures")
+        structure, appearance = to_tensors(
+            read_pictures([options.structure, options.appearance], options.size), "pictures"
+        )
         pipe = load_pipeline(options)
     else:
         pipe = load_pipeline(options)
-        structure, appearance, labels, caption = match_figures.held_out_scenes(options.scenes, picture_size(pipe))
+        structure, appearance, labels, caption = match_figures.held_out_scenes(
+            options.scenes, picture_size(pipe)
+        )
         prompt = prompt or caption
     height, width = structure.shape[1:]
     for x, y in options.point or ():
         if not (0 <= x < width and 0 <= y < height):
             raise ValueError(f"--point: expected pixels inside {width}x{height}, got {x:g},{y:g}")
-    captures = compare(pipe, structure, appearance, prompt, noise=options.noise, layers=options.layer, seed=options.seed)
+    captures = compare(
+        pipe, structure, appearance, prompt, noise=options.noise, layers=options.layer, seed=options.seed
+    )
     shown = captures[0] if options.layer else match_figures.choose(captures, SIDE)
     lines, shares = match_figures.draw_lines(shown, structure, appearance, labels, most=options.lines)
     for signal, share in shares.items():
         say(f"{signal}: {share:.1%} of the object's tokens are matched to their own part in {shown.layer}")
-    points = torch.tensor(options.point) if options.point else match_figures.default_points(shown, structure, labels)
+    points = (
+        torch.tensor(options.point)
+        if options.point
+        else match_figures.default_points(shown, structure, labels)
+    )
     write("correspondences", lines, options.out / "correspondences.png")
-    write("heat maps", match_figures.draw_heat_maps(shown, structure, appearance, points, labels), options.out / "heat_maps.png")
+    write(
+        "heat maps",
+        match_figures.draw_heat_maps(shown, structure, appearance, points, labels),
+        options.out / "heat_maps.png",
+    )
     return 0

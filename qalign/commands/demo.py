@@ -38,16 +38,40 @@ ROWS = 2  # of the grid
 STEPS = 30  # of the transfers in the grid
 MEASURED_STEPS = 20  # of those that are measured
 COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "leakage.json"
-FIGURES = ("part_agreement", "own_part_mass", "object_background_leakage", "leaking_pairs", "leaking_pairs_improved", "layout_iou", "colour_error")
+FIGURES = (
+    "part_agreement",
+    "own_part_mass",
+    "object_background_leakage",
+    "leaking_pairs",
+    "leaking_pairs_improved",
+    "layout_iou",
+    "colour_error",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = Path("demo_out")
-    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="for pictures and figures (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=out, metavar="DIR", help="for pictures and figures (default: %(default)s)"
+    )
     parser.add_argument("--only", choices=PARTS, help="one of the two parts")
-    parser.add_argument("--size", type=side, default=512, metavar="PIXELS", help="side of the photographs, a multiple of 32 (default: %(default)s)")
-    parser.add_argument("--pairs", type=count, default=6, metavar="N", help="of scenes whose leakage is measured (default: %(default)s)")
-    parser.add_argument("--seed", type=seed, default=0, help="of weights, noise and scenes (default: %(default)s)")
+    parser.add_argument(
+        "--size",
+        type=side,
+        default=512,
+        metavar="PIXELS",
+        help="side of the photographs, a multiple of 32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=count,
+        default=6,
+        metavar="N",
+        help="of scenes whose leakage is measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="of weights, noise and scenes (default: %(default)s)"
+    )
 
 
 def side(text: str) -> int:
@@ -84,7 +108,9 @@ def show_step(out: Path, size: int, seed: int) -> None:
     from ..evaluation import photographs
 
     progress = _stopwatch()
-    say("Q-Align, one denoising step. The weights are random and seeded: tokens, heads, head dims and cost are those of Stable")
+    say(
+        "Q-Align, one denoising step. The weights are random and seeded: tokens, heads, head dims and cost are those of Stable"
+    )
     say("Diffusion 1.5; a picture that it would paint is not the point and none is painted.")
     write_step(photographs.run(size=size, seed=seed, progress=progress), out)
 
@@ -117,7 +143,9 @@ def draw_step(found: "Outcome") -> "Figure":
         right = (target - truth.target[best]).norm(dim=-1) <= truth.pitch
         title = f"{name[0].upper()}{name[1:]}: {right.double().mean():.0%} of these lines end within {truth.pitch:.0f} px of the truth"
         shown.append(MatchPanel(title, truth.position[best], target, right))
-    curves = {name: truth.error(matches[signal].index.flatten().cpu()) for signal, name in SIGNALS.items()} | {"chance": truth.chance()}
+    curves = {
+        name: truth.error(matches[signal].index.flatten().cpu()) for signal, name in SIGNALS.items()
+    } | {"chance": truth.chance()}
     return correspondence(
         found.pair.structure,
         found.pair.appearance,
@@ -133,11 +161,22 @@ def draw_step(found: "Outcome") -> "Figure":
 
 def render_step(report: Mapping[str, Any]) -> str:
     """The report of the first part as tables."""
-    names = {"stock": "stock processor", "materialised": "Q-Align, materialised", "shipped": "Q-Align, as shipped"}
-    lines = ["", f"{'one denoising step':<24}{'time s':>9}{'in edited attention s':>24}{'peak memory MiB':>18}"]
+    names = {
+        "stock": "stock processor",
+        "materialised": "Q-Align, materialised",
+        "shipped": "Q-Align, as shipped",
+    }
+    lines = [
+        "",
+        f"{'one denoising step':<24}{'time s':>9}{'in edited attention s':>24}{'peak memory MiB':>18}",
+    ]
     for name, step in report["steps"].items():
-        lines.append(f"{names[name]:<24}{step['time_s']:>9.2f}{step['attention_s']:>24.2f}{step['peak_mib']:>18.0f}")
-    lines.append(f"(one run each, which other work on the machine disturbs; memory above the level before the step: {report['memory']})")
+        lines.append(
+            f"{names[name]:<24}{step['time_s']:>9.2f}{step['attention_s']:>24.2f}{step['peak_mib']:>18.0f}"
+        )
+    lines.append(
+        f"(one run each, which other work on the machine disturbs; memory above the level before the step: {report['memory']})"
+    )
     differences = report["agreement"]
     lines += [
         "",
@@ -169,7 +208,9 @@ def render_step(report: Mapping[str, Any]) -> str:
             f"{row['layer']:<28}{keys['all_keys']:>13.0f}{keys['rearranged']:>12.0f}"
             f"{spread['all_keys']:>16.0f}{spread['rearranged']:>12.0f}{spread['guided']:>9.0f}"
         )
-    lines.append("effective keys: exp of the entropy over distinct keys. rearranged re-weights and prunes keys; guided acts per query.")
+    lines.append(
+        "effective keys: exp of the entropy over distinct keys. rearranged re-weights and prunes keys; guided acts per query."
+    )
     return "\n".join(lines)
 
 
@@ -200,13 +241,17 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for number in range(ROWS):
-        progress(f"transfer {number + 1} of {ROWS}: inversion, then {', '.join(COMPARED.values())}; {STEPS} steps")
+        progress(
+            f"transfer {number + 1} of {ROWS}: inversion, then {', '.join(COMPARED.values())}; {STEPS} steps"
+        )
         rows.append(transfer(pipe, seed + number))
     structure, appearance, labels, caption = match_figures.held_out_scenes(seed, picture_size(pipe))
     progress("what matches what")
     shown = match_figures.choose(compare(pipe, structure, appearance, caption, seed=seed), SIDE)
     lines, shares = match_figures.draw_lines(shown, structure, appearance, labels)
-    heat_maps = match_figures.draw_heat_maps(shown, structure, appearance, match_figures.default_points(shown, structure, labels), labels)
+    heat_maps = match_figures.draw_heat_maps(
+        shown, structure, appearance, match_figures.default_points(shown, structure, labels), labels
+    )
     settings = leakage.Settings(steps=MEASURED_STEPS, every=1, seed=seed)
     progress(f"leakage on {pairs} pairs, {settings.steps} steps")
     report = leakage.run(pipe, pairs=pairs, settings=settings)
@@ -215,11 +260,17 @@ def show_transfer(out: Path, pairs: int, seed: int) -> dict[str, Any]:
     for signal, share in shares.items():
         say(f"  {signal:<28}{share:>6.1%} of the object's tokens go to their own part")
     say("\n" + table({f"{pairs} pairs, just now": report} | committed()) + "\n")
-    grid = transfer_grid(rows, title="Appearance transfer on the embedded model", note=f"Held-out scenes, {STEPS} steps, seed {seed}.")
+    grid = transfer_grid(
+        rows,
+        title="Appearance transfer on the embedded model",
+        note=f"Held-out scenes, {STEPS} steps, seed {seed}.",
+    )
     write("grid", grid, out / "transfer.png")
     write("matches", lines, out / "transfer_matches.png")
     write("heat maps", heat_maps, out / "heat_maps.png")
-    curves = {COMPARED[name]: by_layer(entry["by_layer_and_step"]) for name, entry in report["methods"].items()}
+    curves = {
+        COMPARED[name]: by_layer(entry["by_layer_and_step"]) for name, entry in report["methods"].items()
+    }
     plot = leakage_by_layer_and_step(
         curves,
         title=f"Object attention outside its own part, {pairs} pairs",
@@ -240,17 +291,27 @@ def transfer(pipe: Any, seed: int) -> dict[str, Any]:
     from ..evaluation.match_figures import held_out_scenes
 
     structure, appearance, _, caption = held_out_scenes(seed, picture_size(pipe))
-    inversion = pipe.invert(appearance, structure, caption, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(seed))
+    inversion = pipe.invert(
+        appearance,
+        structure,
+        caption,
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(seed),
+    )
     row: dict[str, Any] = {"structure": structure, "appearance": appearance}
     for name, title in COMPARED.items():
         row[title] = pipe(appearance, structure, caption, method=name, inversion=inversion).images[0]
     return row
 
 
-def by_layer(entry: Mapping[str, Any], figure: str = "cross_region_mass") -> dict[str, list[tuple[float, float]]]:
+def by_layer(
+    entry: Mapping[str, Any], figure: str = "cross_region_mass"
+) -> dict[str, list[tuple[float, float]]]:
     """layer -> [(step, value)] of one method of a leakage report."""
     return {
-        layer: [(step, float("nan") if value is None else value) for step, value in zip(entry["steps"], values)]
+        layer: [
+            (step, float("nan") if value is None else value) for step, value in zip(entry["steps"], values)
+        ]
         for layer, values in zip(entry["layers"], entry[figure])
     }
 
@@ -267,12 +328,21 @@ def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Reports of leakage side by side."""
     from ..evaluation.leakage import TITLES
 
-    columns = [(title, COMPARED[name], report["methods"][name]) for title, report in reports.items() for name in COMPARED]
+    columns = [
+        (title, COMPARED[name], report["methods"][name])
+        for title, report in reports.items()
+        for name in COMPARED
+    ]
     heads = "".join(f"{title:>30}" for title in reports)
-    lines = [f"{'attention leakage':<38}{heads}", f"{'':<38}" + "".join(f"{name:>15}" for _, name, _ in columns)]
+    lines = [
+        f"{'attention leakage':<38}{heads}",
+        f"{'':<38}" + "".join(f"{name:>15}" for _, name, _ in columns),
+    ]
     for figure in FIGURES:
         cells = [_cell(entry.get(figure)) for _, _, entry in columns]
-        lines.append(f"{TITLES.get(figure, figure.replace('_', ' ')):<38}" + "".join(f"{cell:>15}" for cell in cells))
+        lines.append(
+            f"{TITLES.get(figure, figure.replace('_', ' ')):<38}" + "".join(f"{cell:>15}" for cell in cells)
+        )
     return "\n".join(lines)
 
 

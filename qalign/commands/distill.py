@@ -61,21 +61,60 @@ READINGS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument(
-        "--style", "--appearance", type=Path, required=True, nargs="+", metavar="A.png", help="whose textures and colours to take; one or several"
+        "--style",
+        "--appearance",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="A.png",
+        help="whose textures and colours to take; one or several",
     )
-    pictures.add_argument("--content", type=Path, metavar="B.png", help="what to give them to (default: a new picture)")
-    pictures.add_argument("--mask", type=Path, nargs=2, metavar=("A-labels.png", "O-labels.png"), help="label maps of style and output")
+    pictures.add_argument(
+        "--content", type=Path, metavar="B.png", help="what to give them to (default: a new picture)"
+    )
+    pictures.add_argument(
+        "--mask",
+        type=Path,
+        nargs=2,
+        metavar=("A-labels.png", "O-labels.png"),
+        help="label maps of style and output",
+    )
     pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
-    pictures.add_argument("--size", type=size, metavar="S|WxH", help="scale and crop all pictures to this, multiples of 8 (default: their own)")
+    pictures.add_argument(
+        "--size",
+        type=size,
+        metavar="S|WxH",
+        help="scale and crop all pictures to this, multiples of 8 (default: their own)",
+    )
     add_run_arguments(parser)
     run = parser.add_argument_group("mode")
     run.add_argument("--mode", choices=MODES, default="optimise", help="default: %(default)s")
     run.add_argument("--prompt", default="", help="of sample")
-    run.add_argument("--guidance", type=number, default=7.5, metavar="S", help="of the prompt, in sample (default: %(default)s)")
-    run.add_argument("--content-weight", type=number, default=0.2, metavar="L", help="of the content's queries (default: %(default)s)")
-    run.add_argument("--no-adain", action="store_true", help="do not give sample's latents the style's statistics")
-    run.add_argument("--from-noise", action="store_true", help="let optimise start from noise, not from the content")
-    run.add_argument("--anneal", action="store_true", help="let optimise's rate fall to 0: less of the optimiser's noise in the picture")
+    run.add_argument(
+        "--guidance",
+        type=number,
+        default=7.5,
+        metavar="S",
+        help="of the prompt, in sample (default: %(default)s)",
+    )
+    run.add_argument(
+        "--content-weight",
+        type=number,
+        default=0.2,
+        metavar="L",
+        help="of the content's queries (default: %(default)s)",
+    )
+    run.add_argument(
+        "--no-adain", action="store_true", help="do not give sample's latents the style's statistics"
+    )
+    run.add_argument(
+        "--from-noise", action="store_true", help="let optimise start from noise, not from the content"
+    )
+    run.add_argument(
+        "--anneal",
+        action="store_true",
+        help="let optimise's rate fall to 0: less of the optimiser's noise in the picture",
+    )
     add_model_arguments(parser)
 
 
@@ -92,7 +131,13 @@ def run(options: argparse.Namespace) -> int:
 
     regions = None
     if options.mask:
-        regions = read_regions(options.mask, pictures[0].size, pictures[-1].size if options.content else None, options.size, options.size)
+        regions = read_regions(
+            options.mask,
+            pictures[0].size,
+            pictures[-1].size if options.content else None,
+            options.size,
+            options.size,
+        )
     pipe = AttentionDistillationPipeline.from_pipe(load_pipeline(options))
     result = pipe(
         pictures[: len(options.style)],

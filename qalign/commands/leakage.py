@@ -64,8 +64,12 @@ READINGS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured = parser.add_argument_group("measurement")
-    measured.add_argument("--pairs", type=count, default=180, metavar="N", help="of held-out scenes (default: %(default)s)")
-    measured.add_argument("--seed", type=seed, default=0, help="chooses the pairs and all noise (default: %(default)s)")
+    measured.add_argument(
+        "--pairs", type=count, default=180, metavar="N", help="of held-out scenes (default: %(default)s)"
+    )
+    measured.add_argument(
+        "--seed", type=seed, default=0, help="chooses the pairs and all noise (default: %(default)s)"
+    )
     measured.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     measured.add_argument(
         "--threshold",
@@ -73,19 +77,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MASS",
         help="a pair leaks above this cross-region mass (default: qalign.evaluation.leakage's)",
     )
-    measured.add_argument("--every", type=count, default=3, metavar="N", help="measure every N-th step (default: %(default)s)")
-    measured.add_argument("--ablation", action="store_true", help="compare all matching signals and all refinements")
-    measured.add_argument("--transfers", type=count, default=24, metavar="N", help="pairs that --ablation transfers (default: %(default)s)")
+    measured.add_argument(
+        "--every", type=count, default=3, metavar="N", help="measure every N-th step (default: %(default)s)"
+    )
+    measured.add_argument(
+        "--ablation", action="store_true", help="compare all matching signals and all refinements"
+    )
+    measured.add_argument(
+        "--transfers",
+        type=count,
+        default=24,
+        metavar="N",
+        help="pairs that --ablation transfers (default: %(default)s)",
+    )
 
     method = parser.add_argument_group("method")
     method.add_argument("--refinement", choices=REFINEMENTS, help="of qalign (default: its own)")
-    method.add_argument("--aligned", choices=ALIGNED, help="of qalign: whose queries are aligned with the appearance's (default: both)")
+    method.add_argument(
+        "--aligned",
+        choices=ALIGNED,
+        help="of qalign: whose queries are aligned with the appearance's (default: both)",
+    )
     method.add_argument("--topk", type=count, metavar="K", help="of qalign: reference tokens per query")
-    method.add_argument("--strength", type=number, metavar="TAU", help="of qalign: the weight of the alignment")
-    method.add_argument("--contrast", type=positive, metavar="C", help="of both; 1 is none (default: their own)")
-    method.add_argument("--layers", nargs="+", metavar="NAME", help="self-attention layers: up, names, patterns (default: the method's own)")
-    method.add_argument("--steps", type=count, default=20, metavar="N", help="of the schedule (default: %(default)s)")
-    method.add_argument("--adain", choices=("masked", "whole", "none"), default="none", help="of the latents (default: %(default)s)")
+    method.add_argument(
+        "--strength", type=number, metavar="TAU", help="of qalign: the weight of the alignment"
+    )
+    method.add_argument(
+        "--contrast", type=positive, metavar="C", help="of both; 1 is none (default: their own)"
+    )
+    method.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="NAME",
+        help="self-attention layers: up, names, patterns (default: the method's own)",
+    )
+    method.add_argument(
+        "--steps", type=count, default=20, metavar="N", help="of the schedule (default: %(default)s)"
+    )
+    method.add_argument(
+        "--adain",
+        choices=("masked", "whole", "none"),
+        default="none",
+        help="of the latents (default: %(default)s)",
+    )
     add_model_arguments(parser)
 
 
@@ -109,7 +143,11 @@ def run(options: argparse.Namespace) -> int:
     from ..evaluation.resuming import KeptResults
     from ..methods import CrossImage, QAlign
 
-    chosen = {name: getattr(options, name) for name in ("steps", "layers", "every", "seed", "threshold") if getattr(options, name) is not None}
+    chosen = {
+        name: getattr(options, name)
+        for name in ("steps", "layers", "every", "seed", "threshold")
+        if getattr(options, name) is not None
+    }
     settings = leakage.Settings(adain=None if options.adain == "none" else options.adain, **chosen)
     given = {name: getattr(options, name) for name in CHOSEN if getattr(options, name) is not None}
     contrast = {name: value for name, value in given.items() if name == "contrast"}
@@ -118,7 +156,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json is not None:
         decisive = {name: value for name, value in asdict(settings).items() if name != "threshold"}
         decisive |= {"model": options.model, "dtype": options.dtype, "version": __version__}
-        decisive["methods"] = "ablation" if options.ablation else [repr(method) for method in methods.values()]
+        decisive["methods"] = (
+            "ablation" if options.ablation else [repr(method) for method in methods.values()]
+        )
         kept = KeptResults(partial_of(options.json), decisive)
     state = processes()
     options.device = options.device or str(state.device)
@@ -134,7 +174,9 @@ def run(options: argparse.Namespace) -> int:
                 report = leakage.run(pipe, methods=methods, **common)
                 text = leakage.render_report(report)
     except KeyboardInterrupt:
-        what_stays = "" if kept is None else f"{len(kept)} results are kept in {kept.folder}, the same command goes on"
+        what_stays = (
+            "" if kept is None else f"{len(kept)} results are kept in {kept.folder}, the same command goes on"
+        )
         raise KeyboardInterrupt(what_stays) from None
     if state.is_main_process:
         say(text)

@@ -22,11 +22,23 @@ SHEET = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--count", type=count, default=12, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=seed, default=0, help="number of the first scene (default: %(default)s)")
+    parser.add_argument(
+        "--count", type=count, default=12, metavar="N", help="how many (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="number of the first scene (default: %(default)s)"
+    )
     parser.add_argument("--held-out", action="store_true", help="scenes that the model was not trained on")
-    parser.add_argument("--size", type=count, default=128, metavar="PIXELS", help="side of the pictures (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("scenes"), metavar="DIR", help="where to (default: %(default)s)")
+    parser.add_argument(
+        "--size",
+        type=count,
+        default=128,
+        metavar="PIXELS",
+        help="side of the pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("scenes"), metavar="DIR", help="where to (default: %(default)s)"
+    )
     parser.add_argument("--sheet", type=picture_path, metavar="SHEET.png", help="also one figure of all")
 
 
@@ -51,7 +63,9 @@ def run(options: argparse.Namespace) -> int:
                 picture.save(temporary)
         if len(shown) < SHEET:
             shown.append((scene.image[0], scene.labels[0], f"{place}: {scene.captions[0]}"))
-    say(f"scenes: {options.count} pictures and their labels in {options.out}, {seeds[0]:04}.png to {seeds[-1]:04}.png")
+    say(
+        f"scenes: {options.count} pictures and their labels in {options.out}, {seeds[0]:04}.png to {seeds[-1]:04}.png"
+    )
     say("labels: " + ", ".join(f"{number} {part}" for number, part in enumerate(PARTS)))
     if options.sheet:
         from ..evaluation.plots import contact_sheet

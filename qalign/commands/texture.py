@@ -27,16 +27,48 @@ from ._shared import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--style", "--appearance", type=Path, required=True, nargs="+", metavar="A.png", help="the texture; one or several")
-    pictures.add_argument("--style-size", type=size, metavar="S|WxH", help="scale and crop it to this, multiples of 8 (default: its own)")
-    pictures.add_argument("--size", type=size, metavar="S|WxH", help="of the output, in pixels, multiples of 8 (default: of O-labels.png)")
-    pictures.add_argument("--mask", type=Path, nargs=2, metavar=("A-labels.png", "O-labels.png"), help="label maps of texture and output")
+    pictures.add_argument(
+        "--style",
+        "--appearance",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="A.png",
+        help="the texture; one or several",
+    )
+    pictures.add_argument(
+        "--style-size",
+        type=size,
+        metavar="S|WxH",
+        help="scale and crop it to this, multiples of 8 (default: its own)",
+    )
+    pictures.add_argument(
+        "--size",
+        type=size,
+        metavar="S|WxH",
+        help="of the output, in pixels, multiples of 8 (default: of O-labels.png)",
+    )
+    pictures.add_argument(
+        "--mask",
+        type=Path,
+        nargs=2,
+        metavar=("A-labels.png", "O-labels.png"),
+        help="label maps of texture and output",
+    )
     pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
     add_run_arguments(parser)
     windows = parser.add_argument_group("windows")
-    windows.add_argument("--window", type=count, metavar="N", help="side in latents (default: the model's own size)")
+    windows.add_argument(
+        "--window", type=count, metavar="N", help="side in latents (default: the model's own size)"
+    )
     windows.add_argument("--stride", type=count, metavar="N", help="in latents (default: half a window)")
-    windows.add_argument("--batch", type=count, default=8, metavar="N", help="windows in one call of the network (default: %(default)s)")
+    windows.add_argument(
+        "--batch",
+        type=count,
+        default=8,
+        metavar="N",
+        help="windows in one call of the network (default: %(default)s)",
+    )
     add_model_arguments(parser)
 
 
@@ -50,10 +82,16 @@ def run(options: argparse.Namespace) -> int:
     if options.mask and len(options.style) > 1:
         raise ValueError(f"--mask: expected one --style with it, got {len(options.style)}")
     pictures = read_pictures(options.style, options.style_size)
-    regions = read_regions(options.mask, pictures[0].size, options.size, options.style_size, options.size) if options.mask else None
+    regions = (
+        read_regions(options.mask, pictures[0].size, options.size, options.style_size, options.size)
+        if options.mask
+        else None
+    )
     from ..pipelines import AttentionDistillationPipeline
 
     pipe = AttentionDistillationPipeline.from_pipe(load_pipeline(options))
     width, height = options.size or regions.structure.shape[::-1]  # type: ignore[union-attr]
     places = {"window": options.window, "stride": options.stride, "batch_size": options.batch}
-    return report(pipe.expand(pictures, height, width, regions=regions, **places, **run_settings(options)), options.out)
+    return report(
+        pipe.expand(pictures, height, width, regions=regions, **places, **run_settings(options)), options.out
+    )

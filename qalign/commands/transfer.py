@@ -108,17 +108,47 @@ READINGS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--appearance", type=Path, required=True, metavar="A.png", help="whose colours and textures to take")
-    pictures.add_argument("--structure", type=Path, required=True, nargs="+", metavar="B.png", help="what to give them to; several share one run")
-    pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="of several structures O-1.png, O-2.png, ...")
-    pictures.add_argument("--grid", type=picture_path, metavar="GRID.png", help="also structure | appearance | output side by side")
-    pictures.add_argument("--size", type=size, metavar="S|WxH", help="scale and crop all pictures to this, multiples of 8 (default: their own)")
+    pictures.add_argument(
+        "--appearance", type=Path, required=True, metavar="A.png", help="whose colours and textures to take"
+    )
+    pictures.add_argument(
+        "--structure",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="B.png",
+        help="what to give them to; several share one run",
+    )
+    pictures.add_argument(
+        "--out",
+        type=picture_path,
+        required=True,
+        metavar="O.png",
+        help="of several structures O-1.png, O-2.png, ...",
+    )
+    pictures.add_argument(
+        "--grid",
+        type=picture_path,
+        metavar="GRID.png",
+        help="also structure | appearance | output side by side",
+    )
+    pictures.add_argument(
+        "--size",
+        type=size,
+        metavar="S|WxH",
+        help="scale and crop all pictures to this, multiples of 8 (default: their own)",
+    )
 
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=METHODS, default="qalign", help="default: %(default)s")
     for name, options in SETTINGS.items():
         method.add_argument(f"--{name}", **options)
-    method.add_argument("--layers", nargs="+", metavar="NAME", help="self-attention layers: up, names, patterns (default: the method's own)")
+    method.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="NAME",
+        help="self-attention layers: up, names, patterns (default: the method's own)",
+    )
     method.add_argument(
         "--regions",
         nargs="+",
@@ -130,14 +160,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("transfer")
     run.add_argument("--prompt", default="", help="what the pictures show")
     run.add_argument("--noun", help="the word of the prompt that is the object, for masks (default: guessed)")
-    run.add_argument("--steps", type=count, default=50, metavar="N", help="of the schedule (default: %(default)s)")
-    run.add_argument("--skip", type=fraction, default=0.32, metavar="F", help="the noisiest fraction of them is left out (default: %(default)s)")
+    run.add_argument(
+        "--steps", type=count, default=50, metavar="N", help="of the schedule (default: %(default)s)"
+    )
+    run.add_argument(
+        "--skip",
+        type=fraction,
+        default=0.32,
+        metavar="F",
+        help="the noisiest fraction of them is left out (default: %(default)s)",
+    )
     run.add_argument("--inversion", choices=("ddpm", "ddim"), default="ddpm", help="default: %(default)s")
-    run.add_argument("--adain", choices=("masked", "whole", "none"), default="none", help="of the latents (default: %(default)s)")
-    run.add_argument("--swap-guidance", type=number, default=3.5, metavar="S", help="1 is none, and faster (default: %(default)s)")
+    run.add_argument(
+        "--adain",
+        choices=("masked", "whole", "none"),
+        default="none",
+        help="of the latents (default: %(default)s)",
+    )
+    run.add_argument(
+        "--swap-guidance",
+        type=number,
+        default=3.5,
+        metavar="S",
+        help="1 is none, and faster (default: %(default)s)",
+    )
     run.add_argument("--freeu", action="store_true", help="with FreeU as Cross-Image attention has it")
     run.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
-    run.add_argument("--cache", type=Path, metavar="DIR", help="keep inversions there, and take them from there")
+    run.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep inversions there, and take them from there"
+    )
     add_model_arguments(parser)
 
 
@@ -180,10 +231,14 @@ def make_regions(options: argparse.Namespace, picture: Any) -> Any:
     if options.regions == ["self"]:
         return "self"
     if len(options.regions) != 2:
-        raise ValueError(f"--regions: expected 'self', or label maps of the appearance and the structure, got {' '.join(options.regions)}")
+        raise ValueError(
+            f"--regions: expected 'self', or label maps of the appearance and the structure, got {' '.join(options.regions)}"
+        )
     from ..context.regions import Regions
 
-    appearance, structure = (read_label_map(Path(path), picture.size, options.size) for path in options.regions)
+    appearance, structure = (
+        read_label_map(Path(path), picture.size, options.size) for path in options.regions
+    )
     return Regions(appearance=appearance, structure=structure)
 
 
@@ -198,7 +253,9 @@ def run(options: argparse.Namespace) -> int:
     pipe = load_pipeline(options)
     if options.model == "embedded" and appearance.size != (picture_size(pipe),) * 2:
         known, got = picture_size(pipe), "x".join(map(str, appearance.size))
-        sys.stderr.write(f"transfer: the embedded model knows pictures of {known}x{known}, these are {got}; --size {known} makes them so\n")
+        sys.stderr.write(
+            f"transfer: the embedded model knows pictures of {known}x{known}, these are {got}; --size {known} makes them so\n"
+        )
     images = pipe(
         appearance,
         structures,
@@ -221,6 +278,9 @@ def run(options: argparse.Namespace) -> int:
     if options.grid:
         from ..evaluation.plots import transfer_grid
 
-        rows = [{"structure": structure, "appearance": appearance, METHODS[options.method]: image} for structure, image in zip(structures, images)]
+        rows = [
+            {"structure": structure, "appearance": appearance, METHODS[options.method]: image}
+            for structure, image in zip(structures, images)
+        ]
         write("grid", transfer_grid(rows), options.grid)
     return 0

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 
-def adain(content: Tensor, style: Tensor, *, content_mask: Tensor | None = None, style_mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def adain(
+    content: Tensor,
+    style: Tensor,
+    *,
+    content_mask: Tensor | None = None,
+    style_mask: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     """Give the content's channels the mean and deviation of the style's.
 
     (x - mean(x)) / √(var(x) + eps) · √(var(y) + eps) + mean(y), per row and channel over space, var unbiased. With masks the statistics
@@ -22,7 +29,12 @@ def adain(content: Tensor, style: Tensor, *, content_mask: Tensor | None = None,
         [B, C, h, w] in the content's dtype, computed in float32 or better.
     Source: Cross-Image attention, arXiv 2311.03335.
     """
-    if content.ndim != 4 or style.ndim != 4 or style.shape[0] not in (1, len(content)) or style.shape[1] != content.shape[1]:
+    if (
+        content.ndim != 4
+        or style.ndim != 4
+        or style.shape[0] not in (1, len(content))
+        or style.shape[1] != content.shape[1]
+    ):
         expected = f"[{len(content)} or 1, C, h, w] with the channels of content {list(content.shape)}"
         raise ValueError(f"style: expected {expected}, got {list(style.shape)}")
     inside, model = _mask(content_mask, "content_mask", content), _mask(style_mask, "style_mask", style)
@@ -48,8 +60,12 @@ def token_adain(x: Tensor, reference: Tensor, *, eps: float = 1e-5) -> Tensor:
     Source: StyleAligned, arXiv 2312.02133.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    (variance, mean), (style_variance, style_mean) = (torch.var_mean(each.to(dtype), dim=-2, keepdim=True) for each in (x, reference))
-    return ((x.to(dtype) - mean) * ((style_variance + eps) / (variance + eps)).sqrt() + style_mean).to(x.dtype)
+    (variance, mean), (style_variance, style_mean) = (
+        torch.var_mean(each.to(dtype), dim=-2, keepdim=True) for each in (x, reference)
+    )
+    return ((x.to(dtype) - mean) * ((style_variance + eps) / (variance + eps)).sqrt() + style_mean).to(
+        x.dtype
+    )
 
 
 def _mask(mask: Tensor | None, name: str, picture: Tensor) -> Tensor:
@@ -57,8 +73,15 @@ def _mask(mask: Tensor | None, name: str, picture: Tensor) -> Tensor:
     if mask is None:
         return torch.ones(1, 1, *picture.shape[-2:], dtype=torch.bool, device=picture.device)
     rows, space = len(picture), list(picture.shape[-2:])
-    if mask.dtype != torch.bool or mask.ndim != 3 or mask.shape[0] not in (1, rows) or list(mask.shape[1:]) != space:
-        raise ValueError(f"{name}: expected bool [{rows} or 1, {space[0]}, {space[1]}], got {mask.dtype} {list(mask.shape)}")
+    if (
+        mask.dtype != torch.bool
+        or mask.ndim != 3
+        or mask.shape[0] not in (1, rows)
+        or list(mask.shape[1:]) != space
+    ):
+        raise ValueError(
+            f"{name}: expected bool [{rows} or 1, {space[0]}, {space[1]}], got {mask.dtype} {list(mask.shape)}"
+        )
     return mask.unsqueeze(1)
 
 
@@ -67,5 +90,7 @@ def _statistics(picture: Tensor, mask: Tensor, eps: float) -> tuple[Tensor, Tens
     space = (-2, -1)
     count = mask.sum(space, keepdim=True)
     mean = torch.where(mask, picture, 0).sum(space, keepdim=True) / count.clamp(min=1)
-    variance = torch.where(mask, picture - mean, 0).square().sum(space, keepdim=True) / (count - 1).clamp(min=1)
+    variance = torch.where(mask, picture - mean, 0).square().sum(space, keepdim=True) / (count - 1).clamp(
+        min=1
+    )
     return mean, (variance + eps).sqrt(), count > 1

@@ -16,9 +16,15 @@ class Clock:
         step, total: the step (from 0) and the number of steps; None before the first.
     """
 
-    def __init__(self, steps: tuple[float, float] | None = None, takes_structure: Callable[[int, int], bool] | None = None) -> None:
+    def __init__(
+        self,
+        steps: tuple[float, float] | None = None,
+        takes_structure: Callable[[int, int], bool] | None = None,
+    ) -> None:
         if steps is not None and not (len(steps) == 2 and 0 <= steps[0] < steps[1] <= 1):
-            raise ValueError(f"steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got {steps!r}")
+            raise ValueError(
+                f"steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got {steps!r}"
+            )
         self.steps = None if steps == (0, 1) else steps
         self.takes_structure = takes_structure
         self.active = torch.ones((), dtype=torch.bool)
@@ -39,7 +45,9 @@ class Clock:
         self.idle = self.steps is not None and not self.steps[0] <= step / total < self.steps[1]
         if device is not None:
             with torch.inference_mode(False):  # they are written again outside of it
-                self.active, self.from_structure, self.progress = (each.to(device) for each in (self.active, self.from_structure, self.progress))
+                self.active, self.from_structure, self.progress = (
+                    each.to(device) for each in (self.active, self.from_structure, self.progress)
+                )
         self.active.fill_(not self.idle)
         self.progress.fill_(step / max(total - 1, 1))
         self.from_structure.fill_(self.takes_structure is not None and self.takes_structure(step, total))

@@ -97,7 +97,11 @@ class Site:
         appearance = self.layout.index("appearance", q.shape[0], q.device)
         if self.clock is None or "structure" not in self.layout.roles:
             return appearance
-        return torch.where(self.clock.from_structure.to(q.device), self.layout.index("structure", q.shape[0], q.device), appearance)
+        return torch.where(
+            self.clock.from_structure.to(q.device),
+            self.layout.index("structure", q.shape[0], q.device),
+            appearance,
+        )
 
     def conditional(self, rows: Tensor, q: Tensor) -> Tensor:
         """Those of `rows`, one for each output row, that lie in the conditional guidance part: the positive one, or the only one."""
@@ -119,9 +123,18 @@ class Site:
         """int32, for each appearance that an output has, in the layout's order: the row of it that each output row reads."""
         return self.layout.references(q.shape[0], q.device)
 
-    def reference(self, k: Tensor, v: Tensor, rows: Tensor, *, logit_scale: float = 1.0, logit_shift: float = 0.0) -> Segment:
+    def reference(
+        self, k: Tensor, v: Tensor, rows: Tensor, *, logit_scale: float = 1.0, logit_shift: float = 0.0
+    ) -> Segment:
         """The reference's keys and values, one of `rows` for each output row, with the labels that their tokens have."""
-        return Segment(k, v, labels=self.key_labels(k, rows), logit_scale=logit_scale, logit_shift=logit_shift, batch_index=rows)
+        return Segment(
+            k,
+            v,
+            labels=self.key_labels(k, rows),
+            logit_scale=logit_scale,
+            logit_shift=logit_shift,
+            batch_index=rows,
+        )
 
     def own(self, k: Tensor, v: Tensor, rows: Tensor, regions: Tensor | None = None) -> Segment:
         """The keys and values of `rows` themselves, seen by all queries or by those that meet `regions`, int32 [1, N]."""
@@ -142,12 +155,19 @@ class Site:
     def subject_labels(self, k: Tensor, rows: Tensor, picture: str, number: int, count: int) -> Tensor | None:
         """As `key_labels`, of the `number`-th of `count` pictures: no bits where its label is 0; None where nothing hides a token."""
         regions = self.regions
-        return self._seen(rows, None if regions is None else regions.subject(picture, number, count, k.shape[2], k.device))
+        return self._seen(
+            rows, None if regions is None else regions.subject(picture, number, count, k.shape[2], k.device)
+        )
 
     def key_labels(self, k: Tensor, rows: Tensor) -> Tensor | None:
         """Bit sets int32 [len(rows) or 1, N] of the reference's tokens: no bits where the attention mask hides them."""
         regions = self.regions
-        return self._seen(rows, None if regions is None else self._by_step(lambda picture: regions.keys(picture, k.shape[2], k.device)))
+        return self._seen(
+            rows,
+            None
+            if regions is None
+            else self._by_step(lambda picture: regions.keys(picture, k.shape[2], k.device)),
+        )
 
     def own_labels(self, rows: Tensor) -> Tensor | None:
         """Bit sets int32 [len(rows), N] of the tokens of `rows` where their own row reads them; None where no mask hides any."""
@@ -158,7 +178,9 @@ class Site:
         if self.mask is None:
             return labels
         if self.mask.shape[1] != 1 or self.mask.shape[2] != 1:
-            raise ValueError(f"attention_mask: expected a key mask [B, 1, N] on an edited layer, got {list(self.mask.shape)} after preparation")
+            raise ValueError(
+                f"attention_mask: expected a key mask [B, 1, N] on an edited layer, got {list(self.mask.shape)} after preparation"
+            )
         mask = self.mask.index_select(0, rows)[:, 0, 0]
         seen = mask if mask.dtype == torch.bool else mask > HIDDEN_BIAS
         return torch.where(seen, EVERYTHING if labels is None else labels, 0).int()
@@ -203,7 +225,9 @@ class Site:
         return self.layout.index(role, q.shape[0], q.device, torch.int64)
 
     def _stock(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=self.scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=self.scale
+        )
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

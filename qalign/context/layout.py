@@ -37,14 +37,18 @@ class BatchLayout:
     def __init__(self, *roles: str, guidance: bool | None = None, images_per_prompt: int = 1) -> None:
         unknown = [role for role in roles if role not in ROLES]
         if not roles or unknown:
-            raise ValueError(f"roles: expected one or more of {', '.join(ROLES)}, got {unknown[0] if unknown else 'none'!r}")
+            raise ValueError(
+                f"roles: expected one or more of {', '.join(ROLES)}, got {unknown[0] if unknown else 'none'!r}"
+            )
         if guidance not in (True, False, None):
             raise ValueError(f"guidance: expected True, False or None, got {guidance!r}")
         require_count("images_per_prompt", images_per_prompt, 1)
         for role in ("appearance", "structure"):
             several = role == "appearance" and roles.count("output") == 1
             if not several and roles.count(role) not in (0, 1, roles.count("output")):
-                raise ValueError(f"roles: expected no {role}, one, or one for each of {roles.count('output')} outputs, got {roles.count(role)}")
+                raise ValueError(
+                    f"roles: expected no {role}, one, or one for each of {roles.count('output')} outputs, got {roles.count(role)}"
+                )
         object.__setattr__(self, "roles", roles)
         object.__setattr__(self, "guidance", guidance)
         object.__setattr__(self, "images_per_prompt", images_per_prompt)
@@ -72,7 +76,10 @@ class BatchLayout:
         """The row of `role` for each output row ("output": the output rows themselves), or every "other" row, in the order of the batch."""
         parts, images = self.parts(batch), self.images_per_prompt
         return tuple(
-            (part * len(self.roles) + slot) * images + image for part in range(parts) for slot in self._slots(role) for image in range(images)
+            (part * len(self.roles) + slot) * images + image
+            for part in range(parts)
+            for slot in self._slots(role)
+            for image in range(images)
         )
 
     def index(self, role: str, batch: int, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -84,7 +91,10 @@ class BatchLayout:
     def companions(self, batch: int, device: torch.device) -> list[Tensor]:
         """For each output of the roles: its row in the guidance part and image of each output row. int32, as `index`."""
         make = _index if torch.compiler.is_compiling() else _cached_index
-        slots, settings = self._slots("output"), (len(self.roles), self.parts(batch), self.images_per_prompt, device, torch.int32)
+        slots, settings = (
+            self._slots("output"),
+            (len(self.roles), self.parts(batch), self.images_per_prompt, device, torch.int32),
+        )
         return [make((slot,) * len(slots), *settings) for slot in slots]
 
     def references(self, batch: int, device: torch.device) -> list[Tensor]:
@@ -93,25 +103,42 @@ class BatchLayout:
         slots = tuple(slot for slot, name in enumerate(self.roles) if name == "appearance")
         if self.roles.count("output") != 1 or len(slots) < 2:
             return [self.index("appearance", batch, device)]
-        return [make((slot,), len(self.roles), self.parts(batch), self.images_per_prompt, device, torch.int32) for slot in slots]
+        return [
+            make((slot,), len(self.roles), self.parts(batch), self.images_per_prompt, device, torch.int32)
+            for slot in slots
+        ]
 
     def _slots(self, role: str) -> tuple[int, ...]:
         if role == "other":
-            return tuple(slot for slot, name in enumerate(self.roles[: len(self.roles) - self.unread]) if name != "output")
+            return tuple(
+                slot
+                for slot, name in enumerate(self.roles[: len(self.roles) - self.unread])
+                if name != "output"
+            )
         slots = tuple(slot for slot, name in enumerate(self.roles) if name == role)
         if not slots:
             raise ValueError(f"layout: expected a row of role {role!r}, got roles {', '.join(self.roles)}")
         if role == "appearance" and len(slots) > self.roles.count("output") == 1:
-            raise ValueError(f"layout: expected one appearance, for this method reads no more, got {len(slots)} for one output")
+            raise ValueError(
+                f"layout: expected one appearance, for this method reads no more, got {len(slots)} for one output"
+            )
         return slots * self.roles.count("output") if len(slots) == 1 and role != "output" else slots
 
     def _arithmetic(self, admissible: tuple[int, ...]) -> str:
-        roles, images = f"{len(self.roles)} roles ({', '.join(self.roles)})", f"{self.images_per_prompt} images per prompt"
-        parts, rows = " or ".join(map(str, admissible)), " or ".join(str(part * len(self.roles) * self.images_per_prompt) for part in admissible)
+        roles, images = (
+            f"{len(self.roles)} roles ({', '.join(self.roles)})",
+            f"{self.images_per_prompt} images per prompt",
+        )
+        parts, rows = (
+            " or ".join(map(str, admissible)),
+            " or ".join(str(part * len(self.roles) * self.images_per_prompt) for part in admissible),
+        )
         return f"{rows} rows = {roles} x {parts} guidance parts x {images}"
 
 
-def _index(slots: tuple[int, ...], roles: int, parts: int, images: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _index(
+    slots: tuple[int, ...], roles: int, parts: int, images: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     part = torch.arange(parts, dtype=dtype, device=device).view(-1, 1) * (roles * images)
     image = torch.arange(images, dtype=dtype, device=device).view(1, -1)
     columns = [part + image + slot * images for slot in slots]

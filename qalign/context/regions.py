@@ -39,15 +39,21 @@ class Regions:
 
     def __post_init__(self) -> None:
         if self.appearance is None and self.structure is None:
-            raise ValueError("regions: expected labels of the appearance, of the structure or of both, got none")
+            raise ValueError(
+                "regions: expected labels of the appearance, of the structure or of both, got none"
+            )
         for name in ("appearance", "structure"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _label_maps(getattr(self, name), name))
 
     @classmethod
-    def open(cls, appearance: str | Path, structure: str | Path, *, background: int | None = None) -> "Regions":
+    def open(
+        cls, appearance: str | Path, structure: str | Path, *, background: int | None = None
+    ) -> "Regions":
         """From two pictures of one channel or with a palette, whose values are the labels."""
-        return cls(appearance=read_labels(appearance), structure=read_labels(structure), background=background)
+        return cls(
+            appearance=read_labels(appearance), structure=read_labels(structure), background=background
+        )
 
     @classmethod
     def from_boxes(cls, boxes: Sequence[Sequence[float]], height: int, width: int) -> "Regions":
@@ -68,13 +74,17 @@ class Regions:
         labels = torch.zeros(height, width, dtype=torch.long)
         for number, box in enumerate(boxes, 1):
             if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-                raise ValueError(f"boxes: expected x0 y0 x1 y1 with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got {' '.join(map(str, box))}")
+                raise ValueError(
+                    f"boxes: expected x0 y0 x1 y1 with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got {' '.join(map(str, box))}"
+                )
             left, right = (round(x * width) for x in box[::2])
             upper, lower = (round(y * height) for y in box[1::2])
             labels[upper:lower, left:right] = number
         hidden = [box for number, box in enumerate(boxes, 1) if not (labels == number).any()]
         if hidden:
-            raise ValueError(f"boxes: expected each to keep a cell of {height} x {width} in front, got {' '.join(map(str, hidden[0]))}")
+            raise ValueError(
+                f"boxes: expected each to keep a cell of {height} x {width} in front, got {' '.join(map(str, hidden[0]))}"
+            )
         return cls(structure=labels, background=0)
 
     def window(self, rows: slice, columns: slice, space: Sequence[int]) -> "Regions":
@@ -88,12 +98,16 @@ class Regions:
             ValueError: as `label_scale`.
         """
         scale = label_scale(self.structure, space, "structure")
-        cut = self.structure[scale * rows.start : scale * rows.stop, scale * columns.start : scale * columns.stop]
+        cut = self.structure[
+            scale * rows.start : scale * rows.stop, scale * columns.start : scale * columns.stop
+        ]
         return Regions(appearance=self.appearance, structure=cut, background=self.background)
 
     def keys(self, picture: str, tokens: int, device: torch.device) -> Tensor:
         """Bit sets int32 [1, N] of a picture's tokens: "appearance" or "structure"."""
-        return self._cached(("keys", picture, tokens, device), lambda: self._bits(self._tokens(picture, tokens)).to(device))
+        return self._cached(
+            ("keys", picture, tokens, device), lambda: self._bits(self._tokens(picture, tokens)).to(device)
+        )
 
     def queries(self, picture: str, tokens: int, reference_tokens: int, device: torch.device) -> Tensor:
         """Bit sets int32 [1, N] of the output's tokens where it reads `picture`."""
@@ -112,7 +126,9 @@ class Regions:
             maps = maps if isinstance(maps, tuple) else (maps,)
             if maps[0] is None or len(maps) != count:
                 got = "None" if maps[0] is None else len(maps)
-                raise ValueError(f"regions: expected {count} label maps of the {picture}, one for each row that has this role, got {got}")
+                raise ValueError(
+                    f"regions: expected {count} label maps of the {picture}, one for each row that has this role, got {got}"
+                )
             return torch.where(labels_of_tokens(maps[number], tokens) > 0, EVERYTHING, 0).int().to(device)
 
         return self._cached(("subject", picture, number, count, tokens, device), make)
@@ -129,12 +145,18 @@ class Regions:
         if labels is None:
             raise ValueError(f"regions: expected labels of the {picture}, which this method reads, got None")
         if isinstance(labels, tuple):
-            raise ValueError(f"regions: expected one label map of the {picture}, for this method reads no more, got {len(labels)}")
+            raise ValueError(
+                f"regions: expected one label map of the {picture}, for this method reads no more, got {len(labels)}"
+            )
         return labels_of_tokens(labels, tokens)
 
     def _bits(self, labels: Tensor) -> Tensor:
         bits = torch.ones_like(labels, dtype=torch.int32) << labels.int()
-        return bits if self.background is None else torch.where(labels == self.background, EVERYTHING, bits).int()
+        return (
+            bits
+            if self.background is None
+            else torch.where(labels == self.background, EVERYTHING, bits).int()
+        )
 
 
 def read_labels(path: str | Path) -> Tensor:
@@ -148,7 +170,9 @@ def read_labels(path: str | Path) -> Tensor:
 
     with Image.open(path) as picture:
         if picture.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(f"{path}: expected a label map, one channel or a palette whose values are labels, got a picture of mode {picture.mode}")
+            raise ValueError(
+                f"{path}: expected a label map, one channel or a palette whose values are labels, got a picture of mode {picture.mode}"
+            )
         return torch.from_numpy(numpy.array(picture).astype("int64"))
 
 
@@ -163,8 +187,16 @@ def label_scale(labels: Any, space: Sequence[int], name: str) -> int:
         scale = height // space[0]
         if scale and (height, width) == (scale * space[0], scale * space[1]):
             return scale
-    got = f"{height} x {width}" if isinstance(labels, Tensor) else "None" if labels is None else f"{len(labels)} of them"
-    raise ValueError(f"regions: expected a label map of the {name} of {space[0]} x {space[1]} latents, or of its pixels, got {got}")
+    got = (
+        f"{height} x {width}"
+        if isinstance(labels, Tensor)
+        else "None"
+        if labels is None
+        else f"{len(labels)} of them"
+    )
+    raise ValueError(
+        f"regions: expected a label map of the {name} of {space[0]} x {space[1]} latents, or of its pixels, got {got}"
+    )
 
 
 def labels_of_tokens(labels: Tensor, tokens: int) -> Tensor:

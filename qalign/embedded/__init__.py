@@ -22,7 +22,9 @@ def load(dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
         FileNotFoundError: the weights are not where the package keeps them.
     """
     if not (FOLDER / "model_index.json").exists():
-        raise FileNotFoundError(f"embedded model: expected weights in {FOLDER}, got none; reinstall, or run python -m qalign.embedded.train")
+        raise FileNotFoundError(
+            f"embedded model: expected weights in {FOLDER}, got none; reinstall, or run python -m qalign.embedded.train"
+        )
     with quiet_libraries():
         from diffusers import StableDiffusionPipeline
 

@@ -19,7 +19,9 @@ MID_TIMESTEPS = (300, 500)
 
 
 @torch.no_grad()
-def self_attention_fitness(pipe: Any, scenes: int = 48, timesteps: Sequence[int] = TIMESTEPS, batch: int = 16) -> list[dict[str, Any]]:
+def self_attention_fitness(
+    pipe: Any, scenes: int = 48, timesteps: Sequence[int] = TIMESTEPS, batch: int = 16
+) -> list[dict[str, Any]]:
     """Where plain self-attention of held-out scenes goes, for each layer and noise level.
 
     Over the queries that lie on a creature, heads averaged: `own_part_mass` is the attention mass on keys of the query's own part (in any
@@ -36,21 +38,30 @@ def self_attention_fitness(pipe: Any, scenes: int = 48, timesteps: Sequence[int]
     for first in range(0, scenes, batch):
         seeds = [held_out_seed(10**9 + number) for number in range(first, min(first + batch, scenes))]
         drawn = render(seeds, picture_size(pipe))
-        latents = pipe.vae.encode(pipe.image_processor.preprocess(drawn.image)).latent_dist.mode() * pipe.vae.config.scaling_factor
-        tokens = pipe.tokenizer(list(drawn.captions), padding="max_length", truncation=True, return_tensors="pt")
+        latents = (
+            pipe.vae.encode(pipe.image_processor.preprocess(drawn.image)).latent_dist.mode()
+            * pipe.vae.config.scaling_factor
+        )
+        tokens = pipe.tokenizer(
+            list(drawn.captions), padding="max_length", truncation=True, return_tensors="pt"
+        )
         text = pipe.text_encoder(tokens.input_ids)[0]
         for timestep in timesteps:
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(first + timestep))
             noisy = pipe.scheduler.add_noise(latents, noise, torch.tensor([timestep]))
             with contextlib.ExitStack() as stack:
                 for name, module in layers.items():
-                    observe = functools.partial(_observe, masses.setdefault((name, timestep), []), drawn.labels)
+                    observe = functools.partial(
+                        _observe, masses.setdefault((name, timestep), []), drawn.labels
+                    )
                     stack.callback(module.register_forward_pre_hook(observe).remove)
                 pipe.unet(noisy, timestep, encoder_hidden_states=text)
     return [_row(layer, timestep, torch.cat(parts)) for (layer, timestep), parts in masses.items()]
 
 
-def best_decoder_layer(rows: Sequence[dict[str, Any]], timesteps: Sequence[int] = MID_TIMESTEPS) -> dict[str, Any]:
+def best_decoder_layer(
+    rows: Sequence[dict[str, Any]], timesteps: Sequence[int] = MID_TIMESTEPS
+) -> dict[str, Any]:
     """The decoder layer with the most mass in the own part at mid noise, its figures averaged over `timesteps`."""
     figures = ("own_part_mass", "own_part_mass_by_part", "object_to_background")
     best: dict[str, Any] = {}

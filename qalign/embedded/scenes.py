@@ -75,7 +75,9 @@ def held_out_seed(index: int) -> int:
 
 def held_out_pairs(count: int, seed: int = 0) -> list[ScenePair]:
     """Pairs of held-out scenes: two of three share the body plan, the third does not. The first pairs do not depend on `count`."""
-    return [_pair(seed * 1_000_000 + number * _PAIR_STRIDE, same_plan=number % 3 != 2) for number in range(count)]
+    return [
+        _pair(seed * 1_000_000 + number * _PAIR_STRIDE, same_plan=number % 3 != 2) for number in range(count)
+    ]
 
 
 def token_labels(labels: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -140,7 +142,13 @@ def _traits(draws: _Draws) -> _Traits:
     herd = draws() < 0.5
     count = torch.where(herd, 2 + _choice(draws(), 3), 1)
     place = _choice(draws(), 3)
-    kind = torch.cat([_drawn(draws(len(BACKGROUNDS)), _BACKGROUND_OF_TEN), _drawn(draws(len(OBJECT_PARTS)), _OBJECT_OF_TEN)], 1)
+    kind = torch.cat(
+        [
+            _drawn(draws(len(BACKGROUNDS)), _BACKGROUND_OF_TEN),
+            _drawn(draws(len(OBJECT_PARTS)), _OBJECT_OF_TEN),
+        ],
+        1,
+    )
     kind[:, EYE] = 0
     own = draws(len(PARTS)) < torch.tensor(_OWN_COLOUR)
     hue = draws(len(PARTS))
@@ -174,19 +182,30 @@ def _layout(draws: _Draws, traits: _Traits) -> tuple[Tensor, Tensor]:
     """Round cones [B, P, 6] (ax, ay, bx, by, ra, rb; absent: negative radii) and their labels [B, P], back to front."""
     plans = [_stack(plan(functools.partial(draws, HERD))) for plan in (_quadruped, _bird, _fish)]
     longest = max(cones.shape[2] for cones, _ in plans)
-    cones = torch.stack([F.pad(cones, (0, 0, 0, longest - cones.shape[2]), value=-1.0) for cones, _ in plans], 1)
+    cones = torch.stack(
+        [F.pad(cones, (0, 0, 0, longest - cones.shape[2]), value=-1.0) for cones, _ in plans], 1
+    )
     part = torch.stack([F.pad(part, (0, longest - len(part))) for _, part in plans])
     rows = torch.arange(len(traits.plan))
     cones, part = cones[rows, traits.plan], part[traits.plan]  # [B, HERD, P, 6], [B, P]
 
     scale = torch.tensor(_SCALES)[traits.count - 1, None] * draws(HERD, low=0.88, high=1.14)
-    centre = _CELLS[traits.count - 1] + (draws(HERD, 2) - 0.5) * torch.where(traits.count == 1, 0.16, 0.1)[:, None, None]
+    centre = (
+        _CELLS[traits.count - 1]
+        + (draws(HERD, 2) - 0.5) * torch.where(traits.count == 1, 0.16, 0.1)[:, None, None]
+    )
     flip = torch.where(draws(HERD) < 0.5, -1.0, 1.0)
     tilt = (draws(HERD) - 0.5) * torch.tensor([0.35, 0.5, 0.8])[traits.plan, None]
-    ends = cones[..., :4].unflatten(-1, (2, 2)) * torch.stack([flip, torch.ones_like(flip)], -1)[:, :, None, None]
+    ends = (
+        cones[..., :4].unflatten(-1, (2, 2))
+        * torch.stack([flip, torch.ones_like(flip)], -1)[:, :, None, None]
+    )
     cos, sin = tilt.cos()[:, :, None, None], tilt.sin()[:, :, None, None]
     x, y = ends.unbind(-1)
-    ends = torch.stack([x * cos - y * sin, x * sin + y * cos], -1) * scale[:, :, None, None, None] + centre[:, :, None, None]
+    ends = (
+        torch.stack([x * cos - y * sin, x * sin + y * cos], -1) * scale[:, :, None, None, None]
+        + centre[:, :, None, None]
+    )
     there = (torch.arange(HERD) < traits.count[:, None])[:, :, None, None]
     radii = torch.where(there, cones[..., 4:] * scale[:, :, None, None], -1.0)
     return torch.cat([ends.flatten(3), radii], -1).flatten(1, 2), part.repeat(1, HERD)
@@ -197,9 +216,14 @@ Cone = tuple[int, object, object, object, object, object, object]  # label, a, b
 
 def _stack(cones: list[Cone]) -> tuple[Tensor, Tensor]:
     """[B, HERD, P, 6] and the labels [P]."""
-    tensors = [torch.broadcast_tensors(*(torch.as_tensor(value, dtype=torch.float32) for value in cone[1:])) for cone in cones]
+    tensors = [
+        torch.broadcast_tensors(*(torch.as_tensor(value, dtype=torch.float32) for value in cone[1:]))
+        for cone in cones
+    ]
     shape = max((values[0].shape for values in tensors), key=len)
-    stacked = torch.stack([torch.stack([value.expand(shape) for value in values], -1) for values in tensors], 2)
+    stacked = torch.stack(
+        [torch.stack([value.expand(shape) for value in values], -1) for values in tensors], 2
+    )
     return stacked, torch.tensor([cone[0] for cone in cones])
 
 
@@ -221,7 +245,15 @@ def _quadruped(draw) -> list[Cone]:
     return [
         limb(-0.13, swing[0]),
         limb(0.14, swing[1]),
-        (TAIL, -0.2 - rear * 0.7, -0.05, -0.2 - rear * 0.7 - length * wag.cos(), -0.05 + length * wag.sin(), 0.03, 0.05),
+        (
+            TAIL,
+            -0.2 - rear * 0.7,
+            -0.05,
+            -0.2 - rear * 0.7 - length * wag.cos(),
+            -0.05 + length * wag.sin(),
+            0.03,
+            0.05,
+        ),
         (BODY, 0.17, -0.03, hx, hy, front * 0.75, 0.07),
         (BODY, -0.19, 0.0, 0.19, 0.0, rear, front),
         limb(-0.21, swing[2]),
@@ -252,7 +284,15 @@ def _bird(draw) -> list[Cone]:
         (BODY, -0.12, 0.04 + lean / 2, 0.1, -0.04 - lean / 2, plump * 0.85, plump),
         (BODY, 0.1, -0.04, hx, hy, plump * 0.75, 0.07),
         (WING, 0.04, -0.03, 0.04 - tip * flap.cos(), 0.0 + tip * flap.sin(), 0.085, 0.035),
-        (MUZZLE, hx + 0.05, hy + 0.01, hx + 0.05 + beak * nod.cos(), hy + 0.01 + beak * nod.sin(), 0.05, 0.015),
+        (
+            MUZZLE,
+            hx + 0.05,
+            hy + 0.01,
+            hx + 0.05 + beak * nod.cos(),
+            hy + 0.01 + beak * nod.sin(),
+            0.05,
+            0.015,
+        ),
         (HEAD, hx, hy, hx + 0.02, hy, 0.1, 0.09),
         (EYE, hx + 0.035, hy - 0.025, hx + 0.035, hy - 0.025, 0.026, 0.026),
     ]
@@ -295,7 +335,9 @@ class _Texture:
         """The picture [B, 3, S, S] of a label at each pixel."""
         rows = torch.arange(len(labels))[:, None, None]
         share = self.share.gather(1, labels.unsqueeze(1))
-        return torch.lerp(self.first[rows, labels].permute(0, 3, 1, 2), self.second[rows, labels].permute(0, 3, 1, 2), share)
+        return torch.lerp(
+            self.first[rows, labels].permute(0, 3, 1, 2), self.second[rows, labels].permute(0, 3, 1, 2), share
+        )
 
 
 def _textures(draws: _Draws, traits: _Traits, x: Tensor, y: Tensor) -> _Texture:
@@ -311,11 +353,17 @@ def _textures(draws: _Draws, traits: _Traits, x: Tensor, y: Tensor) -> _Texture:
 
     frequency, angle = draws(parts, low=4.0, high=10.0), draws(parts, high=math.pi)
     phase = draws(2, parts)
-    along, across = (frequency * angle.cos(), frequency * angle.sin()), (-frequency * angle.sin(), frequency * angle.cos())
+    along, across = (
+        (frequency * angle.cos(), frequency * angle.sin()),
+        (-frequency * angle.sin(), frequency * angle.cos()),
+    )
     share = torch.zeros(*traits.kind.shape, *x.shape)
     for kind, texture in enumerate(_SHARES):
         here = traits.kind == kind
-        turns = [[value[here][:, None, None] for value in (*line, offset)] for line, offset in zip((along, across), phase.unbind(1))]
+        turns = [
+            [value[here][:, None, None] for value in (*line, offset)]
+            for line, offset in zip((along, across), phase.unbind(1))
+        ]
         share[here] = texture(*(a * x + b * y + c for a, b, c in turns)).clamp(0, 1)
     return _Texture(first, second, share)
 
@@ -330,14 +378,22 @@ _SHARES = (
     lambda along, across: 0.5 + 1.6 * _wave(along),
     lambda along, across: 3 * _wave(along) * _wave(across) - 0.6,
     lambda along, across: 0.5 + along / 8,
-    lambda along, across: 0.5 + 0.35 * (_wave(0.6 * along + 0.24 * _wave(across)) + _wave(0.5 * across + 0.24 * _wave(along))),
+    lambda along, across: (
+        0.5 + 0.35 * (_wave(0.6 * along + 0.24 * _wave(across)) + _wave(0.5 * across + 0.24 * _wave(along)))
+    ),
 )
 
 
-def _background(draws: _Draws, traits: _Traits, texture: _Texture, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _background(
+    draws: _Draws, traits: _Traits, texture: _Texture, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
     """Image [B, 3, S, S] and labels [B, S, S] of the regions behind the creatures."""
     fish, place = (traits.plan == 2)[:, None, None], traits.place[:, None, None]
-    height, wave, phase = draws(1, 1, low=0.3, high=0.62), draws(1, 1, low=0.0, high=0.05), draws(1, 1, high=6.28)
+    height, wave, phase = (
+        draws(1, 1, low=0.3, high=0.62),
+        draws(1, 1, low=0.0, high=0.05),
+        draws(1, 1, high=6.28),
+    )
     horizon = height + wave * torch.sin(x * draws(1, 1, low=3.0, high=9.0) + phase)
     shore = horizon + draws(1, 1, low=0.1, high=0.25) + 0.03 * torch.sin(7 * x + phase)
     bed = 0.72 + 0.22 * draws(1, 1) + 0.04 * torch.sin(5 * x + phase)
@@ -350,14 +406,22 @@ def _background(draws: _Draws, traits: _Traits, texture: _Texture, x: Tensor, y:
     radius = 0.1 + 0.13 * crown[..., 2]
     stem = torch.where(fish[..., 0], bed.mean((1, 2))[:, None] * 1.1, horizon.mean((1, 2))[:, None])
     for tree in range(crown.shape[1]):
-        cx, cy, r = crown[:, tree, 0, None, None], stem[:, :, None] - 0.14 * crown[:, tree, 1, None, None], radius[:, tree, None, None]
+        cx, cy, r = (
+            crown[:, tree, 0, None, None],
+            stem[:, :, None] - 0.14 * crown[:, tree, 1, None, None],
+            radius[:, tree, None, None],
+        )
         squeeze = torch.where(fish, 3.2, 1.0)  # weeds are narrow and high
-        inside = ((x - cx) * squeeze).square() + ((y - cy) / torch.where(fish, 2.2, 1.0)).square() < r.square()
+        inside = ((x - cx) * squeeze).square() + (
+            (y - cy) / torch.where(fish, 2.2, 1.0)
+        ).square() < r.square()
         labels = torch.where(inside & trees, FOLIAGE, labels)
     return texture.at(labels), labels
 
 
-def _paint(image: Tensor, labels: Tensor, texture: _Texture, cones: Tensor, part: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _paint(
+    image: Tensor, labels: Tensor, texture: _Texture, cones: Tensor, part: Tensor, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
     """The cones over the background, back to front; a pixel has the label of the last cone that covers half of it."""
     size = x.shape[0]
     for cone in range(cones.shape[1]):
@@ -386,10 +450,18 @@ def _captions(draws: _Draws, traits: _Traits) -> list[str]:
     """In words; every second picture says nothing of colour, every second nothing of texture, every third nothing of the place."""
     told = draws(3).tolist()
     captions = []
-    for row, (plan, count, place) in enumerate(zip(traits.plan.tolist(), traits.count.tolist(), traits.place.tolist())):
-        colour = COLOURS[round(float(traits.hue[row, BODY]) * len(COLOURS)) % len(COLOURS)] if told[row][0] < 0.5 else ""
+    for row, (plan, count, place) in enumerate(
+        zip(traits.plan.tolist(), traits.count.tolist(), traits.place.tolist())
+    ):
+        colour = (
+            COLOURS[round(float(traits.hue[row, BODY]) * len(COLOURS)) % len(COLOURS)]
+            if told[row][0] < 0.5
+            else ""
+        )
         texture = TEXTURES[int(traits.kind[row, BODY])] if told[row][1] < 0.5 else ""
         noun = PLANS[plan] + ("s" if count > 1 and PLANS[plan] != "fish" else "")
         where = _PLACES[plan][place] if told[row][2] < 0.67 else ""
-        captions.append(" ".join(word for word in ("a photo of", COUNTS[count - 1], texture, colour, noun, where) if word))
+        captions.append(
+            " ".join(word for word in ("a photo of", COUNTS[count - 1], texture, colour, noun, where) if word)
+        )
     return captions

@@ -31,17 +31,51 @@ from qalign_kernels._files import Files, replacing
 
 from . import FOLDER
 from .fitness import best_decoder_layer, self_attention_fitness
-from .scenes import BACKGROUNDS, COLOURS, COUNTS, OBJECT_PARTS, PARTS, PLANS, TEXTURES, held_out_seed, render, token_labels, training_seed
+from .scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    OBJECT_PARTS,
+    PARTS,
+    PLANS,
+    TEXTURES,
+    held_out_seed,
+    render,
+    token_labels,
+    training_seed,
+)
 
 LATENT = 32  # tokens along a side of the latents
 PICTURE = 4 * LATENT
-WORDS = ("a", "photo", "of", "on", "the", "by", "in", "above", "among", "ground", "water", "forest", "branch", "weeds", "sky", "quadrupeds", "birds")
+WORDS = (
+    "a",
+    "photo",
+    "of",
+    "on",
+    "the",
+    "by",
+    "in",
+    "above",
+    "among",
+    "ground",
+    "water",
+    "forest",
+    "branch",
+    "weeds",
+    "sky",
+    "quadrupeds",
+    "birds",
+)
 MAX_TOKENS = 20
 LATENT_NOISE = 0.03  # on the latents that the decoder learns from
 LOG_VARIANCE = -8.0
 SHARE_OF_PART = 0.5  # weight of the part labels' loss
 # the features [B, tokens, channels] from which the part is read in training: what each of the decoder's self-attention layers is given
-LABELLED = {f"up_blocks.{block}.attentions.{layer}.transformer_blocks.0.norm1": (128, 96, 32)[block] for block in range(3) for layer in range(2)}
+LABELLED = {
+    f"up_blocks.{block}.attentions.{layer}.transformer_blocks.0.norm1": (128, 96, 32)[block]
+    for block in range(3)
+    for layer in range(2)
+}
 PART_SCALE = 16.0  # of the cosines from which the part is read, and by which neighbours are weighed
 SHARE_OF_NEIGHBOURS = 0.25  # weight of the neighbours' loss
 NEIGHBOURS = 48  # tokens drawn from each picture of a batch, parts alike
@@ -78,7 +112,9 @@ def build_tokenizer() -> Any:
 
     letters = [*map(chr, range(ord("a"), ord("z") + 1)), *"0123456789.,-'"]
     vocab = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: place for place, token in enumerate(vocab)}, merges=[], model_max_length=MAX_TOKENS)
+    tokenizer = CLIPTokenizer(
+        vocab={token: place for place, token in enumerate(vocab)}, merges=[], model_max_length=MAX_TOKENS
+    )
     words = sorted({*WORDS, *PLANS, *TEXTURES, *COLOURS, *COUNTS, *BACKGROUNDS, *OBJECT_PARTS})
     tokenizer.add_tokens([AddedToken(word, single_word=True) for word in words])
     return tokenizer
@@ -176,7 +212,13 @@ class Training:
         limit_s: float = math.inf,
         start: Path | None = None,
     ) -> None:
-        self.folder, self.settings, self.device, self.report, self.start = folder, settings, device, report, start
+        self.folder, self.settings, self.device, self.report, self.start = (
+            folder,
+            settings,
+            device,
+            report,
+            start,
+        )
         self.deadline = time.monotonic() + limit_s
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(settings.seed)
@@ -192,7 +234,12 @@ class Training:
         self.scheduler = build_scheduler()
         self.record: dict[str, Any] = {
             "settings": dataclasses.asdict(settings),
-            "part_labels": {"read_from": list(LABELLED), "weight": SHARE_OF_PART, "scale": PART_SCALE, "neighbours": SHARE_OF_NEIGHBOURS},
+            "part_labels": {
+                "read_from": list(LABELLED),
+                "weight": SHARE_OF_PART,
+                "scale": PART_SCALE,
+                "neighbours": SHARE_OF_NEIGHBOURS,
+            },
             "machine": machine(device),
         }
         if start is not None:
@@ -202,15 +249,23 @@ class Training:
         """The models of a folder that `write` wrote, and what its record says of how they came to be."""
         from diffusers import StableDiffusionPipeline
 
-        pipe = StableDiffusionPipeline.from_pretrained(start, local_files_only=True, safety_checker=None).to(torch.float32)
-        for name, written in (("autoencoder", pipe.vae), ("text_encoder", pipe.text_encoder), ("denoiser", pipe.unet)):
+        pipe = StableDiffusionPipeline.from_pretrained(start, local_files_only=True, safety_checker=None).to(
+            torch.float32
+        )
+        for name, written in (
+            ("autoencoder", pipe.vae),
+            ("text_encoder", pipe.text_encoder),
+            ("denoiser", pipe.unet),
+        ):
             getattr(self, name).load_state_dict(written.state_dict())
         self.tokenizer = pipe.tokenizer
         self.autoencoder.register_to_config(scaling_factor=pipe.vae.config.scaling_factor)
         self.autoencoder.requires_grad_(False).eval()
         before = json.loads((start / "record.json").read_text())
         self.record["autoencoder"] = before["autoencoder"]
-        self.record["started_from"] = {name: value for name, value in before.items() if name not in ("autoencoder", "fitness")}
+        self.record["started_from"] = {
+            name: value for name, value in before.items() if name not in ("autoencoder", "fitness")
+        }
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         with replacing(self.folder / f"{name}.pt") as part:
@@ -220,7 +275,9 @@ class Training:
         path = self.folder / f"{name}.pt"
         return torch.load(path, map_location=self.device, weights_only=True) if path.exists() else None
 
-    def loop(self, name: str, parts: dict[str, Any], steps: int, batch: int, step: Callable[[int], list[float]]) -> None:
+    def loop(
+        self, name: str, parts: dict[str, Any], steps: int, batch: int, step: Callable[[int], list[float]]
+    ) -> None:
         """Run `step` from the checkpoint on, with a line and a checkpoint every few minutes; Ctrl-C keeps what there is."""
         state = self.load(name) or {"step": 0, "wall_s": 0.0, "losses": []}
         for key, part in parts.items():
@@ -231,7 +288,9 @@ class Training:
 
         def keep(done: int) -> None:
             saved = {key: part.state_dict() for key, part in parts.items()}
-            self.save(name, {**saved, "step": done, "wall_s": before_s + time.monotonic() - begun, "losses": losses})
+            self.save(
+                name, {**saved, "step": done, "wall_s": before_s + time.monotonic() - begun, "losses": losses}
+            )
 
         number = said = state["step"]
         try:
@@ -243,7 +302,9 @@ class Training:
                     recent = []
                 if time.monotonic() - spoken > 60 or number == steps:
                     rate = (number - said) * batch / (time.monotonic() - spoken)
-                    self.report(f"{name}: step {number}/{steps}, losses {losses[-1][1:] if losses else '-'}, {rate:.1f} pictures/s")
+                    self.report(
+                        f"{name}: step {number}/{steps}, losses {losses[-1][1:] if losses else '-'}, {rate:.1f} pictures/s"
+                    )
                     keep(number)
                     said, spoken = number, time.monotonic()
                 if time.monotonic() > self.deadline:
@@ -252,21 +313,32 @@ class Training:
             keep(number)
             raise
         wall_s = before_s + time.monotonic() - begun
-        self.record[name] = {"steps": steps, "samples": steps * batch, "wall_s": round(wall_s, 1), "losses": losses}
+        self.record[name] = {
+            "steps": steps,
+            "samples": steps * batch,
+            "wall_s": round(wall_s, 1),
+            "losses": losses,
+        }
 
     # -- stage 1
 
     def train_autoencoder(self) -> None:
         settings, model = self.settings, self.autoencoder
-        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.autoencoder_rate, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=settings.autoencoder_rate, weight_decay=0.0, fused=True
+        )
         crops = (PICTURE // settings.crop) ** 2
 
         def step(number: int) -> list[float]:
             for group in optimizer.param_groups:
-                group["lr"] = settings.autoencoder_rate * _rate(number, settings.autoencoder_steps, settings.warmup, 0.5)
+                group["lr"] = settings.autoencoder_rate * _rate(
+                    number, settings.autoencoder_steps, settings.warmup, 0.5
+                )
             count = settings.autoencoder_batch // crops
             first = number * count
-            image = render([training_seed(first + place) for place in range(count)], PICTURE).image.to(self.device)
+            image = render([training_seed(first + place) for place in range(count)], PICTURE).image.to(
+                self.device
+            )
             image = image.unfold(2, settings.crop, settings.crop).unfold(3, settings.crop, settings.crop)
             image = image.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, settings.crop, settings.crop) * 2 - 1
             with self.autocast():
@@ -280,15 +352,26 @@ class Training:
             _descend(loss, optimizer, model)
             return [loss.item()]
 
-        self.loop("autoencoder", {"model": model, "optimizer": optimizer}, settings.autoencoder_steps, settings.autoencoder_batch, step)
+        self.loop(
+            "autoencoder",
+            {"model": model, "optimizer": optimizer},
+            settings.autoencoder_steps,
+            settings.autoencoder_batch,
+            step,
+        )
         model.requires_grad_(False).eval()
         image = render([training_seed(place) for place in range(64)], PICTURE).image.to(self.device) * 2 - 1
         with torch.no_grad():
             latents = model.encode(image).latent_dist.mode()
             error = (model.decode(latents).sample - image).square().mean()
         model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-        self.record["autoencoder"] |= {"psnr_db": round(10 * math.log10(4 / error.item()), 2), "scaling_factor": model.config.scaling_factor}
-        self.report(f"autoencoder: {self.record['autoencoder']['psnr_db']} dB, scaling factor {model.config.scaling_factor}")
+        self.record["autoencoder"] |= {
+            "psnr_db": round(10 * math.log10(4 / error.item()), 2),
+            "scaling_factor": model.config.scaling_factor,
+        }
+        self.report(
+            f"autoencoder: {self.record['autoencoder']['psnr_db']} dB, scaling factor {model.config.scaling_factor}"
+        )
 
     # -- stage 2
 
@@ -297,7 +380,9 @@ class Training:
         trained = nn.ModuleList([self.denoiser, self.text_encoder, self.readers])
         followed = nn.ModuleList([self.denoiser, self.text_encoder])
         average = copy.deepcopy(followed).requires_grad_(False)
-        optimizer = torch.optim.AdamW(trained.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        optimizer = torch.optim.AdamW(
+            trained.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         pool = Pool(self)
         if self.start is not None and self.load("denoiser") is None:
             self.find_directions(pool)
@@ -307,24 +392,40 @@ class Training:
             refining = number - settings.steps
             for group in optimizer.param_groups:
                 if refining < 0:
-                    group["lr"] = settings.rate * _rate(number, settings.steps, settings.warmup, settings.decay)
+                    group["lr"] = settings.rate * _rate(
+                        number, settings.steps, settings.warmup, settings.decay
+                    )
                 else:
                     group["lr"] = settings.rate * _rate(refining, settings.refine_steps, settings.warmup, 1.0)
             latents, labels, tokens = pool.batch(number)
             generator = self.generator(number)
-            timestep = (1000 * torch.rand(settings.batch, generator=generator, device=self.device) ** settings.noisy).long().clamp(max=999)
+            timestep = (
+                (1000 * torch.rand(settings.batch, generator=generator, device=self.device) ** settings.noisy)
+                .long()
+                .clamp(max=999)
+            )
             noise = torch.randn(latents.shape, generator=generator, device=self.device)
-            tokens[torch.rand(settings.batch, generator=generator, device=self.device) < NO_CAPTION] = pool.nothing
+            tokens[torch.rand(settings.batch, generator=generator, device=self.device) < NO_CAPTION] = (
+                pool.nothing
+            )
             noisy = self.scheduler.add_noise(latents, noise, timestep)
             with self.autocast():
                 text = self.text_encoder(tokens)[0]
                 predicted = self.denoiser(noisy, timestep, text).sample.float()
                 told = [reader(taps[name]) for reader, name in zip(self.readers, LABELLED)]
             loss = F.mse_loss(predicted, self.scheduler.get_velocity(latents, noise, timestep))
-            parts = torch.stack([F.cross_entropy(each.float().flatten(0, 1), _at(labels, each.shape[1]).flatten(), weight) for each in told]).sum()
+            parts = torch.stack(
+                [
+                    F.cross_entropy(each.float().flatten(0, 1), _at(labels, each.shape[1]).flatten(), weight)
+                    for each in told
+                ]
+            ).sum()
             neighbours = torch.zeros(())
             if refining >= 0:
-                costs = [_neighbours_loss(taps[name], _at(labels, taps[name].shape[1]), weight, generator) for name in LABELLED]
+                costs = [
+                    _neighbours_loss(taps[name], _at(labels, taps[name].shape[1]), weight, generator)
+                    for name in LABELLED
+                ]
                 neighbours = torch.stack(costs).sum()
             _descend(loss + SHARE_OF_PART * parts + SHARE_OF_NEIGHBOURS * neighbours, optimizer, trained)
             keep = min(settings.average, (number + 1) / (number + 10))
@@ -349,10 +450,16 @@ class Training:
         with self.tapped() as taps:
             for number in range(batches):
                 latents, labels, tokens = pool.batch(number)
-                timestep = torch.randint(1000, (len(latents),), generator=self.generator(number), device=self.device)
+                timestep = torch.randint(
+                    1000, (len(latents),), generator=self.generator(number), device=self.device
+                )
                 noise = torch.randn(latents.shape, generator=self.generator(number), device=self.device)
                 with self.autocast():
-                    self.denoiser(self.scheduler.add_noise(latents, noise, timestep), timestep, self.text_encoder(tokens)[0])
+                    self.denoiser(
+                        self.scheduler.add_noise(latents, noise, timestep),
+                        timestep,
+                        self.text_encoder(tokens)[0],
+                    )
                 for total, name in zip(sums, LABELLED):
                     features = F.normalize(taps[name].float(), dim=-1).flatten(0, 1)
                     total.index_add_(0, _at(labels, taps[name].shape[1]).flatten(), features)
@@ -369,7 +476,11 @@ class Training:
 
         with contextlib.ExitStack() as stack:
             for name in LABELLED:
-                stack.callback(self.denoiser.get_submodule(name).register_forward_hook(functools.partial(keep, name)).remove)
+                stack.callback(
+                    self.denoiser.get_submodule(name)
+                    .register_forward_hook(functools.partial(keep, name))
+                    .remove
+                )
             yield kept
 
     # -- all stages
@@ -392,7 +503,9 @@ class Training:
         )
 
     def autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu" or _has_bfloat16())
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.device.type != "cpu" or _has_bfloat16()
+        )
 
     def generator(self, step: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.settings.seed * 1_000_003 + step)
@@ -416,8 +529,16 @@ class Pool:
         settings, device = self.training.settings, self.training.device
         known = min(settings.scenes, settings.first_scenes + step * settings.scenes_per_step)
         self._grow(known)
-        drawn = torch.randint(known, (settings.batch,), generator=torch.Generator().manual_seed(settings.seed * 7_368_787 + step))
-        return self.latents[drawn].float().to(device), self.labels[drawn].long().to(device), self.tokens[drawn].long().to(device)
+        drawn = torch.randint(
+            known,
+            (settings.batch,),
+            generator=torch.Generator().manual_seed(settings.seed * 7_368_787 + step),
+        )
+        return (
+            self.latents[drawn].float().to(device),
+            self.labels[drawn].long().to(device),
+            self.tokens[drawn].long().to(device),
+        )
 
     def _grow(self, count: int) -> None:
         if self.count == 0 and self.path.exists():
@@ -427,8 +548,17 @@ class Pool:
                 getattr(self, name)[: self.count] = state[name]
         while self.count < count:
             self._add(min(count - self.count, 64))
-            if self.count % 4096 < 64 or self.count in (self.training.settings.first_scenes, self.training.settings.scenes):
-                torch.save({name: getattr(self, name)[: self.count].clone() for name in ("latents", "labels", "tokens")}, self.path)
+            if self.count % 4096 < 64 or self.count in (
+                self.training.settings.first_scenes,
+                self.training.settings.scenes,
+            ):
+                torch.save(
+                    {
+                        name: getattr(self, name)[: self.count].clone()
+                        for name in ("latents", "labels", "tokens")
+                    },
+                    self.path,
+                )
 
     @torch.no_grad()
     def _add(self, count: int) -> None:
@@ -445,7 +575,9 @@ class Pool:
         self.count += count
 
     def _tokens(self, captions: Any) -> Tensor:
-        padded = self.training.tokenizer(list(captions), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        padded = self.training.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        )
         return padded.input_ids.short()
 
 
@@ -465,9 +597,13 @@ def _neighbours_loss(features: Tensor, labels: Tensor, weight: Tensor, generator
     Neighbourhood components analysis by cosine: a match between pictures is a nearest neighbour, which a part told by its direction alone
     need not be.
     """
-    size = torch.zeros(len(labels), len(weight), device=labels.device).scatter_add(1, labels, torch.ones_like(labels, dtype=torch.float32))
+    size = torch.zeros(len(labels), len(weight), device=labels.device).scatter_add(
+        1, labels, torch.ones_like(labels, dtype=torch.float32)
+    )
     drawn = torch.multinomial(weight[labels] / size.gather(1, labels), NEIGHBOURS, generator=generator)
-    directions = F.normalize(features.float().gather(1, drawn.unsqueeze(-1).expand(-1, -1, features.shape[2])), dim=-1).flatten(0, 1)
+    directions = F.normalize(
+        features.float().gather(1, drawn.unsqueeze(-1).expand(-1, -1, features.shape[2])), dim=-1
+    ).flatten(0, 1)
     part = labels.gather(1, drawn).flatten()
     picture = torch.arange(len(labels), device=labels.device).repeat_interleave(NEIGHBOURS)
     elsewhere = picture[:, None] != picture
@@ -495,7 +631,12 @@ def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, model: nn.Module) -
 def machine(device: torch.device) -> dict[str, Any]:
     """What the training ran on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _processor() -> str:
@@ -571,16 +712,28 @@ def _type_of(field: dataclasses.Field) -> Callable[[str], Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--work", type=Path, default=Path("embedded_training"), help="checkpoints; a second call goes on from there (%(default)s)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("embedded_training"),
+        help="checkpoints; a second call goes on from there (%(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the model is written (%(default)s)")
-    parser.add_argument("--start", type=Path, metavar="FOLDER", help="train this written model on in place of a new one")
+    parser.add_argument(
+        "--start", type=Path, metavar="FOLDER", help="train this written model on in place of a new one"
+    )
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         metavar="NAME",
         help="cuda or cpu (%(default)s)",
     )
-    parser.add_argument("--minutes", type=_command_line.number, default=math.inf, help="stop after this long, to go on with a second call")
+    parser.add_argument(
+        "--minutes",
+        type=_command_line.number,
+        default=math.inf,
+        help="stop after this long, to go on with a second call",
+    )
     for field in dataclasses.fields(Settings):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",

@@ -44,7 +44,9 @@ from .resuming import KeptResults, keeping
 NOISE = (0.2, 0.4, 0.6)  # of the training timesteps
 SIGNALS = {
     f"query_{compared} {similarity} {heads}": (compared, similarity, heads)
-    for compared, similarity, heads in itertools.product(("query", "key"), ("cosine", "dot"), ("joint", "per_head"))
+    for compared, similarity, heads in itertools.product(
+        ("query", "key"), ("cosine", "dot"), ("joint", "per_head")
+    )
 }
 ATTENTION = ("own_part_mass", "object_background_leakage", "cross_region_mass")
 
@@ -52,11 +54,19 @@ ATTENTION = ("own_part_mass", "object_background_leakage", "cross_region_mass")
 def refinements() -> dict[str, CrossImage]:
     """Cross-Image, then every reading of the alignment with its strengths."""
     variants: dict[str, CrossImage] = {"cross_image": CrossImage()}
-    variants |= {name: QAlign(refinement=name) for name in ("warped_output", "rearranged", "warped_values", "none")}
+    variants |= {
+        name: QAlign(refinement=name) for name in ("warped_output", "rearranged", "warped_values", "none")
+    }
     for aligned in ("output", "structure"):
-        variants |= {f"{name}, {aligned} aligned": QAlign(refinement=name, aligned=aligned) for name in ("warped_output", "rearranged")}
+        variants |= {
+            f"{name}, {aligned} aligned": QAlign(refinement=name, aligned=aligned)
+            for name in ("warped_output", "rearranged")
+        }
     variants |= {f"topk {k}": QAlign(refinement="topk", topk=k) for k in (1, 4, 8, 16)}
-    variants |= {f"guided {strength}": QAlign(refinement="guided", strength=float(strength)) for strength in (5, 10, 20, 40)}
+    variants |= {
+        f"guided {strength}": QAlign(refinement="guided", strength=float(strength))
+        for strength in (5, 10, 20, 40)
+    }
     return variants | {"soft 20": QAlign(refinement="soft", strength=20.0)}
 
 
@@ -81,11 +91,20 @@ def probe(pipe: Any, pair: ScenePair, variants: Mapping[str, CrossImage], settin
     count = len(levels)
     pictures = scenes.image.repeat_interleave(count, 0)
     seed, prompt = noise_seed(pair, settings), f"a photo of a {scenes.plans[0]}"
-    kept = noised_features(pipe, pictures, torch.tensor(levels * 2), prompt, seeds=range(seed, seed + 2 * count))
+    kept = noised_features(
+        pipe, pictures, torch.tensor(levels * 2), prompt, seeds=range(seed, seed + 2 * count)
+    )
     output, reference = torch.arange(2 * count, dtype=torch.int32, device=pipe.unet.device).chunk(2)
-    found = Probe({name: {} for name in ("self_attention", *SIGNALS, *variants)}, {name: {} for name in SIGNALS})
+    found = Probe(
+        {name: {} for name in ("self_attention", *SIGNALS, *variants)}, {name: {} for name in SIGNALS}
+    )
     for layer, (q, k, site) in kept.items():
-        labels = token_labels(scenes.labels, token_grid(scenes.labels.shape[1:], q.shape[2])).long().to(q.device).repeat_interleave(count, 0)
+        labels = (
+            token_labels(scenes.labels, token_grid(scenes.labels.shape[1:], q.shape[2]))
+            .long()
+            .to(q.device)
+            .repeat_interleave(count, 0)
+        )
         keys = [(layer, level) for level in levels]
 
         def keep(name: str, tallies: Tensor, keys: Sequence[tuple[str, int]] = keys) -> None:
@@ -96,10 +115,14 @@ def probe(pipe: Any, pair: ScenePair, variants: Mapping[str, CrossImage], settin
             keep(name, measure(method, q, k, labels, output, reference, site))
         for name, (features_of, similarity, heads) in SIGNALS.items():
             compared = q if features_of == "query" else k
-            index = similarity_argmax(take(q, output), compared, similarity=similarity, heads=heads, batch_index=reference).index
+            index = similarity_argmax(
+                take(q, output), compared, similarity=similarity, heads=heads, batch_index=reference
+            ).index
             nowhere = q.new_zeros(1, 1, 1, len(PARTS)).expand(count, 1, q.shape[2], -1)
             keep(name, tally(index, nowhere, labels[:count], labels[count:]))
-            found.matched[name].update(zip(keys, (match_counts(index, k.shape[2]) > 0).double().mean((1, 2)).tolist()))
+            found.matched[name].update(
+                zip(keys, (match_counts(index, k.shape[2]) > 0).double().mean((1, 2)).tolist())
+            )
     return found
 
 
@@ -134,7 +157,9 @@ def run(
         "pairs": pairs,
         "self_attention": _masses(probes, "self_attention"),
         "matches": {name: _match_figures(probes, name) for name in SIGNALS},
-        "refinements": {name: _masses(probes, name) | {"picture": _picture(transferred, name)} for name in variants},
+        "refinements": {
+            name: _masses(probes, name) | {"picture": _picture(transferred, name)} for name in variants
+        },
         "transfers": {key: transferred[key] for key in ("pairs", "untouched", "appearance", "settings")},
     }
 
@@ -144,8 +169,12 @@ def _match_figures(probes: Sequence[Probe], name: str) -> dict[str, Any]:
     layers = layers_of(probes[0].tallies[name])
     by_layer = figures(table)["part_agreement"].nanmean((0, 2))
     edited = _edited(layers)
-    matched = torch.tensor([[share for (layer, _), share in found.matched[name].items() if layer in edited] for found in probes])
-    agreement = figures(table[:, [layers.index(layer) for layer in edited]])["part_agreement"].flatten(1).nanmean(1)
+    matched = torch.tensor(
+        [[share for (layer, _), share in found.matched[name].items() if layer in edited] for found in probes]
+    )
+    agreement = (
+        figures(table[:, [layers.index(layer) for layer in edited]])["part_agreement"].flatten(1).nanmean(1)
+    )
     return {
         "part_agreement": estimate(resample({"": agreement})[""]),
         "matched_fraction": matched.mean().item(),
@@ -161,7 +190,9 @@ def _masses(probes: Sequence[Probe], name: str) -> dict[str, Any]:
     layers = layers_of(probes[0].tallies[name])
     edited = figures(table[:, [layers.index(layer) for layer in _edited(layers)]])
     means = resample({figure: edited[figure].flatten(1).nanmean(1) for figure in ATTENTION})
-    return {figure: estimate(mean) for figure, mean in means.items()} | {"by_layer_and_step": by_layer_and_step(probes[0].tallies[name], table)}
+    return {figure: estimate(mean) for figure, mean in means.items()} | {
+        "by_layer_and_step": by_layer_and_step(probes[0].tallies[name], table)
+    }
 
 
 def _edited(layers: list[str]) -> list[str]:
@@ -170,7 +201,11 @@ def _edited(layers: list[str]) -> list[str]:
 
 def _picture(transferred: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What `leakage.summarise` says of a method, but its long tables."""
-    return {figure: value for figure, value in transferred["methods"][name].items() if not figure.startswith("by_")}
+    return {
+        figure: value
+        for figure, value in transferred["methods"][name].items()
+        if not figure.startswith("by_")
+    }
 
 
 def render_report(report: Mapping[str, Any]) -> str:
@@ -184,9 +219,18 @@ def render_report(report: Mapping[str, Any]) -> str:
     for name, found in {"self_attention": report["self_attention"], **report["refinements"]}.items():
         lines.append(row(name, [cell(**found[figure]) for figure in ATTENTION]))
     transfers = report["transfers"]
-    lines += ["", f"pictures, {transfers['pairs']} pairs", row("", ["colour error / untouched", "part IoU", "across regions", "leaking, improved"])]
+    lines += [
+        "",
+        f"pictures, {transfers['pairs']} pairs",
+        row("", ["colour error / untouched", "part IoU", "across regions", "leaking, improved"]),
+    ]
     for name, found in report["refinements"].items():
         picture, intervals = found["picture"], found["picture"]["intervals"]
-        cells = [cell(picture[figure], intervals[figure]) for figure in ("colour_ratio", "layout_iou", "cross_region_mass")]
-        lines.append(row(name, [*cells, f"{picture['leaking_pairs']}, {picture.get('leaking_pairs_improved', '-')}"]))
+        cells = [
+            cell(picture[figure], intervals[figure])
+            for figure in ("colour_ratio", "layout_iou", "cross_region_mass")
+        ]
+        lines.append(
+            row(name, [*cells, f"{picture['leaking_pairs']}, {picture.get('leaking_pairs_improved', '-')}"])
+        )
     return "\n".join(lines)

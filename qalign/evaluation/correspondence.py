@@ -45,7 +45,9 @@ class Capture:
         query = self.query[:, :, token : token + 1]
         if signal == "query_key":
             return mean_attention_map(query, self.ref_key)[0, 0]
-        joint, reference = (features[0].transpose(0, 1).flatten(1).float() for features in (query, self.ref_query))
+        joint, reference = (
+            features[0].transpose(0, 1).flatten(1).float() for features in (query, self.ref_query)
+        )
         return (STRENGTH * F.cosine_similarity(joint, reference)).softmax(-1)
 
 

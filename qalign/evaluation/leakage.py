@@ -123,12 +123,17 @@ class Measured:
         tokens = q.shape[2]
         if tokens not in self._tokens:
             self._tokens[tokens] = {
-                role: token_labels(labels[None], token_grid(labels.shape, tokens))[0].long().to(q.device) for role, labels in self.labels.items()
+                role: token_labels(labels[None], token_grid(labels.shape, tokens))[0].long().to(q.device)
+                for role, labels in self.labels.items()
             }
-        return torch.stack([self._tokens[tokens][role] for role in layout.roles]).repeat(q.shape[0] // len(layout.roles), 1)
+        return torch.stack([self._tokens[tokens][role] for role in layout.roles]).repeat(
+            q.shape[0] // len(layout.roles), 1
+        )
 
 
-def measure(method: Editing, q: Tensor, k: Tensor, labels: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+def measure(
+    method: Editing, q: Tensor, k: Tensor, labels: Tensor, output: Tensor, reference: Tensor, site: Site
+) -> Tensor:
     """Where the matches and the attention of the rows `output` go in the rows `reference`: float64 [rows, PARTS, TALLIED].
 
     Args:
@@ -148,7 +153,9 @@ def match(method: Editing, q: Tensor, k: Tensor, output: Tensor, reference: Tens
     return similarity_argmax(take(q, output), k, similarity="dot", heads="joint", batch_index=reference).index
 
 
-def attention_mass(method: Editing, q: Tensor, k: Tensor, labels: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
+def attention_mass(
+    method: Editing, q: Tensor, k: Tensor, labels: Tensor, output: Tensor, reference: Tensor, site: Site
+) -> Tensor:
     """The attention of the rows `output`, before contrast, on each label of the rows `reference`: float32 [rows, H, N, PARTS]."""
     indicator = F.one_hot(labels, len(PARTS)).float().unsqueeze(1).expand(-1, q.shape[1], -1, -1)
     if isinstance(method, CrossImage):
@@ -169,7 +176,9 @@ def tally(index: Tensor, mass: Tensor, query_labels: Tensor, key_labels: Tensor)
     mass = mass.double().mean(1)
     own = mass.gather(2, query_labels.unsqueeze(2)).squeeze(2)
     present = F.one_hot(key_labels, len(PARTS)).amax(1).double().gather(1, query_labels)
-    columns = torch.stack([torch.ones_like(own), present, right, own, mass[..., : len(BACKGROUNDS)].sum(-1)], -1)
+    columns = torch.stack(
+        [torch.ones_like(own), present, right, own, mass[..., : len(BACKGROUNDS)].sum(-1)], -1
+    )
     return F.one_hot(query_labels, len(PARTS)).double().mT @ columns
 
 
@@ -187,24 +196,43 @@ def figures(tallies: Tensor) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def measure_pair(pipe: Any, pair: ScenePair, methods: Mapping[str, CrossImage], settings: Settings) -> PairResult:
+def measure_pair(
+    pipe: Any, pair: ScenePair, methods: Mapping[str, CrossImage], settings: Settings
+) -> PairResult:
     """Transfer the appearance of one scene to the other by every method, and measure. Depends on the pair and the settings alone."""
     scenes = render([pair.appearance, pair.structure], picture_size(pipe))
     (appearance, structure), (appearance_labels, structure_labels) = scenes.image, scenes.labels
     prompt = f"a photo of a {scenes.plans[1]}"
-    labels = {"output": structure_labels, "plain": structure_labels, "structure": structure_labels, "appearance": appearance_labels}
+    labels = {
+        "output": structure_labels,
+        "plain": structure_labels,
+        "structure": structure_labels,
+        "appearance": appearance_labels,
+    }
     seed = noise_seed(pair, settings)
     tallies: dict[str, Tallies] = {}
     pictures = {"untouched": structure}
     generator = torch.Generator().manual_seed(seed)
-    inversion = pipe.invert(appearance, structure, prompt, num_inference_steps=settings.steps, generator=generator)
-    options: dict[str, Any] = {"inversion": inversion, "layers": settings.layers, "adain": settings.adain, "noun": scenes.plans[1]}
+    inversion = pipe.invert(
+        appearance, structure, prompt, num_inference_steps=settings.steps, generator=generator
+    )
+    options: dict[str, Any] = {
+        "inversion": inversion,
+        "layers": settings.layers,
+        "adain": settings.adain,
+        "noun": scenes.plans[1],
+    }
     for name, method in methods.items():
         measured = Measured(method, labels, every=settings.every)
-        pictures[name] = pipe(None, None, prompt, method=measured, output_type="pt", **options).images[0].float().cpu()
+        pictures[name] = (
+            pipe(None, None, prompt, method=measured, output_type="pt", **options).images[0].float().cpu()
+        )
         tallies[name] = measured.tallies
     layout = read_layouts(pipe, pictures | {"appearance": appearance}, scenes, prompt, seed=seed)
-    colour = {name: colour_error(picture, structure_labels, appearance, appearance_labels) for name, picture in pictures.items()}
+    colour = {
+        name: colour_error(picture, structure_labels, appearance, appearance_labels)
+        for name, picture in pictures.items()
+    }
     return PairResult(tallies, colour, layout)
 
 
@@ -251,7 +279,9 @@ def run(
     return summarise(results, settings, {name: repr(method) for name, method in chosen.items()})
 
 
-def resample(columns: Mapping[str, Tensor], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Tensor]:
+def resample(
+    columns: Mapping[str, Tensor], *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Tensor]:
     """Means of columns [pairs] over all pairs (first) and over resamples of the pairs: [1 + resamples] each; NaN is left out.
 
     The resamples are shared by all columns, so what is computed of several means is paired. A column with figures of fewer than two pairs
@@ -260,7 +290,9 @@ def resample(columns: Mapping[str, Tensor], *, resamples: int = RESAMPLES, seed:
     table = torch.stack(list(columns.values()), 1).double()
     pairs = len(table)
     drawn = torch.randint(pairs, (resamples, pairs), generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(resamples, pairs, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+    weights = torch.zeros(resamples, pairs, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
+    )
     weights = torch.cat([torch.ones(1, pairs, dtype=torch.float64), weights])
     means = (weights @ table.nan_to_num()) / (weights @ (~table.isnan()).double())
     means[1:, (~table.isnan()).sum(0) < 2] = torch.nan
@@ -280,17 +312,23 @@ def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def summarise(results: Sequence[PairResult], settings: Settings, described: Mapping[str, str]) -> dict[str, Any]:
+def summarise(
+    results: Sequence[PairResult], settings: Settings, described: Mapping[str, str]
+) -> dict[str, Any]:
     """The report of `run`: plain numbers and lists, ready for JSON. `described` names the methods, the one to compare with first."""
     baseline, *others = described
-    tallies = {name: stacked(result.tallies[name] for result in results) for name in described}  # [pairs, layers, steps, PARTS, TALLIED]
+    tallies = {
+        name: stacked(result.tallies[name] for result in results) for name in described
+    }  # [pairs, layers, steps, PARTS, TALLIED]
     columns = _columns(results, tallies)
     for name in described:
         leaks = columns[f"{name}/cross_region_mass"] > settings.threshold
         columns[f"{name}/leaking_pairs"] = len(results) * leaks.double()  # the mean is the count
     for name in others:
         better = columns[f"{name}/cross_region_mass"] < columns[f"{baseline}/cross_region_mass"]
-        columns[f"{name}/improved"] = better.double().where(columns[f"{baseline}/leaking_pairs"] > 0, torch.nan)
+        columns[f"{name}/improved"] = better.double().where(
+            columns[f"{baseline}/leaking_pairs"] > 0, torch.nan
+        )
     means = resample(columns)
     untouched = means["untouched/colour_error"]
 
@@ -314,10 +352,15 @@ def summarise(results: Sequence[PairResult], settings: Settings, described: Mapp
         "pairs": len(results),
         "methods": methods,
         "differences": {
-            name: {figure: estimate(means[f"{name}/{figure}"] - means[f"{baseline}/{figure}"]) for figure in (*FIGURES, "leaking_pairs")}
+            name: {
+                figure: estimate(means[f"{name}/{figure}"] - means[f"{baseline}/{figure}"])
+                for figure in (*FIGURES, "leaking_pairs")
+            }
             for name in others
         },
-        "untouched": {figure: estimate(means[f"untouched/{figure}"]) for figure in ("colour_error", "layout_iou")},
+        "untouched": {
+            figure: estimate(means[f"untouched/{figure}"]) for figure in ("colour_error", "layout_iou")
+        },
         "appearance": {"layout_iou": estimate(means["appearance/layout_iou"])},
         "settings": dataclasses.asdict(settings),
     }
@@ -325,14 +368,29 @@ def summarise(results: Sequence[PairResult], settings: Settings, described: Mapp
 
 def _columns(results: Sequence[PairResult], tallies: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One figure of each pair, averaged over layers, steps and parts, by "method/figure": float64 [pairs]."""
-    columns = {f"{name}/{figure}": value.flatten(1).nanmean(1) for name in tallies for figure, value in figures(tallies[name]).items()}
-    columns |= {f"{name}/colour_error": torch.stack([result.colour[name].nanmean() for result in results]) for name in results[0].colour}
-    return columns | {f"{name}/layout_iou": torch.tensor([result.layout[name] for result in results]) for name in results[0].layout}
+    columns = {
+        f"{name}/{figure}": value.flatten(1).nanmean(1)
+        for name in tallies
+        for figure, value in figures(tallies[name]).items()
+    }
+    columns |= {
+        f"{name}/colour_error": torch.stack([result.colour[name].nanmean() for result in results])
+        for name in results[0].colour
+    }
+    return columns | {
+        f"{name}/layout_iou": torch.tensor([result.layout[name] for result in results])
+        for name in results[0].layout
+    }
 
 
 def stacked(tallies: Iterable[Tallies]) -> Tensor:
     """[pairs, layers, steps, PARTS, TALLIED] from the tallies of each pair."""
-    return torch.stack([torch.stack(list(tally.values())).unflatten(0, (-1, len(layers_of(tally)))).transpose(0, 1) for tally in tallies])
+    return torch.stack(
+        [
+            torch.stack(list(tally.values())).unflatten(0, (-1, len(layers_of(tally)))).transpose(0, 1)
+            for tally in tallies
+        ]
+    )
 
 
 def layers_of(tallies: Tallies) -> list[str]:
@@ -341,15 +399,25 @@ def layers_of(tallies: Tallies) -> list[str]:
 
 def by_layer_and_step(keys: Tallies, tallies: Tensor) -> dict[str, Any]:
     """Each attention figure as [layers][steps], averaged over pairs."""
-    table = {figure: [[_finite(x) for x in row] for row in value.nanmean(0).tolist()] for figure, value in figures(tallies).items()}
+    table = {
+        figure: [[_finite(x) for x in row] for row in value.nanmean(0).tolist()]
+        for figure, value in figures(tallies).items()
+    }
     return {"layers": layers_of(keys), "steps": list(dict.fromkeys(step for _, step in keys))} | table
 
 
 def _by_part(tallies: Tensor) -> dict[str, dict[str, float | None]]:
     """Over all queries of each part, backgrounds too, in every pair, layer and step."""
     tokens, counterparts, right, own, background = tallies.flatten(0, 2).sum(0).unbind(-1)
-    table = {"part_agreement": right / counterparts, "own_part_mass": own / counterparts, "background_mass": background / tokens}
-    return {part: {figure: _finite(value[number].item()) for figure, value in table.items()} for number, part in enumerate(PARTS)}
+    table = {
+        "part_agreement": right / counterparts,
+        "own_part_mass": own / counterparts,
+        "background_mass": background / tokens,
+    }
+    return {
+        part: {figure: _finite(value[number].item()) for figure, value in table.items()}
+        for number, part in enumerate(PARTS)
+    }
 
 
 def render_report(report: Mapping[str, Any]) -> str:
@@ -364,16 +432,42 @@ def render_report(report: Mapping[str, Any]) -> str:
     lines.append(row("", [*methods, *(f"{name} - {baseline}" for name in differences)]))
     for figure, title in TITLES.items():
         cells = [cell(method[figure], method["intervals"][figure]) for method in methods.values()]
-        lines.append(row(title, cells + [cell(other[figure]["value"], other[figure]["interval"], sign="+") for other in differences.values()]))
-    lines.append(row("  relative to the untouched structure", [cell(m["colour_ratio"], m["intervals"]["colour_ratio"]) for m in methods.values()]))
-    lines.append(row(f"leaking pairs (across > {settings['threshold']:g})", [_pairs(m["leaking_pairs"], report["pairs"]) for m in methods.values()]))
-    improved = [_pairs(m["leaking_pairs_improved"], methods[baseline]["leaking_pairs"]) for name, m in methods.items() if name != baseline]
+        lines.append(
+            row(
+                title,
+                cells
+                + [
+                    cell(other[figure]["value"], other[figure]["interval"], sign="+")
+                    for other in differences.values()
+                ],
+            )
+        )
+    lines.append(
+        row(
+            "  relative to the untouched structure",
+            [cell(m["colour_ratio"], m["intervals"]["colour_ratio"]) for m in methods.values()],
+        )
+    )
+    lines.append(
+        row(
+            f"leaking pairs (across > {settings['threshold']:g})",
+            [_pairs(m["leaking_pairs"], report["pairs"]) for m in methods.values()],
+        )
+    )
+    improved = [
+        _pairs(m["leaking_pairs_improved"], methods[baseline]["leaking_pairs"])
+        for name, m in methods.items()
+        if name != baseline
+    ]
     lines.append(row(f"  of those of {baseline}, improved", ["", *improved]))
     best = [_best(method["by_layer_and_step"]) for method in methods.values()]
     lines.append(row("agreement in the best layer", [f"{agreement:.3f}" for _, agreement in best]))
     lines.append(row("  which is", [short_name(layer) for layer, _ in best]))
     error, layout, chance = (report[name][figure]["value"] for name, figure in NOTED)
-    lines += ["", f"untouched structure: colour error {error:.3f}, part IoU {layout:.3f}; the appearance's own layout: part IoU {chance:.3f}"]
+    lines += [
+        "",
+        f"untouched structure: colour error {error:.3f}, part IoU {layout:.3f}; the appearance's own layout: part IoU {chance:.3f}",
+    ]
     return "\n".join(lines)
 
 
@@ -396,5 +490,8 @@ def _pairs(count: int, of: int) -> str:
 
 def _best(table: Mapping[str, Any]) -> tuple[str, float]:
     """The layer whose matches agree most, over its steps, and how far they do."""
-    means = {layer: sum(x or 0 for x in row) / len(row) for layer, row in zip(table["layers"], table["part_agreement"])}
+    means = {
+        layer: sum(x or 0 for x in row) / len(row)
+        for layer, row in zip(table["layers"], table["part_agreement"])
+    }
     return max(means.items(), key=lambda item: item[1])

@@ -16,7 +16,12 @@ def held_out_scenes(seed: int, size: int) -> tuple[Tensor, Tensor, tuple[Tensor,
     """Structure and appearance [3, size, size], their labels, and a prompt."""
     pair = held_out_pairs(1, seed)[0]
     scenes = render([pair.structure, pair.appearance], size)
-    return scenes.image[0], scenes.image[1], (scenes.labels[0], scenes.labels[1]), f"a photo of a {scenes.plans[0]}"
+    return (
+        scenes.image[0],
+        scenes.image[1],
+        (scenes.labels[0], scenes.labels[1]),
+        f"a photo of a {scenes.plans[0]}",
+    )
 
 
 def choose(captures: Sequence[Capture], side: int) -> Capture:
@@ -25,7 +30,12 @@ def choose(captures: Sequence[Capture], side: int) -> Capture:
 
 
 def draw_lines(
-    capture: Capture, structure: Tensor, appearance: Tensor, labels: tuple[Tensor, Tensor] | None, *, most: int = 80
+    capture: Capture,
+    structure: Tensor,
+    appearance: Tensor,
+    labels: tuple[Tensor, Tensor] | None,
+    *,
+    most: int = 80,
 ) -> tuple[Figure, dict[str, float]]:
     """Lines between two pictures by both signals; with labels, those of objects' tokens, and which share of these is right."""
     size = (structure.shape[1], structure.shape[2])
@@ -43,29 +53,46 @@ def draw_lines(
         if of_structure is not None and of_appearance is not None:
             agrees = of_appearance[index] == of_structure
             shares[name] = agrees[judged].double().mean().item()
-            title, right = f"{title}: {shares[name]:.0%} of {int(judged.sum())} tokens are matched to their own part", agrees[kept]
+            title, right = (
+                f"{title}: {shares[name]:.0%} of {int(judged.sum())} tokens are matched to their own part",
+                agrees[kept],
+            )
         panels.append(MatchPanel(title, centres[kept], centres[index[kept]], right))
-    colours = "green where they end in the part where they begin" if labels is not None else "coloured by where they begin"
+    colours = (
+        "green where they end in the part where they begin"
+        if labels is not None
+        else "coloured by where they begin"
+    )
     note = f"{len(kept)} {'tokens of the object' if labels is not None else 'tokens'} as lines, {colours}."
     title = f"Matches in {short_name(capture.layer)}, {grid[0]} x {grid[1]} tokens"
     return correspondence(structure, appearance, panels, title=title, note=note), shares
 
 
 def draw_heat_maps(
-    capture: Capture, structure: Tensor, appearance: Tensor, points: Tensor, labels: tuple[Tensor, Tensor] | None
+    capture: Capture,
+    structure: Tensor,
+    appearance: Tensor,
+    points: Tensor,
+    labels: tuple[Tensor, Tensor] | None,
 ) -> Figure:
     """Where the tokens under `points` [P, 2] look, by both signals; with labels, how much of it is in their own part."""
     size = (structure.shape[1], structure.shape[2])
     grid = token_grid(size, capture.query.shape[2])
     tokens = torch.cdist(points.float(), token_centres(size, grid)).argmin(1).tolist()
-    maps = {SIGNALS[signal]: torch.stack([capture.heat(token, signal).cpu().reshape(grid) for token in tokens]) for signal in reversed(SIGNALS)}
+    maps = {
+        SIGNALS[signal]: torch.stack([capture.heat(token, signal).cpu().reshape(grid) for token in tokens])
+        for signal in reversed(SIGNALS)
+    }
     note = f"Softmax over the appearance's tokens of q·k, heads averaged, and of {STRENGTH:g} cos(q, q); cross: the peak."
     captions = None
     if labels is not None:
         of_structure, of_appearance, _ = _judged(labels, grid)
         parts = [int(of_structure[token]) for token in tokens]
         captions = {
-            name: [f"{PARTS[part]}: {heat.flatten()[of_appearance == part].sum():.0%}" for part, heat in zip(parts, heats)]
+            name: [
+                f"{PARTS[part]}: {heat.flatten()[of_appearance == part].sum():.0%}"
+                for part, heat in zip(parts, heats)
+            ]
             for name, heats in maps.items()
         }
         note += " In the corner: the point's part, and the share that falls on it."
@@ -73,7 +100,9 @@ def draw_heat_maps(
     return point_heat_maps(structure, appearance, points, maps, title=title, note=note, captions=captions)
 
 
-def default_points(capture: Capture, structure: Tensor, labels: tuple[Tensor, Tensor] | None, most: int = 3) -> Tensor:
+def default_points(
+    capture: Capture, structure: Tensor, labels: tuple[Tensor, Tensor] | None, most: int = 3
+) -> Tensor:
     """Points [P, 2]: in the middle of tokens of the object's largest parts that both scenes show; without labels, along the diagonal."""
     height, width = structure.shape[1:]
     if labels is None:
@@ -91,4 +120,8 @@ def default_points(capture: Capture, structure: Tensor, labels: tuple[Tensor, Te
 def _judged(labels: tuple[Tensor, Tensor], grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Token labels [N] of structure and appearance, and which of the structure's are of an object's part that the appearance shows too."""
     of_structure, of_appearance = token_labels(torch.stack(labels), grid).long()
-    return of_structure, of_appearance, (of_structure >= len(BACKGROUNDS)) & torch.isin(of_structure, of_appearance)
+    return (
+        of_structure,
+        of_appearance,
+        (of_structure >= len(BACKGROUNDS)) & torch.isin(of_structure, of_appearance),
+    )

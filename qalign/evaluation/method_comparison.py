@@ -15,7 +15,10 @@ from . import leakage
 from .peak_memory import PeakMemory
 from .picture_metrics import OBJECT, colour_error
 
-UNREAD = (CtrlX, EyeForAnEye)  # their output attends itself: what it took of the appearance stands in no attention map
+UNREAD = (
+    CtrlX,
+    EyeForAnEye,
+)  # their output attends itself: what it took of the appearance stands in no attention map
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,9 @@ def compare_methods(
     """
     methods = {name: kind() for name, kind in METHODS.items()} if methods is None else methods
     generator = torch.Generator().manual_seed(seed)
-    inversion = pipe.invert(appearance, structure, prompt, num_inference_steps=num_inference_steps, generator=generator)
+    inversion = pipe.invert(
+        appearance, structure, prompt, num_inference_steps=num_inference_steps, generator=generator
+    )
     options: dict[str, Any] = {"inversion": inversion, "adain": None, "output_type": "pt"}
     result = {}
     for name, method in methods.items():
@@ -83,17 +88,29 @@ def compare_methods(
     return result
 
 
-def colour_ratio(picture: Tensor, appearance: Tensor, structure: Tensor, labels: tuple[Tensor, Tensor]) -> float:
+def colour_ratio(
+    picture: Tensor, appearance: Tensor, structure: Tensor, labels: tuple[Tensor, Tensor]
+) -> float:
     """Mean part colour error of the picture, over that of the structure as it was."""
     of_appearance, of_structure = labels
-    after, before = (colour_error(each, of_structure, appearance, of_appearance)[OBJECT].nanmean() for each in (picture, structure))
+    after, before = (
+        colour_error(each, of_structure, appearance, of_appearance)[OBJECT].nanmean()
+        for each in (picture, structure)
+    )
     return (after / before).item()
 
 
-def attention_figures(pipe: Any, method: Any, labels: tuple[Tensor, Tensor], prompt: str, options: Mapping[str, Any]) -> tuple[float, float]:
+def attention_figures(
+    pipe: Any, method: Any, labels: tuple[Tensor, Tensor], prompt: str, options: Mapping[str, Any]
+) -> tuple[float, float]:
     """(own_part_mass, object_background_leakage) of a transfer, mean over the measured layers and steps; NaN where none was edited."""
     of_appearance, of_structure = labels
-    rows = {"output": of_structure, "plain": of_structure, "structure": of_structure, "appearance": of_appearance}
+    rows = {
+        "output": of_structure,
+        "plain": of_structure,
+        "structure": of_structure,
+        "appearance": of_appearance,
+    }
     measured = leakage.Measured(method, rows, every=3)
     pipe(None, None, prompt, method=measured, **options)
     if not measured.tallies:  # so few steps that no measured one is edited

@@ -39,7 +39,13 @@ class _Kept:
 
 @torch.inference_mode()
 def noised_features(
-    pipe: Any, pictures: Tensor, timesteps: Tensor, prompt: str, *, seeds: Sequence[int], layers: str | Sequence[str] | None = None
+    pipe: Any,
+    pictures: Tensor,
+    timesteps: Tensor,
+    prompt: str,
+    *,
+    seeds: Sequence[int],
+    layers: str | Sequence[str] | None = None,
 ) -> dict[str, Features]:
     """Queries and keys of noised pictures, by self-attention layer of the decoder, in one stock UNet call.
 
@@ -51,7 +57,9 @@ def noised_features(
         layers: as `attach`; None is all of the decoder.
     """
     latents = pipe.encode(pictures)
-    noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = torch.stack(
+        [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
     noised = pipe.scheduler.add_noise(latents, noise.to(latents), timesteps.to(latents.device))
     kept = _Kept()
     with attach(pipe.unet, kept, layout=BatchLayout(*["output"] * len(latents)), layers=layers):

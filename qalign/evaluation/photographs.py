@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qalign_kernels import Match, Segment, attention, attention_with_lse, match_counts, qalign_attention, use_backend
+from qalign_kernels import (
+    Match,
+    Segment,
+    attention,
+    attention_with_lse,
+    match_counts,
+    qalign_attention,
+    use_backend,
+)
 
 from ..context.layers import short_name
 from ..context.layout import BatchLayout
@@ -71,7 +79,9 @@ class Truth:
 
     def chance(self) -> Tensor:
         """The errors of matches drawn at random, 64 for each known token."""
-        drawn = torch.randint(len(self.position), (64, len(self.position)), generator=torch.Generator().manual_seed(0))
+        drawn = torch.randint(
+            len(self.position), (64, len(self.position)), generator=torch.Generator().manual_seed(0)
+        )
         return torch.cat([self.error(index) for index in drawn])
 
 
@@ -90,8 +100,17 @@ def load_pair(size: int) -> StereoPair:
 
     def picture(name: str, left: int) -> Tensor:
         with Image.open(folder / name) as image:
-            resized = image.convert("RGB").crop((left, 0, left + side, side)).resize((size, size), Image.Resampling.BICUBIC)
-        return torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).reshape(size, size, 3).permute(2, 0, 1) / 255
+            resized = (
+                image.convert("RGB")
+                .crop((left, 0, left + side, side))
+                .resize((size, size), Image.Resampling.BICUBIC)
+            )
+        return (
+            torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
+            .reshape(size, size, 3)
+            .permute(2, 0, 1)
+            / 255
+        )
 
     left, right = middle + CROPS_APART // 2, middle - CROPS_APART // 2
     shift = (CROPS_APART - disparity[:, left : left + side]) * (size / side)
@@ -195,11 +214,15 @@ class Scene:
         return prediction
 
 
-def build_scene(latents: Tensor, seed: int, device: torch.device, channels: tuple[int, ...] = CHANNELS) -> Scene:
+def build_scene(
+    latents: Tensor, seed: int, device: torch.device, channels: tuple[int, ...] = CHANNELS
+) -> Scene:
     """Noise the latents of (appearance, structure) independently at a mid timestep and set the UNet before them."""
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
     scheduler.set_timesteps(50)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(latents.shape, generator=generator)
@@ -269,8 +292,14 @@ def effective_keys(query: Tensor, key: Tensor, counts: Tensor | None = None) -> 
     The entropy lse - E[logit] - E[log count] is itself attention over the values (key, log count): no map is formed.
     """
     scale = query.shape[-1] ** -0.5
-    weight = torch.zeros(key.shape[:3], device=key.device) if counts is None else counts.clamp(min=1).log().expand(key.shape[:3])
-    output, lse = attention_with_lse(query, Segment(key, torch.cat([key, weight.unsqueeze(-1)], -1), counts=counts))
+    weight = (
+        torch.zeros(key.shape[:3], device=key.device)
+        if counts is None
+        else counts.clamp(min=1).log().expand(key.shape[:3])
+    )
+    output, lse = attention_with_lse(
+        query, Segment(key, torch.cat([key, weight.unsqueeze(-1)], -1), counts=counts)
+    )
     entropy = lse - scale * (query * output[..., :-1]).sum(-1) - output[..., -1]
     return entropy.exp().mean().item()
 
@@ -295,7 +324,9 @@ def summarise(taken: Capture, truth: Truth) -> tuple[dict[str, Any], dict[str, M
         "rearranged": attention(some, Segment(ref_key, place, counts=counts)),
         "guided": qalign_attention(some, ref_query, ref_key, place, refinement="guided"),
     }
-    errors = {name: truth.error(match.index.flatten().cpu()) for name, match in matches.items()} | {"chance": truth.chance()}
+    errors = {name: truth.error(match.index.flatten().cpu()) for name, match in matches.items()} | {
+        "chance": truth.chance()
+    }
     figures = {
         "layer": short_name(taken.layer),
         "tokens": tokens,
@@ -303,8 +334,13 @@ def summarise(taken: Capture, truth: Truth) -> tuple[dict[str, Any], dict[str, M
         "unique_fraction": (counts > 0).double().mean().item(),
         "judged_tokens": int(truth.known.sum()),
         "median_error_px": {name: error.median().item() for name, error in errors.items()},
-        "within_one_token": {name: (error <= truth.pitch).double().mean().item() for name, error in errors.items()},
-        "effective_keys": {"all_keys": effective_keys(some, ref_key), "rearranged": effective_keys(some, ref_key, counts)},
+        "within_one_token": {
+            name: (error <= truth.pitch).double().mean().item() for name, error in errors.items()
+        },
+        "effective_keys": {
+            "all_keys": effective_keys(some, ref_key),
+            "rearranged": effective_keys(some, ref_key, counts),
+        },
         "attention_spread_px": {name: spread_px(reading) * truth.pitch for name, reading in readings.items()},
     }
     return figures, matches
@@ -338,7 +374,9 @@ def run(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.inference_mode():
-        progress(f"photographs: the stereo pair 'motorcycle' of scikit-image, {size}x{size}; the left one is structure, the right one appearance")
+        progress(
+            f"photographs: the stereo pair 'motorcycle' of scikit-image, {size}x{size}; the left one is structure, the right one appearance"
+        )
         pair = load_pair(size)
         progress("latents: a small AutoencoderKL")
         latents = encode(pair, seed)
@@ -346,7 +384,9 @@ def run(
         scene = build_scene(latents, seed, device, channels)
         signal = scene.scheduler.alphas_cumprod[TIMESTEP].sqrt().item()
         noise = (1 - signal**2) ** 0.5
-        progress(f"warm-up step with Q-Align at timestep {TIMESTEP} ({signal:.2f} signal + {noise:.2f} noise), keeping queries and keys")
+        progress(
+            f"warm-up step with Q-Align at timestep {TIMESTEP} ({signal:.2f} signal + {noise:.2f} noise), keeping queries and keys"
+        )
         captures = record(scene)
         steps = _measure_all(scene, progress)
         progress("where matches and attention go, layer by layer")
@@ -364,7 +404,10 @@ def run(
         "timestep": TIMESTEP,
         "batch_rows": ["output", "appearance", "structure"],
         "memory": "torch.cuda peak" if device.type == "cuda" else "resident set, sampled every 2 ms",
-        "steps": {name: {"time_s": s.time_s, "attention_s": s.attention_s, "peak_mib": s.peak_mib} for name, s in steps.items()},
+        "steps": {
+            name: {"time_s": s.time_s, "attention_s": s.attention_s, "peak_mib": s.peak_mib}
+            for name, s in steps.items()
+        },
         "agreement": agreement(scene, steps),
         "layers": layers,
     }
@@ -380,4 +423,8 @@ def _measure_all(scene: Scene, progress: Callable[[str], None]) -> dict[str, Ste
 
 
 def describe_device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )

@@ -25,7 +25,9 @@ def part_colours(picture: Tensor, labels: Tensor) -> Tensor:
     """The mean colour of each part of a picture [3, S, S]: float64 [PARTS, 3], NaN for parts that are (nearly) out of view."""
     members = F.one_hot(labels.flatten(), len(PARTS)).double()
     pixels = members.sum(0).unsqueeze(1)
-    return torch.where(pixels >= COLOURED * labels.numel(), members.T @ picture.double().flatten(1).T / pixels, torch.nan)
+    return torch.where(
+        pixels >= COLOURED * labels.numel(), members.T @ picture.double().flatten(1).T / pixels, torch.nan
+    )
 
 
 def colour_error(picture: Tensor, labels: Tensor, appearance: Tensor, appearance_labels: Tensor) -> Tensor:
@@ -43,14 +45,18 @@ def part_iou(found: Tensor, truth: Tensor) -> float:
     return (both / either)[truth.any(0)].mean().item()
 
 
-def read_layouts(pipe: Any, pictures: Mapping[str, Tensor], scenes: Scenes, prompt: str, *, seed: int) -> dict[str, float]:
+def read_layouts(
+    pipe: Any, pictures: Mapping[str, Tensor], scenes: Scenes, prompt: str, *, seed: int
+) -> dict[str, float]:
     """Mean part IoU between the structure's layout and that of each picture [3, S, S], as `read_parts` sees it by the two scenes (appearance,
     structure). Averaged over the decoder's layers.
     """
     read = read_parts(pipe, torch.stack(list(pictures.values())), scenes, prompt, seed=seed)
     scores = torch.zeros(len(pictures), dtype=torch.float64)
     for found in read.values():
-        structure = token_labels(scenes.labels[1:], token_grid(scenes.labels.shape[1:], found.shape[1]))[0].cpu()
+        structure = token_labels(scenes.labels[1:], token_grid(scenes.labels.shape[1:], found.shape[1]))[
+            0
+        ].cpu()
         scores += torch.tensor([part_iou(row, structure) for row in found], dtype=torch.float64)
     return dict(zip(pictures, (scores / len(read)).tolist()))
 
@@ -75,6 +81,8 @@ def read_parts(pipe: Any, pictures: Tensor, scenes: Scenes, prompt: str, *, seed
     for layer, (q, _, _) in kept.items():
         labels = token_labels(scenes.labels, token_grid(scenes.labels.shape[1:], q.shape[2])).cpu().flatten()
         joined = q[count:].transpose(0, 1).flatten(1, 2)[None]  # [1, H, known · N, D]
-        index = similarity_argmax(q[:count], joined, batch_index=torch.zeros(count, dtype=torch.int32, device=q.device)).index
+        index = similarity_argmax(
+            q[:count], joined, batch_index=torch.zeros(count, dtype=torch.int32, device=q.device)
+        ).index
         found[layer] = labels[index[:, 0].long().cpu()]
     return found

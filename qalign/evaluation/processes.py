@@ -26,7 +26,9 @@ def leave() -> None:
     state.destroy_process_group()
 
 
-def gathered(work: Callable[[Item], Result], items: Sequence[Item], progress: Progress = iter) -> list[Result]:
+def gathered(
+    work: Callable[[Item], Result], items: Sequence[Item], progress: Progress = iter
+) -> list[Result]:
     """`work` of every item, each done in one of the launched processes; in the order of the items, the same in each process."""
     from accelerate.utils import gather_object
 

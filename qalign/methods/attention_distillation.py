@@ -61,7 +61,12 @@ class AttentionDistillation:
     logit_scale: float = 1.0
 
     def loss(
-        self, features: Features, style: Features, content: Features | None = None, *, regions: Regions | Sequence[Regions] | None = None
+        self,
+        features: Features,
+        style: Features,
+        content: Features | None = None,
+        *,
+        regions: Regions | Sequence[Regions] | None = None,
     ) -> Losses:
         """The losses of `features` with B rows, differentiable in them.
 
@@ -74,8 +79,14 @@ class AttentionDistillation:
         Raises:
             ValueError: layers that differ, or regions with several styles.
         """
-        if not features or features.keys() != style.keys() or (content is not None and features.keys() != content.keys()):
-            raise ValueError(f"style: expected the layers {', '.join(features) or '(none)'} in style and content, got {', '.join(style)}")
+        if (
+            not features
+            or features.keys() != style.keys()
+            or (content is not None and features.keys() != content.keys())
+        ):
+            raise ValueError(
+                f"style: expected the layers {', '.join(features) or '(none)'} in style and content, got {', '.join(style)}"
+            )
         zero = next(iter(features.values())).query.new_zeros((), dtype=torch.float32)
         distilled, kept = zero, zero
         for name, layer in features.items():
@@ -84,17 +95,31 @@ class AttentionDistillation:
                 kept = kept + (layer.query.float() - content[name].query.detach().float()).abs().mean()
         return Losses(distilled + self.content_weight * kept, distilled, kept)
 
-    def _distillation(self, layer: LayerFeatures, style: LayerFeatures, regions: Regions | Sequence[Regions] | None) -> Tensor:
+    def _distillation(
+        self, layer: LayerFeatures, style: LayerFeatures, regions: Regions | Sequence[Regions] | None
+    ) -> Tensor:
         tokens, device = style.key.shape[2], style.key.device
         scale = (layer.query.shape[-1] ** -0.5 if layer.scale is None else layer.scale) * self.logit_scale
         if regions is None:
-            return distillation_loss(layer.output, layer.query, style.key.split(1), style.value.split(1), scale=scale)
+            return distillation_loss(
+                layer.output, layer.query, style.key.split(1), style.value.split(1), scale=scale
+            )
         if len(style.key) != 1:
             raise ValueError(f"regions: expected one style with them, got {len(style.key)}")
         of_rows = [regions] if isinstance(regions, Regions) else regions
-        queries = torch.cat([each.queries("appearance", layer.query.shape[2], tokens, device) for each in of_rows])  # [B|1, N]
+        queries = torch.cat(
+            [each.queries("appearance", layer.query.shape[2], tokens, device) for each in of_rows]
+        )  # [B|1, N]
         keys = of_rows[0].keys("appearance", tokens, device)
-        return distillation_loss(layer.output, layer.query, style.key, style.value, scale=scale, query_labels=queries, ref_labels=keys)
+        return distillation_loss(
+            layer.output,
+            layer.query,
+            style.key,
+            style.value,
+            scale=scale,
+            query_labels=queries,
+            ref_labels=keys,
+        )
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         return last_six(names)

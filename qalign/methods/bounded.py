@@ -45,7 +45,15 @@ class BoundedAttention(Editing):
     picture's token in several subjects (give the overlap a label of its own, which then sees itself and the background).
     """
 
-    card: ClassVar[Card] = Card("Bounded attention", "2403.16990", "subjects do not see each other", "all", "all", "attention (labels)", 1.0)
+    card: ClassVar[Card] = Card(
+        "Bounded attention",
+        "2403.16990",
+        "subjects do not see each other",
+        "all",
+        "all",
+        "attention (labels)",
+        1.0,
+    )
 
     subject_tokens: Mapping[int, Sequence[int]] = field(default_factory=dict, hash=False)
     filter_tokens: Sequence[int] = ()
@@ -53,15 +61,21 @@ class BoundedAttention(Editing):
     optimized: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "subject_tokens", {label: tuple(places) for label, places in self.subject_tokens.items()})
+        object.__setattr__(
+            self, "subject_tokens", {label: tuple(places) for label, places in self.subject_tokens.items()}
+        )
         object.__setattr__(self, "filter_tokens", tuple(self.filter_tokens))
         unknown = [label for label in self.subject_tokens if label not in range(LARGEST + 1)]
         if unknown:
             raise ValueError(f"subject_tokens: expected labels of 0 to {LARGEST}, got {unknown[0]!r}")
         if self.subject_tokens and self.eos_token is None:
-            raise ValueError("eos_token: expected the place of the prompt's end because subject_tokens came, got None")
+            raise ValueError(
+                "eos_token: expected the place of the prompt's end because subject_tokens came, got None"
+            )
         if self._places and min(self._places) < 0:
-            raise ValueError(f"subject_tokens, filter_tokens, eos_token: expected places of 0 and more, got {min(self._places)}")
+            raise ValueError(
+                f"subject_tokens, filter_tokens, eos_token: expected places of 0 and more, got {min(self._places)}"
+            )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         if site.idle:
@@ -76,16 +90,24 @@ class BoundedAttention(Editing):
             return site.plain(q, k, v)
         regions, tokens = self._regions(site), k.shape[2]
         if regions.background in self.subject_tokens:
-            raise ValueError(f"subject_tokens: expected labels of subjects, got {regions.background}, which is the background's")
+            raise ValueError(
+                f"subject_tokens: expected labels of subjects, got {regions.background}, which is the background's"
+            )
         if max(self._places) >= tokens:
-            raise ValueError(f"subject_tokens, filter_tokens, eos_token: expected places below the prompt's {tokens}, got {max(self._places)}")
+            raise ValueError(
+                f"subject_tokens, filter_tokens, eos_token: expected places below the prompt's {tokens}, got {max(self._places)}"
+            )
         output = site.output_rows(q)
         conditional, others = site.conditional(output, q), site.unconditional(output, q)
         labels = regions.keys("structure", q.shape[2], q.device)
-        queries = labels if self.optimized else torch.where(labels == EVERYTHING, ONLY_BACKGROUND, labels).int()
+        queries = (
+            labels if self.optimized else torch.where(labels == EVERYTHING, ONLY_BACKGROUND, labels).int()
+        )
         segment = site.own(k, v, conditional, regions=self.token_labels(tokens, q.device))
         edited = attention(take(q, conditional), segment, scale=site.scale, query_labels=queries)
-        return site.merge(q, k, v, torch.cat([site.stock(q, k, v, others), edited]) if others.numel() else edited)
+        return site.merge(
+            q, k, v, torch.cat([site.stock(q, k, v, others), edited]) if others.numel() else edited
+        )
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         return list(names)
@@ -101,7 +123,11 @@ class BoundedAttention(Editing):
     @property
     def _places(self) -> list[int]:
         ends = [] if self.eos_token is None else [self.eos_token]
-        return [*self.filter_tokens, *ends, *(place for places in self.subject_tokens.values() for place in places)]
+        return [
+            *self.filter_tokens,
+            *ends,
+            *(place for places in self.subject_tokens.values() for place in places),
+        ]
 
     def _regions(self, site: Site) -> Regions:
         if site.regions is None:
@@ -110,7 +136,13 @@ class BoundedAttention(Editing):
 
 
 @functools.cache
-def _token_labels(subjects: tuple[tuple[int, tuple[int, ...]], ...], filters: tuple[int, ...], eos: int, tokens: int, device: torch.device) -> Tensor:
+def _token_labels(
+    subjects: tuple[tuple[int, tuple[int, ...]], ...],
+    filters: tuple[int, ...],
+    eos: int,
+    tokens: int,
+    device: torch.device,
+) -> Tensor:
     """Bit sets int32 [1, T] of a prompt's tokens."""
     labels = [EVERYTHING] * tokens
     for place in {place for _, places in subjects for place in places} | set(filters):

@@ -35,7 +35,13 @@ class ConsiStory(Editing):
     """
 
     card: ClassVar[Card] = Card(
-        "ConsiStory", "2402.03286", "K, V + subjects of the others, dropout", "up blocks", "2 to 50 of 50", "attention (counts, labels)", 2.5
+        "ConsiStory",
+        "2402.03286",
+        "K, V + subjects of the others, dropout",
+        "up blocks",
+        "2 to 50 of 50",
+        "attention (counts, labels)",
+        2.5,
     )
     default_steps: ClassVar[tuple[float, float] | None] = (1 / 50, 1.0)
 
@@ -51,17 +57,24 @@ class ConsiStory(Editing):
         if site.idle:
             return site.plain(q, k, v)
         output, companions = site.output_rows(q), site.companion_rows(q)
-        pictures = [(rows, "structure", number, len(companions)) for number, rows in enumerate(companions[: self.anchors])]
+        pictures = [
+            (rows, "structure", number, len(companions))
+            for number, rows in enumerate(companions[: self.anchors])
+        ]
         if "appearance" in site.layout.roles:
             references = site.references(q)
-            pictures += [(rows, "appearance", number, len(references)) for number, rows in enumerate(references)]
+            pictures += [
+                (rows, "appearance", number, len(references)) for number, rows in enumerate(references)
+            ]
         segments = [site.own(k, v, output)]
         for place, (rows, picture, number, count) in enumerate(pictures):
             kept = (uniform(k.shape[2], self.seed, site.step, place) >= self.dropout).to(q.device)
             others = (rows != output)[:, None, None]  # its own keys a row sees once
             labels = site.subject_labels(k, rows, picture, number, count)
             segments.append(Segment(k, v, counts=(kept & others).int(), labels=labels, batch_index=rows))
-        return site.merge(q, k, v, attention(take(q, output), segments, scale=site.scale, query_labels=site.open_labels(q)))
+        return site.merge(
+            q, k, v, attention(take(q, output), segments, scale=site.scale, query_labels=site.open_labels(q))
+        )
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         return decoder_layers(names)

@@ -31,7 +31,13 @@ class CrossImage(Editing):
     """
 
     card: ClassVar[Card] = Card(
-        "Cross-Image", "2311.03335", "K, V <- appearance, contrast", "last two decoder blocks", "12 to 68 of 68", "attention (contrast)", 1.5
+        "Cross-Image",
+        "2311.03335",
+        "K, V <- appearance, contrast",
+        "last two decoder blocks",
+        "12 to 68 of 68",
+        "attention (contrast)",
+        1.5,
     )
 
     contrast: float = 1.67
@@ -46,8 +52,18 @@ class CrossImage(Editing):
 
     def takes_structure(self, step: int, total: int) -> bool:
         late = max(step - 1, 0)
-        return self.structure_every > 0 and late % self.structure_every == 0 and late / total < self.structure_until
+        return (
+            self.structure_every > 0
+            and late % self.structure_every == 0
+            and late / total < self.structure_until
+        )
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         segment = site.reference(k, v, reference)
-        return attention(take(q, output), segment, scale=site.scale, contrast=self.contrast, query_labels=site.query_labels(q))
+        return attention(
+            take(q, output),
+            segment,
+            scale=site.scale,
+            contrast=self.contrast,
+            query_labels=site.query_labels(q),
+        )

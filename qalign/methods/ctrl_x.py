@@ -66,7 +66,9 @@ class CtrlX(Editing):
     def hooks(self, model: nn.Module) -> dict[str, Hook]:
         return dict.fromkeys(self.structure_convolutions, _inject)
 
-    def prepare(self, hidden: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], site: Site) -> Tensor:
+    def prepare(
+        self, hidden: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], site: Site
+    ) -> Tensor:
         """The hidden states [B, N, C] with the appearance's statistics in the output rows."""
         if site.idle or not _among(site.layer, self.appearance_layers):
             return hidden
@@ -86,7 +88,11 @@ class CtrlX(Editing):
         return site.replace(hidden, edited.transpose(1, 2).flatten(2).to(hidden.dtype))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        return super().attend(q, k, v, site) if _among(site.layer, self.structure_layers) else site.plain(q, k, v)
+        return (
+            super().attend(q, k, v, site)
+            if _among(site.layer, self.structure_layers)
+            else site.plain(q, k, v)
+        )
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         structure = site.structure_rows(q)

@@ -58,8 +58,12 @@ class DreamMatcher(Editing):
         labels = site.key_labels(k, reference) if labelled else site.own_labels(reference)
         query_labels = None if labels is None else site.query_labels(q) if labelled else site.open_labels(q)
         query = take(q, output)
-        there = similarity_argmax(query, q, query_labels=query_labels, reference_labels=labels, batch_index=reference).index
-        back = similarity_argmax(take(q, reference), q, query_labels=labels, reference_labels=query_labels, batch_index=output).index
+        there = similarity_argmax(
+            query, q, query_labels=query_labels, reference_labels=labels, batch_index=reference
+        ).index
+        back = similarity_argmax(
+            take(q, reference), q, query_labels=labels, reference_labels=query_labels, batch_index=output
+        ).index
         kept = self._kept(there, back, site).unsqueeze(-1)
         value = torch.where(kept, take_rows(take(v, reference), there), take(v, output))
         segment = Segment(take(k, output), value, labels=site.own_labels(output))
@@ -68,7 +72,11 @@ class DreamMatcher(Editing):
     def _kept(self, there: Tensor, back: Tensor, site: Site) -> Tensor:
         """bool [rows, 1, N]: foreground tokens whose round trip ends near them; no token where nothing matches."""
         tokens = there.shape[-1]
-        foreground = None if site.regions is None else site.regions.subject("structure", 0, 1, tokens, there.device) != 0
+        foreground = (
+            None
+            if site.regions is None
+            else site.regions.subject("structure", 0, 1, tokens, there.device) != 0
+        )
         height, width = self._grid(tokens, site)
         start = torch.arange(tokens, device=there.device)
         end = back.gather(-1, there.clamp(min=0).long())
@@ -83,5 +91,7 @@ class DreamMatcher(Editing):
             return token_grid(size, tokens)
         side = math.isqrt(tokens)
         if side * side != tokens:
-            raise ValueError(f"size: expected (height, width) of the latents where {tokens} tokens are no square, got None")
+            raise ValueError(
+                f"size: expected (height, width) of the latents where {tokens} tokens are no square, got None"
+            )
         return side, side

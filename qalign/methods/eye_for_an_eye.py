@@ -46,11 +46,16 @@ class EyeForAnEye(CrossImage):
         if self.contrast != 1.0:
             raise ValueError(f"contrast: expected 1.0 for EyeForAnEye, got {self.contrast!r}")
 
-    def prepare(self, hidden: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], site: Site) -> Tensor:
+    def prepare(
+        self, hidden: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], site: Site
+    ) -> Tensor:
         """The hidden states [B, N, C] with those of the output rows replaced."""
         if site.idle:
             return hidden
-        output, appearance = site.output_rows(hidden), site.layout.index("appearance", len(hidden), hidden.device)
+        output, appearance = (
+            site.output_rows(hidden),
+            site.layout.index("appearance", len(hidden), hidden.device),
+        )
         features = hidden.unsqueeze(1)
         index, _ = similarity_argmax(
             features.index_select(0, output),

@@ -61,7 +61,9 @@ class FreeCustom(Editing):
         half = len(output) // 2
         own = site.stock(q, k, v, output[:half])
         if self.style_fidelity < 1:
-            own = self._shared(q, k, v, output[:half], [rows[:half] for rows in references], site).lerp(own, self.style_fidelity)
+            own = self._shared(q, k, v, output[:half], [rows[:half] for rows in references], site).lerp(
+                own, self.style_fidelity
+            )
         shared = self._shared(q, k, v, output[half:], [rows[half:] for rows in references], site)
         return site.merge(q, k, v, torch.cat([own, shared]))
 
@@ -69,11 +71,19 @@ class FreeCustom(Editing):
         """What the conditional half attends with a single reference."""
         return self._shared(q, k, v, output, [reference], site)
 
-    def _shared(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, references: Sequence[Tensor], site: Site) -> Tensor:
+    def _shared(
+        self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, references: Sequence[Tensor], site: Site
+    ) -> Tensor:
         count = len(references)
-        weights = [self.mask_weights] * count if isinstance(self.mask_weights, (int, float)) else list(self.mask_weights)
+        weights = (
+            [self.mask_weights] * count
+            if isinstance(self.mask_weights, (int, float))
+            else list(self.mask_weights)
+        )
         if len(weights) != count:
-            raise ValueError(f"mask_weights: expected a number, or one for each of {count} references, got {len(weights)}")
+            raise ValueError(
+                f"mask_weights: expected a number, or one for each of {count} references, got {len(weights)}"
+            )
         segments = [site.own(k, v, output)]
         for number, (rows, weight) in enumerate(zip(references, weights)):
             labels = site.subject_labels(k, rows, "appearance", number, count)

@@ -45,7 +45,13 @@ class MasaCtrl(Editing):
     """
 
     card: ClassVar[Card] = Card(
-        "MasaCtrl", "2304.08465", "K, V <- appearance (or both)", "last six of the decoder", "5 to 50 of 50", "attention (segments)", 1.0
+        "MasaCtrl",
+        "2304.08465",
+        "K, V <- appearance (or both)",
+        "last six of the decoder",
+        "5 to 50 of 50",
+        "attention (segments)",
+        1.0,
     )
     default_steps: ClassVar[tuple[float, float] | None] = (4 / 50, 1.0)
 
@@ -59,20 +65,33 @@ class MasaCtrl(Editing):
         for name in ("ref_token_idx", "cur_token_idx"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if bool(self.ref_token_idx) != bool(self.cur_token_idx):
-            raise ValueError(f"ref_token_idx, cur_token_idx: expected both or neither, got {self.ref_token_idx} and {self.cur_token_idx}")
+            raise ValueError(
+                f"ref_token_idx, cur_token_idx: expected both or neither, got {self.ref_token_idx} and {self.cur_token_idx}"
+            )
         if min((*self.ref_token_idx, *self.cur_token_idx), default=0) < 0:
-            raise ValueError(f"ref_token_idx, cur_token_idx: expected places of 0 and more, got {self.ref_token_idx} and {self.cur_token_idx}")
+            raise ValueError(
+                f"ref_token_idx, cur_token_idx: expected places of 0 and more, got {self.ref_token_idx} and {self.cur_token_idx}"
+            )
 
     def cross_layers(self, names: Sequence[str]) -> list[str]:
         return list(names) if self.ref_token_idx else []
 
     def attend_cross(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Stock attention, of which the mass on the foreground's words is kept: [source; target], [2 rows, N]."""
-        if self.ref_token_idx and site.forward is not None and q.shape[2] == self.map_tokens and not site.idle:
-            sources, targets = (site.conditional(rows, q) for rows in (site.reference_rows(q), site.output_rows(q)))
+        if (
+            self.ref_token_idx
+            and site.forward is not None
+            and q.shape[2] == self.map_tokens
+            and not site.idle
+        ):
+            sources, targets = (
+                site.conditional(rows, q) for rows in (site.reference_rows(q), site.output_rows(q))
+            )
             rows = torch.cat([sources, targets])
             make = _columns.__wrapped__ if torch.compiler.is_compiling() else _columns
-            columns = make(self.ref_token_idx, self.cur_token_idx, k.shape[2], q.device).repeat_interleave(len(targets), 0)
+            columns = make(self.ref_token_idx, self.cur_token_idx, k.shape[2], q.device).repeat_interleave(
+                len(targets), 0
+            )
             seen = site.own_labels(rows)
             counts = None if seen is None else (seen != 0).int().unsqueeze(1)
             mass = label_mass(take(q, rows), take(k, rows), columns, 1, scale=site.scale, counts=counts)
@@ -95,13 +114,22 @@ class MasaCtrl(Editing):
         if not self.ref_token_idx or site.forward is None or not site.forward.kept:
             return None
         if site.regions is not None:
-            raise ValueError("regions: expected None, for MasaCtrl makes masks of its own from token indices, got Regions")
+            raise ValueError(
+                "regions: expected None, for MasaCtrl makes masks of its own from token indices, got Regions"
+            )
         mass = torch.stack(list(site.forward.kept.values())).mean(0)
         low, high = mass.aminmax(dim=-1, keepdim=True)
-        maps = ((mass - low) / (high - low)).unflatten(-1, token_grid(site.forward.size, self.map_tokens)).unsqueeze(1)
+        maps = (
+            ((mass - low) / (high - low))
+            .unflatten(-1, token_grid(site.forward.size, self.map_tokens))
+            .unsqueeze(1)
+        )
         sized = F.interpolate(maps, token_grid(site.forward.size, q.shape[2]), mode="nearest").flatten(1)
         source, target = (sized >= self.threshold).chunk(2)
-        foreground, background = (torch.where(some.any(1, keepdim=True), bit, EVERYTHING) for some, bit in ((source, 1), (~source, 2)))
+        foreground, background = (
+            torch.where(some.any(1, keepdim=True), bit, EVERYTHING)
+            for some, bit in ((source, 1), (~source, 2))
+        )
         queries, keys = torch.where(target, foreground, background), torch.where(source, 1, 2)
         parts = site.layout.parts(q.shape[0])
         return queries.int().repeat(parts, 1), keys.int().repeat(parts, 1)
@@ -115,7 +143,9 @@ def _columns(source: tuple[int, ...], target: tuple[int, ...], tokens: int, devi
         ValueError: there is no such token.
     """
     if max(*source, *target) >= tokens:
-        raise ValueError(f"ref_token_idx, cur_token_idx: expected places below the prompt's {tokens}, got {max(*source, *target)}")
+        raise ValueError(
+            f"ref_token_idx, cur_token_idx: expected places below the prompt's {tokens}, got {max(*source, *target)}"
+        )
     with torch.inference_mode(False):  # autograd must be able to keep it
         columns = [[int(place not in chosen) for place in range(tokens)] for chosen in (source, target)]
         return torch.tensor(columns, dtype=torch.int32, device=device)

@@ -62,7 +62,12 @@ class QAlign(CrossImage):
             raise ValueError(f"aligned: expected one of {', '.join(ALIGNED)}, got {self.aligned!r}")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        shared = self.refinement == "warped_output" and site.regions is None and site.mask is None and not site.layout.unread
+        shared = (
+            self.refinement == "warped_output"
+            and site.regions is None
+            and site.mask is None
+            and not site.layout.unread
+        )
         if not shared or site.idle:
             return super().attend(q, k, v, site)
         output, reference = site.output_rows(q), site.reference_rows(q)

@@ -28,7 +28,9 @@ class ReferenceOnly(Editing):
     Not here: its `reference_adain` of convolutional features.
     """
 
-    card: ClassVar[Card] = Card("Reference-only", "ControlNet #1236", "K, V + appearance", "all", "all", "attention (segments)", 2.0)
+    card: ClassVar[Card] = Card(
+        "Reference-only", "ControlNet #1236", "K, V + appearance", "all", "all", "attention (segments)", 2.0
+    )
 
     style_fidelity: float = 0.5
 

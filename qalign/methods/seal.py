@@ -40,7 +40,13 @@ class SeAl(Editing):
     """
 
     card: ClassVar[Card] = Card(
-        "SeAl", "CVPR 2026", "own attention blended with best appearance values", "mid and up blocks", "all", "similarity_topk, topk attention", 1.5
+        "SeAl",
+        "CVPR 2026",
+        "own attention blended with best appearance values",
+        "mid and up blocks",
+        "all",
+        "similarity_topk, topk attention",
+        1.5,
     )
 
     threshold: tuple[float, float] = (0.15, 0.15)
@@ -60,13 +66,21 @@ class SeAl(Editing):
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         query, query_labels, labels = take(q, output), site.query_labels(q), site.key_labels(k, reference)
         match = similarity_topk(
-            query, k, min(self.topk, k.shape[2]), heads=self.heads, query_labels=query_labels, reference_labels=labels, batch_index=reference
+            query,
+            k,
+            min(self.topk, k.shape[2]),
+            heads=self.heads,
+            query_labels=query_labels,
+            reference_labels=labels,
+            batch_index=reference,
         )
         gate = match.score[..., :1] > self._now(self.threshold, site, q)
         weight = torch.where(gate, self._now(self.strength, site, q), 0.0).to(q.dtype)
         if self.blend == "keys_values":
             found = rearrange_kv(take(k, reference), take(v, reference), match.index[..., 0])
-            key, value = ((take(own, output) + weight * other) / (1 + weight) for own, other in zip((k, v), found))
+            key, value = (
+                (take(own, output) + weight * other) / (1 + weight) for own, other in zip((k, v), found)
+            )
             segment = Segment(key, value, labels=site.own_labels(output))
             return attention(query, segment, scale=site.scale, query_labels=site.open_labels(q))
         base = site.stock(q, k, v, output)
@@ -78,5 +92,7 @@ class SeAl(Editing):
 
     def _now(self, ends: tuple[float, float], site: Site, q: Tensor) -> Tensor:
         """The value between the ends that this step has; the first where nobody counts steps."""
-        progress = torch.zeros((), device=q.device) if site.clock is None else site.clock.progress.to(q.device)
+        progress = (
+            torch.zeros((), device=q.device) if site.clock is None else site.clock.progress.to(q.device)
+        )
         return ends[0] + (ends[1] - ends[0]) * progress

@@ -29,7 +29,15 @@ class StoryDiffusion(Editing):
     Not here: later pictures that read the first four from memory (`FeatureBank` keeps hidden states for methods that read one reference).
     """
 
-    card: ClassVar[Card] = Card("StoryDiffusion", "2405.01434", "K, V + random tokens of others", "up blocks", "all", "attention (counts)", 2.5)
+    card: ClassVar[Card] = Card(
+        "StoryDiffusion",
+        "2405.01434",
+        "K, V + random tokens of others",
+        "up blocks",
+        "all",
+        "attention (counts)",
+        2.5,
+    )
 
     rate: float = 0.5
     skip: tuple[float, float] = (0.3, 0.1)
@@ -37,7 +45,11 @@ class StoryDiffusion(Editing):
     seed: int = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        step, total = (0, 1) if site.clock is None or site.clock.step is None else (site.clock.step, site.clock.total or 1)
+        step, total = (
+            (0, 1)
+            if site.clock is None or site.clock.step is None
+            else (site.clock.step, site.clock.total or 1)
+        )
         if site.idle or self._draw(1, step, site.layer).item() < self.skip[step / total >= self.settled]:
             return site.plain(q, k, v)
         output, tokens = site.output_rows(q), k.shape[2]
@@ -46,7 +58,9 @@ class StoryDiffusion(Editing):
         for rows in site.companion_rows(q):
             counts = (seen | (rows == output)[:, None]).int()[:, None]  # all of its own row, [rows, 1, N]
             segments.append(Segment(k, v, counts=counts, labels=site.own_labels(rows), batch_index=rows))
-        return site.merge(q, k, v, attention(take(q, output), segments, scale=site.scale, query_labels=site.query_labels(q)))
+        return site.merge(
+            q, k, v, attention(take(q, output), segments, scale=site.scale, query_labels=site.query_labels(q))
+        )
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         return decoder_layers(names)

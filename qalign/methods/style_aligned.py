@@ -41,7 +41,13 @@ class StyleAligned(Editing):
     """
 
     card: ClassVar[Card] = Card(
-        "StyleAligned", "2312.02133", "AdaIN of Q, K; K, V + appearance", "all", "all", "token_adain, attention (segments)", 2.0
+        "StyleAligned",
+        "2312.02133",
+        "AdaIN of Q, K; K, V + appearance",
+        "all",
+        "all",
+        "token_adain, attention (segments)",
+        2.0,
     )
 
     adain_queries: bool = True
@@ -64,7 +70,11 @@ class StyleAligned(Editing):
 
     def hooks(self, model: nn.Module) -> dict[str, Hook]:
         shared = not _is_sdxl(model) if self.share_group_norm is None else self.share_group_norm
-        return {name: _share_norm for name, module in model.named_modules() if shared and isinstance(module, nn.GroupNorm)}
+        return {
+            name: _share_norm
+            for name, module in model.named_modules()
+            if shared and isinstance(module, nn.GroupNorm)
+        }
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         """All, but those that `level` leaves out."""
@@ -79,7 +89,9 @@ class StyleAligned(Editing):
         if "appearance" in site.layout.roles:
             segments.append(site.reference(k, v, site.reference_rows(q)))
         query = take(q, site.output_rows(q))
-        return site.merge(q, k, v, attention(query, segments, scale=site.scale, query_labels=site.query_labels(q)))
+        return site.merge(
+            q, k, v, attention(query, segments, scale=site.scale, query_labels=site.query_labels(q))
+        )
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         query, key, value = (
@@ -87,7 +99,9 @@ class StyleAligned(Editing):
             for x, wanted in ((q, self.adain_queries), (k, self.adain_keys), (v, self.adain_values))
         )
         own = Segment(key, value, labels=site.own_labels(output))
-        shared = site.reference(k, v, reference, logit_scale=self.shared_score_scale, logit_shift=self.shared_score_shift)
+        shared = site.reference(
+            k, v, reference, logit_scale=self.shared_score_scale, logit_shift=self.shared_score_shift
+        )
         return attention(query, [own, shared], scale=site.scale, query_labels=site.query_labels(q))
 
 

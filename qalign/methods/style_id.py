@@ -33,7 +33,13 @@ class StyleID(Editing):
     """
 
     card: ClassVar[Card] = Card(
-        "StyleID", "2312.09008", "Q blended with structure; K, V <- appearance, T = 1.5", "last six of the decoder", "all", "attention (scale)", 1.0
+        "StyleID",
+        "2312.09008",
+        "Q blended with structure; K, V <- appearance, T = 1.5",
+        "last six of the decoder",
+        "all",
+        "attention (scale)",
+        1.0,
     )
 
     query_preservation: float = 0.75

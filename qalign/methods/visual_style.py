@@ -29,7 +29,15 @@ class VisualStylePrompting(Editing):
     Not here: a real reference noised anew at every step.
     """
 
-    card: ClassVar[Card] = Card("Visual style prompting", "2402.12974", "K, V <- appearance", "last six of the decoder", "all", "attention", 1.0)
+    card: ClassVar[Card] = Card(
+        "Visual style prompting",
+        "2402.12974",
+        "K, V <- appearance",
+        "last six of the decoder",
+        "all",
+        "attention",
+        1.0,
+    )
 
     calibration: tuple[int, int] | None = (100, 150)
 
@@ -39,4 +47,9 @@ class VisualStylePrompting(Editing):
         return adain(clean, appearance, eps=1e-8) if inside else clean
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
-        return attention(take(q, output), site.reference(k, v, reference), scale=site.scale, query_labels=site.query_labels(q))
+        return attention(
+            take(q, output),
+            site.reference(k, v, reference),
+            scale=site.scale,
+            query_labels=site.query_labels(q),
+        )

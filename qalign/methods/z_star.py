@@ -26,7 +26,13 @@ class ZStar(Editing):
     """
 
     card: ClassVar[Card] = Card(
-        "Z-STAR", "2311.16491", "K, V + appearance, its logits x 1.2", "last six of the decoder", "6 to 30 of 30", "attention (segments)", 2.0
+        "Z-STAR",
+        "2311.16491",
+        "K, V + appearance, its logits x 1.2",
+        "last six of the decoder",
+        "6 to 30 of 30",
+        "attention (segments)",
+        2.0,
     )
     default_steps: ClassVar[tuple[float, float] | None] = (5 / 30, 1.0)
 

@@ -25,12 +25,21 @@ from ..sampling.freeu import cross_image_freeu
 from ..sampling.guidance import swap_guided, swap_scales
 from ..sampling.inversion import KINDS, Inversion, denoise_step, invert_ddim, invert_ddpm
 from ..sampling.inversion_cache import InversionCache, digest
-from ..sampling.object_masks import MOST_TOKENS, MapCollector, default_noun, noun_tokens, object_masks, object_regions
+from ..sampling.object_masks import (
+    MOST_TOKENS,
+    MapCollector,
+    default_noun,
+    noun_tokens,
+    object_masks,
+    object_regions,
+)
 from .base import Condition, LatentDiffusion, XLConditions, check_output
 from .pictures import choose_size, cover, to_tensors
 
 WITHOUT_APPEARANCE = ("bounded", "story_diffusion", "consistory")
-METHODS: dict[str, Callable[[], Method]] = {name: kind for name, kind in ALL_METHODS.items() if name not in WITHOUT_APPEARANCE}
+METHODS: dict[str, Callable[[], Method]] = {
+    name: kind for name, kind in ALL_METHODS.items() if name not in WITHOUT_APPEARANCE
+}
 PUBLISHED_STEPS = (11 / 68, 1.0)
 ADAIN = ("masked", "whole", None)
 SELF = "self"  # regions that the UNet's own attention tells
@@ -83,14 +92,19 @@ class AppearanceTransfer(LatentDiffusion):
     ) -> Inversion:
         """The inversion of [appearance, structures...], which several calls with the same pictures may share. Arguments as `__call__`."""
         if inversion not in KINDS:
-            raise ValueError(f"inversion: expected an Inversion or one of {', '.join(KINDS)}, got {inversion!r}")
+            raise ValueError(
+                f"inversion: expected an Inversion or one of {', '.join(KINDS)}, got {inversion!r}"
+            )
         pictures = _pictures(appearance, structure, height, width)
         clean, scheduler = self.encode(pictures), _ddim(self.scheduler)
         condition, unconditional = self.conditions(prompt, *pictures.shape[-2:])
         generators = _generators(generator, len(pictures))
         keys = [""] * len(pictures)
         if cache is not None:
-            noise = [each.get_state() if generator is not None and inversion == "ddpm" else None for each in generators]
+            noise = [
+                each.get_state() if generator is not None and inversion == "ddpm" else None
+                for each in generators
+            ]
             settings = [num_inference_steps, inversion, inversion_guidance_scale, freeu]
             shared = digest(settings, dict(scheduler.config), condition, unconditional, find_unet(self))
             keys = [digest(shared, row, state) for row, state in zip(clean, noise)]
@@ -101,7 +115,10 @@ class AppearanceTransfer(LatentDiffusion):
                 options: dict[str, Any] = {"steps": num_inference_steps, "progress": bar.update}
                 if inversion == "ddim":
                     return invert_ddim(predict, scheduler, clean[rows], **options)
-                options |= {"generator": [generators[row] for row in rows], "batch_size": 3 * len(pictures) - 2}  # as many rows as denoising has
+                options |= {
+                    "generator": [generators[row] for row in rows],
+                    "batch_size": 3 * len(pictures) - 2,
+                }  # as many rows as denoising has
                 return invert_ddpm(predict, scheduler, clean[rows], **options)
 
         inverted = InversionCache(cache).fill(keys, make)
@@ -135,12 +152,16 @@ class AppearanceTransfer(LatentDiffusion):
         """
         found, bank = _method(method), FeatureBank("appearance") if bank is None else bank
         if found is None or bank.roles != ("appearance",):
-            raise ValueError(f"method, bank: expected a method and a bank of the appearance, got {method!r}, {bank.roles!r}")
+            raise ValueError(
+                f"method, bank: expected a method and a bank of the appearance, got {method!r}, {bank.roles!r}"
+            )
         bank.clear()
         clean, skipped = inversion.latents[-1, :1], _skipped(skip, len(inversion.timesteps))
         condition = self.conditions(prompt, *(side * self.vae_scale_factor for side in clean.shape[-2:]))[0]
         clean, steps = clean.to(self._execution_device, self.unet.dtype), _active(found, edit_steps)
-        served = bank.record_clean(self, found, clean, inversion.timesteps[skipped:], layers=layers, steps=steps, **condition)
+        served = bank.record_clean(
+            self, found, clean, inversion.timesteps[skipped:], layers=layers, steps=steps, **condition
+        )
         self.maybe_free_model_hooks()
         return served
 
@@ -260,15 +281,33 @@ class AppearanceTransfer(LatentDiffusion):
         scales = swap_scales(steps - skipped, swap_guidance_scale, start=guidance_start) if guided else None
         control, segmented = None, isinstance(regions, str) and regions == SELF
         if method is not None:
-            roles = ["output"] * outputs + ["plain"] * outputs * guided + ["appearance"] + ["structure"] * outputs
+            roles = (
+                ["output"] * outputs + ["plain"] * outputs * guided + ["appearance"] + ["structure"] * outputs
+            )
             layout = BatchLayout(*roles, guidance=False)
             given: Any = None if segmented else regions
-            control = attach(self, method, layout=layout, layers=layers, steps=_active(method, edit_steps), regions=given)
+            control = attach(
+                self, method, layout=layout, layers=layers, steps=_active(method, edit_steps), regions=given
+            )
         places = self._object(prompt, noun, outputs) if segmented else ()
-        blend = None if adain is None else _Blend(adain, adain_start, self._noun_tokens(prompt, noun) if adain == "masked" else ())
+        blend = (
+            None
+            if adain is None
+            else _Blend(adain, adain_start, self._noun_tokens(prompt, noun) if adain == "masked" else ())
+        )
         if known is None:
-            settings = {"num_inference_steps": steps, "inversion": inversion, "inversion_guidance_scale": inversion_guidance_scale}
-            options = {"freeu": freeu, "cache": cache, "height": height, "width": width, "generator": generator}
+            settings = {
+                "num_inference_steps": steps,
+                "inversion": inversion,
+                "inversion_guidance_scale": inversion_guidance_scale,
+            }
+            options = {
+                "freeu": freeu,
+                "cache": cache,
+                "height": height,
+                "width": width,
+                "generator": generator,
+            }
             known = self.invert(appearance, structure, prompt, **settings, **options)
 
         rows, device = [*range(1, outputs + 1), *range(outputs + 1)], self._execution_device
@@ -281,7 +320,9 @@ class AppearanceTransfer(LatentDiffusion):
             noises=None if known.noises is None else known.noises[skipped:, rows].to(device),
             eta=known.eta,
             outputs=outputs,
-            condition=self.conditions(prompt, *(side * self.vae_scale_factor for side in known.latents.shape[-2:]))[0],
+            condition=self.conditions(
+                prompt, *(side * self.vae_scale_factor for side in known.latents.shape[-2:])
+            )[0],
             scales=scales,
             blend=blend,
             change=getattr(method, "change_clean", None),
@@ -290,10 +331,15 @@ class AppearanceTransfer(LatentDiffusion):
         if start is not None:
             latents[:outputs] = start(latents[:outputs], latents[outputs : outputs + 1])
         with self._freeu(freeu):
-            latents, masks = loop.run(latents, control, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            latents, masks = loop.run(
+                latents, control, callback_on_step_end, callback_on_step_end_tensor_inputs
+            )
         pictures = latents if output_type == "latent" else self._decode(latents)
         self.maybe_free_model_hooks()
-        parts = [self.image_processor.postprocess(some, output_type=output_type) for some in pictures.split([outputs, outputs + 1])]
+        parts = [
+            self.image_processor.postprocess(some, output_type=output_type)
+            for some in pictures.split([outputs, outputs + 1])
+        ]
         result = AppearanceTransferOutput(*parts, masks, None if control is None else control.regions)
         if not return_dict:
             return result.images, result.reconstructions  # type: ignore[return-value]
@@ -309,7 +355,9 @@ class AppearanceTransfer(LatentDiffusion):
             raise ValueError(f"regions: expected one structure with {SELF!r}, got {structures}")
         places = self._noun_tokens(prompt, noun)
         if not places:
-            raise ValueError(f"noun: expected a word of the prompt with regions={SELF!r}, got none, and the prompt {prompt!r}")
+            raise ValueError(
+                f"noun: expected a word of the prompt with regions={SELF!r}, got none, and the prompt {prompt!r}"
+            )
         return places
 
     def _segment(self: Any, clean: Tensor, prompt: str, places: tuple[int, ...]) -> Regions:
@@ -320,7 +368,9 @@ class AppearanceTransfer(LatentDiffusion):
             for fraction in SEGMENTED_AT:
                 timestep = torch.tensor(round(fraction * scheduler.config.num_train_timesteps))
                 noise = torch.randn(clean.shape, generator=generator).to(clean)
-                self.predict(scheduler.add_noise(clean, noise, timestep.expand(len(clean))), timestep, condition)
+                self.predict(
+                    scheduler.add_noise(clean, noise, timestep.expand(len(clean))), timestep, condition
+                )
         return object_regions(object_masks(collector.maps(), places, rule="absolute"))
 
     def _freeu(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
@@ -370,7 +420,9 @@ class _Loop:
     blend: _Blend | None
     change: Callable[[Tensor, Tensor, int], Tensor] | None
 
-    def run(self, latents: Tensor, control: Control | None, callback: Callable | None, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    def run(
+        self, latents: Tensor, control: Control | None, callback: Callable | None, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor | None]:
         """The clean latents of all rows, and the masks of appearance and structures if any were made."""
         pipe, timesteps, masks = self.pipe, self.timesteps, None
         pipe._interrupt, pipe._num_timesteps = False, len(timesteps)
@@ -378,7 +430,11 @@ class _Loop:
             for step, timestep in enumerate(timesteps if control is None else control.track(timesteps)):
                 if pipe.interrupt:
                     break
-                blend = self.blend if self.blend is not None and step / len(timesteps) >= self.blend.start else None
+                blend = (
+                    self.blend
+                    if self.blend is not None and step / len(timesteps) >= self.blend.start
+                    else None
+                )
                 if blend is not None and blend.kind == "masked" and masks is None:
                     with self._collector(latents) as collector:
                         output = self._predict(latents, timestep, step)
@@ -386,8 +442,12 @@ class _Loop:
                 else:
                     output = self._predict(latents, timestep, step)
                 noise = None if self.noises is None else self.noises[step]
-                change = None if self.change is None else functools.partial(self._change, timestep=int(timestep))
-                latents = denoise_step(self.scheduler, output, timestep, latents, noise=noise, eta=self.eta, change=change)
+                change = (
+                    None if self.change is None else functools.partial(self._change, timestep=int(timestep))
+                )
+                latents = denoise_step(
+                    self.scheduler, output, timestep, latents, noise=noise, eta=self.eta, change=change
+                )
                 if blend is not None:
                     latents = self._adain(latents, masks)
                 if callback is not None:
@@ -401,7 +461,9 @@ class _Loop:
         n = self.outputs
         if self.scales is None:
             return self.pipe.predict(latents, timestep, self.condition)
-        edited, plain, others = self.pipe.predict(torch.cat([latents[:n], latents]), timestep, self.condition).split([n, n, n + 1])
+        edited, plain, others = self.pipe.predict(
+            torch.cat([latents[:n], latents]), timestep, self.condition
+        ).split([n, n, n + 1])
         return torch.cat([swap_guided(plain, edited, self.scales[step]), others])
 
     def _change(self, clean: Tensor, timestep: int) -> Tensor:
@@ -412,20 +474,30 @@ class _Loop:
         """Of the maps of appearance and structures, on the latents' own grid where the UNet attends there, as published."""
         first = self.outputs if self.scales is None else 2 * self.outputs
         tokens = latents.shape[-2] * latents.shape[-1]
-        attends = tokens <= MOST_TOKENS and getattr(self.pipe.unet.up_blocks[-1], "has_cross_attention", False)
-        return MapCollector(self.pipe, rows=range(first, first + self.outputs + 1), self_tokens=tokens if attends else None)
+        attends = tokens <= MOST_TOKENS and getattr(
+            self.pipe.unet.up_blocks[-1], "has_cross_attention", False
+        )
+        return MapCollector(
+            self.pipe, rows=range(first, first + self.outputs + 1), self_tokens=tokens if attends else None
+        )
 
     def _adain(self, latents: Tensor, masks: Tensor | None) -> Tensor:
         content, style = latents[: self.outputs], latents[self.outputs : self.outputs + 1]
         inside, model = (None, None) if masks is None else (masks[1:], masks[:1])
-        return torch.cat([adain_latents(content, style, content_mask=inside, style_mask=model), latents[self.outputs :]])
+        return torch.cat(
+            [adain_latents(content, style, content_mask=inside, style_mask=model), latents[self.outputs :]]
+        )
 
 
-def _check(adain: str | None, edit_steps: tuple[float, float] | None, output_type: str, names: Sequence[str]) -> None:
+def _check(
+    adain: str | None, edit_steps: tuple[float, float] | None, output_type: str, names: Sequence[str]
+) -> None:
     if adain not in ADAIN:
         raise ValueError(f"adain: expected 'masked', 'whole' or None, got {adain!r}")
     if edit_steps is not None and not (len(edit_steps) == 2 and 0 <= edit_steps[0] < edit_steps[1] <= 1):
-        raise ValueError(f"edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got {edit_steps!r}")
+        raise ValueError(
+            f"edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got {edit_steps!r}"
+        )
     check_output(output_type, names)
 
 
@@ -478,10 +550,14 @@ def _pictures(appearance: Any, structure: Any, height: int | None, width: int | 
 def _generators(generator: Generators, pictures: int) -> list[torch.Generator]:
     """One generator for each picture; of one there are made two, the second with a copy for every structure."""
     if generator is None or isinstance(generator, torch.Generator):
-        seeds = torch.randint(2**62, (2,), generator=generator, device=generator.device if generator else "cpu").tolist()
+        seeds = torch.randint(
+            2**62, (2,), generator=generator, device=generator.device if generator else "cpu"
+        ).tolist()
         return [torch.Generator().manual_seed(seed) for seed in [seeds[0]] + [seeds[1]] * (pictures - 1)]
     if len(generator) != pictures:
-        raise ValueError(f"generator: expected one, or one for each of {pictures} pictures, got {len(generator)}")
+        raise ValueError(
+            f"generator: expected one, or one for each of {pictures} pictures, got {len(generator)}"
+        )
     return list(generator)
 
 
@@ -491,5 +567,7 @@ def _ddim(scheduler: Any, timesteps: Tensor | None = None) -> DDIMScheduler:
     if timesteps is not None:
         ddim.set_timesteps(len(timesteps))
         if not torch.equal(ddim.timesteps, timesteps):
-            raise ValueError(f"inversion: expected the {len(timesteps)} timesteps of this pipeline's scheduler, got those of another")
+            raise ValueError(
+                f"inversion: expected the {len(timesteps)} timesteps of this pipeline's scheduler, got those of another"
+            )
     return ddim

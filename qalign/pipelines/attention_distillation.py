@@ -135,7 +135,10 @@ class AttentionDistillationMixin(LatentDiffusion):
             raise ValueError(f"initial: expected one of {', '.join(INITIAL)}, got {initial!r}")
         settings = _settings(MODES[mode], num_inference_steps, iterations, learning_rate)
         _check(method, tune_decoder, output_type, callback_on_step_end_tensor_inputs)
-        styles, contents = to_tensors(style, "style"), [] if content is None else to_tensors(content, "content")
+        styles, contents = (
+            to_tensors(style, "style"),
+            [] if content is None else to_tensors(content, "content"),
+        )
         if regions is not None and len(styles) != 1:
             raise ValueError(f"regions: expected one style with them, got {len(styles)}")
         of_style = choose_size(styles[0], None, None, "style")
@@ -145,13 +148,21 @@ class AttentionDistillationMixin(LatentDiffusion):
         self._check_labels(regions, of_style, size)
         run = _Run(self, method, settings, _covering(styles, of_style), layers, regions, generator)
         run.content = self.encode(_covering(contents, size)) if contents else None
-        shape = (max(len(contents), 1), self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
+        shape = (
+            max(len(contents), 1),
+            self.unet.config.in_channels,
+            *(side // self.vae_scale_factor for side in size),
+        )
         run.null = self.conditions("", *size)[0]
         run.told = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         if mode == "optimise":
-            latents = run.optimise(run.noise(shape) if run.content is None or initial == "noise" else run.content, anneal)
+            latents = run.optimise(
+                run.noise(shape) if run.content is None or initial == "noise" else run.content, anneal
+            )
         else:
-            latents = run.sample(run.noise(shape), self._guided(*self.conditions(prompt, *size), guidance_scale), adain)
+            latents = run.sample(
+                run.noise(shape), self._guided(*self.conditions(prompt, *size), guidance_scale), adain
+            )
         return self._result(run, latents, tune_decoder, output_type, return_dict)
 
     @torch.no_grad()
@@ -200,7 +211,10 @@ class AttentionDistillationMixin(LatentDiffusion):
         styles = to_tensors(style, "style")
         if regions is not None and len(styles) != 1:
             raise ValueError(f"regions: expected one style with them, got {len(styles)}")
-        of_style, size = choose_size(styles[0], None, None, "style"), choose_size(styles[0], height, width, "style")
+        of_style, size = (
+            choose_size(styles[0], None, None, "style"),
+            choose_size(styles[0], height, width, "style"),
+        )
         self._check_labels(regions, of_style, size)
         space = [side // self.vae_scale_factor for side in size]
         window = self.unet.config.sample_size if window is None else window
@@ -211,10 +225,15 @@ class AttentionDistillationMixin(LatentDiffusion):
         latents = run.expand(run.noise((1, self.unet.config.in_channels, *space)), places, batch_size)
         return self._result(run, latents, tune_decoder, output_type, return_dict)
 
-    def _check_labels(self: Any, regions: Regions | None, of_style: tuple[int, int], size: tuple[int, int]) -> None:
+    def _check_labels(
+        self: Any, regions: Regions | None, of_style: tuple[int, int], size: tuple[int, int]
+    ) -> None:
         """Label maps fit pictures of these sizes, (height, width) in pixels."""
         if regions is not None:
-            for name, labels, sides in (("style", regions.appearance, of_style), ("output", regions.structure, size)):
+            for name, labels, sides in (
+                ("style", regions.appearance, of_style),
+                ("output", regions.structure, size),
+            ):
                 label_scale(labels, [side // self.vae_scale_factor for side in sides], name)
 
     def _result(
@@ -262,7 +281,7 @@ def windows(space: Sequence[int], window: int, stride: int) -> list[tuple[slice,
     if not 1 <= stride <= window:
         raise ValueError(f"stride: expected 1 to the window's {window} latents, got {stride!r}")
     starts = [[*range(0, max(side - window, 0), stride), max(side - window, 0)] for side in space]
-    return [tuple(slice(start, start + window) for start in (top, left)) for top in starts[0] for left in starts[1]]  # type: ignore[misc]
+    return [(slice(top, top + window), slice(left, left + window)) for top in starts[0] for left in starts[1]]
 
 
 class _Run:
@@ -288,20 +307,26 @@ class _Run:
         self.pictures, self.style = pictures, pipe.encode(pictures)
         self.regions, self.generator = regions, generator
         self.read = AttentionReader(pipe, layers)
-        self.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)
+        self.scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config, clip_sample=False, thresholding=False
+        )
         set_steps(self.scheduler, settings.steps)
         self.losses: list[tuple[float, float, float]] = []
         self.interrupted = False
 
     def noise(self, shape: Sequence[int]) -> Tensor:
-        return randn_tensor(tuple(shape), generator=self.generator, device=self.style.device, dtype=torch.float32)
+        return randn_tensor(
+            tuple(shape), generator=self.generator, device=self.style.device, dtype=torch.float32
+        )
 
     def optimise(self, start: Tensor, anneal: bool) -> Tensor:
         """Clean latents, one Adam for all steps; the best are those of the lowest loss."""
         self.latents, self.best = start.detach().clone().requires_grad_(), start
         adam, lowest = self._adam(self.latents), float("inf")
         total = max(self.settings.steps * self.settings.iterations, 1)
-        rate = torch.optim.lr_scheduler.LinearLR(adam, 1.0, end_factor=0.0 if anneal else 1.0, total_iters=total)
+        rate = torch.optim.lr_scheduler.LinearLR(
+            adam, 1.0, end_factor=0.0 if anneal else 1.0, total_iters=total
+        )
 
         def step(timestep: Tensor) -> None:
             nonlocal lowest
@@ -321,13 +346,21 @@ class _Run:
 
         def step(timestep: Tensor) -> None:
             stepped = self.scheduler.step(predict(self.latents, timestep), timestep, self.latents)
-            self.latents, self.best, after = stepped.prev_sample, stepped.pred_original_sample, self._after(timestep)
+            self.latents, self.best, after = (
+                stepped.prev_sample,
+                stepped.pred_original_sample,
+                self._after(timestep),
+            )
             if self._is_refined(timestep):
                 if adain:
-                    rows = self._noised(self.style, after).transpose(0, 1).flatten(1, 2).unsqueeze(0)  # [1, C, S·h, w]: the styles' joint statistics
+                    rows = (
+                        self._noised(self.style, after).transpose(0, 1).flatten(1, 2).unsqueeze(0)
+                    )  # [1, C, S·h, w]: the styles' joint statistics
                     self.latents = adain_latents(self.latents, rows, eps=NO_DEVIATION)
                 content = None if self.content is None else self._noised(self.content, after)
-                self.latents = self._refine(self.latents, self._loss(self._noised(self.style, after), content, after))
+                self.latents = self._refine(
+                    self.latents, self._loss(self._noised(self.style, after), content, after)
+                )
 
         return self._walk(step)
 
@@ -335,7 +368,11 @@ class _Run:
         """As `sample`, in windows."""
         self.latents = self.best = start
         count = torch.zeros_like(start)
-        parts = None if self.regions is None else [self.regions.window(rows, columns, start.shape[2:]) for rows, columns in places]
+        parts = (
+            None
+            if self.regions is None
+            else [self.regions.window(rows, columns, start.shape[2:]) for rows, columns in places]
+        )
         for rows, columns in places:
             count[:, :, rows, columns] += 1
 
@@ -347,7 +384,11 @@ class _Run:
                 views = torch.cat([self.latents[:, :, rows, columns] for rows, columns in some])
                 stepped = self.scheduler.step(self.pipe.predict(views, timestep, self.null), timestep, views)
                 of_labels = functools.partial(loss, regions=parts and parts[begin : begin + batch_size])
-                moved = self._refine(stepped.prev_sample, of_labels) if self._is_refined(timestep) else stepped.prev_sample
+                moved = (
+                    self._refine(stepped.prev_sample, of_labels)
+                    if self._is_refined(timestep)
+                    else stepped.prev_sample
+                )
                 for (rows, columns), view, estimate in zip(some, moved, stepped.pred_original_sample):
                     sums[:, :, rows, columns] += view
                     clean[:, :, rows, columns] += estimate
@@ -367,8 +408,18 @@ class _Run:
                         bar.set_postfix(loss=f"{self.losses[-1][0]:.4g}")
                     bar.update()
                     if callback is not None:
-                        returned = callback(pipe, number, timestep, {name: self.latents.detach().clone() for name in names}) or {}
-                        self.latents.data.copy_(returned.get("latents", self.latents.data))  # in place: they are an optimiser's
+                        returned = (
+                            callback(
+                                pipe,
+                                number,
+                                timestep,
+                                {name: self.latents.detach().clone() for name in names},
+                            )
+                            or {}
+                        )
+                        self.latents.data.copy_(
+                            returned.get("latents", self.latents.data)
+                        )  # in place: they are an optimiser's
                     if pipe.interrupt and number + 1 < len(timesteps):
                         self.interrupted = True
                         break
@@ -381,7 +432,9 @@ class _Run:
 
     def _loss(self, style: Tensor, content: Tensor | None, timestep: Tensor) -> Callable[..., Losses]:
         """The losses of latents at a timestep, against features that are read now, once; of other `regions` than the run's if given."""
-        targets: list[Any] = [None if each is None else self.read(each, timestep, self.null) for each in (style, content)]
+        targets: list[Any] = [
+            None if each is None else self.read(each, timestep, self.null) for each in (style, content)
+        ]
 
         def loss(latents: Tensor, *, regions: Regions | Sequence[Regions] | None = self.regions) -> Losses:
             return self.method.loss(self.read(latents, timestep, self.null), *targets, regions=regions)
@@ -425,7 +478,9 @@ def _covering(pictures: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return torch.stack([cover(picture, size).cpu() for picture in pictures])
 
 
-def _settings(published: Mode, steps: int | None, iterations: int | None, learning_rate: float | None) -> Mode:
+def _settings(
+    published: Mode, steps: int | None, iterations: int | None, learning_rate: float | None
+) -> Mode:
     given = {"steps": steps, "iterations": iterations, "learning_rate": learning_rate}
     settings = published._replace(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     require_count("num_inference_steps", settings.steps, 1)

@@ -46,7 +46,9 @@ class LatentDiffusion:
         """
         components = getattr(pipeline, "components", {})
         if "unet" not in components or "text_encoder" not in components:
-            raise TypeError(f"pipeline: expected a Stable Diffusion or Stable Diffusion XL pipeline, got {type(pipeline).__name__}")
+            raise TypeError(
+                f"pipeline: expected a Stable Diffusion or Stable Diffusion XL pipeline, got {type(pipeline).__name__}"
+            )
         if (takes := components["unet"].config.in_channels) != (
             gives := components["vae"].config.latent_channels
         ):
@@ -56,7 +58,9 @@ class LatentDiffusion:
         kind = cls._kinds()["text_encoder_2" in components]
         target: Any = cls if issubclass(cls, kind) else kind
         needed, settings = target._get_signature_keys(target)
-        given = {name: components.get(name) for name in needed} | {name: pipeline.config[name] for name in settings if name in pipeline.config}
+        given = {name: components.get(name) for name in needed} | {
+            name: pipeline.config[name] for name in settings if name in pipeline.config
+        }
         return target(**{**given, **kwargs})
 
     @classmethod
@@ -88,13 +92,20 @@ class LatentDiffusion:
         with self._wide_vae():
             pixels = self.image_processor.normalize(torch.stack(rows))
             pixels = pixels.to(self._execution_device, self.vae.dtype)
-            latents = torch.cat([retrieve_latents(self.vae.encode(row), sample_mode="argmax") for row in pixels.split(1)])
-            return require_finite(latents, "VAE latents", self.vae.dtype).float() * self.vae.config.scaling_factor
+            latents = torch.cat(
+                [retrieve_latents(self.vae.encode(row), sample_mode="argmax") for row in pixels.split(1)]
+            )
+            return (
+                require_finite(latents, "VAE latents", self.vae.dtype).float()
+                * self.vae.config.scaling_factor
+            )
 
     def conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
         """The UNet's keyword arguments for one row of `height` x `width` pixels, of the prompt and of the empty one."""
         embeddings = self.encode_prompt(prompt, self._execution_device, 1, True)
-        condition, unconditional = ({"encoder_hidden_states": each.to(self.unet.dtype)} for each in embeddings)
+        condition, unconditional = (
+            {"encoder_hidden_states": each.to(self.unet.dtype)} for each in embeddings
+        )
         return condition, unconditional
 
     def predict(self: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -109,7 +120,9 @@ class LatentDiffusion:
             FloatingPointError: NaN or infinity in the output.
         """
         options = expand_condition(condition, len(latents))
-        output = self.unet(latents.to(self.unet.dtype), timesteps.to(latents.device), return_dict=False, **options)[0]
+        output = self.unet(
+            latents.to(self.unet.dtype), timesteps.to(latents.device), return_dict=False, **options
+        )[0]
         return require_finite(output, "UNet output", self.unet.dtype).float()
 
     def _guided(self: Any, condition: Condition, unconditional: Condition, scale: float) -> Predict:
@@ -128,7 +141,11 @@ class LatentDiffusion:
     def _decode(self: Any, latents: Tensor) -> Tensor:
         with self._wide_vae():
             rows = (latents / self.vae.config.scaling_factor).to(self.vae.dtype).split(1)
-            return require_finite(torch.cat([self.vae.decode(row, return_dict=False)[0] for row in rows]), "VAE pictures", self.vae.dtype).float()
+            return require_finite(
+                torch.cat([self.vae.decode(row, return_dict=False)[0] for row in rows]),
+                "VAE pictures",
+                self.vae.dtype,
+            ).float()
 
     @contextlib.contextmanager
     def _wide_vae(self: Any) -> Iterator[None]:
@@ -148,12 +165,21 @@ class XLConditions:
 
     def conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
         """As that of Stable Diffusion, with the pooled text and the size that the pictures are said to have had."""
-        options = {"device": self._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+        options = {
+            "device": self._execution_device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": True,
+        }
         embeddings = self.encode_prompt(prompt, **options)
         size, width_of_text = (height, width), embeddings[2].shape[-1]
-        ids = self._get_add_time_ids(size, (0, 0), size, self.unet.dtype, text_encoder_projection_dim=width_of_text).to(self._execution_device)
+        ids = self._get_add_time_ids(
+            size, (0, 0), size, self.unet.dtype, text_encoder_projection_dim=width_of_text
+        ).to(self._execution_device)
         condition, unconditional = (
-            {"encoder_hidden_states": text.to(self.unet.dtype), "added_cond_kwargs": {"text_embeds": pooled.to(self.unet.dtype), "time_ids": ids}}
+            {
+                "encoder_hidden_states": text.to(self.unet.dtype),
+                "added_cond_kwargs": {"text_embeds": pooled.to(self.unet.dtype), "time_ids": ids},
+            }
             for text, pooled in (embeddings[::2], embeddings[1::2])
         )
         return condition, unconditional
@@ -169,10 +195,16 @@ def check_output(output_type: str, names: Sequence[str]) -> None:
 
 def expand_condition(condition: Condition, rows: int) -> Condition:
     """A condition of one row for as many rows, without copies."""
-    return {name: expand_condition(each, rows) if isinstance(each, dict) else each.expand(rows, *each.shape[1:]) for name, each in condition.items()}
+    return {
+        name: expand_condition(each, rows) if isinstance(each, dict) else each.expand(rows, *each.shape[1:])
+        for name, each in condition.items()
+    }
 
 
 def concatenate_conditions(first: Condition, second: Condition) -> Condition:
     """Both in one batch, `first` in front."""
     pairs = {name: (each, second[name]) for name, each in first.items()}
-    return {name: concatenate_conditions(*pair) if isinstance(pair[0], dict) else torch.cat(pair) for name, pair in pairs.items()}
+    return {
+        name: concatenate_conditions(*pair) if isinstance(pair[0], dict) else torch.cat(pair)
+        for name, pair in pairs.items()
+    }

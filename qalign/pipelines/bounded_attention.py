@@ -125,7 +125,9 @@ class BoundedAttentionMixin(LatentDiffusion):
             raise ValueError(f"height, width: expected multiples of {MULTIPLE}, got {size[0]} x {size[1]}")
         shape = (1, self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+            latents = randn_tensor(
+                shape, generator=generator, device=self._execution_device, dtype=torch.float32
+            )
         if latents.shape != shape:
             raise ValueError(f"latents: expected {list(shape)}, got {list(latents.shape)}")
         words, boxes = [word for word, _ in subjects], [box for _, box in subjects]
@@ -134,11 +136,18 @@ class BoundedAttentionMixin(LatentDiffusion):
         run.told = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False)
         set_steps(scheduler, num_inference_steps)
-        latents = run.walk(latents.to(self._execution_device, torch.float32), scheduler, self.conditions(prompt, *size), guidance_scale)
+        latents = run.walk(
+            latents.to(self._execution_device, torch.float32),
+            scheduler,
+            self.conditions(prompt, *size),
+            guidance_scale,
+        )
         pictures = latents if output_type == "latent" else self._decode(latents)
         self.maybe_free_model_hooks()
         images = self.image_processor.postprocess(pictures, output_type=output_type)
-        result = BoundedAttentionOutput(images, run.regions, torch.tensor(run.losses).view(-1, 2), run.interrupted)
+        result = BoundedAttentionOutput(
+            images, run.regions, torch.tensor(run.losses).view(-1, 2), run.interrupted
+        )
         if not return_dict:
             return result.images, result.regions  # type: ignore[return-value]
         return result
@@ -174,16 +183,24 @@ class _Run:
         found = list(select_layers(find_unet(pipe), layers, guidance))  # type: ignore[arg-type]
         decoder = decoder_layers(found)
         if mask_layers is None and not decoder:
-            raise ValueError(f"mask_layers: expected names where `layers` has none of the decoder, got None and layers={layers!r}")
+            raise ValueError(
+                f"mask_layers: expected names where `layers` has none of the decoder, got None and layers={layers!r}"
+            )
         self.mask_layers = decoder if mask_layers is None else mask_layers
-        self.refiner = MaskRefiner(boxes, {label: places[-1] for label, places in method.subject_tokens.items()})
-        self.read = AttentionReader(pipe, found, method=replace(method, optimized=True), regions=boxes, cross=True)
+        self.refiner = MaskRefiner(
+            boxes, {label: places[-1] for label, places in method.subject_tokens.items()}
+        )
+        self.read = AttentionReader(
+            pipe, found, method=replace(method, optimized=True), regions=boxes, cross=True
+        )
         self.predicting = self._reader()
         self.told: tuple[Callable | None, Sequence[str]] = (None, ())
         self.losses: list[tuple[float, float]] = []
         self.interrupted = False
 
-    def walk(self, latents: Tensor, scheduler: DDIMScheduler, conditions: tuple[Condition, Condition], scale: float) -> Tensor:
+    def walk(
+        self, latents: Tensor, scheduler: DDIMScheduler, conditions: tuple[Condition, Condition], scale: float
+    ) -> Tensor:
         """The latents after the last timestep, or the last estimate of the clean ones where something ended it early."""
         pipe, best, total, (callback, names) = self.pipe, latents, len(scheduler.timesteps), self.told
         condition, unconditional = conditions
@@ -210,7 +227,9 @@ class _Run:
             self.interrupted = True
         return best if self.interrupted else latents
 
-    def _guide(self, latents: Tensor, timestep: Tensor, condition: Condition, step: int, total: int, bar: Any) -> Tensor:
+    def _guide(
+        self, latents: Tensor, timestep: Tensor, condition: Condition, step: int, total: int, bar: Any
+    ) -> Tensor:
         rate = self.guidance.rate(step, total)
         if rate is None:
             return latents
@@ -229,7 +248,9 @@ class _Run:
 
     def _reader(self) -> AttentionReader:
         """Of a whole step under the present masks."""
-        return AttentionReader(self.pipe, self.mask_layers, method=self.method, regions=self.regions, cross=True)
+        return AttentionReader(
+            self.pipe, self.mask_layers, method=self.method, regions=self.regions, cross=True
+        )
 
     def _predict(self, latents: Tensor, timestep: Tensor, both: Condition) -> Tensor:
         """Of the empty prompt and the prompt; the prompt's maps go into the refiner."""
@@ -247,13 +268,22 @@ def _split(features: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {name: layer for name, layer in features.items() if name not in cross}, cross
 
 
-def _method(tokenizer: Any, prompt: str, words: Sequence[str], filter_words: Sequence[str]) -> BoundedAttention:
+def _method(
+    tokenizer: Any, prompt: str, words: Sequence[str], filter_words: Sequence[str]
+) -> BoundedAttention:
     places = {label: _places(tokenizer, prompt, word) for label, word in enumerate(words, 1)}
     present = {word.lower() for word in re.findall(r"\w+", prompt)}
-    filtered = {place for word in filter_words if word.lower() in present for place in noun_tokens(tokenizer, prompt, word)}
+    filtered = {
+        place
+        for word in filter_words
+        if word.lower() in present
+        for place in noun_tokens(tokenizer, prompt, word)
+    }
     taken = {place for some in places.values() for place in some}
     end = len(tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids) - 1
-    return BoundedAttention(subject_tokens=places, filter_tokens=tuple(sorted(filtered - taken)), eos_token=end)
+    return BoundedAttention(
+        subject_tokens=places, filter_tokens=tuple(sorted(filtered - taken)), eos_token=end
+    )
 
 
 def _places(tokenizer: Any, prompt: str, words: str) -> tuple[int, ...]:

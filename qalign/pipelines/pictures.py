@@ -32,7 +32,9 @@ def choose_size(picture: Tensor, height: int | None, width: int | None, name: st
     size = (height or picture.shape[1], width or picture.shape[2])
     if any(side % MULTIPLE for side in size):
         asked = "height and width" if height and width else name
-        raise ValueError(f"{asked}: expected multiples of {MULTIPLE} pixels, got {size[0]} x {size[1]} (height and width resize a picture)")
+        raise ValueError(
+            f"{asked}: expected multiples of {MULTIPLE} pixels, got {size[0]} x {size[1]} (height and width resize a picture)"
+        )
     return size
 
 
@@ -42,7 +44,9 @@ def cover(picture: Tensor, size: tuple[int, int]) -> Tensor:
         return picture
     scale = max(wanted / side for wanted, side in zip(size, picture.shape[1:]))
     scaled = tuple(max(wanted, round(side * scale)) for wanted, side in zip(size, picture.shape[1:]))
-    picture = F.interpolate(picture.unsqueeze(0), scaled, mode="bicubic", antialias=True).squeeze(0).clamp(0, 1)
+    picture = (
+        F.interpolate(picture.unsqueeze(0), scaled, mode="bicubic", antialias=True).squeeze(0).clamp(0, 1)
+    )
     top, left = ((side - wanted) // 2 for wanted, side in zip(size, scaled))
     return picture[:, top : top + size[0], left : left + size[1]]
 

@@ -18,7 +18,12 @@ from ..methods import Hook, Method, require_method
 from .unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
-NOT_SPATIAL = ("fuser", "motion_modules", "temporal_transformer_blocks", "temp_attentions")  # tokens of these are not one image's
+NOT_SPATIAL = (
+    "fuser",
+    "motion_modules",
+    "temporal_transformer_blocks",
+    "temp_attentions",
+)  # tokens of these are not one image's
 REPLACED_BY = {
     "SlicedAttnProcessor": "attention slicing",
     "FusedAttnProcessor2_0": "fuse_qkv_projections",
@@ -101,11 +106,18 @@ class Control:
         self.method = method
         self.layout = layout
         if regions is not None and not isinstance(regions, Regions):
-            raise TypeError(f"regions: expected Regions(appearance=..., structure=...) or None, got {regions!r}")
+            raise TypeError(
+                f"regions: expected Regions(appearance=..., structure=...) or None, got {regions!r}"
+            )
         self.regions = regions
-        self.clock = Clock(getattr(method, "default_steps", None) if steps is None else steps, method.takes_structure)
+        self.clock = Clock(
+            getattr(method, "default_steps", None) if steps is None else steps, method.takes_structure
+        )
         self.layers = select_layers(self.model, layers, method)
-        self.hooks = {name: ModuleHook(function, layout, name, self.clock, regions) for name, function in _hooks_of(method, self.model).items()}
+        self.hooks = {
+            name: ModuleHook(function, layout, name, self.clock, regions)
+            for name, function in _hooks_of(method, self.model).items()
+        }
         self.cross_layers = _cross_layers_of(method, self.model)
         self._attention = {**self.layers, **self.cross_layers}
         self._handles: list[Any] = []
@@ -115,30 +127,45 @@ class Control:
         self._scheduler_attributes: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        carried = [name for name, attn in self._attention.items() if isinstance(attn.processor, UNetAttnProcessor)]
+        carried = [
+            name for name, attn in self._attention.items() if isinstance(attn.processor, UNetAttnProcessor)
+        ]
         if carried:
             got = f"{len(carried)} with one, {carried[0]} the first (attached twice? two methods need layers of their own)"
-            raise RuntimeError(f"layers: expected {len(self._attention)} without a processor of this library, got {got}")
+            raise RuntimeError(
+                f"layers: expected {len(self._attention)} without a processor of this library, got {got}"
+            )
         for name, attn in self.cross_layers.items():
             if isinstance(attn.processor, nn.Module):  # its weights would be lost, and what it does with them
                 got = f"{type(attn.processor).__name__} on {name} ({type(self.method).__name__} needs cross-attention without an IP-Adapter)"
                 raise RuntimeError(f"cross-attention: expected processors without weights, got {got}")
         forward = ForwardPass() if self.cross_layers else None
         settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions, "forward": forward}
-        self._processors = {name: UNetAttnProcessor(self.method, self.layout, layer=name, **settings) for name in self._attention}
+        self._processors = {
+            name: UNetAttnProcessor(self.method, self.layout, layer=name, **settings)
+            for name in self._attention
+        }
         self._originals = {name: attn.processor for name, attn in self._attention.items()}
         self._follow(getattr(self.pipe, "scheduler", None))
         for name, attn in self._attention.items():
             attn.set_processor(self._processors[name])
-        self._handles = [self.model.get_submodule(name).register_forward_hook(hook) for name, hook in self.hooks.items()]
+        self._handles = [
+            self.model.get_submodule(name).register_forward_hook(hook) for name, hook in self.hooks.items()
+        ]
         if forward is not None:
-            self._handles.append(self.model.register_forward_pre_hook(functools.partial(_begin, forward), with_kwargs=True))
+            self._handles.append(
+                self.model.register_forward_pre_hook(functools.partial(_begin, forward), with_kwargs=True)
+            )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for name, attn in self._attention.items():
             attn.set_processor(self._originals[name])
-            self._processors[name].method = None  # whoever kept it, as unfuse_qkv_projections does, now has stock attention
+            self._processors[
+                name
+            ].method = None  # whoever kept it, as unfuse_qkv_projections does, now has stock attention
         while self._handles:
             self._handles.pop().remove()
         self._unfollow()
@@ -161,17 +188,27 @@ class Control:
     def verify(self) -> None:
         """Raise if the processors are no longer those that were installed, and say what replaced them."""
         attended = self._attention.items()
-        replaced = Counter(type(attn.processor).__name__ for name, attn in attended if attn.processor is not self._processors.get(name))
+        replaced = Counter(
+            type(attn.processor).__name__
+            for name, attn in attended
+            if attn.processor is not self._processors.get(name)
+        )
         if replaced:
             causes = [REPLACED_BY[name] for name in replaced if name in REPLACED_BY]
             advice = f"attach after {', '.join(causes)}" if causes else "attach after whatever set them"
-            raise RuntimeError(f"processors: expected UNetAttnProcessor on {len(attended)} attached layers, got {_count(replaced)}: {advice}")
+            raise RuntimeError(
+                f"processors: expected UNetAttnProcessor on {len(attended)} attached layers, got {_count(replaced)}: {advice}"
+            )
 
     def _set(self, step: int, total: int) -> None:
         if step == 0:
             self.verify()
             self._declare_guidance()
-        self.clock.set(step, max(total, step + 1), getattr(self.pipe, "_execution_device", None) or next(self.model.parameters()).device)
+        self.clock.set(
+            step,
+            max(total, step + 1),
+            getattr(self.pipe, "_execution_device", None) or next(self.model.parameters()).device,
+        )
 
     def _declare_guidance(self) -> None:
         """A pipeline that says it runs without guidance has one part: a batch of twice the rows is then an error, not a second part."""
@@ -186,7 +223,11 @@ class Control:
     def _follow(self, scheduler: Any) -> None:
         """Have the scheduler tell the step: a loop sets its timesteps, scales the input before the UNet and steps after it."""
         self._scheduler = scheduler
-        for name, told in (("set_timesteps", self._rewind), ("scale_model_input", self._refresh), ("step", self._advance)):
+        for name, told in (
+            ("set_timesteps", self._rewind),
+            ("scale_model_input", self._refresh),
+            ("step", self._advance),
+        ):
             if hasattr(scheduler, name):
                 self._scheduler_attributes[name] = vars(scheduler).get(name, _ABSENT)
                 setattr(scheduler, name, _then(getattr(scheduler, name), told))
@@ -194,7 +235,8 @@ class Control:
     def _unfollow(self) -> None:
         if getattr(self.pipe, "scheduler", None) is not self._scheduler:
             _log.warning(
-                "scheduler: it was replaced while %s was attached, and the steps of the new one were not followed", type(self.method).__name__
+                "scheduler: it was replaced while %s was attached, and the steps of the new one were not followed",
+                type(self.method).__name__,
             )
         for name, original in self._scheduler_attributes.items():
             if original is _ABSENT:
@@ -220,19 +262,33 @@ class Control:
 class ModuleHook:
     """A method's function on the output of one module, `layer` by name; nothing in steps at which the method rests."""
 
-    def __init__(self, function: Hook, layout: BatchLayout, layer: str, clock: Clock, regions: Regions | None) -> None:
-        self.function, self.layout, self.layer, self.clock, self.regions = function, layout, layer, clock, regions
+    def __init__(
+        self, function: Hook, layout: BatchLayout, layer: str, clock: Clock, regions: Regions | None
+    ) -> None:
+        self.function, self.layout, self.layer, self.clock, self.regions = (
+            function,
+            layout,
+            layer,
+            clock,
+            regions,
+        )
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         site = Site(self.layout, None, None, self.clock, self, self.regions)
-        return output if site.idle or "output" not in self.layout.roles else self.function(module, inputs[0], output, site)
+        return (
+            output
+            if site.idle or "output" not in self.layout.roles
+            else self.function(module, inputs[0], output, site)
+        )
 
 
 def find_unet(pipe_or_model: Any) -> nn.Module:
     model = getattr(pipe_or_model, "unet", pipe_or_model)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps it
     if not isinstance(model, nn.Module) or not all(hasattr(model, block) for block in BLOCKS):
-        raise TypeError(f"pipe_or_model: expected a pipeline with a UNet, or a UNet, got {type(pipe_or_model).__name__}")
+        raise TypeError(
+            f"pipe_or_model: expected a pipeline with a UNet, or a UNet, got {type(pipe_or_model).__name__}"
+        )
     return model
 
 
@@ -240,11 +296,15 @@ def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: 
     """The self-attention layers of a UNet that `layers` names, in the order of the model."""
     present = _attention_layers(model, cross=False)
     if not present:
-        raise ValueError(f"pipe_or_model: expected self-attention in {', '.join(BLOCKS)}, got {type(model).__name__} without any")
+        raise ValueError(
+            f"pipe_or_model: expected self-attention in {', '.join(BLOCKS)}, got {type(model).__name__} without any"
+        )
     if layers is None:
         chosen = set(method.default_layers(list(present)))
         if not chosen:
-            raise ValueError(f"layers: expected names, for {type(method).__name__} has no default on {type(model).__name__}, got None")
+            raise ValueError(
+                f"layers: expected names, for {type(method).__name__} has no default on {type(model).__name__}, got None"
+            )
     else:
         chosen = set()
         if not layers:
@@ -253,7 +313,9 @@ def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: 
             found = {name for name in present if _matches(name, wanted)}
             if not found:
                 got = f"{wanted!r}, which none of {len(present)} matches (first: {next(iter(present))})"
-                raise ValueError(f"layers: expected names or patterns of self-attention layers of {type(model).__name__}, got {got}")
+                raise ValueError(
+                    f"layers: expected names or patterns of self-attention layers of {type(model).__name__}, got {got}"
+                )
             chosen |= found
     return {name: module for name, module in present.items() if name in chosen}
 
@@ -280,7 +342,9 @@ def _hooks_of(method: Method, model: nn.Module) -> dict[str, Hook]:
     present = dict(model.named_modules())
     for name in hooks:
         if name not in present:
-            raise ValueError(f"hooks: expected names of modules of {type(model).__name__}, got {name!r} from {type(method).__name__}")
+            raise ValueError(
+                f"hooks: expected names of modules of {type(model).__name__}, got {name!r} from {type(method).__name__}"
+            )
     return hooks
 
 

@@ -36,7 +36,9 @@ class FeatureBank:
         limit: bytes on that device; what comes when they are used up is kept on the CPU. None: no limit.
     """
 
-    def __init__(self, *roles: str, device: Any = None, dtype: torch.dtype | None = None, limit: int | None = None) -> None:
+    def __init__(
+        self, *roles: str, device: Any = None, dtype: torch.dtype | None = None, limit: int | None = None
+    ) -> None:
         if not roles or set(roles) - {"appearance", "structure"}:
             raise ValueError(f"roles: expected 'appearance', 'structure' or both, got {roles!r}")
         self.roles = roles
@@ -123,7 +125,9 @@ class FeatureBank:
         if (layer, step) not in self._kept:
             layers, steps = (len({key[place] for key in self._kept}) for place in (0, 1))
             wanted = f"features of {layer or 'a layer without a name'} at step {step}"
-            raise RuntimeError(f"bank: expected {wanted}, got {layers} other layers and {steps} steps (record with the same method and timesteps)")
+            raise RuntimeError(
+                f"bank: expected {wanted}, got {layers} other layers and {steps} steps (record with the same method and timesteps)"
+            )
         return self._kept[layer, step].to(like.device, like.dtype)
 
 
@@ -157,7 +161,9 @@ class _Around:
         return []
 
     def _refuse(self) -> None:
-        raise ValueError(f"method: expected one that acts in self-attention alone, which a bank serves, got {self.method!r}")
+        raise ValueError(
+            f"method: expected one that acts in self-attention alone, which a bank serves, got {self.method!r}"
+        )
 
     @property
     def default_steps(self) -> tuple[float, float] | None:
@@ -174,7 +180,9 @@ class _Recorder(_Around):
         if not site.idle:
             layout = site.layout
             if len(layout.roles) != len(self.bank.roles):
-                raise ValueError(f"layout: expected {len(self.bank.roles)} roles, as the bank has, got {', '.join(layout.roles)}")
+                raise ValueError(
+                    f"layout: expected {len(self.bank.roles)} roles, as the bank has, got {', '.join(layout.roles)}"
+                )
             shape = (layout.parts(len(hidden)), len(layout.roles), layout.images_per_prompt)
             self.bank.write(site.layer, site.step, hidden.unflatten(0, shape))
         return hidden
@@ -188,7 +196,9 @@ class _Server(_Around):
         if site.idle:
             return hidden
         if site.mask is not None:
-            raise ValueError(f"attention_mask: expected none with a bank, got {list(site.mask.shape)} after preparation")
+            raise ValueError(
+                f"attention_mask: expected none with a bank, got {list(site.mask.shape)} after preparation"
+            )
         layout, rows = site.layout, self.bank.read(site.layer, site.step, hidden)
         shape = (layout.parts(len(hidden)), len(layout.roles), layout.images_per_prompt)
         rows = rows.expand(shape[0], -1, shape[2], -1, -1)

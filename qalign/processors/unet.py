@@ -77,7 +77,9 @@ class UNetAttnProcessor:
         shape = hidden_states.shape
         if len(shape) == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        mask = _prepare_mask(attn, attention_mask, hidden_states if encoder_hidden_states is None else encoder_hidden_states)
+        mask = _prepare_mask(
+            attn, attention_mask, hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        )
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
@@ -86,7 +88,9 @@ class UNetAttnProcessor:
         scale = None if attn.scale == (attn.inner_dim // attn.heads) ** -0.5 else attn.scale
         site = Site(self.layout, scale, mask, self.clock, self, self.regions)
         if method is not None and not crossing and hasattr(method, "prepare"):
-            hidden_states = method.prepare(hidden_states, functools.partial(project, attn, context=None), site)
+            hidden_states = method.prepare(
+                hidden_states, functools.partial(project, attn, context=None), site
+            )
         q, k, v = project(attn, hidden_states, encoder_hidden_states)
         attend = getattr(method, "attend_cross" if crossing else "attend", None)
         attended = site.plain(q, k, v) if attend is None else attend(q, k, v, site)
@@ -122,13 +126,19 @@ class QAlignAttnProcessor(UNetAttnProcessor):
 class CrossImageAttnProcessor(UNetAttnProcessor):
     """Drop-in Cross-Image attention: `pipe.unet.set_attn_processor(CrossImageAttnProcessor())`. As `QAlignAttnProcessor`."""
 
-    def __init__(self, *, method: CrossImage | None = _CROSS_IMAGE, layout: BatchLayout = DEFAULT_LAYOUT) -> None:
+    def __init__(
+        self, *, method: CrossImage | None = _CROSS_IMAGE, layout: BatchLayout = DEFAULT_LAYOUT
+    ) -> None:
         super().__init__(method, layout)
 
 
 def is_unet_attention(module: nn.Module) -> bool:
     """Whether `module` is diffusers' `Attention` without added key and value projections: the kind that this projection path serves."""
-    return hasattr(module, "rescale_output_factor") and hasattr(module, "set_processor") and getattr(module, "add_k_proj", None) is None
+    return (
+        hasattr(module, "rescale_output_factor")
+        and hasattr(module, "set_processor")
+        and getattr(module, "add_k_proj", None) is None
+    )
 
 
 def register_with_guiders(processor_class: type) -> None:
@@ -159,9 +169,13 @@ def _prepare_mask(attn: "Attention", mask: Tensor | None, keys: Tensor) -> Tenso
     return mask.unsqueeze(1) if mask.shape[0] == batch else mask.view(batch, attn.heads, -1, mask.shape[-1])
 
 
-def project(attn: "Attention", hidden_states: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def project(
+    attn: "Attention", hidden_states: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, H, N, D], tokens outside heads in memory."""
-    fused = attn.fused_projections and type(attn.to_q) is nn.Linear  # an adapter loaded since has not reached the fused weights
+    fused = (
+        attn.fused_projections and type(attn.to_q) is nn.Linear
+    )  # an adapter loaded since has not reached the fused weights
     if context is None and fused:
         q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
     else:
@@ -170,7 +184,11 @@ def project(attn: "Attention", hidden_states: Tensor, context: Tensor | None) ->
             context = hidden_states
         elif attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        k, v = attn.to_kv(context).chunk(2, dim=-1) if fused and attn.is_cross_attention else (attn.to_k(context), attn.to_v(context))
+        k, v = (
+            attn.to_kv(context).chunk(2, dim=-1)
+            if fused and attn.is_cross_attention
+            else (attn.to_k(context), attn.to_v(context))
+        )
     q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
     q = q if attn.norm_q is None else attn.norm_q(q)
     k = k if attn.norm_k is None else attn.norm_k(k)

@@ -63,18 +63,26 @@ class AttentionReader:
         self._control.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._control.__exit__(kind, error, trace)
 
-    def __call__(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> dict[str, LayerFeatures]:
+    def __call__(
+        self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]
+    ) -> dict[str, LayerFeatures]:
         """By layer, of latents [B, C, h, w] at one timestep."""
         return self._read(latents, timestep, condition, ending=True)[1]
 
-    def predict(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]) -> tuple[Tensor, dict[str, LayerFeatures]]:
+    def predict(
+        self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, LayerFeatures]]:
         """What `pipe.predict` returns, of a pass to the end, and what was read in it."""
         return self._read(latents, timestep, condition, ending=False)
 
-    def _read(self, latents: Tensor, timestep: Tensor, condition: dict[str, Any], *, ending: bool) -> tuple[Any, dict[str, LayerFeatures]]:
+    def _read(
+        self, latents: Tensor, timestep: Tensor, condition: dict[str, Any], *, ending: bool
+    ) -> tuple[Any, dict[str, LayerFeatures]]:
         output, self._found, self._reading, self._ending = None, {}, True, ending
         try:
             with contextlib.suppress(_AllRead):
@@ -85,12 +93,14 @@ class AttentionReader:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The method's attention, or stock attention, and a note of it."""
-        return self._note(q, k, v, site, site.plain(q, k, v) if self._method is None else self._method.attend(q, k, v, site))
+        return self._note(
+            q, k, v, site, site.plain(q, k, v) if self._method is None else self._method.attend(q, k, v, site)
+        )
 
     def attend_cross(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Likewise of cross-attention."""
-        edits = hasattr(self._method, "attend_cross")
-        return self._note(q, k, v, site, self._method.attend_cross(q, k, v, site) if edits else site.plain(q, k, v))  # type: ignore[union-attr]
+        edited = getattr(self._method, "attend_cross", None)
+        return self._note(q, k, v, site, edited(q, k, v, site) if edited else site.plain(q, k, v))
 
     def _note(self, q: Tensor, k: Tensor, v: Tensor, site: Site, output: Tensor) -> Tensor:
         if self._reading and site.layer in self.layers and site.layer not in self._found:

@@ -63,7 +63,13 @@ class BoundedGuidance:
         after = step - round(self.until * total)
         return self.refine_every > 0 and step > 0 and after >= 0 and after % self.refine_every == 0
 
-    def loss(self, features: Features, regions: Regions, cross: Features | None = None, method: BoundedAttention = _BOUNDED) -> Tensor:
+    def loss(
+        self,
+        features: Features,
+        regions: Regions,
+        cross: Features | None = None,
+        method: BoundedAttention = _BOUNDED,
+    ) -> Tensor:
         """How far the subjects' attention is from their regions, 0 to 2: a float32 scalar, differentiable in queries and keys.
 
         fg_s = Σ_{heads, i in s, j in C_s} P_ij,  bg_s = Σ_{heads, i in background, j in C_s} P_ij,  means over layers;
@@ -85,18 +91,28 @@ class BoundedGuidance:
         subjects = subjects_of(regions)
         missing = [label for label in subjects if cross and label not in method.subject_tokens]
         if missing:
-            raise ValueError(f"method: expected subject_tokens of the labels {subjects} for cross-attention, got none of {missing[0]}")
-        found = self.self_weight * _distance([_reach(layer, regions, subjects) for layer in features.values()])
+            raise ValueError(
+                f"method: expected subject_tokens of the labels {subjects} for cross-attention, got none of {missing[0]}"
+            )
+        found = self.self_weight * _distance(
+            [_reach(layer, regions, subjects) for layer in features.values()]
+        )
         if not cross:
             return found
         tokens = [method.token_labels(layer.key.shape[2], layer.key.device) for layer in cross.values()]
-        return found + self.cross_weight * _distance([_reach(layer, regions, subjects, keys) for layer, keys in zip(cross.values(), tokens)])
+        return found + self.cross_weight * _distance(
+            [_reach(layer, regions, subjects, keys) for layer, keys in zip(cross.values(), tokens)]
+        )
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         """Published: of SD 1.5 the mid block and the decoder's first with attention, of SDXL six early ones in up_blocks.0."""
         decoder = decoder_layers(names)
         first = [name for name in decoder if name.split(".")[1] == decoder[0].split(".")[1]]
-        return first[1:7] if len(first) > 6 else [name for name in names if name.startswith("mid_block.")] + first
+        return (
+            first[1:7]
+            if len(first) > 6
+            else [name for name in names if name.startswith("mid_block.")] + first
+        )
 
 
 def subjects_of(regions: Regions) -> list[int]:
@@ -113,20 +129,26 @@ def subjects_of(regions: Regions) -> list[int]:
     return subjects
 
 
-def _reach(layer: LayerFeatures, regions: Regions, subjects: Sequence[int], keys: Tensor | None = None) -> Tensor:
+def _reach(
+    layer: LayerFeatures, regions: Regions, subjects: Sequence[int], keys: Tensor | None = None
+) -> Tensor:
     """float32 [2, S]: how much of bounded attention goes from a subject's tokens to its context, and from the background's.
 
     `keys` are bit sets int32 [1, T]; None are those of the picture's own tokens.
     """
     queries = regions.keys("structure", layer.query.shape[2], layer.query.device)[0, :, None]  # [N, 1]
     kinds, ids = torch.unique(queries if keys is None else keys, return_inverse=True)
-    mass = label_mass(layer.query, layer.key, ids.view(1, -1).int(), len(kinds), scale=layer.scale)  # [1, H, N, kinds]
+    mass = label_mass(
+        layer.query, layer.key, ids.view(1, -1).int(), len(kinds), scale=layer.scale
+    )  # [1, H, N, kinds]
     seen = mass * ((queries & kinds) != 0)
     seen = seen / seen.sum(-1, keepdim=True).clamp(min=_TINY)
     own = torch.tensor([1 << label for label in subjects], dtype=torch.int32, device=queries.device)  # [S]
     context = ((kinds[:, None] & own) != 0) & (kinds[:, None] != EVERYTHING)  # [kinds, S]
     reached = seen @ context.to(seen)  # [1, H, N, S]
-    return torch.stack([(reached * (queries == own)).sum((0, 1, 2)), (reached * (queries == EVERYTHING)).sum((0, 1, 2))])
+    return torch.stack(
+        [(reached * (queries == own)).sum((0, 1, 2)), (reached * (queries == EVERYTHING)).sum((0, 1, 2))]
+    )
 
 
 def _distance(reach: Sequence[Tensor]) -> Tensor:
@@ -154,7 +176,15 @@ class MaskRefiner:
     Source: Bounded Attention, arXiv 2403.16990.
     """
 
-    def __init__(self, boxes: Regions, nouns: Mapping[int, int], *, clusters: int = 3, least: float = 0.2, seed: int = 0) -> None:
+    def __init__(
+        self,
+        boxes: Regions,
+        nouns: Mapping[int, int],
+        *,
+        clusters: int = 3,
+        least: float = 0.2,
+        seed: int = 0,
+    ) -> None:
         self.boxes, self.nouns, self.subjects = boxes, nouns, subjects_of(boxes)
         self.clusters, self.least, self.seed = clusters, least, seed
         self.count = 0  # of the maps in the means
@@ -168,16 +198,24 @@ class MaskRefiner:
         Raises:
             ValueError: layers of different grids.
         """
-        sizes = {layer.query.shape[2] for layer in (*features.values(), *cross.values())} | ({len(self.self_map)} if self.count else set())
+        sizes = {layer.query.shape[2] for layer in (*features.values(), *cross.values())} | (
+            {len(self.self_map)} if self.count else set()
+        )
         if len(sizes) != 1:
-            raise ValueError(f"mask_layers: expected layers of one number of tokens, got {', '.join(map(str, sorted(sizes)))}")
+            raise ValueError(
+                f"mask_layers: expected layers of one number of tokens, got {', '.join(map(str, sorted(sizes)))}"
+            )
         for own, words in zip(features.values(), cross.values()):
             queries = regions.keys("structure", own.query.shape[2], own.query.device)[0]
             tokens = method.token_labels(words.key.shape[2], own.query.device)[0]
             self.count += 1
-            self.self_map = torch.lerp(self.self_map.to(own.query.device), bounded_map(own, queries, queries), 1 / self.count)
+            self.self_map = torch.lerp(
+                self.self_map.to(own.query.device), bounded_map(own, queries, queries), 1 / self.count
+            )
             shown = torch.where(queries == EVERYTHING, ONLY_BACKGROUND, queries).int()
-            self.cross_map = torch.lerp(self.cross_map.to(own.query.device), bounded_map(words, shown, tokens), 1 / self.count)
+            self.cross_map = torch.lerp(
+                self.cross_map.to(own.query.device), bounded_map(words, shown, tokens), 1 / self.count
+            )
 
     def refine(self, regions: Regions) -> Regions:
         """The masks that follow `regions`, of the same size."""
@@ -188,12 +226,20 @@ class MaskRefiner:
         members = F.one_hot(labels, clusters).to(rows)  # [N, clusters]
         self.centres = members.T @ rows / members.sum(0)[:, None].clamp(min=1)
         present = labels_of_tokens(regions.structure, len(rows))[0].to(rows.device)
-        maps = torch.stack([word_map(self.cross_map[:, self.nouns[label]]) * (present == label) for label in self.subjects])  # [S, N]
+        maps = torch.stack(
+            [word_map(self.cross_map[:, self.nouns[label]]) * (present == label) for label in self.subjects]
+        )  # [S, N]
         area = torch.minimum(maps.sum(1, keepdim=True), members.sum(0))
         score, owner = (maps @ members / area.clamp(min=_TINY)).max(0)
         owners = torch.tensor(self.subjects, device=rows.device)[owner]
         found = owners.masked_fill(score < self.least, int(self.boxes.background or 0))[labels]
-        masks = F.interpolate(found.view(1, 1, *grid).float(), self.boxes.structure.shape, mode="nearest-exact")[0, 0].long().cpu()
+        masks = (
+            F.interpolate(found.view(1, 1, *grid).float(), self.boxes.structure.shape, mode="nearest-exact")[
+                0, 0
+            ]
+            .long()
+            .cpu()
+        )
         for label in self.subjects:
             if not (masks == label).any():
                 masks = torch.where(self.boxes.structure == label, label, masks)

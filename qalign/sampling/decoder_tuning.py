@@ -17,7 +17,9 @@ LEARNING_RATE = 1e-4
 
 
 @contextlib.contextmanager
-def tuned_decoder(pipe: Any, pictures: Tensor, *, iterations: int = ITERATIONS, learning_rate: float = LEARNING_RATE) -> Iterator[list[float]]:
+def tuned_decoder(
+    pipe: Any, pictures: Tensor, *, iterations: int = ITERATIONS, learning_rate: float = LEARNING_RATE
+) -> Iterator[list[float]]:
     """`pipe.vae` decodes with weights that reproduce `pictures` meanwhile; afterwards, whatever happened, it is bit for bit as before.
 
     min over the decoder's weights of mean |decode(encode(pictures)) - pictures|, of pixels in [-1, 1], by Adam; the latents stay as they are.
@@ -43,7 +45,9 @@ def tuned_decoder(pipe: Any, pictures: Tensor, *, iterations: int = ITERATIONS, 
         raise ValueError(f"learning_rate: expected a number above 0, got {learning_rate!r}")
     vae = pipe.vae
     if any(parameter.is_meta for parameter in vae.parameters()):
-        raise ValueError("vae: expected its weights in memory, got some that are offloaded one by one (enable_model_cpu_offload keeps them)")
+        raise ValueError(
+            "vae: expected its weights in memory, got some that are offloaded one by one (enable_model_cpu_offload keeps them)"
+        )
     original, dtype = vae.decoder, vae.dtype
     with frozen(vae):
         try:

@@ -12,7 +12,9 @@ from ..processors.attach import find_unet
 
 
 @contextlib.contextmanager
-def cross_image_freeu(pipe_or_unet: Any, *, b1: float = 1.2, b2: float = 1.4, s1: float = 0.9, s2: float = 0.2) -> Iterator[None]:
+def cross_image_freeu(
+    pipe_or_unet: Any, *, b1: float = 1.2, b2: float = 1.4, s1: float = 0.9, s2: float = 0.2
+) -> Iterator[None]:
     """Scale the features that enter a UNet's up blocks, inside a `with` block.
 
     Where they are as wide as the UNet's widest block (1280 channels in SD 1.5): the first half of the channels times b1, then the lowest
@@ -45,4 +47,6 @@ def cross_image_freeu(pipe_or_unet: Any, *, b1: float = 1.2, b2: float = 1.4, s1
 def _boost(features: Tensor, backbone: float, low: float) -> Tensor:
     """[B, C, h, w]: the first half of the channels scaled, then the low frequencies of all; the filter works in float32."""
     first, second = features.float().tensor_split([features.shape[1] // 2], dim=1)
-    return fourier_filter(torch.cat([first * backbone, second], dim=1), threshold=1, scale=low).to(features.dtype)
+    return fourier_filter(torch.cat([first * backbone, second], dim=1), threshold=1, scale=low).to(
+        features.dtype
+    )

@@ -62,7 +62,9 @@ def guidance_by_step(scales: Sequence[float] | Tensor) -> Callable[[Any, int, An
 
     def told(pipe: Any, step: int, timestep: Any, given: dict) -> dict:
         if step == 0 and abs(pipe.guidance_scale - values[0]) > 1e-6 * values[0]:
-            raise ValueError(f"guidance_scale: expected {values[0]:g}, the first of the scales, got {pipe.guidance_scale!r}")
+            raise ValueError(
+                f"guidance_scale: expected {values[0]:g}, the first of the scales, got {pipe.guidance_scale!r}"
+            )
         pipe._guidance_scale = values[min(step + 1, len(values) - 1)]
         return given
 
@@ -70,7 +72,14 @@ def guidance_by_step(scales: Sequence[float] | Tensor) -> Callable[[Any, int, An
 
 
 def delta_bridge(
-    unconditional: Tensor, generated: Tensor, appearance: Tensor, scale: float | Tensor, strength: float | Tensor, *, kernel: int = 3, count: int = 2
+    unconditional: Tensor,
+    generated: Tensor,
+    appearance: Tensor,
+    scale: float | Tensor,
+    strength: float | Tensor,
+    *,
+    kernel: int = 3,
+    count: int = 2,
 ) -> Tensor:
     """Classifier-free guidance by the output's prompt, and a smoothed difference to that by the appearance's.
 
@@ -85,10 +94,16 @@ def delta_bridge(
     Source: SeAl (CVPR 2026), from its project page. Not published there, and inferred here: kernel, count, w and the schedule of λ.
     """
     towards = generated - unconditional
-    return unconditional + scale * towards + strength * low_pass(towards - (appearance - unconditional), kernel=kernel, count=count)
+    return (
+        unconditional
+        + scale * towards
+        + strength * low_pass(towards - (appearance - unconditional), kernel=kernel, count=count)
+    )
 
 
-def delta_bridge_strengths(steps: int, strength: float = 1.0, *, hold: float = 0.4, end: float = 0.8) -> Tensor:
+def delta_bridge_strengths(
+    steps: int, strength: float = 1.0, *, hold: float = 0.4, end: float = 0.8
+) -> Tensor:
     """λ of every step, float32 [steps] on the CPU: `strength` up to the progress `hold`, from there linearly to 0 at `end`, and 0 after.
 
     λ(γ) = strength · clip((end - γ) / (end - hold), 0, 1),  γ = i / (steps - 1)

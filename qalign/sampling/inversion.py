@@ -17,7 +17,9 @@ from qalign_kernels._files import replacing
 
 from .._checks import require_count
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, C, h, w], timesteps int64 [B]) -> the guided output, in the scheduler's prediction_type
+Predict = Callable[
+    [Tensor, Tensor], Tensor
+]  # (latents [B, C, h, w], timesteps int64 [B]) -> the guided output, in the scheduler's prediction_type
 
 KINDS = ("ddpm", "ddim")
 _FORMAT = "qalign.inversion.1"
@@ -50,34 +52,56 @@ class Inversion:
         if len(shape) != 5 or shape[0] != steps + 1:
             raise ValueError(f"latents: expected [T + 1 = {steps + 1}, B, C, h, w], got {shape}")
         if (self.noises is None) != (self.kind == "ddim"):
-            raise ValueError(f"noises: expected {'None' if self.kind == 'ddim' else 'a tensor'} of {self.kind}, got {type(self.noises).__name__}")
+            raise ValueError(
+                f"noises: expected {'None' if self.kind == 'ddim' else 'a tensor'} of {self.kind}, got {type(self.noises).__name__}"
+            )
         if self.noises is not None and list(self.noises.shape) != [steps, *shape[1:]]:
             raise ValueError(f"noises: expected {[steps, *shape[1:]]}, got {list(self.noises.shape)}")
 
     def to(self, device: torch.device | str) -> Self:
         """The same with latents and noises on `device`."""
-        return replace(self, latents=self.latents.to(device), noises=None if self.noises is None else self.noises.to(device))
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            noises=None if self.noises is None else self.noises.to(device),
+        )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file, and the folder it is in; whoever reads `path` meanwhile finds the old file or the whole new one."""
-        tensors = {name: getattr(self, name).contiguous() for name in ("latents", "noises", "timesteps") if getattr(self, name) is not None}
+        tensors = {
+            name: getattr(self, name).contiguous()
+            for name in ("latents", "noises", "timesteps")
+            if getattr(self, name) is not None
+        }
         with replacing(Path(path)) as unfinished:
-            save_file(tensors, unfinished, metadata={"format": _FORMAT, "kind": self.kind, "eta": repr(self.eta)})
+            save_file(
+                tensors, unfinished, metadata={"format": _FORMAT, "kind": self.kind, "eta": repr(self.eta)}
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> Self:
         """Read what `save` wrote; FileNotFoundError where nothing is, ValueError where it is anything else."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"path: expected a file written by Inversion.save, got {os.fspath(path)!r}, which is not there")
+            raise FileNotFoundError(
+                f"path: expected a file written by Inversion.save, got {os.fspath(path)!r}, which is not there"
+            )
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"format {metadata.get('format')!r} in place of {_FORMAT!r}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            found = cls(metadata["kind"], tensors["latents"], tensors.get("noises"), tensors["timesteps"], float(metadata["eta"]))
+            found = cls(
+                metadata["kind"],
+                tensors["latents"],
+                tensors.get("noises"),
+                tensors["timesteps"],
+                float(metadata["eta"]),
+            )
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"path: expected a file written by Inversion.save, got {os.fspath(path)!r} ({error})") from error
+            raise ValueError(
+                f"path: expected a file written by Inversion.save, got {os.fspath(path)!r} ({error})"
+            ) from error
         return found.to(device)
 
 
@@ -115,14 +139,20 @@ def invert_ddpm(
     Source: arXiv 2304.06140.
     """
     if not 0 < eta <= 1:
-        raise ValueError(f"eta: expected a number in (0, 1], got {eta!r} (deterministic inversion is invert_ddim)")
+        raise ValueError(
+            f"eta: expected a number in (0, 1], got {eta!r} (deterministic inversion is invert_ddim)"
+        )
     clean, timesteps = _begin(scheduler, clean, steps)
     images = len(clean)
     alpha = _rows(_levels(scheduler, timesteps)[0].unsqueeze(1), clean.unsqueeze(0))
-    latents = torch.cat([alpha.sqrt() * clean + (1 - alpha).sqrt() * _draws(generator, steps, clean), clean.unsqueeze(0)])
+    latents = torch.cat(
+        [alpha.sqrt() * clean + (1 - alpha).sqrt() * _draws(generator, steps, clean), clean.unsqueeze(0)]
+    )
     noises = torch.empty_like(latents[:-1])
     together = max(1, batch_size // images)
-    for start in reversed(range(0, steps, together)):  # least noisy first: a corrected x_{t-1} has already been predicted from
+    for start in reversed(
+        range(0, steps, together)
+    ):  # least noisy first: a corrected x_{t-1} has already been predicted from
         some = slice(start, min(start + together, steps))
         sample, timestep = latents[some].flatten(0, 1), timesteps[some].repeat_interleave(images)
         mean, deviation = _posterior(scheduler, _predict(predict, sample, timestep), timestep, sample, eta)
@@ -136,7 +166,14 @@ def invert_ddpm(
 
 
 @torch.no_grad()
-def invert_ddim(predict: Predict, scheduler: DDIMScheduler, clean: Tensor, *, steps: int, progress: Callable[[int], Any] | None = None) -> Inversion:
+def invert_ddim(
+    predict: Predict,
+    scheduler: DDIMScheduler,
+    clean: Tensor,
+    *,
+    steps: int,
+    progress: Callable[[int], Any] | None = None,
+) -> Inversion:
     """Deterministic inversion: DDIM's equation run from clean to noise by diffusers' DDIMInverseScheduler. Arguments as `invert_ddpm`.
 
     Each step takes the prediction at its own start for that at its end, so that going back is near, and nearer with more steps.
@@ -188,7 +225,9 @@ def denoise_step(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: expected a number in [0, 1], got {eta!r}")
     timesteps = torch.as_tensor(timestep, device="cpu").reshape(1)
-    mean, deviation = _posterior(scheduler, output.float(), timesteps, sample.float(), eta if noise is not None else 0.0, change)
+    mean, deviation = _posterior(
+        scheduler, output.float(), timesteps, sample.float(), eta if noise is not None else 0.0, change
+    )
     return mean if noise is None else mean + deviation * noise.to(mean)
 
 
@@ -202,7 +241,9 @@ def require_finite(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     wrong = tensor.numel() - int(tensor.isfinite().sum())
     if wrong:
         advice = _HALF_ADVICE if dtype == torch.float16 else _FULL_ADVICE
-        raise FloatingPointError(f"{name}: expected finite values, got {wrong} of {tensor.numel()} NaN or infinite in {dtype} ({advice})")
+        raise FloatingPointError(
+            f"{name}: expected finite values, got {wrong} of {tensor.numel()} NaN or infinite in {dtype} ({advice})"
+        )
     return tensor
 
 
@@ -225,7 +266,9 @@ def set_steps(scheduler: Any, steps: int) -> None:
 def _begin(scheduler: DDIMScheduler, clean: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """The clean latents in float32, and the timesteps on the CPU, noisiest first."""
     if clean.ndim != 4 or not clean.is_floating_point() or not len(clean):
-        raise ValueError(f"clean: expected floating-point latents [B, C, h, w], got {clean.dtype} {list(clean.shape)}")
+        raise ValueError(
+            f"clean: expected floating-point latents [B, C, h, w], got {clean.dtype} {list(clean.shape)}"
+        )
     _check_scheduler(scheduler)
     set_steps(scheduler, steps)
     return require_finite(clean, "clean latents", clean.dtype).float(), scheduler.timesteps.cpu().long()
@@ -237,14 +280,28 @@ def _check_scheduler(scheduler: DDIMScheduler) -> None:
         raise TypeError(f"scheduler: expected a DDIMScheduler ({advice}), got {type(scheduler).__name__}")
 
 
-def _draws(generator: torch.Generator | Sequence[torch.Generator] | None, steps: int, clean: Tensor) -> Tensor:
+def _draws(
+    generator: torch.Generator | Sequence[torch.Generator] | None, steps: int, clean: Tensor
+) -> Tensor:
     """Independent normal noise [steps, B, C, h, w], image after image."""
     images = len(clean)
-    generators = [generator] * images if generator is None or isinstance(generator, torch.Generator) else list(generator)
+    generators = (
+        [generator] * images
+        if generator is None or isinstance(generator, torch.Generator)
+        else list(generator)
+    )
     if len(generators) != images:
-        raise ValueError(f"generator: expected one, or one for each of {images} images, got {len(generators)}")
+        raise ValueError(
+            f"generator: expected one, or one for each of {images} images, got {len(generators)}"
+        )
     shape = (steps, *clean.shape[1:])
-    return torch.stack([randn_tensor(shape, generator=each, device=clean.device, dtype=torch.float32) for each in generators], dim=1)
+    return torch.stack(
+        [
+            randn_tensor(shape, generator=each, device=clean.device, dtype=torch.float32)
+            for each in generators
+        ],
+        dim=1,
+    )
 
 
 def _predict(predict: Predict, sample: Tensor, timesteps: Tensor) -> Tensor:
@@ -265,7 +322,12 @@ def _rows(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _posterior(
-    scheduler: DDIMScheduler, output: Tensor, timesteps: Tensor, sample: Tensor, eta: float, change: Callable[[Tensor], Tensor] | None = None
+    scheduler: DDIMScheduler,
+    output: Tensor,
+    timesteps: Tensor,
+    sample: Tensor,
+    eta: float,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """μ [B, C, h, w] and η σ_t [B or 1, 1, 1, 1] of `denoise_step` for timesteps [B or 1] on the CPU."""
     if output.shape != sample.shape:
@@ -274,7 +336,8 @@ def _posterior(
     variance = (1 - before) / (1 - alpha) * (1 - alpha / before)
     direction = (1 - before - eta * variance).clamp(min=0).sqrt()
     signal, noise, signal_before, direction, deviation = (
-        _rows(x, sample) for x in (alpha.sqrt(), (1 - alpha).sqrt(), before.sqrt(), direction, eta * variance.sqrt())
+        _rows(x, sample)
+        for x in (alpha.sqrt(), (1 - alpha).sqrt(), before.sqrt(), direction, eta * variance.sqrt())
     )
     kind = scheduler.config.prediction_type
     if kind == "epsilon":

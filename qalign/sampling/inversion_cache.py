@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from .inversion import Inversion
 
 SAMPLES = 16  # of each parameter
-NOT_PARAMETERS = ("b1", "b2", "s1", "s2", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")  # of FreeU and of adapters
+NOT_PARAMETERS = (
+    "b1",
+    "b2",
+    "s1",
+    "s2",
+    "scaling",
+    "_active_adapter",
+    "_disable_adapters",
+    "merged_adapters",
+)  # of FreeU and of adapters
 _log = logging.getLogger("qalign")
 
 
@@ -51,7 +60,11 @@ class InversionCache:
 
 
 def _rows(inversion: Inversion, rows: list[int]) -> Inversion:
-    return replace(inversion, latents=inversion.latents[:, rows], noises=None if inversion.noises is None else inversion.noises[:, rows])
+    return replace(
+        inversion,
+        latents=inversion.latents[:, rows],
+        noises=None if inversion.noises is None else inversion.noises[:, rows],
+    )
 
 
 def _join(inversions: list[Inversion]) -> Inversion:
@@ -71,9 +84,13 @@ def digest(*parts: Any) -> str:
         if isinstance(part, nn.Module):
             part = digest(dict(part.config), *_samples(part))  # type: ignore[arg-type]
         elif isinstance(part, Tensor):
-            part = hashlib.sha256(f"{list(part.shape)}".encode() + part.detach().float().cpu().numpy().tobytes()).hexdigest()
+            part = hashlib.sha256(
+                f"{list(part.shape)}".encode() + part.detach().float().cpu().numpy().tobytes()
+            ).hexdigest()
         elif isinstance(part, dict):
-            part = digest(*(item for name in sorted(part) if not name.startswith("_") for item in (name, part[name])))
+            part = digest(
+                *(item for name in sorted(part) if not name.startswith("_") for item in (name, part[name]))
+            )
         whole.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
     return whole.hexdigest()
 
@@ -84,9 +101,13 @@ def _samples(model: nn.Module) -> list[Any]:
     With them, what else changes a UNet's results: the factors of FreeU and the state of adapters.
     """
     samples: list[Any] = [
-        str({name: state[name] for name in NOT_PARAMETERS if name in state}) for state in map(vars, model.modules()) if state.keys() & NOT_PARAMETERS
+        str({name: state[name] for name in NOT_PARAMETERS if name in state})
+        for state in map(vars, model.modules())
+        if state.keys() & NOT_PARAMETERS
     ]
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()
-        samples += [name] if parameter.is_meta else [name, values[:: max(len(values) // SAMPLES, 1)][:SAMPLES]]
+        samples += (
+            [name] if parameter.is_meta else [name, values[:: max(len(values) // SAMPLES, 1)][:SAMPLES]]
+        )
     return samples

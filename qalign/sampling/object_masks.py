@@ -22,7 +22,9 @@ from ..processors.unet import is_unet_attention, project
 FEW_TOKENS, MOST_TOKENS = 1024, 4096  # one map takes 4 MiB, 64 MiB
 THRESHOLDS = {"relative": 1.4, "absolute": 0.35}
 NOT_OBJECTS = ("image", "photo", "picture")
-AFTER_THE_OBJECT = r"[,.;:]|\b(?:above|against|among|at|before|behind|beside|by|from|in|near|on|over|under|with)\b"
+AFTER_THE_OBJECT = (
+    r"[,.;:]|\b(?:above|against|among|at|before|behind|beside|by|from|in|near|on|over|under|with)\b"
+)
 _log = logging.getLogger("qalign")
 
 
@@ -95,7 +97,9 @@ class MapCollector:
                 self._handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         while self._handles:
             self._handles.pop().remove()
 
@@ -109,9 +113,17 @@ class MapCollector:
         _require("self_tokens", tokens, self._self)
         grid = token_grid(self._size, tokens)
         half = halved(grid)
-        cross_tokens = self.cross_tokens or (half[0] * half[1] if half[0] * half[1] in self._cross else tokens)
+        cross_tokens = self.cross_tokens or (
+            half[0] * half[1] if half[0] * half[1] in self._cross else tokens
+        )
         _require("cross_tokens", cross_tokens, self._cross)
-        return AttentionMaps(self._self[tokens].map(), grid, self._cross[cross_tokens].map(), token_grid(self._size, cross_tokens), self._size)
+        return AttentionMaps(
+            self._self[tokens].map(),
+            grid,
+            self._cross[cross_tokens].map(),
+            token_grid(self._size, cross_tokens),
+            self._size,
+        )
 
     def _begin(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
@@ -194,13 +206,23 @@ def object_masks(
     for self_map, cross_map in zip(maps.self_map, maps.cross_map):
         mask = ~everywhere
         if noun:
-            noun_maps = torch.stack([noun_map(cross_map, places, maps.cross_grid, maps.grid) for places in (noun, *others)])
-            mask = object_clusters(segment(self_map, clusters=clusters, seed=seed), noun_maps, rule=rule, threshold=threshold)
+            noun_maps = torch.stack(
+                [noun_map(cross_map, places, maps.cross_grid, maps.grid) for places in (noun, *others)]
+            )
+            mask = object_clusters(
+                segment(self_map, clusters=clusters, seed=seed), noun_maps, rule=rule, threshold=threshold
+            )
         if not mask.any():
-            _warn_once("no cluster of tokens attends enough to it" if noun else "no word of the prompt names it")
+            _warn_once(
+                "no cluster of tokens attends enough to it" if noun else "no word of the prompt names it"
+            )
             mask = everywhere
         masks.append(mask)
-    return F.interpolate(torch.stack(masks).unflatten(-1, maps.grid).unsqueeze(1).float(), size, mode="nearest").squeeze(1).bool()
+    return (
+        F.interpolate(torch.stack(masks).unflatten(-1, maps.grid).unsqueeze(1).float(), size, mode="nearest")
+        .squeeze(1)
+        .bool()
+    )
 
 
 def object_regions(masks: Tensor) -> Regions:
@@ -217,7 +239,9 @@ def object_regions(masks: Tensor) -> Regions:
     return Regions(appearance=appearance, structure=structure)
 
 
-def segment(self_map: Tensor, *, clusters: int = 5, seed: int = 1, starts: int = 10, centres: Tensor | None = None) -> Tensor:
+def segment(
+    self_map: Tensor, *, clusters: int = 5, seed: int = 1, starts: int = 10, centres: Tensor | None = None
+) -> Tensor:
     """Clusters of tokens that attend alike: k-means on the rows of their attention map, the best of some starts.
 
     Args:
@@ -235,13 +259,17 @@ def segment(self_map: Tensor, *, clusters: int = 5, seed: int = 1, starts: int =
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    begin: dict[str, Any] = {"n_init": starts} if centres is None else {"n_init": 1, "init": centres.float().cpu().numpy()}
+    begin: dict[str, Any] = (
+        {"n_init": starts} if centres is None else {"n_init": 1, "init": centres.float().cpu().numpy()}
+    )
     with threadpool_limits(1):  # threads would add up in any order
         labels = KMeans(clusters, random_state=seed, **begin).fit_predict(self_map.float().cpu().numpy())
     return torch.from_numpy(labels).to(self_map.device, torch.int64)
 
 
-def object_clusters(labels: Tensor, noun_maps: Tensor, *, rule: str = "relative", threshold: float | None = None) -> Tensor:
+def object_clusters(
+    labels: Tensor, noun_maps: Tensor, *, rule: str = "relative", threshold: float | None = None
+) -> Tensor:
     """Which tokens lie in clusters of the first noun.
 
     s_cm = mean of map m over cluster c; c is of noun argmax_m s_cm, if max_m s_cm > bar; c is background otherwise
@@ -266,7 +294,9 @@ def object_clusters(labels: Tensor, noun_maps: Tensor, *, rule: str = "relative"
     return ((scores > bar) & (nouns == 0))[labels]
 
 
-def noun_map(cross_map: Tensor, places: Sequence[int], grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def noun_map(
+    cross_map: Tensor, places: Sequence[int], grid: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
     """How much each token attends to a word: (m - |min m|) / max m of the mean m over its places in the text, each token repeated.
 
     Args:
@@ -289,10 +319,19 @@ def noun_tokens(tokenizer: Any, prompt: str, noun: str) -> tuple[int, ...]:
     spans = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(noun)}(?!\w)", prompt, re.IGNORECASE)]
     if not noun or not spans:
         raise ValueError(f"noun: expected a word of the prompt {prompt!r}, got {noun!r}")
-    bounds = [[len(tokenizer(prompt[:end]).input_ids) - 1 for end in span] for span in spans]  # the end token is not before it
-    places = tuple(place for first, after in bounds for place in range(first, after) if place < tokenizer.model_max_length - 1)
+    bounds = [
+        [len(tokenizer(prompt[:end]).input_ids) - 1 for end in span] for span in spans
+    ]  # the end token is not before it
+    places = tuple(
+        place
+        for first, after in bounds
+        for place in range(first, after)
+        if place < tokenizer.model_max_length - 1
+    )
     if not places:
-        raise ValueError(f"noun: expected a word among the first {tokenizer.model_max_length} tokens, got {noun!r}")
+        raise ValueError(
+            f"noun: expected a word among the first {tokenizer.model_max_length} tokens, got {noun!r}"
+        )
     return places
 
 
@@ -305,14 +344,23 @@ def default_noun(prompt: str) -> str | None:
 def _is_mapped(name: str, module: nn.Module) -> bool:
     parts = name.split(".")
     return (
-        parts[0] in ("down_blocks", "up_blocks") and "transformer_blocks" in parts and not set(parts) & set(NOT_SPATIAL) and is_unet_attention(module)
+        parts[0] in ("down_blocks", "up_blocks")
+        and "transformer_blocks" in parts
+        and not set(parts) & set(NOT_SPATIAL)
+        and is_unet_attention(module)
     )
 
 
 def _require(name: str, tokens: int, seen: dict[int, Any]) -> None:
     if tokens not in seen:
-        found = f"{', '.join(map(str, sorted(seen)))} tokens" if seen else "none (nothing ran inside the with block, or compiled, or too large)"
-        raise RuntimeError(f"{name}: expected layers with {tokens or f'at most {FEW_TOKENS}'} tokens to have run, got {found}")
+        found = (
+            f"{', '.join(map(str, sorted(seen)))} tokens"
+            if seen
+            else "none (nothing ran inside the with block, or compiled, or too large)"
+        )
+        raise RuntimeError(
+            f"{name}: expected layers with {tokens or f'at most {FEW_TOKENS}'} tokens to have run, got {found}"
+        )
 
 
 @functools.cache

@@ -60,7 +60,10 @@ _SOFTMAX = Work(queries=1, keys=2, scores=2, outputs=1)  # scores and weights
 WORK = {
     ("attention", "softmax"): _SOFTMAX,
     ("attention", "counted softmax"): _SOFTMAX,
-    ("attention", "busy softmax"): _SOFTMAX,  # "busy" keeps more: labels, counts beside other segments, or a comparison
+    (
+        "attention",
+        "busy softmax",
+    ): _SOFTMAX,  # "busy" keeps more: labels, counts beside other segments, or a comparison
     ("attention", "contrast"): _SOFTMAX,
     ("attention", "busy contrast"): _SOFTMAX,
     ("attention", "exact"): _SOFTMAX,  # unrounded weights
@@ -68,13 +71,19 @@ WORK = {
     ("attention", "guided"): Work(queries=2, keys=3, scores=3, outputs=1),
     ("attention", "map"): Work(queries=1, keys=1, scores=2, outputs=0, staged_queries=True),
     ("attention_backward", "queries"): Work(queries=2, keys=2, scores=3, outputs=1),
-    ("attention_backward", "keys"): Work(queries=2, keys=2, scores=3, outputs=2),  # the tile's rows are keys, its columns queries
-    ("attention_backward", "shared keys"): Work(queries=2, keys=2, scores=3, outputs=2),  # read through a batch index
+    ("attention_backward", "keys"): Work(
+        queries=2, keys=2, scores=3, outputs=2
+    ),  # the tile's rows are keys, its columns queries
+    ("attention_backward", "shared keys"): Work(
+        queries=2, keys=2, scores=3, outputs=2
+    ),  # read through a batch index
     ("similarity", "exact"): Work(queries=1, keys=1, scores=3, outputs=0),
     ("similarity", "packed"): Work(queries=1, keys=1, scores=2, outputs=0),
     ("similarity", "joint"): Work(queries=1, keys=1, scores=1, outputs=0, staged_queries=True),
     ("similarity", "topk"): Work(queries=1, keys=1, scores=2, outputs=0, staged_queries=True),
-    ("topk_attention", "softmax"): Work(queries=0, keys=0, scores=0, outputs=4),  # a gathered key and value for each query
+    ("topk_attention", "softmax"): Work(
+        queries=0, keys=0, scores=0, outputs=4
+    ),  # a gathered key and value for each query
     ("topk_attention", "contrast"): Work(queries=0, keys=0, scores=0, outputs=4),
 }
 LISTED_WORK = {  # of kernels that serve only what a row names; `num_stages` are the buffers of their ring
@@ -96,16 +105,24 @@ def choose_tile(op: str, mode: str, target: str, head_dim: int, dtype: torch.dty
     if target == "interpreter":
         return INTERPRETED[op]
     name = str(dtype).removeprefix("torch.")
-    return look_up(Key(op, mode, target, triton_minor(), name, token_bucket(tokens), head_dim), dtype.itemsize)
+    return look_up(
+        Key(op, mode, target, triton_minor(), name, token_bucket(tokens), head_dim), dtype.itemsize
+    )
 
 
 def look_up(key: Key, itemsize: int) -> Tile:
     """The tile of a key without None in it."""
     nearest = nearest_architecture(key.architecture)
     architectures = (key.architecture, nearest, FAMILIES[nearest])
-    widths = sorted({row.head_dim for row in tiles()}, key=lambda width: (width < key.head_dim, abs(width - key.head_dim)))
-    for head_dim, architecture, triton, tokens in itertools.product(widths, architectures, (key.triton, None), (key.tokens, None)):
-        tile = tiles().get(key._replace(architecture=architecture, triton=triton, tokens=tokens, head_dim=head_dim))
+    widths = sorted(
+        {row.head_dim for row in tiles()}, key=lambda width: (width < key.head_dim, abs(width - key.head_dim))
+    )
+    for head_dim, architecture, triton, tokens in itertools.product(
+        widths, architectures, (key.triton, None), (key.tokens, None)
+    ):
+        tile = tiles().get(
+            key._replace(architecture=architecture, triton=triton, tokens=tokens, head_dim=head_dim)
+        )
         if tile:
             served = head_dim >= key.head_dim and key.architecture in (nearest, architecture)
             return tile if served else fit(tile, key, itemsize)

@@ -33,7 +33,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: in
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, num_warps, num_stages))
     else:
-        with torch.cuda.device_of(next(x for x in arguments.values() if isinstance(x, torch.Tensor))):  # Triton launches on the current device
+        with torch.cuda.device_of(
+            next(x for x in arguments.values() if isinstance(x, torch.Tensor))
+        ):  # Triton launches on the current device
             compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
         if _thread.watcher is not None:
             _thread.watcher(kernel, grid, arguments, compiled)

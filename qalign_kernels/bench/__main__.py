@@ -57,10 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="batch, heads, tokens, channels of a head",
     )
     parser.add_argument(
-        "--key-tokens", type=_command_line.count, metavar="N", help="of keys and values (default: those of --shape)"
+        "--key-tokens",
+        type=_command_line.count,
+        metavar="N",
+        help="of keys and values (default: those of --shape)",
     )
     parser.add_argument(
-        "--value-dim", type=_command_line.count, metavar="D", help="channels of values (default: those of --shape)"
+        "--value-dim",
+        type=_command_line.count,
+        metavar="D",
+        help="channels of values (default: those of --shape)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")

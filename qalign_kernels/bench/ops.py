@@ -52,17 +52,29 @@ def _scores(x: Inputs, similarity: str, joint: bool, labels: bool) -> tuple[Tens
     """Scores of the sampled rows in the input dtype and in float64."""
     rows = sampled_rows(x)
     query, sets = x.query[:, :, rows], (x.query_bit_sets[:, rows], x.bit_sets) if labels else ()
-    return tuple(_reference("similarity").scores(*pair, similarity, joint, *sets) for pair in ((query, x.ref_query), _double(query, x.ref_query)))
+    return tuple(
+        _reference("similarity").scores(*pair, similarity, joint, *sets)
+        for pair in ((query, x.ref_query), _double(query, x.ref_query))
+    )
 
 
-def check_match(x: Inputs, match: Any, similarity: str, joint: bool, packed: bool = False, labels: bool = False) -> bool:
+def check_match(
+    x: Inputs, match: Any, similarity: str, joint: bool, packed: bool = False, labels: bool = False
+) -> bool:
     reduction = x.query.shape[3] * (x.query.shape[1] if joint else 1)
     index, score = (part[:, :, sampled_rows(x)] for part in match)
-    return testing.judge_match(index, score, *_scores(x, similarity, joint, labels), reduction, packed=packed).passed
+    return testing.judge_match(
+        index, score, *_scores(x, similarity, joint, labels), reduction, packed=packed
+    ).passed
 
 
 def check_attention(
-    x: Inputs, output: Tensor, segments: list[Segment], contrast: float = 1.0, labels: Tensor | None = None, guide: Guide | None = None
+    x: Inputs,
+    output: Tensor,
+    segments: list[Segment],
+    contrast: float = 1.0,
+    labels: Tensor | None = None,
+    guide: Guide | None = None,
 ) -> bool:
     rows = sampled_rows(x)
     query = x.query[:, :, rows]
@@ -70,9 +82,19 @@ def check_attention(
     scale, reduction = query.shape[-1] ** -0.5, sum(s.key.shape[2] for s in segments)
     results = []
     for dtype in (query.dtype, torch.float64):
-        parts = [Segment(s.key.to(dtype), s.value.to(dtype), counts=s.counts, labels=s.labels) for s in segments]
-        guided = None if guide is None else Guide(guide.query[:, :, rows].to(dtype), guide.key.to(dtype), guide.strength)
-        results.append(_reference("attention").attention(query.to(dtype), parts, scale=scale, contrast=contrast, guide=guided, **seen)[0])
+        parts = [
+            Segment(s.key.to(dtype), s.value.to(dtype), counts=s.counts, labels=s.labels) for s in segments
+        ]
+        guided = (
+            None
+            if guide is None
+            else Guide(guide.query[:, :, rows].to(dtype), guide.key.to(dtype), guide.strength)
+        )
+        results.append(
+            _reference("attention").attention(
+                query.to(dtype), parts, scale=scale, contrast=contrast, guide=guided, **seen
+            )[0]
+        )
     same, truth = results
     return testing.judge(output[:, :, rows], same, truth, reduction).passed
 
@@ -102,27 +124,44 @@ def _check_warped_output(x: Inputs, output: Tensor, backend: str) -> bool:
     asking = x.ref_query.gather(2, index.expand(-1, x.ref_query.shape[1], -1, x.ref_query.shape[3]))
     reference, scale = _reference("attention").attention, x.query.shape[3] ** -0.5
     parts = (asking, x.key, x.value)
-    same, truth = (reference(query, [Segment(key, value)], scale=scale)[0] for query, key, value in (parts, _double(*parts)))
-    return check_match(x, match, "cosine", True) and testing.judge(output[:, :, rows], same, truth, x.query.shape[3] + x.key.shape[2]).passed
+    same, truth = (
+        reference(query, [Segment(key, value)], scale=scale)[0]
+        for query, key, value in (parts, _double(*parts))
+    )
+    return (
+        check_match(x, match, "cosine", True)
+        and testing.judge(output[:, :, rows], same, truth, x.query.shape[3] + x.key.shape[2]).passed
+    )
 
 
 def _check_guided(x: Inputs, output: Tensor, backend: str) -> bool:
-    return check_attention(x, output, [Segment(x.key, x.value)], guide=Guide(unit(x.query), unit(x.ref_query), STRENGTH))
+    return check_attention(
+        x, output, [Segment(x.key, x.value)], guide=Guide(unit(x.query), unit(x.ref_query), STRENGTH)
+    )
 
 
 def _check_topk_attention(x: Inputs, output: Tensor, backend: str) -> bool:
     match = qk.similarity_topk(x.query, x.ref_query, TOPK, backend=backend)
     rows = sampled_rows(x)
-    index, reference, scale = match.index[:, :, rows], _reference("qalign_attention").topk_attention, x.query.shape[3] ** -0.5
+    index, reference, scale = (
+        match.index[:, :, rows],
+        _reference("qalign_attention").topk_attention,
+        x.query.shape[3] ** -0.5,
+    )
     parts = (x.query[:, :, rows], x.key, x.value)
     same, truth = reference(*parts, index, scale=scale), reference(*_double(*parts), index, scale=scale)
-    return check_match(x, match, "cosine", True) and testing.judge(output[:, :, rows], same, truth, TOPK).passed
+    return (
+        check_match(x, match, "cosine", True) and testing.judge(output[:, :, rows], same, truth, TOPK).passed
+    )
 
 
 def _check_probe(x: Inputs, result: Tensor, name: str, *more: Any, token_axis: int) -> bool:
     rows, function, scale = sampled_rows(x), getattr(_reference("probe"), name), x.query.shape[3] ** -0.5
     query = x.query[:, :, rows]
-    same, truth = function(query, x.key, *more, scale=scale), function(*_double(query, x.key), *more, scale=scale)
+    same, truth = (
+        function(query, x.key, *more, scale=scale),
+        function(*_double(query, x.key), *more, scale=scale),
+    )
     return testing.judge(result.index_select(token_axis, rows), same, truth, x.key.shape[2]).passed
 
 
@@ -148,7 +187,10 @@ def check_gradient(x: Inputs, gradients: tuple[Tensor, ...], backend: str, share
     names = ("query", "key", "value", "output_gradient")
     doubled = few._replace(**{name: getattr(few, name).double() for name in names})
     ours = (gradients[0][:, :, rows], *gradient(few, backend, shared)[1:])
-    return all(testing.judge(*three, 4 * x.key.shape[2]).passed for three in zip(ours, gradient(few, "reference"), gradient(doubled, "reference")))
+    return all(
+        testing.judge(*three, 4 * x.key.shape[2]).passed
+        for three in zip(ours, gradient(few, "reference"), gradient(doubled, "reference"))
+    )
 
 
 def _distillation_step(x: Inputs, backend: str) -> tuple[Tensor, ...]:
@@ -170,7 +212,9 @@ def _loss_scale(x: Inputs) -> float:
 
 def _check_step(x: Inputs, result: tuple[Tensor, ...], backend: str) -> bool:
     """The gradients for the signs that the backend itself finds, the loss in the precision of the ideal output."""
-    leaves = learned(x.query, x.key, x.value)  # attention that learns may differ in bits from attention that does not
+    leaves = learned(
+        x.query, x.key, x.value
+    )  # attention that learns may differ in bits from attention that does not
     with torch.enable_grad():
         output = qk.attention(leaves[0], Segment(*leaves[1:]), backend=backend).detach().requires_grad_()
         loss = qk.distillation_loss(output, x.query, x.ref_query, x.value, backend=backend)
@@ -244,14 +288,18 @@ OPS = [
     ),
     Op(
         "similarity_argmax_per_head",
-        lambda x, backend: qk.similarity_argmax(x.query, x.ref_query, similarity="dot", heads="per_head", backend=backend),
+        lambda x, backend: qk.similarity_argmax(
+            x.query, x.ref_query, similarity="dot", heads="per_head", backend=backend
+        ),
         lambda x, match, backend: check_match(x, match, "dot", False),
         _match_flops,
         match_map=lambda x, match, backend: match.index,
     ),
     Op(
         "similarity_argmax_packed",
-        lambda x, backend: qk.similarity_argmax(x.query, x.ref_query, similarity="dot", heads="per_head", exact=False, backend=backend),
+        lambda x, backend: qk.similarity_argmax(
+            x.query, x.ref_query, similarity="dot", heads="per_head", exact=False, backend=backend
+        ),
         lambda x, match, backend: check_match(x, match, "dot", False, packed=True),
         _match_flops,
         match_map=lambda x, match, backend: match.index,

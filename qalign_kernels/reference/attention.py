@@ -27,13 +27,19 @@ def contrast_weights(probabilities: Tensor, contrast: float, total: Tensor) -> T
     return (contrast * (probabilities - 1 / total) + 1 / total).clamp(0, 1)
 
 
-def attention(query, segments, *, scale, contrast=1.0, query_labels=None, guide=None, need_lse=True) -> tuple[Tensor, Tensor]:
+def attention(
+    query, segments, *, scale, contrast=1.0, query_labels=None, guide=None, need_lse=True
+) -> tuple[Tensor, Tensor]:
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     parts = [_segment_logits(query, segment, scale, query_labels, guide, accumulate) for segment in segments]
     logits, counts, value = (torch.cat(part, dim) for part, dim in zip(zip(*parts), (3, 3, 2)))
     lse = (logits + counts.log()).logsumexp(-1)
     unseen = logits == float("-inf")
     probabilities = (logits - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1)).exp()
-    weights = probabilities if contrast == 1.0 else contrast_weights(probabilities, contrast, counts.sum(-1, keepdim=True).clamp(min=1))
+    weights = (
+        probabilities
+        if contrast == 1.0
+        else contrast_weights(probabilities, contrast, counts.sum(-1, keepdim=True).clamp(min=1))
+    )
     weights = (counts * weights).masked_fill(unseen, 0).to(query.dtype)
     return (weights.to(accumulate) @ value.to(accumulate)).to(query.dtype), lse

@@ -15,7 +15,15 @@ def _weighted_probabilities(query: Tensor, key: Tensor, scale: float, counts: Te
     return logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
 
 
-def label_mass(query: Tensor, key: Tensor, key_labels: Tensor, num_labels: int, *, scale: float, counts: Tensor | None = None) -> Tensor:
+def label_mass(
+    query: Tensor,
+    key: Tensor,
+    key_labels: Tensor,
+    num_labels: int,
+    *,
+    scale: float,
+    counts: Tensor | None = None,
+) -> Tensor:
     probabilities = _weighted_probabilities(query, key, scale, counts)
     members = key_labels.unsqueeze(-1) == torch.arange(num_labels, device=key.device)
     return probabilities @ members.unsqueeze(1).to(probabilities.dtype)

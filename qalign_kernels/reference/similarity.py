@@ -29,7 +29,9 @@ def scores(
     return result
 
 
-def similarity_argmax(query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None) -> tuple[Tensor, Tensor]:
+def similarity_argmax(
+    query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None
+) -> tuple[Tensor, Tensor]:
     table = scores(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
     score = table.amax(-1)
     # torch.max leaves the index of ties open: the lowest is asked for; a row of NaN takes column 0
@@ -39,7 +41,9 @@ def similarity_argmax(query, reference, similarity, joint, query_labels=None, re
     return index.int(), score
 
 
-def similarity_topk(query, reference, k, similarity, joint, query_labels=None, reference_labels=None, batch_index=None) -> tuple[Tensor, Tensor]:
+def similarity_topk(
+    query, reference, k, similarity, joint, query_labels=None, reference_labels=None, batch_index=None
+) -> tuple[Tensor, Tensor]:
     table = scores(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
     score, index = table.sort(dim=-1, descending=True, stable=True)
     score, index = score[..., :k], index[..., :k]

@@ -18,7 +18,9 @@ def on_host(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def blocks(heads: int, queries: int, bytes_per_row: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+def blocks(
+    heads: int, queries: int, bytes_per_row: int, device: torch.device
+) -> Iterator[tuple[slice, slice]]:
     """Slices of heads and of query rows that cover [heads, queries]; a row costs `bytes_per_row`. Whole heads are taken together where they fit."""
     budget = CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES
     affordable = max(1, budget // bytes_per_row)

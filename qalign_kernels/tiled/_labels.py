@@ -22,7 +22,9 @@ class Group(NamedTuple):
         return x[self.batch].index_select(2, self.queries)
 
 
-def group_queries(query_labels: Tensor | None, key_labels: Sequence[Tensor | None], batch: int) -> list[Group] | None:
+def group_queries(
+    query_labels: Tensor | None, key_labels: Sequence[Tensor | None], batch: int
+) -> list[Group] | None:
     """The groups of labels [B or 1, N]; None where there are no labels, too many sets, or a device that would have to wait for them."""
     if query_labels is None or not on_host(query_labels) or all(labels is None for labels in key_labels):
         return None
@@ -35,7 +37,9 @@ def group_queries(query_labels: Tensor | None, key_labels: Sequence[Tensor | Non
             return None
         where = slice(row, row + 1) if rows > 1 else slice(0, batch)
         for position, labels in enumerate(sets):
-            keys = tuple(None if x is None else _meeting(x[min(row, x.shape[0] - 1)], labels) for x in key_labels)
+            keys = tuple(
+                None if x is None else _meeting(x[min(row, x.shape[0] - 1)], labels) for x in key_labels
+            )
             groups.append(Group(where, (member == position).nonzero().squeeze(1), keys))
     return groups
 

@@ -41,7 +41,14 @@ class _Tile(NamedTuple):
 
 
 def attention(
-    query: Tensor, segments: Sequence[Any], *, scale: float, contrast: float, query_labels: Tensor | None, guide: Any, need_lse: bool
+    query: Tensor,
+    segments: Sequence[Any],
+    *,
+    scale: float,
+    contrast: float,
+    query_labels: Tensor | None,
+    guide: Any,
+    need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     groups = group_queries(query_labels, [s.labels for s in segments], query.shape[0])
     if groups is None:
@@ -52,27 +59,42 @@ def attention(
         rows, seen, part_guide = _of_group(group, segments, guide)
         part = group.of(query)
         if seen:
-            part_output, part_lse = _attend(part, [s for _, s in seen], rows, scale, contrast, None, part_guide, need_lse)
+            part_output, part_lse = _attend(
+                part, [s for _, s in seen], rows, scale, contrast, None, part_guide, need_lse
+            )
         else:
-            part_output, part_lse = output.new_zeros((*part.shape[:3], output.shape[3])), part.new_full(part.shape[:3], float("-inf"))
+            part_output, part_lse = (
+                output.new_zeros((*part.shape[:3], output.shape[3])),
+                part.new_full(part.shape[:3], float("-inf")),
+            )
         output[group.batch].index_copy_(2, group.queries, part_output)
         if lse is not None and part_lse is not None:
             lse[group.batch].index_copy_(2, group.queries, part_lse.to(lse.dtype))
     return output, lse
 
 
-def _of_group(group: Group, segments: Sequence[Any], guide: Any) -> tuple[list[Any], list[tuple[int, Any]], Any]:
+def _of_group(
+    group: Group, segments: Sequence[Any], guide: Any
+) -> tuple[list[Any], list[tuple[int, Any]], Any]:
     """The segments as the group's batch rows read them; what its queries see of each that shows them something, by position and without labels;
     the guide to match."""
     rows = [_of_rows(segment, group.batch) for segment in segments]
     seen = []
     for position, (segment, kept) in enumerate(zip(rows, group.keys)):
-        key, value, counts = (x if x is None or kept is None else x.index_select(2, kept) for x in (segment.key, segment.value, segment.counts))
+        key, value, counts = (
+            x if x is None or kept is None else x.index_select(2, kept)
+            for x in (segment.key, segment.value, segment.counts)
+        )
         if key.shape[2]:
-            seen.append((position, dataclasses.replace(segment, key=key, value=value, counts=counts, labels=None)))
+            seen.append(
+                (position, dataclasses.replace(segment, key=key, value=value, counts=counts, labels=None))
+            )
     if guide is not None:
         key = _of_rows(dataclasses.replace(segments[0], key=guide.key), group.batch).key
-        guide = guide._replace(query=group.of(guide.query), key=key if group.keys[0] is None else key.index_select(2, group.keys[0]))
+        guide = guide._replace(
+            query=group.of(guide.query),
+            key=key if group.keys[0] is None else key.index_select(2, group.keys[0]),
+        )
     return rows, seen, guide
 
 
@@ -80,7 +102,9 @@ def _of_rows(segment: Any, batch: slice) -> Any:
     """What one query row, or all of them, read of a segment."""
     keys, index = rows_read(batch, segment.batch_index)
     counts = None if segment.counts is None else segment.counts[batch]
-    return dataclasses.replace(segment, key=segment.key[keys], value=segment.value[keys], counts=counts, batch_index=index)
+    return dataclasses.replace(
+        segment, key=segment.key[keys], value=segment.value[keys], counts=counts, batch_index=index
+    )
 
 
 def _attend(
@@ -101,8 +125,13 @@ def _attend(
             tiles = [_tile(part, query, guide, query_labels, b, heads, rows) for part in parts]
             mass, lse[b, heads, rows] = _masses(tiles)
             if contrast != 1.0:
-                mass = [_clipped(_unclipped(m, tile, contrast, total[heads]), tile, contrast) for m, tile in zip(mass, tiles)]
-            output[b, heads, rows] = _sum([m.to(query.dtype).to(dtype) @ tile.value for m, tile in zip(mass, tiles)])
+                mass = [
+                    _clipped(_unclipped(m, tile, contrast, total[heads]), tile, contrast)
+                    for m, tile in zip(mass, tiles)
+                ]
+            output[b, heads, rows] = _sum(
+                [m.to(query.dtype).to(dtype) @ tile.value for m, tile in zip(mass, tiles)]
+            )
     return output, lse if need_lse else None
 
 
@@ -127,25 +156,63 @@ def attention_backward(
     """
     groups = group_queries(query_labels, [s.labels for s in segments], query.shape[0])
     if groups is None:
-        grads = _backward(grad_output, grad_lse, output, lse, query, segments, segments, scale, contrast, query_labels, guide)
+        grads = _backward(
+            grad_output,
+            grad_lse,
+            output,
+            lse,
+            query,
+            segments,
+            segments,
+            scale,
+            contrast,
+            query_labels,
+            guide,
+        )
         return [grad.to(query.dtype) if needed else None for grad, needed in zip(grads, needs)]
-    tensors = [query, *(s.key for s in segments), *(s.value for s in segments), *(() if guide is None else guide[:2])]
+    tensors = [
+        query,
+        *(s.key for s in segments),
+        *(s.value for s in segments),
+        *(() if guide is None else guide[:2]),
+    ]
     sums = [x.new_zeros(x.shape, dtype=accumulate_dtype(query)) for x in tensors]
     of_guide = () if guide is None else (3, 4)  # its query and key, after those of the one segment
     for group in groups:
         rows, seen, part_guide = _of_group(group, segments, guide)
         if not seen:
             continue
-        grad, part_grad_lse, part_output, part_lse = (None if x is None else group.of(x) for x in (grad_output, grad_lse, output, lse))
+        grad, part_grad_lse, part_output, part_lse = (
+            None if x is None else group.of(x) for x in (grad_output, grad_lse, output, lse)
+        )
         segments_seen = [segment for _, segment in seen]
-        grads = _backward(grad, part_grad_lse, part_output, part_lse, group.of(query), segments_seen, rows, scale, contrast, None, part_guide)
-        places = [0, *(first + position for first in (1, 1 + len(segments)) for position, _ in seen), *of_guide]
+        grads = _backward(
+            grad,
+            part_grad_lse,
+            part_output,
+            part_lse,
+            group.of(query),
+            segments_seen,
+            rows,
+            scale,
+            contrast,
+            None,
+            part_guide,
+        )
+        places = [
+            0,
+            *(first + position for first in (1, 1 + len(segments)) for position, _ in seen),
+            *of_guide,
+        ]
         for place, grad in zip(places, grads):
             if place in (0, *of_guide[:1]):
                 sums[place][group.batch].index_copy_(2, group.queries, grad)
                 continue
             position = (place - 1) % len(segments)
-            target, kept = sums[place][rows_read(group.batch, segments[position].batch_index)[0]], group.keys[position]
+            target, kept = (
+                sums[place][rows_read(group.batch, segments[position].batch_index)[0]],
+                group.keys[position],
+            )
             target.add_(grad) if kept is None else target.index_add_(2, kept, grad)
     return [x.to(query.dtype) if needed else None for x, needed in zip(sums, needs)]
 
@@ -155,12 +222,22 @@ def _backward(
     contrast: float, query_labels: Tensor | None, guide: Any,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of query, keys, values and guide, in the accumulate dtype or that of the query."""
-    if guide is None and lse is not None and grad_lse is None and len(segments) == 1 and _has_lse(query) and _fused_serves(query, segments[0]):
+    if (
+        guide is None
+        and lse is not None
+        and grad_lse is None
+        and len(segments) == 1
+        and _has_lse(query)
+        and _fused_serves(query, segments[0])
+    ):
         return _fused_backward(grad_output, output, lse, query, segments[0], scale * segments[0].logit_scale)
     dtype, head_dim = accumulate_dtype(query), query.shape[3]
     guides = () if guide is None else (guide.query, guide.key)
     grad_query, *grad_guides = (x.new_zeros(x.shape, dtype=dtype) for x in (query, *guides))
-    grad_keys, grad_values = ([x.new_zeros(x.shape, dtype=dtype) for x in tensors] for tensors in zip(*((s.key, s.value) for s in segments)))
+    grad_keys, grad_values = (
+        [x.new_zeros(x.shape, dtype=dtype) for x in tensors]
+        for tensors in zip(*((s.key, s.value) for s in segments))
+    )
     for b in range(query.shape[0]):
         parts = [_prepare(segment, guide, scale, b, dtype) for segment in segments]
         total = _total(counted, b, dtype)
@@ -172,7 +249,9 @@ def _backward(
             gains = [grad @ tile.value.mT for tile in tiles]
             weights = mass
             if contrast != 1.0:
-                weights = [_unclipped(m.clone(), tile, contrast, total[heads]) for m, tile in zip(mass, tiles)]
+                weights = [
+                    _unclipped(m.clone(), tile, contrast, total[heads]) for m, tile in zip(mass, tiles)
+                ]
                 inside = [(w >= 0) & (w <= _multiplicity(tile)) for w, tile in zip(weights, tiles)]
                 weights = [_clipped(w, tile, contrast) for w, tile in zip(weights, tiles)]
                 gains = [g.mul_(within).mul_(contrast) for g, within in zip(gains, inside)]
@@ -187,7 +266,9 @@ def _backward(
                     grad_guides[0][b, heads, rows] = grad_features[..., head_dim:] * guide.strength
                 grad_key[heads].baddbmm_(grad_logits.mT, tile.query)
                 grad_value[heads].baddbmm_(w.to(query.dtype).to(dtype).mT, grad)
-        for segment, part, (grad_key, grad_value), keys, values in zip(segments, parts, sums, grad_keys, grad_values):
+        for segment, part, (grad_key, grad_value), keys, values in zip(
+            segments, parts, sums, grad_keys, grad_values
+        ):
             _add_batch_row(keys, grad_key[..., :head_dim], b, segment.batch_index, part.kept)
             _add_batch_row(values, grad_value, b, segment.batch_index, part.kept)
             if guide is not None:
@@ -220,14 +301,18 @@ def _fused(query: Tensor, segment: Any, scale: float, need_lse: bool) -> tuple[T
         row = _fused_row(key, value, segment, b)
         if row.key.shape[1] == 0:
             continue
-        row_output, row_lse = _sdpa(query[b : b + 1], row.key.unsqueeze(0), row.value.unsqueeze(0), row.mask, scale, need_lse)
+        row_output, row_lse = _sdpa(
+            query[b : b + 1], row.key.unsqueeze(0), row.value.unsqueeze(0), row.mask, scale, need_lse
+        )
         output[b] = row_output[0].masked_fill_(row.empty, 0)
         if lse is not None and row_lse is not None:
             lse[b] = (row_lse[0] + segment.logit_shift).masked_fill_(row.empty.squeeze(-1), float("-inf"))
     return output, lse
 
 
-def _fused_backward(grad_output: Tensor, output: Any, lse: Tensor, query: Tensor, segment: Any, scale: float) -> list[Tensor]:
+def _fused_backward(
+    grad_output: Tensor, output: Any, lse: Tensor, query: Tensor, segment: Any, scale: float
+) -> list[Tensor]:
     """The gradients of query, key and value; a few heads at a time, as torch's come in a layout of their own."""
     lse, grad_output = lse - segment.logit_shift, _dense(grad_output)
     query, key, value = (_dense(x) for x in (query, segment.key, segment.value))
@@ -260,10 +345,14 @@ def _dense(x: Tensor) -> Tensor:
 def _sdpa(query, key, value, mask, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     if not need_lse:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=mask, scale=scale
+    )
 
 
-def _sdpa_backward(grad_output, query, output, lse, row: "_FusedRow", scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _sdpa_backward(
+    grad_output, query, output, lse, row: "_FusedRow", scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     key, value = row.key.unsqueeze(0), row.value.unsqueeze(0)
     return backward(grad_output, query, key, value, output, lse, 0.0, False, attn_mask=row.mask, scale=scale)
@@ -300,12 +389,16 @@ def _fused_row(key: Tensor, value: Tensor, segment: Any, b: int) -> _FusedRow:
         if kept.shape[0] == 1:
             key, value = (x.index_select(1, kept[0]) for x in (key, value))
         else:
-            key, value = (torch.stack([x[h].index_select(0, kept[h]) for h in range(x.shape[0])]) for x in (key, value))
+            key, value = (
+                torch.stack([x[h].index_select(0, kept[h]) for h in range(x.shape[0])]) for x in (key, value)
+            )
     if counts.shape[0] > 1 and bool((counts == 0).any()):
         absent = (counts == 0).unsqueeze(-1)
         key, value = (x.masked_fill(absent, 0) for x in (key, value))
     plain = used == 0 or bool((counts == 1).all())
-    return _FusedRow(key, value, None if plain else counts.to(accumulate_dtype(key)).log_()[None, :, None], kept, empty)
+    return _FusedRow(
+        key, value, None if plain else counts.to(accumulate_dtype(key)).log_()[None, :, None], kept, empty
+    )
 
 
 def _prepare(segment: Any, guide: Any, scale: float, b: int, dtype: torch.dtype) -> _Part:
@@ -346,7 +439,9 @@ def _blocks_of(query: Tensor, parts: Sequence[_Part], score_tensors: int) -> Ite
     return blocks(query.shape[1], query.shape[2], bytes_per_row, query.device)
 
 
-def _tile(part: _Part, query: Tensor, guide: Any, query_labels: Tensor | None, b: int, heads: slice, rows: slice) -> _Tile:
+def _tile(
+    part: _Part, query: Tensor, guide: Any, query_labels: Tensor | None, b: int, heads: slice, rows: slice
+) -> _Tile:
     features = query[b, heads, rows].to(part.key.dtype) * part.scale
     if guide is not None:
         features = torch.cat([features, guide.query[b, heads, rows].to(part.key.dtype) * guide.strength], -1)
@@ -399,7 +494,9 @@ def _multiplicity(tile: _Tile) -> Tensor:
     return tile.key.new_ones(()) if tile.counts is None else tile.counts
 
 
-def _add_batch_row(target: Tensor, added: Tensor, b: int, batch_index: Tensor | None, kept: Tensor | None) -> None:
+def _add_batch_row(
+    target: Tensor, added: Tensor, b: int, batch_index: Tensor | None, kept: Tensor | None
+) -> None:
     """Add [H, U, D] to the row of `target` [B_s, H, N_k, D] that query row b reads."""
     if batch_index is not None and not on_host(target):
         target.index_add_(0, batch_index[b : b + 1], added.unsqueeze(0))

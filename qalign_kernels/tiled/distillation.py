@@ -11,7 +11,13 @@ from .attention import attention
 
 
 def distillation_loss(
-    output: Tensor, query: Tensor, segments: Sequence[Any], *, scale: float, query_labels: Tensor | None, need_signs: bool
+    output: Tensor,
+    query: Tensor,
+    segments: Sequence[Any],
+    *,
+    scale: float,
+    query_labels: Tensor | None,
+    need_signs: bool,
 ) -> tuple[Tensor, Tensor | None]:
     dtype = accumulate_dtype(output)
     signs = torch.empty(output.shape, dtype=torch.int8, device=output.device) if need_signs else None
@@ -19,7 +25,15 @@ def distillation_loss(
     sums = []
     for _, rows in blocks(1, output.shape[2], bytes_per_row, output.device):
         labels = None if query_labels is None else query_labels[:, rows]
-        ideal, _ = attention(query[:, :, rows], segments, scale=scale, contrast=1.0, query_labels=labels, guide=None, need_lse=False)
+        ideal, _ = attention(
+            query[:, :, rows],
+            segments,
+            scale=scale,
+            contrast=1.0,
+            query_labels=labels,
+            guide=None,
+            need_lse=False,
+        )
         difference = ideal.to(dtype)
         torch.sub(output[:, :, rows].to(dtype), difference, out=difference)
         if signs is not None:

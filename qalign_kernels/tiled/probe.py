@@ -10,10 +10,20 @@ from ._blocks import accumulate_dtype, blocks
 from .attention import attention, attention_backward
 
 
-def label_mass(query: Tensor, key: Tensor, key_labels: Tensor, num_labels: int, *, scale: float, counts: Tensor | None = None) -> Tensor:
+def label_mass(
+    query: Tensor,
+    key: Tensor,
+    key_labels: Tensor,
+    num_labels: int,
+    *,
+    scale: float,
+    counts: Tensor | None = None,
+) -> Tensor:
     segment = _indicator(key.to(accumulate_dtype(key)), key_labels, num_labels, counts)
     query = query.to(segment.key.dtype)
-    return attention(query, [segment], scale=scale, contrast=1.0, query_labels=None, guide=None, need_lse=False)[0]
+    return attention(
+        query, [segment], scale=scale, contrast=1.0, query_labels=None, guide=None, need_lse=False
+    )[0]
 
 
 def label_mass_backward(
@@ -31,7 +41,17 @@ def label_mass_backward(
     """The gradients of query and key that are needed."""
     segment = _indicator(key, key_labels, num_labels, counts)
     return attention_backward(
-        grad_mass, None, mass, None, query, [segment], scale=scale, contrast=1.0, query_labels=None, guide=None, needs=[*needs, False]
+        grad_mass,
+        None,
+        mass,
+        None,
+        query,
+        [segment],
+        scale=scale,
+        contrast=1.0,
+        query_labels=None,
+        guide=None,
+        needs=[*needs, False],
     )[:2]
 
 
@@ -39,7 +59,9 @@ def _indicator(key: Tensor, key_labels: Tensor, num_labels: int, counts: Tensor 
     """The segment whose values say of which class a key is."""
     members = (key_labels.unsqueeze(-1) == torch.arange(num_labels, device=key.device)).to(key.dtype)
     members = members.unsqueeze(1).expand(key.shape[0], key.shape[1], -1, -1)
-    return SimpleNamespace(key=key, value=members, counts=counts, labels=None, batch_index=None, logit_scale=1.0, logit_shift=0.0)
+    return SimpleNamespace(
+        key=key, value=members, counts=counts, labels=None, batch_index=None, logit_scale=1.0, logit_shift=0.0
+    )
 
 
 def mean_attention_map(query: Tensor, key: Tensor, *, scale: float) -> Tensor:

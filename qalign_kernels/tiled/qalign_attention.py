@@ -7,7 +7,14 @@ from ._blocks import accumulate_dtype, blocks
 
 
 def topk_attention(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, *, scale: float, contrast: float = 1.0, batch_index: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    *,
+    scale: float,
+    contrast: float = 1.0,
+    batch_index: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch, differentiable; without gradients the memory is that of one block."""
     batch, heads, queries, k = *query.shape[:3], index.shape[3]
@@ -22,7 +29,9 @@ def topk_attention(
         tokens = tokens.clamp(min=0)
         keys, values = (x[(*position, tokens)].to(dtype) for x in (key, value))
         logits = scale * (query[:, :, rows].to(dtype).unsqueeze(3) * keys).sum(-1)
-        weights = _weights(logits.masked_fill(absent, float("-inf")), absent, contrast).to(query.dtype).to(dtype)
+        weights = (
+            _weights(logits.masked_fill(absent, float("-inf")), absent, contrast).to(query.dtype).to(dtype)
+        )
         outputs.append((weights.unsqueeze(-1) * values).sum(3).to(query.dtype))
     return torch.cat(outputs, 2)
 

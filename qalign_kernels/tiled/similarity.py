@@ -24,7 +24,9 @@ def similarity_argmax(
     reference_labels: Tensor | None = None,
     batch_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    index, score = similarity_topk(query, reference, 1, similarity, joint, query_labels, reference_labels, batch_index)
+    index, score = similarity_topk(
+        query, reference, 1, similarity, joint, query_labels, reference_labels, batch_index
+    )
     return index.squeeze(-1), score.squeeze(-1)
 
 
@@ -77,15 +79,21 @@ def _topk(
     bytes_per_row = padded * dtype.itemsize * (score_tensors + (query_labels is not None))
     tiles = list(blocks(groups, queries, bytes_per_row, query.device))
     columns = max((group.stop - group.start) * (rows.stop - rows.start) for group, rows in tiles)
-    scores = query.new_empty(padded * columns, dtype=dtype)  # one block's, over and over: fresh memory costs page faults
+    scores = query.new_empty(
+        padded * columns, dtype=dtype
+    )  # one block's, over and over: fresh memory costs page faults
     for b in range(batch):
-        features = query.new_zeros((groups, padded, reference.shape[3] * (heads if joint else 1)), dtype=dtype)
+        features = query.new_zeros(
+            (groups, padded, reference.shape[3] * (heads if joint else 1)), dtype=dtype
+        )
         _write_features(features[:, :tokens], batch_row(reference, b, batch_index), similarity, joint)
         for group, rows in tiles:
             part = query[b, :, rows] if joint else query[b, group, rows]
             block = features.new_empty((group.stop - group.start, rows.stop - rows.start, features.shape[2]))
             _write_features(block, part, similarity, joint)
-            table = scores[: padded * block.shape[0] * block.shape[1]].view(block.shape[0], padded, block.shape[1])
+            table = scores[: padded * block.shape[0] * block.shape[1]].view(
+                block.shape[0], padded, block.shape[1]
+            )
             torch.bmm(features[group], block.mT, out=table)
             table[:, tokens:] = float("-inf")
             if query_labels is not None and reference_labels is not None:

@@ -40,7 +40,9 @@ def picture(latents):
 
 
 def make(*pictures, steps=10, **options):
-    return pipe()(*pictures, num_inference_steps=steps, generator=seeded(), output_type="latent", **options).images
+    return pipe()(
+        *pictures, num_inference_steps=steps, generator=seeded(), output_type="latent", **options
+    ).images
 
 
 def tokens(labels, number):
@@ -52,7 +54,9 @@ def tokens(labels, number):
 def distance(found, style, labels=None):
     """Of what each query draws from what it would draw from the style, map by map; with (rows, columns) labels, from its own label's tokens."""
     literal, total = Literal(pipe()), 0.0
-    for (q, _, _, out), (_, k, v, _) in zip(literal.features(found, TIMESTEP), literal.features(style, TIMESTEP)):
+    for (q, _, _, out), (_, k, v, _) in zip(
+        literal.features(found, TIMESTEP), literal.features(style, TIMESTEP)
+    ):
         scores = q @ k.mT / q.shape[-1] ** 0.5
         if labels is not None:
             rows, columns = tokens(labels[0], q.shape[2]), tokens(labels[1], k.shape[2])
@@ -65,12 +69,17 @@ def distance(found, style, labels=None):
 def change(found, content):
     """Of the queries."""
     literal = Literal(pipe())
-    return sum((own[0] - other[0]).abs().mean().item() for own, other in zip(*(literal.features(x, TIMESTEP) for x in (found, content))))
+    return sum(
+        (own[0] - other[0]).abs().mean().item()
+        for own, other in zip(*(literal.features(x, TIMESTEP) for x in (found, content)))
+    )
 
 
 def test_style_transfer_takes_the_style_and_keeps_the_content():
     style, content = (latents(each) for each in scenes().image)
-    kept, free = (make(*scenes().image, method=AttentionDistillation(content_weight=weight)) for weight in (0.25, 0.0))
+    kept, free = (
+        make(*scenes().image, method=AttentionDistillation(content_weight=weight)) for weight in (0.25, 0.0)
+    )
     assert distance(kept, style) < 0.85 * distance(content, style)
     assert change(kept, content) < 0.85 * change(free, content)
 
@@ -81,7 +90,10 @@ def test_appearance_transfer_gives_each_part_the_colour_that_it_has_in_the_appea
     def error(shown):
         return colour_error(shown, of_structure, appearance, of_appearance).nanmean().item()
 
-    moved, decoded = picture(make(appearance, structure, steps=20, learning_rate=0.2)), picture(latents(structure))
+    moved, decoded = (
+        picture(make(appearance, structure, steps=20, learning_rate=0.2)),
+        picture(latents(structure)),
+    )
     assert error(moved) < 0.9 * min(error(structure), error(decoded))
 
 
@@ -94,9 +106,14 @@ def test_a_texture_is_made_of_noise():
 def test_an_expanded_texture_is_the_style_s_in_every_window():
     style = scenes().image[0]
     options = {"window": GRID, "stride": GRID // 2, "num_inference_steps": 6, "output_type": "latent"}
-    plain, drawn = (pipe().expand(style, SIZE, 3 * SIZE // 2, iterations=count, generator=seeded(), **options).images for count in (0, 2))
+    plain, drawn = (
+        pipe().expand(style, SIZE, 3 * SIZE // 2, iterations=count, generator=seeded(), **options).images
+        for count in (0, 2)
+    )
     for columns in WINDOWS:
-        assert distance(drawn[..., columns], latents(style)) < 0.85 * distance(plain[..., columns], latents(style))
+        assert distance(drawn[..., columns], latents(style)) < 0.85 * distance(
+            plain[..., columns], latents(style)
+        )
 
 
 @functools.cache
@@ -108,26 +125,48 @@ def two_textures():
 def test_a_masked_texture_draws_from_its_own_label():
     style = two_textures()
     maps = (None, Regions(appearance=LEFT_RIGHT, structure=TOP_BOTTOM))
-    plain, masked = (distance(make(style, regions=regions), latents(style), (TOP_BOTTOM, LEFT_RIGHT)) for regions in maps)
+    plain, masked = (
+        distance(make(style, regions=regions), latents(style), (TOP_BOTTOM, LEFT_RIGHT)) for regions in maps
+    )
     assert masked < 0.92 * plain
 
 
 def test_an_expanded_masked_texture_draws_from_its_own_label_in_every_window():
     style, labels = two_textures(), TOP_BOTTOM.repeat(1, 2)[:, : 3 * GRID // 2]
-    options = {"window": GRID, "stride": GRID // 2, "num_inference_steps": 6, "iterations": 2, "output_type": "latent"}
+    options = {
+        "window": GRID,
+        "stride": GRID // 2,
+        "num_inference_steps": 6,
+        "iterations": 2,
+        "output_type": "latent",
+    }
     masked, swapped = (
-        pipe().expand(style, SIZE, 3 * SIZE // 2, regions=Regions(appearance=LEFT_RIGHT, structure=each), generator=seeded(), **options).images
+        pipe()
+        .expand(
+            style,
+            SIZE,
+            3 * SIZE // 2,
+            regions=Regions(appearance=LEFT_RIGHT, structure=each),
+            generator=seeded(),
+            **options,
+        )
+        .images
         for each in (labels, 1 - labels)
     )
     for columns in WINDOWS:
-        one, other = (distance(found[..., columns], latents(style), (TOP_BOTTOM, LEFT_RIGHT)) for found in (masked, swapped))
+        one, other = (
+            distance(found[..., columns], latents(style), (TOP_BOTTOM, LEFT_RIGHT))
+            for found in (masked, swapped)
+        )
         assert one < 0.92 * other
 
 
 def test_a_picture_of_a_prompt_takes_the_style():
     style = scenes().image[0]
     options = {"mode": "sample", "adain": False, "learning_rate": 0.05}
-    bird, fish = (make(style, None, f"a photo of a {kind}", iterations=0, **options) for kind in ("bird", "fish"))
+    bird, fish = (
+        make(style, None, f"a photo of a {kind}", iterations=0, **options) for kind in ("bird", "fish")
+    )
     drawn = make(style, None, "a photo of a bird", iterations=3, **options)
     assert distance(drawn, latents(style)) < 0.85 * distance(bird, latents(style))
     assert (drawn - bird).abs().mean() < 0.9 * (drawn - fish).abs().mean()  # it is still what the prompt says

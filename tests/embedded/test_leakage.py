@@ -63,7 +63,14 @@ def random_labels(batch: int, tokens: int, seed: int) -> torch.Tensor:
 
 def features_of(labels: torch.Tensor, heads: int, norm: float) -> torch.Tensor:
     """Features [B, H, N, PARTS] that say the part and nothing else."""
-    return norm * torch.nn.functional.one_hot(labels, len(PARTS)).float().unsqueeze(1).expand(-1, heads, -1, -1).contiguous()
+    return (
+        norm
+        * torch.nn.functional.one_hot(labels, len(PARTS))
+        .float()
+        .unsqueeze(1)
+        .expand(-1, heads, -1, -1)
+        .contiguous()
+    )
 
 
 @pytest.mark.parametrize("method", [CrossImage(), *REFINED], ids=repr)
@@ -86,7 +93,9 @@ def test_features_that_take_every_part_for_the_next_always_leak(method):
     found = leakage.figures(tallies)
     assert found["part_agreement"].item() == 0
     assert found["cross_region_mass"].item() == pytest.approx(1, abs=1e-6)
-    eyes = (labels[0] == PARTS.index("eye")).sum() / (labels[0] >= len(BACKGROUNDS)).sum()  # the next part of the last is the first background
+    eyes = (labels[0] == PARTS.index("eye")).sum() / (
+        labels[0] >= len(BACKGROUNDS)
+    ).sum()  # the next part of the last is the first background
     assert found["object_background_leakage"].item() == pytest.approx(eyes.item(), abs=1e-6)
 
 
@@ -96,7 +105,9 @@ def test_mass_is_label_mass_and_counts_keys_as_often_as_they_are_matched():
     counts = match_counts(similarity_argmax(q[:1], q[1:]).index, 50)
     for method, weight in ((CrossImage(), None), (QAlign(refinement="rearranged"), counts)):
         expected = label_mass(q[:1], k[1:], labels[1:].int(), len(PARTS), counts=weight)
-        torch.testing.assert_close(leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR)), expected)
+        torch.testing.assert_close(
+            leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR)), expected
+        )
 
 
 @pytest.mark.parametrize("method", [CrossImage(), *REFINED, QAlign(refinement="topk", topk=1)], ids=repr)
@@ -112,7 +123,9 @@ def test_the_mass_of_one_candidate_is_where_the_match_is():
     q, k = random_features(2, 3, 50, 16, seed=8), random_features(2, 3, 50, 16, seed=9)
     labels = random_labels(2, 50, seed=10)
     for method in (QAlign(refinement="none"), QAlign(refinement="topk", topk=1)):
-        tokens, counterparts, right, own, background = leakage.measure(method, q, k, labels, rows(0), rows(1), Site(PAIR))[0].T
+        tokens, counterparts, right, own, background = leakage.measure(
+            method, q, k, labels, rows(0), rows(1), Site(PAIR)
+        )[0].T
         torch.testing.assert_close(own, right)
         assert 0 < right.sum() < counterparts.sum() <= tokens.sum() == 50
         assert background.sum() < 50
@@ -122,7 +135,9 @@ def test_all_candidates_are_cross_image():
     q, k = random_features(2, 3, 50, 16, seed=11), random_features(2, 3, 50, 16, seed=12)
     labels = random_labels(2, 50, seed=13)
     methods = (CrossImage(), QAlign(refinement="topk", topk=50))
-    masses = [leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR)) for method in methods]
+    masses = [
+        leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR)) for method in methods
+    ]
     torch.testing.assert_close(*masses)
 
 
@@ -146,9 +161,16 @@ def test_tally_is_the_sum_written_out():
     for row in range(2):
         for token, label in enumerate(query_labels[row].tolist()):
             right = sum(key_labels[row, index[row, head, token]] == label for head in range(3)) / 3
-            own, background = mass[row, :, token, label].mean(), mass[row, :, token, : len(BACKGROUNDS)].sum(-1).mean()
-            expected[row, label] += torch.tensor([1, label in key_labels[row].tolist(), right, own, background], dtype=torch.float64)
-    torch.testing.assert_close(leakage.tally(index, mass, query_labels, key_labels), expected, rtol=1e-5, atol=1e-5)
+            own, background = (
+                mass[row, :, token, label].mean(),
+                mass[row, :, token, : len(BACKGROUNDS)].sum(-1).mean(),
+            )
+            expected[row, label] += torch.tensor(
+                [1, label in key_labels[row].tolist(), right, own, background], dtype=torch.float64
+            )
+    torch.testing.assert_close(
+        leakage.tally(index, mass, query_labels, key_labels), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_agreement_is_averaged_over_parts_and_mass_over_queries():
@@ -158,7 +180,13 @@ def test_agreement_is_averaged_over_parts_and_mass_over_queries():
     tallies[HEAD] = torch.tensor([2, 2, 0, 1, 1])
     tallies[TAIL] = torch.tensor([10, 0, 0, 0, 3])  # out of view in the appearance
     found = {figure: value.item() for figure, value in leakage.figures(tallies).items()}
-    expected = {"part_agreement": 0.5, "token_agreement": 0.8, "own_part_mass": 0.7, "object_background_leakage": 0.25, "cross_region_mass": 0.3}
+    expected = {
+        "part_agreement": 0.5,
+        "token_agreement": 0.8,
+        "own_part_mass": 0.7,
+        "object_background_leakage": 0.25,
+        "cross_region_mass": 0.3,
+    }
     assert found == pytest.approx(expected)
     assert all(math.isnan(value) for value in leakage.figures(torch.zeros_like(tallies)).values())
 
@@ -189,7 +217,13 @@ def test_measured_skips_idle_steps_structure_steps_and_what_is_between():
     for step in range(20):
         clock.set(step, 20)
         measured.attend(q, k, v, Site(TRIPLE, clock=clock))
-    assert [step for _, step in measured.tallies] == [8, 10, 12, 14, 18]  # 6 and 16 read the structure, one late
+    assert [step for _, step in measured.tallies] == [
+        8,
+        10,
+        12,
+        14,
+        18,
+    ]  # 6 and 16 read the structure, one late
 
 
 def test_colours_of_parts_and_their_error():
@@ -201,15 +235,22 @@ def test_colours_of_parts_and_their_error():
     assert colours[TAIL].isnan().all()
     assert picture_metrics.colour_error(picture, labels, picture, labels).nanmean() == 0
     swapped = torch.where(labels == HEAD, BODY, torch.where(labels == BODY, HEAD, labels))
-    error, distance = picture_metrics.colour_error(picture, swapped, picture, labels), (colours[HEAD] - colours[BODY]).norm()
-    torch.testing.assert_close(error[[HEAD, BODY, LIMB]], torch.stack([distance, distance, torch.zeros_like(distance)]))
+    error, distance = (
+        picture_metrics.colour_error(picture, swapped, picture, labels),
+        (colours[HEAD] - colours[BODY]).norm(),
+    )
+    torch.testing.assert_close(
+        error[[HEAD, BODY, LIMB]], torch.stack([distance, distance, torch.zeros_like(distance)])
+    )
 
 
 def test_part_iou_of_overlapping_layouts():
     truth = torch.tensor([BODY, BODY, HEAD, HEAD])
     assert picture_metrics.part_iou(truth, truth) == 1
     assert picture_metrics.part_iou(truth.flip(0), truth) == 0
-    assert picture_metrics.part_iou(torch.tensor([BODY, BODY, BODY, LIMB]), truth) == pytest.approx((2 / 3 + 0) / 2)
+    assert picture_metrics.part_iou(torch.tensor([BODY, BODY, BODY, LIMB]), truth) == pytest.approx(
+        (2 / 3 + 0) / 2
+    )
 
 
 def test_resampled_means_are_paired_and_their_spread_is_the_standard_error():
@@ -234,28 +275,49 @@ def made_up(own: dict[str, float], colour: float) -> PairResult:
     tallies = {name: torch.zeros(len(PARTS), len(leakage.TALLIED), dtype=torch.float64) for name in own}
     for name, mass in own.items():
         tallies[name][BODY] = torch.tensor([4, 4, 4 * mass, 4 * mass, 4 * (1 - mass)])
-    errors = {name: torch.full((len(PARTS),), value, dtype=torch.float64) for name, value in {"untouched": 0.8, **dict.fromkeys(own, colour)}.items()}
-    keyed = {name: {(layer, step): tally for step in (3, 6) for layer in ("up_blocks.0", "up_blocks.1")} for name, tally in tallies.items()}
+    errors = {
+        name: torch.full((len(PARTS),), value, dtype=torch.float64)
+        for name, value in {"untouched": 0.8, **dict.fromkeys(own, colour)}.items()
+    }
+    keyed = {
+        name: {(layer, step): tally for step in (3, 6) for layer in ("up_blocks.0", "up_blocks.1")}
+        for name, tally in tallies.items()
+    }
     return PairResult(keyed, errors, dict.fromkeys(("untouched", "appearance", *own), 0.5))
 
 
 def test_summary_counts_leaking_pairs_and_those_that_improve():
     masses = [(0.2, 0.3), (0.2, 0.1), (0.4, 0.9), (0.6, 0.7), (0.7, 0.2)]  # own-part mass of the two methods
     results = [made_up({"cross_image": a, "qalign": b}, colour=0.4) for a, b in masses]
-    report = leakage.summarise(results, Settings(threshold=0.5), {name: repr(method) for name, method in METHODS.items()})
+    report = leakage.summarise(
+        results, Settings(threshold=0.5), {name: repr(method) for name, method in METHODS.items()}
+    )
     cross_image, qalign = report["methods"]["cross_image"], report["methods"]["qalign"]
     assert (report["pairs"], cross_image["leaking_pairs"], qalign["leaking_pairs"]) == (5, 3, 3)
-    assert (qalign["leaking_pairs_improved"], qalign["leaking_pairs_improved_fraction"]) == (2, pytest.approx(2 / 3))
+    assert (qalign["leaking_pairs_improved"], qalign["leaking_pairs_improved_fraction"]) == (
+        2,
+        pytest.approx(2 / 3),
+    )
     assert "leaking_pairs_improved" not in cross_image
-    assert cross_image["own_part_mass"] == pytest.approx(0.42) and qalign["part_agreement"] == pytest.approx(0.44)
-    assert cross_image["colour_ratio"] == pytest.approx(0.5) and report["untouched"]["colour_error"]["value"] == pytest.approx(0.8)
+    assert cross_image["own_part_mass"] == pytest.approx(0.42) and qalign["part_agreement"] == pytest.approx(
+        0.44
+    )
+    assert cross_image["colour_ratio"] == pytest.approx(0.5) and report["untouched"]["colour_error"][
+        "value"
+    ] == pytest.approx(0.8)
     difference = report["differences"]["qalign"]
-    assert difference["own_part_mass"]["value"] == pytest.approx(0.02) and difference["leaking_pairs"]["value"] == 0
+    assert (
+        difference["own_part_mass"]["value"] == pytest.approx(0.02)
+        and difference["leaking_pairs"]["value"] == 0
+    )
     assert difference["own_part_mass"]["interval"][0] < 0.02 < difference["own_part_mass"]["interval"][1]
     table = cross_image["by_layer_and_step"]
     assert (table["layers"], table["steps"]) == (["up_blocks.0", "up_blocks.1"], [3, 6])
     torch.testing.assert_close(torch.tensor(table["object_background_leakage"]), torch.full((2, 2), 0.58))
-    assert cross_image["by_part"]["body"]["own_part_mass"] == pytest.approx(0.42) and cross_image["by_part"]["sky"]["own_part_mass"] is None
+    assert (
+        cross_image["by_part"]["body"]["own_part_mass"] == pytest.approx(0.42)
+        and cross_image["by_part"]["sky"]["own_part_mass"] is None
+    )
     assert "2 of 3 (66.7%)" in leakage.render_report(report)
 
 
@@ -279,12 +341,19 @@ def test_features_of_a_row_depend_on_that_row_alone(pipe):
     for name, (q, k, _) in alone.items():
         torch.testing.assert_close(q[0], together[name].q[1])
         torch.testing.assert_close(k[0], together[name].k[1])
-    assert not torch.equal(*(noised_features(pipe, pictures[:1], timesteps[:1], "a fish", seeds=[seed])[name].q for seed in (1, 2)))
+    assert not torch.equal(
+        *(
+            noised_features(pipe, pictures[:1], timesteps[:1], "a fish", seeds=[seed])[name].q
+            for seed in (1, 2)
+        )
+    )
 
 
 def test_layouts_are_read_from_what_pictures_show(pipe):
     scenes = render([1, 3], picture_size(pipe))
-    scores = picture_metrics.read_layouts(pipe, {"first": scenes.image[1], "again": scenes.image[1]}, scenes, "a fish", seed=7)
+    scores = picture_metrics.read_layouts(
+        pipe, {"first": scenes.image[1], "again": scenes.image[1]}, scenes, "a fish", seed=7
+    )
     assert scores["first"] == scores["again"] and 0 < scores["first"] < 1
     blank = dataclasses.replace(scenes, labels=torch.zeros_like(scenes.labels))
     assert picture_metrics.read_layouts(pipe, {"any": scenes.image[0]}, blank, "a fish", seed=7) == {"any": 1}
@@ -297,19 +366,33 @@ def test_parts_are_those_of_the_nearest_token_in_the_known_scenes(pipe):
     for layer, (q, _, _) in noised_features(pipe, rows, timesteps, "a fish", seeds=[7, 7, 8, 9, 10]).items():
         joint = torch.nn.functional.normalize(q.transpose(1, 2).flatten(2).double(), dim=-1)
         side = int(q.shape[2] ** 0.5)
-        expected = token_labels(known.labels, (side, side)).flatten()[(joint[:2] @ joint[2:].flatten(0, 1).T).argmax(-1)]
-        assert (read.pop(layer) == expected).float().mean() > 0.99 and len(expected.unique()) > 2  # up to ties
+        expected = token_labels(known.labels, (side, side)).flatten()[
+            (joint[:2] @ joint[2:].flatten(0, 1).T).argmax(-1)
+        ]
+        assert (read.pop(layer) == expected).float().mean() > 0.99 and len(
+            expected.unique()
+        ) > 2  # up to ties
     assert not read
 
 
 def test_a_pair_is_measured_alike_in_any_company(pipe, report):
     alone = [
-        leakage.summarise([leakage.measure_pair(pipe, pair, METHODS, QUICK)], QUICK, dict.fromkeys(METHODS, ""))["methods"]
+        leakage.summarise(
+            [leakage.measure_pair(pipe, pair, METHODS, QUICK)], QUICK, dict.fromkeys(METHODS, "")
+        )["methods"]
         for pair in reversed(held_out_pairs(3, QUICK.seed))
     ]
     for name in METHODS:
-        for figure in ("part_agreement", "own_part_mass", "object_background_leakage", "colour_error", "layout_iou"):
-            assert report["methods"][name][figure] == pytest.approx(sum(one[name][figure] for one in alone) / 3, abs=1e-6)
+        for figure in (
+            "part_agreement",
+            "own_part_mass",
+            "object_background_leakage",
+            "colour_error",
+            "layout_iou",
+        ):
+            assert report["methods"][name][figure] == pytest.approx(
+                sum(one[name][figure] for one in alone) / 3, abs=1e-6
+            )
 
 
 def test_a_scene_transferred_to_itself_has_its_own_colours(pipe):
@@ -322,7 +405,9 @@ def test_a_scene_transferred_to_itself_has_its_own_colours(pipe):
 def test_the_matches_of_a_pair_are_those_of_the_transfer_itself(pipe):
     """Wrapped for measuring or not, the pipeline paints the same picture."""
     scenes = render([31, 33], picture_size(pipe))
-    inversion = pipe.invert(*scenes.image, "a bird", num_inference_steps=4, generator=torch.Generator().manual_seed(0))
+    inversion = pipe.invert(
+        *scenes.image, "a bird", num_inference_steps=4, generator=torch.Generator().manual_seed(0)
+    )
     options = {"inversion": inversion, "adain": None, "output_type": "latent"}
     wrapped = Measured(QAlign(), {role: scenes.labels[0] for role in ROLES})
     painted = [pipe(None, None, "a bird", method=method, **options).images for method in (QAlign(), wrapped)]
@@ -350,8 +435,13 @@ def test_the_best_layer_is_named_below_its_agreement():
     for key, tally in result.tallies["cross_image"].items():
         result.tallies["cross_image"][key] = tally.clone()
     result.tallies["cross_image"]["up_blocks.1", 6][BODY, leakage.TALLIED.index("right")] = 4
-    lines = leakage.render_report(leakage.summarise([result, result], Settings(), {"cross_image": ""})).splitlines()
-    assert [line.split()[-1] for line in lines if line.startswith(("agreement in", "  which is"))] == ["0.750", "up_blocks.1"]
+    lines = leakage.render_report(
+        leakage.summarise([result, result], Settings(), {"cross_image": ""})
+    ).splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith(("agreement in", "  which is"))] == [
+        "0.750",
+        "up_blocks.1",
+    ]
 
 
 REQUIRED = {"part_agreement", "own_part_mass", "object_background_leakage", "leaking_pairs"}
@@ -364,12 +454,28 @@ def stub(monkeypatch, pipe):
 
 def test_the_command_prints_the_table_and_writes_the_figures(stub, tmp_path, capsys):
     file = tmp_path / "new" / "leakage.json"
-    arguments = ["leakage", "--pairs", "2", "--steps", "4", "--every", "1", "--adain", "none", "--refinement", "topk", "--topk", "3"]
+    arguments = [
+        "leakage",
+        "--pairs",
+        "2",
+        "--steps",
+        "4",
+        "--every",
+        "1",
+        "--adain",
+        "none",
+        "--refinement",
+        "topk",
+        "--topk",
+        "3",
+    ]
     arguments += ["--aligned", "output"]
     assert command_line.main([*arguments, "--threshold", "0.9", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     assert report["pairs"] == 2 and set(report["methods"]) == {"cross_image", "qalign"}
-    assert REQUIRED <= set(report["methods"]["cross_image"]) and REQUIRED | {"leaking_pairs_improved"} <= set(report["methods"]["qalign"])
+    assert REQUIRED <= set(report["methods"]["cross_image"]) and REQUIRED | {"leaking_pairs_improved"} <= set(
+        report["methods"]["qalign"]
+    )
     assert report["settings"]["threshold"] == 0.9
     assert report["methods"]["qalign"]["method"] == repr(QAlign(refinement="topk", topk=3, aligned="output"))
     said = capsys.readouterr().out
@@ -378,43 +484,83 @@ def test_the_command_prints_the_table_and_writes_the_figures(stub, tmp_path, cap
 
 def test_the_command_compares_variants(stub, monkeypatch, tmp_path, capsys):
     everything = ablation.refinements()
-    assert len(everything) == 18 and {method.refinement for method in everything.values() if isinstance(method, QAlign)} == set(REFINEMENTS)
+    assert len(everything) == 18 and {
+        method.refinement for method in everything.values() if isinstance(method, QAlign)
+    } == set(REFINEMENTS)
     few = {name: everything[name] for name in ("cross_image", "none", "topk 1")}
     monkeypatch.setattr(ablation, "refinements", lambda: few)
     file = tmp_path / "ablation.json"
-    arguments = ["leakage", "--ablation", "--pairs", "2", "--transfers", "1", "--steps", "4", "--every", "1", "--adain", "none"]
+    arguments = [
+        "leakage",
+        "--ablation",
+        "--pairs",
+        "2",
+        "--transfers",
+        "1",
+        "--steps",
+        "4",
+        "--every",
+        "1",
+        "--adain",
+        "none",
+    ]
     assert command_line.main([*arguments, "--json", str(file)]) == 0
     found, said = json.loads(file.read_text()), capsys.readouterr().out
     assert len(found["matches"]) == 8 and all(name in said for name in (*found["matches"], *few))
     assert (found["pairs"], found["transfers"]["pairs"]) == (2, 1)
     single, none = found["refinements"]["topk 1"], found["refinements"]["none"]
-    assert all(none[figure]["value"] == pytest.approx(single[figure]["value"]) for figure in ablation.ATTENTION)
+    assert all(
+        none[figure]["value"] == pytest.approx(single[figure]["value"]) for figure in ablation.ATTENTION
+    )
     assert none["picture"]["colour_error"] == pytest.approx(single["picture"]["colour_error"], rel=1e-3)
 
 
 def test_the_ablation_sees_the_signals_that_the_methods_use(pipe):
-    found = ablation.probe(pipe, ScenePair(41, 43), {"cross_image": CrossImage(), "rearranged": QAlign(refinement="rearranged")}, QUICK)
+    found = ablation.probe(
+        pipe,
+        ScenePair(41, 43),
+        {"cross_image": CrossImage(), "rearranged": QAlign(refinement="rearranged")},
+        QUICK,
+    )
     right = leakage.TALLIED.index("right")
-    for signal, variant in (("query_key dot joint", "cross_image"), ("query_query cosine joint", "rearranged")):
+    for signal, variant in (
+        ("query_key dot joint", "cross_image"),
+        ("query_query cosine joint", "rearranged"),
+    ):
         for key, tally in found.tallies[signal].items():
             assert torch.equal(tally[:, right], found.tallies[variant][key][:, right])
             assert 0 < found.matched[signal][key] <= 1
     counterparts = leakage.TALLIED.index("counterparts")
-    assert all(torch.equal(tally[:, 0], tally[:, counterparts]) for tally in found.tallies["self_attention"].values())  # every part meets itself
+    assert all(
+        torch.equal(tally[:, 0], tally[:, counterparts]) for tally in found.tallies["self_attention"].values()
+    )  # every part meets itself
 
 
-@pytest.mark.skipif(not (embedded.FOLDER / "model_index.json").exists(), reason="the embedded model's weights are not here")
+@pytest.mark.skipif(
+    not (embedded.FOLDER / "model_index.json").exists(), reason="the embedded model's weights are not here"
+)
 def test_query_query_matches_agree_far_more_often_in_the_embedded_model():
     trained = AppearanceTransferPipeline.embedded()
     probes = [ablation.probe(trained, pair, {}, Settings()) for pair in held_out_pairs(4)]
     agreement = {
-        signal: leakage.figures(leakage.stacked([found.tallies[signal] for found in probes]))["part_agreement"].nanmean()
+        signal: leakage.figures(leakage.stacked([found.tallies[signal] for found in probes]))[
+            "part_agreement"
+        ].nanmean()
         for signal in ("query_query cosine joint", "query_key dot joint")
     }
     assert agreement["query_query cosine joint"] > 1.5 * agreement["query_key dot joint"]
 
 
-@pytest.mark.parametrize("arguments", [["--pairs", "0"], ["--pairs", "many"], ["--refinement", "best"], ["--aligned", "best"], ["--adain", "some"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--pairs", "0"],
+        ["--pairs", "many"],
+        ["--refinement", "best"],
+        ["--aligned", "best"],
+        ["--adain", "some"],
+    ],
+)
 def test_the_command_refuses_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as refusal:
         command_line.main(["leakage", *arguments])
@@ -487,10 +633,20 @@ def test_two_processes_give_the_figures_of_one(tmp_path, report):
     file = tmp_path / "two.json"
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
     shared |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     launched = [
-        subprocess.Popen([sys.executable, __file__, str(file)], env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, __file__, str(file)],
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+        )
         for rank in "01"  # as accelerate and torchrun launch them
     ]
     errors = [process.communicate(timeout=600)[1].decode() for process in launched]
@@ -498,8 +654,14 @@ def test_two_processes_give_the_figures_of_one(tmp_path, report):
     two = json.loads(file.read_text())
     assert two["shares"] == [2, 1]
     for name in METHODS:
-        numbers = {figure: value for figure, value in report["methods"][name].items() if isinstance(value, float | int)}
-        assert numbers == pytest.approx({figure: two["methods"][name][figure] for figure in numbers}, abs=1e-6)
+        numbers = {
+            figure: value
+            for figure, value in report["methods"][name].items()
+            if isinstance(value, float | int)
+        }
+        assert numbers == pytest.approx(
+            {figure: two["methods"][name][figure] for figure in numbers}, abs=1e-6
+        )
         for figure, interval in report["methods"][name]["intervals"].items():
             assert two["methods"][name]["intervals"][figure] == pytest.approx(interval, abs=1e-6), figure
 
@@ -513,7 +675,9 @@ if __name__ == "__main__":  # one of the two processes
         share.append(len(pairs))
         return pairs
 
-    made = leakage.run(pipe_of(AppearanceTransferPipeline), pairs=3, settings=QUICK, progress=counted) | {"shares": gather_object(share)}
+    made = leakage.run(pipe_of(AppearanceTransferPipeline), pairs=3, settings=QUICK, progress=counted) | {
+        "shares": gather_object(share)
+    }
     if processes().is_main_process:
         Path(sys.argv[1]).write_text(json.dumps(made))
     leave()

@@ -23,17 +23,25 @@ def test_all_weights_take_at_most_12_mib_and_are_half_precision():
     assert len(files) == 3 and sum(file.stat().st_size for file in files) <= 12 * MIB
     for file in files:
         header = file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")]
-        assert {entry["dtype"] for name, entry in json.loads(header).items() if name != "__metadata__"} == {"F16"}
+        assert {entry["dtype"] for name, entry in json.loads(header).items() if name != "__metadata__"} == {
+            "F16"
+        }
 
 
 def test_its_classes_are_stable_diffusion_s_own(pipe):
-    assert [type(pipe.components[name]).__name__ for name in ("unet", "vae", "text_encoder", "tokenizer")] == [
+    assert [
+        type(pipe.components[name]).__name__ for name in ("unet", "vae", "text_encoder", "tokenizer")
+    ] == [
         "UNet2DConditionModel",
         "AutoencoderKL",
         "CLIPTextModel",
         "CLIPTokenizer",
     ]
-    assert pipe.unet.config.sample_size == 32 and pipe.vae_scale_factor == 4 and pipe.scheduler.config.prediction_type == "v_prediction"
+    assert (
+        pipe.unet.config.sample_size == 32
+        and pipe.vae_scale_factor == 4
+        and pipe.scheduler.config.prediction_type == "v_prediction"
+    )
 
 
 def test_self_attention_stays_in_its_part(pipe):
@@ -76,7 +84,11 @@ def test_it_denoises_scenes_far_better_than_their_mean(pipe):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_every_network_has_the_dtype_that_was_asked_for(dtype, recwarn):
     loaded = embedded.load(dtype)
-    found = {parameter.dtype for part in (loaded.unet, loaded.vae, loaded.text_encoder) for parameter in part.parameters()}
+    found = {
+        parameter.dtype
+        for part in (loaded.unet, loaded.vae, loaded.text_encoder)
+        for parameter in part.parameters()
+    }
     assert found == {dtype}
     assert not [warning for warning in recwarn if "dtype" in str(warning.message)]
 
@@ -84,11 +96,18 @@ def test_every_network_has_the_dtype_that_was_asked_for(dtype, recwarn):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_samples_are_finite(dtype):
     half = quiet(embedded.load(dtype))
-    images = half("a photo of a bird", num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    images = half(
+        "a photo of a bird",
+        num_inference_steps=3,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
     assert images.isfinite().all() and images.std() > 0.05
 
 
 def test_missing_weights_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(embedded, "FOLDER", tmp_path)
-    with pytest.raises(FileNotFoundError, match="^embedded model: expected weights in .*, got none; reinstall"):
+    with pytest.raises(
+        FileNotFoundError, match="^embedded model: expected weights in .*, got none; reinstall"
+    ):
         embedded.load()

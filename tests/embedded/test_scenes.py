@@ -31,9 +31,14 @@ def test_a_scene_depends_on_its_seed_alone(scenes):
 
 
 def test_training_and_held_out_seeds_never_meet():
-    training, held_out = {training_seed(number) for number in range(2000)}, {held_out_seed(number) for number in range(2000)}
+    training, held_out = (
+        {training_seed(number) for number in range(2000)},
+        {held_out_seed(number) for number in range(2000)},
+    )
     assert not training & held_out
-    assert all(seed % 2 == 1 for pair in held_out_pairs(50, seed=3) for seed in (pair.appearance, pair.structure))
+    assert all(
+        seed % 2 == 1 for pair in held_out_pairs(50, seed=3) for seed in (pair.appearance, pair.structure)
+    )
 
 
 def test_values_and_shapes(scenes):
@@ -62,7 +67,10 @@ def test_a_herd_shares_one_appearance(scenes):
     body = PARTS.index("body")
     spread, means = [], []
     for image, labels, caption in zip(scenes.image, scenes.labels, scenes.captions):
-        left, right = (image[:, :, half].flatten(1)[:, (labels[:, half] == body).flatten()] for half in (slice(0, 32), slice(32, 64)))
+        left, right = (
+            image[:, :, half].flatten(1)[:, (labels[:, half] == body).flatten()]
+            for half in (slice(0, 32), slice(32, 64))
+        )
         if any(word in caption for word in ("two ", "four ")) and min(left.shape[1], right.shape[1]) > 30:
             spread.append((left.mean(1) - right.mean(1)).norm())
             means.append(left.mean(1))
@@ -83,7 +91,9 @@ def test_edges_are_antialiased():
     small, large = render(SEEDS[:16], 64), render(SEEDS[:16], 256)
     exact = torch.nn.functional.avg_pool2d(large.image, 4)
     creature = small.labels >= len(BACKGROUNDS)
-    edge = torch.nn.functional.max_pool2d(creature.float(), 3, 1, 1) - creature.float() > 0  # just outside of the creatures
+    edge = (
+        torch.nn.functional.max_pool2d(creature.float(), 3, 1, 1) - creature.float() > 0
+    )  # just outside of the creatures
     error = (small.image - exact).abs().mean(1)[edge].mean()
     hard = (large.image[..., 2::4, 2::4] - exact).abs().mean(1)[edge].mean()
     assert error < 0.5 * hard
@@ -108,7 +118,9 @@ def test_labels_tell_object_from_background():
     assert PARTS == BACKGROUNDS + OBJECT_PARTS and len(OBJECT_PARTS) >= 6 and len(set(PARTS)) == len(PARTS)
 
 
-@pytest.mark.parametrize(("seeds", "size", "name"), [([], 64, "seeds"), ([-1], 64, "seeds"), ([1], 4, "size")])
+@pytest.mark.parametrize(
+    ("seeds", "size", "name"), [([], 64, "seeds"), ([-1], 64, "seeds"), ([1], 4, "size")]
+)
 def test_bad_arguments_are_named(seeds, size, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         render(seeds, size)

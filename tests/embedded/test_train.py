@@ -62,14 +62,21 @@ def test_a_written_model_is_trained_on(trained, tmp_path):
     trained.pipeline().to(torch.float16).save_pretrained(tmp_path / "written")
     (tmp_path / "written" / "record.json").write_text(json.dumps(trained.record))
     settings = Settings(**TINY | {"steps": 0, "first_scene": 10})
-    further = Training(tmp_path / "work", settings, torch.device("cpu"), lambda line: None, start=tmp_path / "written")
+    further = Training(
+        tmp_path / "work", settings, torch.device("cpu"), lambda line: None, start=tmp_path / "written"
+    )
     for name in ("autoencoder", "denoiser", "text_encoder"):
         begun, before = (getattr(one, name).state_dict() for one in (further, trained))
         for key in before:
-            torch.testing.assert_close(begun[key], before[key].half().float(), rtol=0, atol=0, msg=f"{name} {key}")
+            torch.testing.assert_close(
+                begun[key], before[key].half().float(), rtol=0, atol=0, msg=f"{name} {key}"
+            )
     further.train_denoiser()
     assert not torch.equal(further.denoiser.conv_in.weight, trained.denoiser.conv_in.weight)
-    assert further.record["denoiser"]["samples"] == 4 and further.record["started_from"]["denoiser"]["samples"] == 8
+    assert (
+        further.record["denoiser"]["samples"] == 4
+        and further.record["started_from"]["denoiser"]["samples"] == 8
+    )
     first = Pool(further).batch(0)[0], Pool(trained).batch(0)[0]
     assert not torch.equal(*first)  # other scenes
 
@@ -79,7 +86,11 @@ def test_training_moves_every_parameter(trained):
     fresh = Training(trained.folder, trained.settings, torch.device("cpu"), print)
     for name in ("denoiser", "text_encoder"):
         before = fresh.__dict__[name].state_dict()
-        still = [key for key, value in getattr(trained, name).state_dict().items() if value.is_floating_point() and torch.equal(value, before[key])]
+        still = [
+            key
+            for key, value in getattr(trained, name).state_dict().items()
+            if value.is_floating_point() and torch.equal(value, before[key])
+        ]
         assert not still, f"{name}: {still}"
 
 
@@ -102,15 +113,34 @@ def test_words_of_captions_are_single_tokens():
 
 
 def test_command_stops_in_time_and_says_how_to_go_on(tmp_path, capsys):
-    arguments = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--minutes", "0", "--device", "cpu"]
-    assert main(arguments + [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]) == 1
+    arguments = [
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path / "out"),
+        "--minutes",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    assert (
+        main(
+            arguments
+            + [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        )
+        == 1
+    )
     assert "goes on from" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
 def test_record_says_what_was_run(trained):
     record = json.loads(json.dumps(trained.record))
-    assert record["settings"]["seed"] == 0 and record["denoiser"]["samples"] == 8 and record["denoiser"]["wall_s"] > 0
+    assert (
+        record["settings"]["seed"] == 0
+        and record["denoiser"]["samples"] == 8
+        and record["denoiser"]["wall_s"] > 0
+    )
     assert {"device", "threads", "torch"} <= set(record["machine"])
 
 

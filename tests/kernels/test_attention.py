@@ -29,7 +29,9 @@ def masked(query, key, value, bias):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_neutral_settings_are_sdpa(precision, head_dim, device):
     backend, dtype = precision
-    query, key, value = (random_features(1, 2, n, head_dim, seed=n, dtype=dtype, device=device) for n in (19, 35, 35))
+    query, key, value = (
+        random_features(1, 2, n, head_dim, seed=n, dtype=dtype, device=device) for n in (19, 35, 35)
+    )
     output = attention(query, Segment(key, value), backend=backend)
     assert output.dtype == dtype and output.is_contiguous()
     assert judge_formula(output, sdpa, query, key, value, reduction=head_dim).passed
@@ -38,7 +40,9 @@ def test_neutral_settings_are_sdpa(precision, head_dim, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tiled_on_the_cpu_is_sdpa_bit_by_bit(dtype):
     query, key, value = (random_features(2, 3, n, 40, seed=n, dtype=dtype) for n in (50, 77, 78))
-    assert torch.equal(attention(query, Segment(key, value[:, :, 1:]), backend="tiled"), sdpa(query, key, value[:, :, 1:]))
+    assert torch.equal(
+        attention(query, Segment(key, value[:, :, 1:]), backend="tiled"), sdpa(query, key, value[:, :, 1:])
+    )
 
 
 def test_order_of_keys_does_not_matter(backend, qkv):
@@ -51,7 +55,9 @@ def test_order_of_keys_does_not_matter(backend, qkv):
 def test_segments_are_their_concatenation(backend, qkv):
     query, key, value = qkv
     segments = [Segment(key[:, :, a:b], value[:, :, a:b]) for a, b in ((0, 5), (5, 6), (6, 37))]
-    assert judge_formula(attention(query, segments, backend=backend), sdpa, query, key, value, reduction=40).passed
+    assert judge_formula(
+        attention(query, segments, backend=backend), sdpa, query, key, value, reduction=40
+    ).passed
 
 
 def test_segments_carry_their_own_scale_and_shift(backend, qkv):
@@ -72,7 +78,10 @@ def test_segments_carry_their_own_scale_and_shift(backend, qkv):
 
 def test_segments_merge_by_their_log_sum_exp(backend, qkv):
     query, key, value = qkv
-    parts = [attention_with_lse(query, Segment(key[:, :, part], value[:, :, part]), backend=backend) for part in (slice(9), slice(9, None))]
+    parts = [
+        attention_with_lse(query, Segment(key[:, :, part], value[:, :, part]), backend=backend)
+        for part in (slice(9), slice(9, None))
+    ]
     weights = torch.stack([part.lse for part in parts]).softmax(0).unsqueeze(-1)
     merged = sum(weight * part.output for weight, part in zip(weights, parts))
     assert judge_formula(merged, sdpa, query, key, value, reduction=40).passed
@@ -87,14 +96,20 @@ def test_a_single_key_is_its_value(backend, device):
 
 def test_single_query_single_key(backend, device):
     one = random_features(1, 1, 1, 32, seed=0, device=device)
-    assert judge_formula(attention(one, Segment(one, one), backend=backend), lambda x: x, one, reduction=32).passed
+    assert judge_formula(
+        attention(one, Segment(one, one), backend=backend), lambda x: x, one, reduction=32
+    ).passed
 
 
 def test_contrast_one_is_attention(backend, qkv):
     query, key, value = qkv
     segment = Segment(key, value)
-    assert torch.equal(attention(query, segment, contrast=1.0, backend=backend), attention(query, segment, backend=backend))
-    assert judge_formula(attention(query, segment, contrast=1.0 + 1e-9, backend=backend), sdpa, query, key, value, reduction=40).passed
+    assert torch.equal(
+        attention(query, segment, contrast=1.0, backend=backend), attention(query, segment, backend=backend)
+    )
+    assert judge_formula(
+        attention(query, segment, contrast=1.0 + 1e-9, backend=backend), sdpa, query, key, value, reduction=40
+    ).passed
 
 
 def test_contrast_clips_each_weight(backend, qkv):
@@ -103,7 +118,9 @@ def test_contrast_clips_each_weight(backend, qkv):
         return (1.67 * (weights - 1 / 37) + 1 / 37).clamp(0, 1) @ value
 
     query, key, value = qkv
-    assert judge_formula(attention(query, Segment(key, value), contrast=1.67, backend=backend), contrasted, *qkv, reduction=40).passed
+    assert judge_formula(
+        attention(query, Segment(key, value), contrast=1.67, backend=backend), contrasted, *qkv, reduction=40
+    ).passed
 
 
 @pytest.mark.parametrize(("attended", "row_sum"), [(1, 1.0), (8, 1.669), (64, 1.660), (512, 1.586)])
@@ -129,7 +146,9 @@ def test_counts_repeat_keys(backend, contrast, qkv):
 
         def repeated(query, key, value, times=times, row=row):
             key, value = (x[row : row + 1].repeat_interleave(times, dim=2) for x in (key, value))
-            return attention(query[row : row + 1], Segment(key, value), contrast=contrast, backend="reference")
+            return attention(
+                query[row : row + 1], Segment(key, value), contrast=contrast, backend="reference"
+            )
 
         assert judge_formula(output[row : row + 1], repeated, *qkv, reduction=40).passed
 
@@ -142,7 +161,9 @@ def test_counts_of_each_head(backend, qkv):
         one_head = [x[:, head : head + 1] for x in qkv]
 
         def alone(query, key, value, head=head):
-            return attention(query, Segment(key, value, counts=counts[:, head : head + 1]), backend="reference")
+            return attention(
+                query, Segment(key, value, counts=counts[:, head : head + 1]), backend="reference"
+            )
 
         assert judge_formula(output[:, head : head + 1], alone, *one_head, reduction=40).passed
 
@@ -152,13 +173,20 @@ def test_a_head_that_counts_all_keys_beside_one_that_does_not(backend, qkv):
     counts = random_integers(1, 3, 2, 2, 37, seed=4, device=query.device)
     counts[:, 1, ::3] = 0
     output = attention(query, Segment(key, value, counts=counts), backend=backend)
-    assert judge_formula(output, lambda *x: attention(x[0], Segment(*x[1:], counts=counts), backend="reference"), *qkv, reduction=40).passed
+    assert judge_formula(
+        output,
+        lambda *x: attention(x[0], Segment(*x[1:], counts=counts), backend="reference"),
+        *qkv,
+        reduction=40,
+    ).passed
 
 
 def test_counts_of_a_map_are_the_rearranged_keys(backend, qkv):
     query, key, value = qkv
     index = random_integers(-1, 37, 2, 2, 29, seed=6, device=query.device)
-    output = attention(query, Segment(key, value, counts=match_counts(index, 37, backend=backend)), backend=backend)
+    output = attention(
+        query, Segment(key, value, counts=match_counts(index, 37, backend=backend)), backend=backend
+    )
 
     def gathered(query, key, value):
         present = (index >= 0).float().log().unsqueeze(2)
@@ -171,7 +199,11 @@ def test_a_shift_of_log_r_is_r_copies(backend, qkv):
     # StyleAligned's identity: a shared segment shifted by ln r weighs as if its keys came r times
     query, key, value = qkv
     other_key, other_value = (random_features(2, 2, 13, 40, seed=s, device=query.device) for s in (7, 8))
-    output = attention(query, [Segment(key, value), Segment(other_key, other_value, logit_shift=math.log(3))], backend=backend)
+    output = attention(
+        query,
+        [Segment(key, value), Segment(other_key, other_value, logit_shift=math.log(3))],
+        backend=backend,
+    )
 
     def copied(query, key, value, other_key, other_value):
         return sdpa(query, torch.cat([key, *[other_key] * 3], 2), torch.cat([value, *[other_value] * 3], 2))
@@ -185,10 +217,14 @@ def test_labels_are_a_mask(backend, qkv):
     query_labels[:, 0], query_labels[:, 1] = 0, -1  # one that sees nothing, one that is background
     key_labels = random_integers(1, 8, 1, 37, seed=10, device=query.device)
     key_labels[:, 3] = -(2**31)  # the sign bit is a label like any other
-    output, lse = attention_with_lse(query, Segment(key, value, labels=key_labels), query_labels=query_labels, backend=backend)
+    output, lse = attention_with_lse(
+        query, Segment(key, value, labels=key_labels), query_labels=query_labels, backend=backend
+    )
     bias = ((query_labels.unsqueeze(-1) & key_labels.unsqueeze(-2)) != 0).double().log().unsqueeze(1)
     assert judge_formula(output, lambda *x: masked(*x, bias), *qkv, reduction=40).passed
-    assert judge_formula(lse, lambda q, k, v: (q @ k.mT / 40**0.5 + bias.to(q.dtype)).logsumexp(-1), *qkv, reduction=40).passed
+    assert judge_formula(
+        lse, lambda q, k, v: (q @ k.mT / 40**0.5 + bias.to(q.dtype)).logsumexp(-1), *qkv, reduction=40
+    ).passed
     assert judge_exact(output[:, :, 0], torch.zeros_like(output[:, :, 0])).passed
 
 
@@ -197,18 +233,28 @@ def test_labels_are_a_mask(backend, qkv):
 def test_no_key_to_see_gives_zeros(backend, how, contrast, qkv):
     query, key, value = qkv
     if how == "counts":
-        segment, query_labels = Segment(key, value, counts=torch.zeros(2, 1, 37, dtype=torch.int32, device=query.device)), None
+        segment, query_labels = (
+            Segment(key, value, counts=torch.zeros(2, 1, 37, dtype=torch.int32, device=query.device)),
+            None,
+        )
     else:
         segment = Segment(key, value, labels=torch.full((1, 37), 2, dtype=torch.int32, device=query.device))
         query_labels = torch.full((1, 21), 1, dtype=torch.int32, device=query.device)
-    output, lse = attention_with_lse(query, segment, contrast=contrast, query_labels=query_labels, backend=backend)
+    output, lse = attention_with_lse(
+        query, segment, contrast=contrast, query_labels=query_labels, backend=backend
+    )
     assert torch.equal(output, torch.zeros_like(output))
     assert torch.equal(lse, torch.full_like(lse, float("-inf")))
 
 
 def test_a_segment_without_a_key_to_see_is_absent(backend, qkv):
     query, key, value = qkv
-    nothing = Segment(key, 100 * value, counts=torch.zeros(2, 1, 37, dtype=torch.int32, device=query.device), logit_shift=50.0)
+    nothing = Segment(
+        key,
+        100 * value,
+        counts=torch.zeros(2, 1, 37, dtype=torch.int32, device=query.device),
+        logit_shift=50.0,
+    )
     for segments in ([nothing, Segment(key, value)], [Segment(key, value), nothing]):
         assert judge_formula(attention(query, segments, backend=backend), sdpa, *qkv, reduction=40).passed
 
@@ -225,29 +271,42 @@ def test_batch_index_is_explicit_indexing(backend, qkv):
     assert judge_formula(indexed, explicit, *qkv, reduction=40).passed
     one_row = torch.zeros(2, dtype=torch.int32, device=query.device)
     shared = attention(query, Segment(key[:1], value[:1], batch_index=one_row), backend=backend)
-    assert judge_formula(shared, lambda q, k, v: sdpa(q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)), *qkv, reduction=40).passed
+    assert judge_formula(
+        shared,
+        lambda q, k, v: sdpa(q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)),
+        *qkv,
+        reduction=40,
+    ).passed
 
 
 @pytest.mark.parametrize("value_dim", [32, 64, 160])
 def test_values_of_another_width(backend, value_dim, qkv):
     query, key, _ = qkv
     value = random_features(2, 2, 37, value_dim, seed=12, device=query.device)
-    assert judge_formula(attention(query, Segment(key, value), backend=backend), sdpa, query, key, value, reduction=40).passed
+    assert judge_formula(
+        attention(query, Segment(key, value), backend=backend), sdpa, query, key, value, reduction=40
+    ).passed
 
 
 def test_strides_do_not_matter(backend, device):
-    packed = random_features(2, 37, 3, 2, 48, seed=13, device=device)  # [B, N, qkv, H, D + 8], as a fused projection leaves it
+    packed = random_features(
+        2, 37, 3, 2, 48, seed=13, device=device
+    )  # [B, N, qkv, H, D + 8], as a fused projection leaves it
     query, key, value = packed[..., 5:45].permute(2, 0, 3, 1, 4)
     output = attention(query, Segment(key, value), backend=backend)
     assert output.is_contiguous()
     assert judge_formula(output, sdpa, query, key, value, reduction=40).passed
     shared = key[:1].expand(2, -1, -1, -1), value[:1].expand(2, -1, -1, -1)
-    assert judge_formula(attention(query, Segment(*shared), backend=backend), sdpa, query, *shared, reduction=40).passed
+    assert judge_formula(
+        attention(query, Segment(*shared), backend=backend), sdpa, query, *shared, reduction=40
+    ).passed
 
 
 def test_offsets_past_two_gigabytes(backend, far):
     near = far.contiguous()
-    assert judge_formula(attention(far, Segment(far, far), backend=backend), sdpa, near, near, near, reduction=32).passed
+    assert judge_formula(
+        attention(far, Segment(far, far), backend=backend), sdpa, near, near, near, reduction=32
+    ).passed
 
 
 @pytest.mark.parametrize("contrast", [1.0, 1.67])
@@ -261,7 +320,9 @@ def test_nan_gives_nan_and_stays_in_its_rows(backend, contrast, qkv):
     assert torch.equal(lse.isnan(), bad)
     key[1, 0, 5, 0] = float("nan")
     bad[1, 0] = True
-    assert torch.equal(attention(query, Segment(key, value), contrast=contrast, backend=backend).isnan().all(-1), bad)
+    assert torch.equal(
+        attention(query, Segment(key, value), contrast=contrast, backend=backend).isnan().all(-1), bad
+    )
 
 
 def test_large_logits_do_not_overflow(backend, device):
@@ -274,8 +335,13 @@ def test_large_logits_do_not_overflow(backend, device):
 @pytest.mark.parametrize("contrast", [1.0, 1.67])
 def test_repeats_are_equal_in_every_bit(backend, contrast, qkv):
     query, key, value = qkv
-    segments = [Segment(key, value, counts=random_integers(0, 3, 2, 1, 37, seed=1, device=query.device)), Segment(key, value, logit_shift=0.3)]
-    first, second = (attention_with_lse(query, segments, contrast=contrast, backend=backend) for _ in range(2))
+    segments = [
+        Segment(key, value, counts=random_integers(0, 3, 2, 1, 37, seed=1, device=query.device)),
+        Segment(key, value, logit_shift=0.3),
+    ]
+    first, second = (
+        attention_with_lse(query, segments, contrast=contrast, backend=backend) for _ in range(2)
+    )
     assert torch.equal(first.output, second.output) and torch.equal(first.lse, second.lse)
 
 
@@ -318,8 +384,13 @@ def test_gradients_are_those_of_the_formula(contrast, with_lse, qkv):
 
     def gradients(backend):
         leaves = [x.detach().clone().requires_grad_() for x in (query, key, value, other)]
-        segments = [Segment(*leaves[1:3], **options), Segment(leaves[3], 2 * leaves[3], logit_scale=0.8, logit_shift=0.4, batch_index=rows)]
-        output, lse = attention_with_lse(leaves[0], segments, contrast=contrast, query_labels=query_labels, backend=backend)
+        segments = [
+            Segment(*leaves[1:3], **options),
+            Segment(leaves[3], 2 * leaves[3], logit_scale=0.8, logit_shift=0.4, batch_index=rows),
+        ]
+        output, lse = attention_with_lse(
+            leaves[0], segments, contrast=contrast, query_labels=query_labels, backend=backend
+        )
         loss = (output * torch.sin(torch.arange(output.numel(), device=output.device)).view_as(output)).sum()
         return torch.autograd.grad(loss + (lse.cos().sum() if with_lse else 0), leaves)
 
@@ -339,7 +410,10 @@ def written_out(query, keys, values, bias):
 def test_gradients_against_float64(backend, case, head_dim, device):
     """Query 0 has a label that no key has, key 0 one that no query has and the count 0: nothing reaches them, and nothing is NaN."""
     tokens = (35,) if case != "segments" else (21, 14)
-    query, *tensors = (random_features(1, 1, n, head_dim, seed=i, device=device) for i, n in enumerate((19, *tokens, *tokens)))
+    query, *tensors = (
+        random_features(1, 1, n, head_dim, seed=i, device=device)
+        for i, n in enumerate((19, *tokens, *tokens))
+    )
     query_labels, key_labels = (1 << random_integers(0, 3, 1, n, seed=n, device=device) for n in (19, 35))
     query_labels[:, 0], key_labels[:, 0] = 8, 16
     counts = random_integers(0, 4, 1, 1, tokens[0], seed=5, device=device)
@@ -349,10 +423,14 @@ def test_gradients_against_float64(backend, case, head_dim, device):
     if case in ("labels", "segments"):
         for part, labels in zip(options, key_labels.split(tokens, 1)):
             part["labels"] = labels
-        bias = bias + ((query_labels.unsqueeze(-1) & key_labels.unsqueeze(-2)) != 0).double().log().unsqueeze(1)
+        bias = bias + ((query_labels.unsqueeze(-1) & key_labels.unsqueeze(-2)) != 0).double().log().unsqueeze(
+            1
+        )
     if case in ("counts", "segments"):
         options[0]["counts"] = counts
-        bias = bias + torch.cat([counts.double(), torch.ones(1, 1, 35 - tokens[0], dtype=torch.float64, device=device)], 2).log().unsqueeze(2)
+        bias = bias + torch.cat(
+            [counts.double(), torch.ones(1, 1, 35 - tokens[0], dtype=torch.float64, device=device)], 2
+        ).log().unsqueeze(2)
     weight = random_features(1, 1, 19, head_dim, seed=9, device=device)
 
     def gradients(attend, dtype):
@@ -362,9 +440,13 @@ def test_gradients_against_float64(backend, case, head_dim, device):
 
     def ours(query, keys, values):
         segments = [Segment(*pair, **part) for *pair, part in zip(keys, values, options)]
-        return attention(query, segments, query_labels=query_labels if "labels" in options[0] else None, backend=backend)
+        return attention(
+            query, segments, query_labels=query_labels if "labels" in options[0] else None, backend=backend
+        )
 
-    yardstick, truth = (gradients(lambda *x: written_out(*x, bias), dtype) for dtype in (torch.float32, torch.float64))
+    yardstick, truth = (
+        gradients(lambda *x: written_out(*x, bias), dtype) for dtype in (torch.float32, torch.float64)
+    )
     actual = gradients(ours, torch.float32)
     for gradient, same, right in zip(actual, yardstick, truth):
         assert judge(gradient, same, right, 4 * head_dim).passed
@@ -382,10 +464,15 @@ def test_a_second_derivative_is_refused_but_by_the_reference(backend, contrast, 
     output = attention(query, Segment(key, value), contrast=contrast, backend=backend)
     gradients = torch.autograd.grad(output.square().sum(), (query, key, value), create_graph=True)
     if backend == "reference":
-        assert all(x.norm() > 0 for x in torch.autograd.grad(sum(x.square().sum() for x in gradients), (query, key, value)))
+        assert all(
+            x.norm() > 0
+            for x in torch.autograd.grad(sum(x.square().sum() for x in gradients), (query, key, value))
+        )
         return
     for gradient in gradients:
-        with pytest.raises(RuntimeError, match="attention: expected one derivative, got a second: only backend='reference'"):
+        with pytest.raises(
+            RuntimeError, match="attention: expected one derivative, got a second: only backend='reference'"
+        ):
             gradient.sum().backward(retain_graph=True)
 
 

@@ -166,7 +166,10 @@ def listed(monkeypatch):
     tile = _configs.Tile(128, 128, 8, 3)
     with contextlib.ExitStack() as tried:
         for mode, dtype, tokens, dim in itertools.product(
-            ("softmax hopper", "counted softmax hopper"), ("bfloat16", "float16"), (1024, 4096, 16384), (64, 128)
+            ("softmax hopper", "counted softmax hopper"),
+            ("bfloat16", "float16"),
+            (1024, 4096, 16384),
+            (64, 128),
         ):
             key = _configs.Key("attention", mode, "sm_90", "3.7", dtype, tokens, dim)
             tried.enter_context(_configs.trying(key, tile))

@@ -53,9 +53,18 @@ main()
 
 def run(code, **environment):
     """A fresh interpreter's output; the interpreter of Triton is off unless asked for."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "QALIGN_BACKEND")}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("TRITON_INTERPRET", "QALIGN_BACKEND")
+    }
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=inherited | {"OMP_NUM_THREADS": "1"} | environment, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
+        timeout=120,
     )
 
 
@@ -64,7 +73,9 @@ def test_everything_but_triton_works_without_it(how):
     result = run(BLOCK.format(statement=BLOCKERS[how]) + USE)
     assert result.returncode == 0, result.stderr
     message, *report = result.stdout.splitlines()
-    assert message.startswith("backend: expected one that can run attention here, got 'triton': triton does not import (")
+    assert message.startswith(
+        "backend: expected one that can run attention here, got 'triton': triton does not import ("
+    )
     assert any(line.startswith("triton          triton does not import (") for line in report)
     assert any(line.split()[:3] == ["similarity_argmax", "float32", "tiled"] for line in report)
 
@@ -165,7 +176,11 @@ def test_use_backend_nests_and_restores():
 def test_use_backend_reaches_the_calls_inside(monkeypatch):
     taken = []
     implementation = _backends.implementation
-    monkeypatch.setattr(_backends, "implementation", lambda backend, stem: taken.append((backend, stem)) or implementation(backend, stem))
+    monkeypatch.setattr(
+        _backends,
+        "implementation",
+        lambda backend, stem: taken.append((backend, stem)) or implementation(backend, stem),
+    )
     query = random_features(1, 2, 8, 32, seed=0)
     for name in ("reference", "tiled"):
         taken.clear()
@@ -180,8 +195,19 @@ def features(*shape, dtype):
 
 def calls(dtype):
     """One call of each registered op: its name, and its arguments as CPU tensors."""
-    query, key, value = features(2, 4, 5, 40, dtype=dtype), features(3, 4, 7, 40, dtype=dtype), features(3, 4, 7, 64, dtype=dtype)
-    integers = {"rows": (2,), "query_labels": (1, 5), "key_labels": (2, 7), "index": (2, 1, 5), "topk": (2, 4, 5, 3), "counts": (2, 4, 7)}
+    query, key, value = (
+        features(2, 4, 5, 40, dtype=dtype),
+        features(3, 4, 7, 40, dtype=dtype),
+        features(3, 4, 7, 64, dtype=dtype),
+    )
+    integers = {
+        "rows": (2,),
+        "query_labels": (1, 5),
+        "key_labels": (2, 7),
+        "index": (2, 1, 5),
+        "topk": (2, 4, 5, 3),
+        "counts": (2, 4, 7),
+    }
     made = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in integers.items()}
     rows, query_labels, key_labels, index, topk, counts = made.values()
     segments = ([key], [value], [], [counts], [key_labels], [rows], query_labels, [1.0], [0.0], 0.0, 0.2, 1.0)
@@ -196,12 +222,51 @@ def calls(dtype):
         "attention": (query, *segments, True, False, "tiled"),
         "attention_backward": (grad, lse, grad, lse, query, *segments, [True, False, True], "tiled"),
         "topk_attention": (query, key, value, topk, 0.2, 1.0, rows, "tiled"),
-        "rearranged_attention": (query, query, key, key, value, "cosine", "joint", 0.2, 1.0, query_labels, key_labels, rows, "tiled"),
+        "rearranged_attention": (
+            query,
+            query,
+            key,
+            key,
+            value,
+            "cosine",
+            "joint",
+            0.2,
+            1.0,
+            query_labels,
+            key_labels,
+            rows,
+            "tiled",
+        ),
         "label_mass": (query, key[:2], key_labels, 6, 0.2, counts, "tiled"),
-        "label_mass_backward": (lse[..., None], lse[..., None], query, key[:2], key_labels, 1, 0.2, counts, [True, False], "tiled"),
+        "label_mass_backward": (
+            lse[..., None],
+            lse[..., None],
+            query,
+            key[:2],
+            key_labels,
+            1,
+            0.2,
+            counts,
+            [True, False],
+            "tiled",
+        ),
         "mean_attention_map": (query, key[:2], 0.2, "tiled"),
-        "distillation_loss": (features(2, 4, 5, 64, dtype=dtype), query, [key[:1]], [value[:1]], [key_labels], query_labels, 0.2, True, "tiled"),
-        "distillation_loss_backward": (torch.zeros((), dtype=score), torch.zeros(2, 4, 5, 64, dtype=torch.int8), dtype),
+        "distillation_loss": (
+            features(2, 4, 5, 64, dtype=dtype),
+            query,
+            [key[:1]],
+            [value[:1]],
+            [key_labels],
+            query_labels,
+            0.2,
+            True,
+            "tiled",
+        ),
+        "distillation_loss_backward": (
+            torch.zeros((), dtype=score),
+            torch.zeros(2, 4, 5, 64, dtype=torch.int8),
+            dtype,
+        ),
     }
 
 
@@ -210,7 +275,11 @@ def tensors_of(outputs):
 
 
 def test_every_registered_op_is_in_the_table():
-    registered = {schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("qalign_kernels::")}
+    registered = {
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("qalign_kernels::")
+    }
     assert registered == set(calls(torch.float32))
 
 
@@ -221,25 +290,44 @@ def test_fakes_promise_what_the_op_returns(name, dtype):
     op, arguments = getattr(torch.ops.qalign_kernels, name).default, calls(dtype)[name]
     real = tensors_of(op(*arguments))
     with FakeTensorMode():
-        on_gpu = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), arguments)
+        on_gpu = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), arguments
+        )
         fake = tensors_of(op(*on_gpu))
     assert len(fake) == len(real)
     for promised, returned in zip(fake, real):
         assert promised.device.type == "cuda"
-        assert (promised.shape, promised.dtype, promised.stride()) == (returned.shape, returned.dtype, returned.stride())
+        assert (promised.shape, promised.dtype, promised.stride()) == (
+            returned.shape,
+            returned.dtype,
+            returned.stride(),
+        )
 
 
-@pytest.mark.parametrize("refinement", ["rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"])
+@pytest.mark.parametrize(
+    "refinement", ["rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"]
+)
 def test_the_public_path_runs_on_fake_cuda_tensors(refinement):
     with FakeTensorMode():
-        query, reference, value = (torch.empty(rows, 8, 64, 40, dtype=torch.bfloat16, device="cuda") for rows in (3, 1, 1))
+        query, reference, value = (
+            torch.empty(rows, 8, 64, 40, dtype=torch.bfloat16, device="cuda") for rows in (3, 1, 1)
+        )
         rows = torch.zeros(3, dtype=torch.int32, device="cuda")
         own_key = query if refinement == "warped_values" else None
-        output = qalign_kernels.qalign_attention(query, reference, reference, value, refinement=refinement, own_key=own_key, batch_index=rows)
+        output = qalign_kernels.qalign_attention(
+            query, reference, reference, value, refinement=refinement, own_key=own_key, batch_index=rows
+        )
     assert output.shape == query.shape and output.dtype == torch.bfloat16 and output.device.type == "cuda"
 
 
-NOT_REPORTED = {"unit_features", "attention_backward", "distillation_loss_backward", "label_mass_backward", "take_rows", "rearranged_attention"}
+NOT_REPORTED = {
+    "unit_features",
+    "attention_backward",
+    "distillation_loss_backward",
+    "label_mass_backward",
+    "take_rows",
+    "rearranged_attention",
+}
 
 
 def test_the_environment_report_says_what_auto_takes_on_a_gpu(monkeypatch):
@@ -251,7 +339,11 @@ def test_the_environment_report_says_what_auto_takes_on_a_gpu(monkeypatch):
     for (op, dtype), (chosen, reason) in table.items():
         served = dtype != "float64" or op == "match_counts"
         assert chosen == ("triton" if served else "tiled")
-        assert reason == ("the Triton kernels serve it" if served else "dtype float64 is not served, only float16, bfloat16 and float32")
+        assert reason == (
+            "the Triton kernels serve it"
+            if served
+            else "dtype float64 is not served, only float16, bfloat16 and float32"
+        )
     assert all(chosen == "tiled" for chosen, _ in env.choices(torch.device("cpu")).values())
 
 
@@ -263,7 +355,9 @@ def versions(monkeypatch):
         monkeypatch.setattr(importlib.import_module("triton"), "__version__", triton)
         if numpy is not None:
             installed = importlib.metadata.version
-            monkeypatch.setattr(importlib.metadata, "version", lambda name: numpy if name == "numpy" else installed(name))
+            monkeypatch.setattr(
+                importlib.metadata, "version", lambda name: numpy if name == "numpy" else installed(name)
+            )
         _backends.triton_problem.cache_clear()
         _backends.interpreter_problem.cache_clear()
 

@@ -37,7 +37,9 @@ def test_rows_have_their_fields():
     rows = json.loads(_configs.FILE.read_text(encoding="utf-8"))
     for row in rows:
         assert list(row) == ["op", "modes", "architecture", "triton", "dtypes", "tokens", "head_dims", "tile"]
-        assert row["modes"] and all((row["op"], mode) in {**WORK, **_configs.LISTED_WORK} for mode in row["modes"])
+        assert row["modes"] and all(
+            (row["op"], mode) in {**WORK, **_configs.LISTED_WORK} for mode in row["modes"]
+        )
         assert row["architecture"] in FAMILIES.values() or re.fullmatch(r"sm_\d+|gfx\w+", row["architecture"])
         assert row["triton"] is None or re.fullmatch(r"\d+\.\d+", row["triton"])
         assert row["dtypes"] and set(row["dtypes"]) <= set(DTYPES)
@@ -48,9 +50,21 @@ def test_rows_have_their_fields():
 
 
 def test_two_rows_for_a_key_are_refused():
-    row = {"op": "attention", "modes": ["lse"], "architecture": "hopper", "triton": None, "dtypes": ["float16"], "tokens": None}
+    row = {
+        "op": "attention",
+        "modes": ["lse"],
+        "architecture": "hopper",
+        "triton": None,
+        "dtypes": ["float16"],
+        "tokens": None,
+    }
     with pytest.raises(ValueError, match="expected one row for each key, got two for .*head_dim=64"):
-        _configs.expand([row | {"head_dims": [40, 64], "tile": [64, 64, 4, 2]}, row | {"head_dims": [64], "tile": [128, 64, 4, 2]}])
+        _configs.expand(
+            [
+                row | {"head_dims": [40, 64], "tile": [64, 64, 4, 2]},
+                row | {"head_dims": [64], "tile": [128, 64, 4, 2]},
+            ]
+        )
 
 
 @pytest.mark.parametrize("target", FAMILIES)
@@ -74,8 +88,15 @@ def test_sm_103_takes_the_rows_of_sm_100():
 
 def test_the_most_particular_row_is_taken(table):
     expected = []
-    general = [("hopper", None, None), ("hopper", None, 4096), ("hopper", "3.6", None), ("hopper", "3.6", 4096)]
-    for stage, (architecture, triton, tokens) in enumerate([*general, ("sm_90", None, None), ("sm_90", "3.6", 4096)]):
+    general = [
+        ("hopper", None, None),
+        ("hopper", None, 4096),
+        ("hopper", "3.6", None),
+        ("hopper", "3.6", 4096),
+    ]
+    for stage, (architecture, triton, tokens) in enumerate(
+        [*general, ("sm_90", None, None), ("sm_90", "3.6", 4096)]
+    ):
         tile = Tile(64, 64, 4, stage)
         table[SOFTMAX._replace(architecture=architecture, triton=triton, tokens=tokens)] = tile
         expected.append(tile)
@@ -87,12 +108,18 @@ def test_the_most_particular_row_is_taken(table):
     assert _look_up(SOFTMAX._replace(head_dim=33)) == expected[5]
 
 
-@pytest.mark.parametrize(("tokens", "bucket"), [(1, 256), (256, 256), (257, 1024), (4096, 4096), (9216, 16384), (70000, 16384)])
+@pytest.mark.parametrize(
+    ("tokens", "bucket"), [(1, 256), (256, 256), (257, 1024), (4096, 4096), (9216, 16384), (70000, 16384)]
+)
 def test_buckets(tokens, bucket, table):
     table[SOFTMAX._replace(tokens=None)] = Tile(64, 64, 4, 1)
     table[SOFTMAX._replace(tokens=bucket)] = Tile(128, 64, 8, 2)
-    assert _configs.choose_tile("attention", "softmax", "sm_90", 64, torch.bfloat16, tokens) == Tile(128, 64, 8, 2)
-    assert _configs.choose_tile("attention", "softmax", "sm_90", 64, torch.bfloat16, 40000 if bucket == 256 else 2) == Tile(64, 64, 4, 1)
+    assert _configs.choose_tile("attention", "softmax", "sm_90", 64, torch.bfloat16, tokens) == Tile(
+        128, 64, 8, 2
+    )
+    assert _configs.choose_tile(
+        "attention", "softmax", "sm_90", 64, torch.bfloat16, 40000 if bucket == 256 else 2
+    ) == Tile(64, 64, 4, 1)
 
 
 def test_a_tile_is_tried_and_taken_back(table):
@@ -160,7 +187,9 @@ def test_own_rows_of_a_stranger_are_taken_as_they_are(table):
     ],
 )
 def test_shrinking(tile, target, mode, head_dim, expected):
-    assert _configs.fit(tile, Key("attention", mode, target, "3.6", "bfloat16", 4096, head_dim), 2) == expected
+    assert (
+        _configs.fit(tile, Key("attention", mode, target, "3.6", "bfloat16", 4096, head_dim), 2) == expected
+    )
 
 
 def test_nothing_smaller_than_the_smallest():
@@ -171,7 +200,12 @@ def test_nothing_smaller_than_the_smallest():
 @pytest.mark.parametrize(
     ("target", "nearest"),
     [
-        ("sm_90", "sm_90"), ("sm_75", "sm_80"), ("sm_87", "sm_86"), ("sm_103", "sm_100"), ("sm_110", "sm_100"), ("sm_121", "sm_120"),
+        ("sm_90", "sm_90"),
+        ("sm_75", "sm_80"),
+        ("sm_87", "sm_86"),
+        ("sm_103", "sm_100"),
+        ("sm_110", "sm_100"),
+        ("sm_121", "sm_120"),
         ("gfx1100", "gfx942"),
     ],
 )
@@ -180,26 +214,48 @@ def test_nearest_architecture(target, nearest):
 
 
 def test_an_unknown_mode_is_named():
-    with pytest.raises(ValueError, match="tile: expected an op, mode and dtype of tiles.json, got .*'nonsense'"):
+    with pytest.raises(
+        ValueError, match="tile: expected an op, mode and dtype of tiles.json, got .*'nonsense'"
+    ):
         _look_up(SOFTMAX._replace(mode="nonsense"))
 
 
 def test_limits_are_those_of_the_static_gate():
     for target, limit in json.loads((BENCHMARKS / "budgets.json").read_text())["shared_memory_kib"].items():
-        assert _configs.SHARED_MEMORY_KIB[target] == limit and (target in FAMILIES or target == "sm_103")  # which has no rows of its own
+        assert _configs.SHARED_MEMORY_KIB[target] == limit and (
+            target in FAMILIES or target == "sm_103"
+        )  # which has no rows of its own
 
 
 def _key(row: dict) -> Key | None:
     """What the compiled kernel was launched for, where it has a score loop."""
     flags, head_dim = row["flags"], row["head_dim"]
     if "similarity" in row["kernel"]:
-        op, mode = "similarity", "topk" if "topk" in row["kernel"] else "packed" if "PACKED" in flags else "joint" if "JOINT" in flags else "exact"
+        op, mode = (
+            "similarity",
+            "topk"
+            if "topk" in row["kernel"]
+            else "packed"
+            if "PACKED" in flags
+            else "joint"
+            if "JOINT" in flags
+            else "exact",
+        )
         head_dim = 64 if "JOINT" in flags and head_dim % 8 == 0 else head_dim  # eight heads in a row
     elif row["kernel"] == "mean_attention_map_kernel":
         op, mode = "attention", "map"
     elif row["kernel"] == "attention_kernel":
         guided, valueless = "guided" in row["cases"][0], "HAS_VALUES" not in flags
-        op, mode = "attention", "exact" if "EXACT_WEIGHTS" in flags else "guided" if guided else "lse" if valueless else "softmax"
+        op, mode = (
+            "attention",
+            "exact"
+            if "EXACT_WEIGHTS" in flags
+            else "guided"
+            if guided
+            else "lse"
+            if valueless
+            else "softmax",
+        )
     else:
         return None
     return Key(op, mode, row["target"], None, row["dtype"], None, head_dim)

@@ -24,7 +24,13 @@ def formula(output, query, ref_key, ref_value, bias=None, scale=None):
     """The plain pipeline: the ideal output by SDPA, a row without keys is zero, L1."""
     rows = (query.shape[0], -1, -1, -1)
     with torch.no_grad():
-        ideal = sdpa(query, ref_key.expand(rows), ref_value.expand(rows), attn_mask=None if bias is None else bias.to(query.dtype), scale=scale)
+        ideal = sdpa(
+            query,
+            ref_key.expand(rows),
+            ref_value.expand(rows),
+            attn_mask=None if bias is None else bias.to(query.dtype),
+            scale=scale,
+        )
         if bias is not None:
             ideal = ideal.masked_fill((bias == float("-inf")).all(-1, keepdim=True), 0)
     accumulate = torch.promote_types(output.dtype, torch.float32)
@@ -39,11 +45,16 @@ def signs(loss, output):
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 160])
 def test_loss_is_the_mean_distance_to_the_ideal(precision, head_dim, device):
     backend, dtype = precision
-    tensors = [random_features(2, 2, n, head_dim, seed=i, dtype=dtype, device=device) for i, n in enumerate((19, 19, 35, 35))]
+    tensors = [
+        random_features(2, 2, n, head_dim, seed=i, dtype=dtype, device=device)
+        for i, n in enumerate((19, 19, 35, 35))
+    ]
     loss = distillation_loss(*tensors, backend=backend)
     assert loss.dtype == torch.float32 and loss.shape == ()
     # the ideal is of the inputs' precision, and so is the distance to it
-    assert judge_formula(loss.to(dtype), lambda *x: formula(*x).to(x[0].dtype), *tensors, reduction=head_dim).passed
+    assert judge_formula(
+        loss.to(dtype), lambda *x: formula(*x).to(x[0].dtype), *tensors, reduction=head_dim
+    ).passed
 
 
 def test_gradient_is_the_sign(backend, tensors):
@@ -68,10 +79,14 @@ def test_queries_learn_through_the_output(tensors):
     def gradients(loss, precision):
         query, key, value = (x.to(precision).detach().requires_grad_() for x in (tensors[0], *tensors[:2]))
         ref = [x.to(precision) for x in tensors[2:]]
-        return torch.autograd.grad(loss(attention(query, Segment(key, value), backend="reference"), query, *ref), (query, key, value))
+        return torch.autograd.grad(
+            loss(attention(query, Segment(key, value), backend="reference"), query, *ref), (query, key, value)
+        )
 
     truth, plain = (gradients(formula, precision) for precision in (torch.float64, torch.float32))
-    for ours, yardstick, true in zip(gradients(lambda *x: distillation_loss(*x, backend="tiled"), torch.float32), plain, truth):
+    for ours, yardstick, true in zip(
+        gradients(lambda *x: distillation_loss(*x, backend="tiled"), torch.float32), plain, truth
+    ):
         assert judge(ours, yardstick, true, reduction=40).passed
 
 
@@ -79,14 +94,18 @@ def test_one_reference_serves_the_batch(backend, tensors):
     output, query, key, value = tensors
     loss = distillation_loss(output, query, key[:1], value[:1], backend=backend)
     assert judge_formula(loss, formula, output, query, key[:1], value[:1], reduction=40).passed
-    assert loss == distillation_loss(output, query, *(x[:1].repeat(2, 1, 1, 1) for x in (key, value)), backend=backend)
+    assert loss == distillation_loss(
+        output, query, *(x[:1].repeat(2, 1, 1, 1) for x in (key, value)), backend=backend
+    )
 
 
 def test_several_images_are_their_concatenation(backend, tensors):
     output, query, key, value = tensors
     parts = [slice(0, 9), slice(9, 10), slice(10, 37)]
     keys, values = ([x[:, :, part] for part in parts] for x in (key, value))
-    assert judge_formula(distillation_loss(output, query, keys, values, backend=backend), formula, *tensors, reduction=40).passed
+    assert judge_formula(
+        distillation_loss(output, query, keys, values, backend=backend), formula, *tensors, reduction=40
+    ).passed
 
 
 def test_scale(backend, tensors):
@@ -114,7 +133,15 @@ def test_labels_of_one_image_of_two(backend, tensors):
     bias = ((query_labels.unsqueeze(-1) & ref_labels[:1].unsqueeze(-2)) != 0).double().log().unsqueeze(1)
     bias[..., 30:] = 0
     keys, values = ([x[:, :, :30], x[:, :, 30:]] for x in (key, value))
-    loss = distillation_loss(output, query, keys, values, query_labels=query_labels, ref_labels=[ref_labels[:1, :30], None], backend=backend)
+    loss = distillation_loss(
+        output,
+        query,
+        keys,
+        values,
+        query_labels=query_labels,
+        ref_labels=[ref_labels[:1, :30], None],
+        backend=backend,
+    )
     assert judge_formula(loss, lambda *x: formula(*x, bias=bias), *tensors, reduction=40).passed
 
 
@@ -124,7 +151,9 @@ def test_a_label_that_no_key_has_gives_ideal_zero(backend, tensors):
     output = output.clone()
     output[0, :, 2], output[1, :, 2] = 0, 1
     output.requires_grad_()
-    loss = distillation_loss(output, query, key, value, query_labels=query_labels, ref_labels=ref_labels, backend=backend)
+    loss = distillation_loss(
+        output, query, key, value, query_labels=query_labels, ref_labels=ref_labels, backend=backend
+    )
     direction = signs(loss, output)
     assert loss.isfinite() and direction.isfinite().all()
     assert (direction[0, :, 2] == 0).all()
@@ -133,7 +162,9 @@ def test_a_label_that_no_key_has_gives_ideal_zero(backend, tensors):
 
 def test_gradient_is_zero_where_the_output_is_ideal(precision, device):
     backend, dtype = precision
-    query, key, value = (random_features(2, 2, n, 40, seed=n, dtype=dtype, device=device) for n in (70, 90, 91))
+    query, key, value = (
+        random_features(2, 2, n, 40, seed=n, dtype=dtype, device=device) for n in (70, 90, 91)
+    )
     value = value[:, :, 1:]
     output = attention(query, Segment(key, value), backend=backend)
     assert distillation_loss(output, query, key, value, backend=backend) == 0
@@ -146,12 +177,16 @@ def test_gradient_is_zero_where_the_output_is_ideal(precision, device):
 
 
 def test_values_of_another_width_and_any_strides(backend, device):
-    query, key = (random_features(2, n, 2, 48, seed=n, device=device).transpose(1, 2)[..., 5:45] for n in (21, 37))
+    query, key = (
+        random_features(2, n, 2, 48, seed=n, device=device).transpose(1, 2)[..., 5:45] for n in (21, 37)
+    )
     output, value = (random_features(2, n, 2, 64, seed=n, device=device).transpose(1, 2) for n in (21, 37))
     loss = distillation_loss(output.requires_grad_(), query, key, value, backend=backend)
     assert judge_formula(loss, formula, output, query, key, value, reduction=40).passed
     dense = output.detach().contiguous().requires_grad_()
-    assert torch.equal(signs(loss, output), signs(distillation_loss(dense, query, key, value, backend=backend), dense))
+    assert torch.equal(
+        signs(loss, output), signs(distillation_loss(dense, query, key, value, backend=backend), dense)
+    )
 
 
 def test_nan_gives_nan(backend, tensors):
@@ -180,7 +215,9 @@ def test_rows_in_tiles_of_any_size(block_bytes, tensors, monkeypatch):
 def test_gradcheck(backend):
     if backend == "triton":
         pytest.skip("no float64")
-    output, *others = (random_features(1, 2, n, 8, seed=i, dtype=torch.float64) for i, n in enumerate((3, 3, 5, 5)))
+    output, *others = (
+        random_features(1, 2, n, 8, seed=i, dtype=torch.float64) for i, n in enumerate((3, 3, 5, 5))
+    )
     assert gradcheck(lambda x: distillation_loss(x, *others, backend=backend), output.requires_grad_())
 
 
@@ -212,7 +249,11 @@ def test_opcheck(dtype):
     op = torch.ops.qalign_kernels.distillation_loss.default
     for learned in (False, True):
         more = [labels[1], absent], labels[0], 0.3, learned, "auto"
-        assert set(opcheck(op, (output.requires_grad_(learned), query, [key, key[:1]], [value, value[:1]], *more)).values()) == {"SUCCESS"}
+        assert set(
+            opcheck(
+                op, (output.requires_grad_(learned), query, [key, key[:1]], [value, value[:1]], *more)
+            ).values()
+        ) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize(
@@ -222,9 +263,15 @@ def test_opcheck(dtype):
         ({"ref_key": torch.zeros(3, 2, 37, 40)}, "ref_key: expected batch=2 as query has, or 1"),
         ({"ref_value": torch.zeros(2, 2, 36, 40)}, "ref_value: expected tokens=37"),
         ({"ref_value": torch.zeros(2, 2, 37, 32)}, "ref_value: expected head_dim=40"),
-        ({"ref_key": [torch.zeros(2, 2, 37, 40)] * 2}, "ref_value: expected a sequence of 2 as ref_key is, got float32"),
+        (
+            {"ref_key": [torch.zeros(2, 2, 37, 40)] * 2},
+            "ref_value: expected a sequence of 2 as ref_key is, got float32",
+        ),
         ({"ref_key": []}, "ref_key: expected a tensor"),
-        ({"ref_labels": torch.zeros(2, 37, dtype=torch.int32)}, "query_labels: expected int32 bit sets .* because ref_labels came, got None"),
+        (
+            {"ref_labels": torch.zeros(2, 37, dtype=torch.int32)},
+            "query_labels: expected int32 bit sets .* because ref_labels came, got None",
+        ),
         ({"query_labels": torch.zeros(2, 21)}, "query_labels: expected int32"),
         ({"output": torch.zeros(2, 2, 21, 40).half()}, "output: expected the dtype of query, float32"),
         ({"scale": float("nan")}, "scale: expected a finite number"),

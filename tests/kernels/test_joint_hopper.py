@@ -93,7 +93,16 @@ def test_taken_where_tokens_are_rows_of_a_matrix(query):
         _features(offset=4),
         _features(dim=128)[..., ::2],
     ],
-    ids=["fp32", "few tokens", "64 channels", "80 channels", "heads apart", "pitch", "misaligned", "channels apart"],
+    ids=[
+        "fp32",
+        "few tokens",
+        "64 channels",
+        "80 channels",
+        "heads apart",
+        "pitch",
+        "misaligned",
+        "channels apart",
+    ],
 )
 def test_not_taken_for_other_features(query):
     assert _launched(query) == {OTHER}

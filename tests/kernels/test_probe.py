@@ -57,15 +57,22 @@ def test_mass_with_counts_is_mass_over_repeated_keys(backend, pair):
         times = counts[row, 0]
 
         def repeated(query, key, times=times, row=row):
-            key, kept = key[row : row + 1].repeat_interleave(times, dim=2), labels.repeat_interleave(times, dim=1)
-            return attention_map(query[row : row + 1], key) @ one_hot(kept.long(), 3).unsqueeze(1).to(query.dtype)
+            key, kept = (
+                key[row : row + 1].repeat_interleave(times, dim=2),
+                labels.repeat_interleave(times, dim=1),
+            )
+            return attention_map(query[row : row + 1], key) @ one_hot(kept.long(), 3).unsqueeze(1).to(
+                query.dtype
+            )
 
         assert judge_formula(mass[row : row + 1], repeated, *pair, reduction=41).passed
 
 
 def test_counts_of_zero_give_no_mass(backend, pair):
     counts = torch.zeros(2, 2, 41, dtype=torch.int32, device=pair[0].device)
-    mass = label_mass(*pair, torch.zeros(1, 41, dtype=torch.int32, device=pair[0].device), 2, counts=counts, backend=backend)
+    mass = label_mass(
+        *pair, torch.zeros(1, 41, dtype=torch.int32, device=pair[0].device), 2, counts=counts, backend=backend
+    )
     assert torch.equal(mass, torch.zeros_like(mass))
 
 
@@ -111,7 +118,9 @@ def test_rows_of_the_mean_map_sum_to_one(backend, sizes, device):
 def test_scale_is_the_scale_of_the_logits(backend, pair):
     query, key = pair
     result = mean_attention_map(query, key, scale=0.5, backend=backend)
-    assert judge_formula(result, lambda q, k: (0.5 * q @ k.mT).softmax(-1).mean(1), query, key, reduction=41).passed
+    assert judge_formula(
+        result, lambda q, k: (0.5 * q @ k.mT).softmax(-1).mean(1), query, key, reduction=41
+    ).passed
     labels = random_integers(0, 3, 1, 41, seed=6, device=query.device)
     uniform = label_mass(query, key, labels, 3, scale=0.0, backend=backend)
     share = one_hot(labels.long(), 3).double().mean(1).view(1, 1, 1, 3).expand(2, 2, 23, 3)
@@ -128,7 +137,9 @@ def test_strides_do_not_matter(backend, device):
         def formula(query, key, members=members):
             return attention_map(query, key) @ members.to(query.dtype)
 
-        assert judge_formula(label_mass(query, keys, labels, 3, backend=backend), formula, query, keys, reduction=40).passed
+        assert judge_formula(
+            label_mass(query, keys, labels, 3, backend=backend), formula, query, keys, reduction=40
+        ).passed
         average = mean_attention_map(query, keys, backend=backend)
         assert judge_formula(average, lambda *x: attention_map(*x).mean(1), query, keys, reduction=40).passed
 
@@ -137,11 +148,16 @@ def test_nan_gives_nan_and_stays_in_its_rows(backend, pair):
     query, key = (x.clone() for x in pair)
     query[0, 1, 4, 3] = float("nan")
     labels = random_integers(0, 3, 1, 41, seed=9, device=query.device)
-    mass, average = label_mass(query, key, labels, 3, backend=backend), mean_attention_map(query, key, backend=backend)
+    mass, average = (
+        label_mass(query, key, labels, 3, backend=backend),
+        mean_attention_map(query, key, backend=backend),
+    )
     bad = torch.zeros(2, 2, 23, dtype=torch.bool, device=query.device)
     bad[0, 1, 4] = True
     assert torch.equal(mass.isnan().all(-1), bad) and torch.equal(mass.isnan().any(-1), bad)
-    assert torch.equal(average.isnan().all(-1), bad.any(1)) and torch.equal(average.isnan().any(-1), bad.any(1))
+    assert torch.equal(average.isnan().all(-1), bad.any(1)) and torch.equal(
+        average.isnan().any(-1), bad.any(1)
+    )
 
 
 def test_repeats_are_equal_in_every_bit(backend, pair):
@@ -195,15 +211,23 @@ def test_gradient_of_mass_is_attentions(backend, pair, monkeypatch):
     from qalign_kernels._triton import attention_backward as kernels
 
     names, launch = [], kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda kernel, *grid, **how: (names.append(kernel.fn.__name__), launch(kernel, *grid, **how)))
-    mass_gradients(pair, random_integers(0, 3, 1, 41, seed=11, device=pair[0].device), 3, None, backend, torch.float32)
+    monkeypatch.setattr(
+        kernels,
+        "launch",
+        lambda kernel, *grid, **how: (names.append(kernel.fn.__name__), launch(kernel, *grid, **how)),
+    )
+    mass_gradients(
+        pair, random_integers(0, 3, 1, 41, seed=11, device=pair[0].device), 3, None, backend, torch.float32
+    )
     assert names == ["gradient_rows_kernel", "query_gradient_kernel", "key_gradient_kernel"]
 
 
 def test_a_second_derivative_of_mass_is_refused_but_by_the_reference(backend, pair):
     query, key = (x.requires_grad_() for x in pair)
     labels = random_integers(0, 3, 1, 41, seed=11, device=query.device)
-    (gradient,) = torch.autograd.grad(label_mass(query, key, labels, 3, backend=backend).square().sum(), query, create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        label_mass(query, key, labels, 3, backend=backend).square().sum(), query, create_graph=True
+    )
     if backend == "reference":
         assert torch.autograd.grad(gradient.square().sum(), query)[0].norm() > 0
         return
@@ -216,6 +240,10 @@ def test_gradient_of_the_mean_map_is_that_of_the_formula(pair):
         leaves = [x.detach().to(dtype).requires_grad_() for x in pair]
         return torch.autograd.grad(mean_attention_map(*leaves, backend=backend).cos().sum(), leaves)
 
-    cases = gradients(torch.float32, "tiled"), gradients(torch.float32, "reference"), gradients(torch.float64, "reference")
+    cases = (
+        gradients(torch.float32, "tiled"),
+        gradients(torch.float32, "reference"),
+        gradients(torch.float64, "reference"),
+    )
     for actual, same, truth in zip(*cases):
         assert judge(actual, same, truth, 41 * 40).passed

@@ -7,7 +7,14 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from qalign_kernels import Segment, attention, match_counts, qalign_attention, rearrange_kv, similarity_argmax
 from qalign_kernels.qalign_attention import REFINEMENTS
-from qalign_kernels.testing import judge, judge_exact, judge_formula, matched_queries, random_features, random_integers
+from qalign_kernels.testing import (
+    judge,
+    judge_exact,
+    judge_formula,
+    matched_queries,
+    random_features,
+    random_integers,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -16,7 +23,10 @@ def draw(device, batch=1, tokens=23, ref_tokens=41, head_dim=40, value_dim=40, d
     """query, ref_query, ref_key, ref_value and the map: every query is a noisy copy of one reference token, so the map is the same in every
     precision."""
     widths = (head_dim, head_dim, value_dim)
-    references = [random_features(batch, 2, ref_tokens, width, seed=i, dtype=dtype, device=device) for i, width in enumerate(widths)]
+    references = [
+        random_features(batch, 2, ref_tokens, width, seed=i, dtype=dtype, device=device)
+        for i, width in enumerate(widths)
+    ]
     query, index = matched_queries(references[0], tokens, seed=3)
     return [query, *references], index
 
@@ -24,7 +34,11 @@ def draw(device, batch=1, tokens=23, ref_tokens=41, head_dim=40, value_dim=40, d
 def options(refinement, features):
     """The arguments that a reading needs beside the tensors."""
     query = features[0]
-    own_key = random_features(*query.shape, seed=9, dtype=query.dtype, device=query.device) if refinement == "warped_values" else None
+    own_key = (
+        random_features(*query.shape, seed=9, dtype=query.dtype, device=query.device)
+        if refinement == "warped_values"
+        else None
+    )
     return {"refinement": refinement, "own_key": own_key, "topk": 3}
 
 
@@ -65,9 +79,13 @@ def test_rearranged_is_attention_over_gathered_keys(backend, heads, device):
     features, index = draw(device)
 
     def formula(query, ref_query, ref_key, ref_value):
-        return sdpa(query, *(x.take_along_dim(index.long().unsqueeze(-1), dim=2) for x in (ref_key, ref_value)))
+        return sdpa(
+            query, *(x.take_along_dim(index.long().unsqueeze(-1), dim=2) for x in (ref_key, ref_value))
+        )
 
-    assert judge_formula(qalign_attention(*features, heads=heads, backend=backend), formula, *features, reduction=80).passed
+    assert judge_formula(
+        qalign_attention(*features, heads=heads, backend=backend), formula, *features, reduction=80
+    ).passed
 
 
 def test_the_order_of_the_map_does_not_matter(backend, device):
@@ -103,7 +121,9 @@ def test_permuted_references_change_nothing(backend, refinement, device):
     features, _ = draw(device)
     settings = options(refinement, features)
     order = torch.randperm(41, generator=torch.Generator().manual_seed(6)).to(device)
-    output = qalign_attention(features[0], *(x[:, :, order] for x in features[1:]), backend=backend, **settings)
+    output = qalign_attention(
+        features[0], *(x[:, :, order] for x in features[1:]), backend=backend, **settings
+    )
     assert judge_formula(output, by_reference(settings), *features, reduction=80).passed
 
 
@@ -147,18 +167,24 @@ def test_endless_strength_is_a_hard_choice(backend, refinement, device):
     features, index = draw(device)
     output = qalign_attention(*features, refinement=refinement, strength=3000.0, backend=backend)
     reading = {"guided": "none", "soft": "rearranged"}[refinement]
-    assert judge_formula(output, by_reference({"refinement": reading, "heads": "per_head"}), *features, reduction=80).passed
+    assert judge_formula(
+        output, by_reference({"refinement": reading, "heads": "per_head"}), *features, reduction=80
+    ).passed
 
 
 def test_soft_without_strength_is_the_mean_value(backend, device):
     features, _ = draw(device)
     output = qalign_attention(*features, refinement="soft", strength=0.0, backend=backend)
-    assert judge_formula(output, lambda q, rq, k, v: v.mean(2, keepdim=True).expand(-1, -1, 23, -1), *features, reduction=41).passed
+    assert judge_formula(
+        output, lambda q, rq, k, v: v.mean(2, keepdim=True).expand(-1, -1, 23, -1), *features, reduction=41
+    ).passed
 
 
 def test_guided_adds_the_per_head_similarity_to_the_logits(backend, device):
     features, _ = draw(device)
-    output = qalign_attention(*features, refinement="guided", strength=7.0, heads="joint", scale=0.3, backend=backend)
+    output = qalign_attention(
+        *features, refinement="guided", strength=7.0, heads="joint", scale=0.3, backend=backend
+    )
 
     def formula(query, ref_query, ref_key, ref_value):
         similarity = normalize(query, dim=-1) @ normalize(ref_query, dim=-1).mT
@@ -208,7 +234,10 @@ def test_the_query_that_asks_is_its_own_by_default(backend, device):
     features, _ = draw(device)
     for refinement in REFINEMENTS:
         settings = options(refinement, features)
-        both = (qalign_attention(*features, match_query=asking, backend=backend, **settings) for asking in (None, features[0]))
+        both = (
+            qalign_attention(*features, match_query=asking, backend=backend, **settings)
+            for asking in (None, features[0])
+        )
         assert torch.equal(*both)
 
 
@@ -219,7 +248,10 @@ def test_joint_is_per_head_for_one_head(backend, device):
         assert judge_formula(output, by_reference({"heads": "joint"}), *features, reduction=40).passed
 
 
-@pytest.mark.parametrize(("refinement", "heads"), [*((name, "per_head") for name in REFINEMENTS), ("rearranged", "joint"), ("topk", "joint")])
+@pytest.mark.parametrize(
+    ("refinement", "heads"),
+    [*((name, "per_head") for name in REFINEMENTS), ("rearranged", "joint"), ("topk", "joint")],
+)
 def test_contrast_labels_and_another_width(backend, refinement, heads, device):
     features, index = draw(device, value_dim=64)
     ref_labels = random_integers(1, 4, 1, 41, seed=8, device=device)
@@ -255,13 +287,20 @@ def test_strides_do_not_matter(backend, refinement, device):
     query = matched_queries(references[0], 20, seed=12)[0].transpose(1, 2).contiguous().transpose(1, 2)
     features = [query, *references]
     settings = options(refinement, features)
-    assert judge_formula(qalign_attention(*features, backend=backend, **settings), by_reference(settings), *features, reduction=80).passed
+    assert judge_formula(
+        qalign_attention(*features, backend=backend, **settings),
+        by_reference(settings),
+        *features,
+        reduction=80,
+    ).passed
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 30), (30, 1), (33, 70)])
 def test_ragged_sizes(backend, sizes, device):
     features, _ = draw(device, batch=1, tokens=sizes[0], ref_tokens=sizes[1])
-    assert judge_formula(qalign_attention(*features, backend=backend), by_reference({}), *features, reduction=80).passed
+    assert judge_formula(
+        qalign_attention(*features, backend=backend), by_reference({}), *features, reduction=80
+    ).passed
 
 
 @pytest.mark.parametrize("refinement", REFINEMENTS)
@@ -290,10 +329,23 @@ def test_no_strength_with_labels_is_attention_with_labels(backend, device):
     (query, ref_query, key, value), _ = draw(device)
     labels, ref_labels = (random_integers(1, 4, 1, x.shape[2], seed=21, device=device) for x in (query, key))
     guided = qalign_attention(
-        query, ref_query, key, value, refinement="guided", strength=0.0, query_labels=labels, ref_labels=ref_labels, backend=backend
+        query,
+        ref_query,
+        key,
+        value,
+        refinement="guided",
+        strength=0.0,
+        query_labels=labels,
+        ref_labels=ref_labels,
+        backend=backend,
     )
     plain = attention(query, Segment(key, value, labels=ref_labels), query_labels=labels, backend=backend)
-    exact = attention(query.double(), Segment(key.double(), value.double(), labels=ref_labels), query_labels=labels, backend="reference")
+    exact = attention(
+        query.double(),
+        Segment(key.double(), value.double(), labels=ref_labels),
+        query_labels=labels,
+        backend="reference",
+    )
     assert judge(guided, plain, exact, reduction=key.shape[2]).passed
 
 
@@ -301,7 +353,9 @@ def test_no_strength_with_labels_is_attention_with_labels(backend, device):
 def test_repeats_are_equal_in_every_bit(backend, refinement, device):
     features, _ = draw(device)
     settings = options(refinement, features)
-    assert torch.equal(*(qalign_attention(*features, contrast=1.67, backend=backend, **settings) for _ in range(2)))
+    assert torch.equal(
+        *(qalign_attention(*features, contrast=1.67, backend=backend, **settings) for _ in range(2))
+    )
 
 
 @pytest.mark.parametrize("contrast", [1.0, 1.67])
@@ -314,12 +368,21 @@ def test_gradients_are_those_of_the_formula(refinement, contrast, device):
     def gradients(dtype, backend):
         leaves = [x.detach().to(dtype).requires_grad_() for x in features]
         own_key = settings["own_key"]
-        arguments = settings if own_key is None else settings | {"own_key": own_key.to(dtype).requires_grad_()}
+        arguments = (
+            settings if own_key is None else settings | {"own_key": own_key.to(dtype).requires_grad_()}
+        )
         loss = (qalign_attention(*leaves, backend=backend, **arguments) * weights).sum()
         wanted = leaves + ([] if own_key is None else [arguments["own_key"]])
-        return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, torch.autograd.grad(loss, wanted, allow_unused=True))]
+        return [
+            torch.zeros_like(x) if g is None else g
+            for x, g in zip(wanted, torch.autograd.grad(loss, wanted, allow_unused=True))
+        ]
 
-    cases = gradients(torch.float32, "tiled"), gradients(torch.float32, "reference"), gradients(torch.float64, "reference")
+    cases = (
+        gradients(torch.float32, "tiled"),
+        gradients(torch.float32, "reference"),
+        gradients(torch.float64, "reference"),
+    )
     for actual, same, truth in zip(*cases):
         assert judge(actual, same, truth, 41 * 40).passed
 
@@ -334,7 +397,9 @@ def test_repeated_calls_read_their_own_tensors(precision, device):
     backend, dtype = precision
     for seed in range(4):
         features, _ = draw(device, tokens=17, dtype=dtype)
-        features = [x + random_features(*x.shape, seed=10 + seed, dtype=dtype, device=device) / 8 for x in features]
+        features = [
+            x + random_features(*x.shape, seed=10 + seed, dtype=dtype, device=device) / 8 for x in features
+        ]
         output = qalign_attention(*features, backend=backend, scale=0.2)
         settings = {"refinement": "rearranged", "scale": 0.2}
         assert judge_formula(output, by_reference(settings), *features, reduction=80).passed

@@ -18,7 +18,9 @@ def test_counts_are_a_histogram(backend, shape, device):
     for row in range(batch):
         for group in range(groups):
             chosen = index[row, group]
-            assert torch.equal(counts[row, group], torch.bincount(chosen[chosen >= 0], minlength=ref_tokens).int())
+            assert torch.equal(
+                counts[row, group], torch.bincount(chosen[chosen >= 0], minlength=ref_tokens).int()
+            )
 
 
 def test_counts_sum_to_the_matched_tokens(backend, device):
@@ -28,7 +30,9 @@ def test_counts_sum_to_the_matched_tokens(backend, device):
 
 def test_counts_do_not_depend_on_order(backend, device):
     index = random_integers(-1, 40, 2, 2, 90, seed=2, device=device)
-    assert torch.equal(match_counts(index.flip(-1), 40, backend=backend), match_counts(index, 40, backend=backend))
+    assert torch.equal(
+        match_counts(index.flip(-1), 40, backend=backend), match_counts(index, 40, backend=backend)
+    )
 
 
 def test_counts_of_a_permutation_are_ones_and_of_no_match_zeros(backend, device):
@@ -39,16 +43,23 @@ def test_counts_of_a_permutation_are_ones_and_of_no_match_zeros(backend, device)
 
 def test_counts_of_strided_and_shared_maps(backend, device):
     index = random_integers(-1, 30, 2, 50, 3, seed=4, device=device).permute(0, 2, 1)
-    assert torch.equal(match_counts(index, 30, backend=backend), match_counts(index.contiguous(), 30, backend="reference"))
+    assert torch.equal(
+        match_counts(index, 30, backend=backend), match_counts(index.contiguous(), 30, backend="reference")
+    )
     shared = index[:1, :1, ::2].expand(4, 2, -1)
-    assert torch.equal(match_counts(shared, 30, backend=backend), match_counts(shared.contiguous(), 30, backend="reference"))
+    assert torch.equal(
+        match_counts(shared, 30, backend=backend), match_counts(shared.contiguous(), 30, backend="reference")
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("widths", [(40, 40), (64, 48), (160, 32)])
 def test_gather_is_indexing(precision, groups, widths, device):
     backend, dtype = precision
-    key, value = (random_features(2, 3, 37, width, seed=width + i, dtype=dtype, device=device) for i, width in enumerate(widths))
+    key, value = (
+        random_features(2, 3, 37, width, seed=width + i, dtype=dtype, device=device)
+        for i, width in enumerate(widths)
+    )
     index = random_integers(0, 37, 2, groups, 50, seed=5, device=device)
     gathered = rearrange_kv(key, value, index, backend=backend)
     for source, result in zip((key, value), gathered):
@@ -87,7 +98,9 @@ def test_gather_from_strided_and_shared_features(backend, device):
 def test_nan_and_infinity_are_copied(backend, device):
     key = random_features(1, 1, 5, 32, seed=12, device=device)
     key[0, 0, 2, :2] = torch.tensor([float("nan"), float("-inf")])
-    result = rearrange_kv(key, key, torch.tensor([[[2, 1]]], dtype=torch.int32, device=device), backend=backend)[0]
+    result = rearrange_kv(
+        key, key, torch.tensor([[[2, 1]]], dtype=torch.int32, device=device), backend=backend
+    )[0]
     assert torch.equal(result.isnan(), key[:, :, [2, 1]].isnan()) and result[0, 0, 0, 1] == float("-inf")
 
 
@@ -101,5 +114,7 @@ def test_gradient_adds_up_over_the_tokens_that_chose_a_key(device):
         return torch.autograd.grad(sum((x * w).sum() for x, w in zip(outputs, weights)), (key, value))
 
     doubles = [x.detach().double().requires_grad_() for x in (key, value)]
-    for actual, same, truth in zip(gradients(key, value, "tiled"), gradients(key, value, "reference"), gradients(*doubles, "reference")):
+    for actual, same, truth in zip(
+        gradients(key, value, "tiled"), gradients(key, value, "reference"), gradients(*doubles, "reference")
+    ):
         assert judge(actual, same, truth, 80).passed

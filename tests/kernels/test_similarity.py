@@ -8,7 +8,14 @@ from torch.nn.functional import normalize
 
 from qalign_kernels import similarity_argmax, similarity_topk
 from qalign_kernels.reference.similarity import scores
-from qalign_kernels.testing import judge, judge_formula, judge_match, matched_queries, random_features, random_integers
+from qalign_kernels.testing import (
+    judge,
+    judge_formula,
+    judge_match,
+    matched_queries,
+    random_features,
+    random_integers,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SETTINGS = [("cosine", "joint"), ("cosine", "per_head"), ("dot", "joint"), ("dot", "per_head")]
@@ -23,17 +30,28 @@ def pair(device):
 def judged(match, query, reference, similarity, heads, packed=False, **options):
     """The verdict on a match by the score tables of its arguments."""
     joint = heads == "joint"
-    tables = [scores(q, r, similarity, joint, **options) for q, r in ((query, reference), (query.double(), reference.double()))]
+    tables = [
+        scores(q, r, similarity, joint, **options)
+        for q, r in ((query, reference), (query.double(), reference.double()))
+    ]
     return judge_match(*match, *tables, query.shape[-1] * (query.shape[1] if joint else 1), packed=packed)
 
 
 @pytest.mark.parametrize(
     ("head_dim", "similarity", "heads"),
-    [(32, "cosine", "joint"), (40, "cosine", "per_head"), (40, "dot", "joint"), (160, "cosine", "joint"), (160, "dot", "per_head")],
+    [
+        (32, "cosine", "joint"),
+        (40, "cosine", "per_head"),
+        (40, "dot", "joint"),
+        (160, "cosine", "joint"),
+        (160, "dot", "per_head"),
+    ],
 )
 def test_best_score_in_every_precision(precision, head_dim, similarity, heads, device):
     backend, dtype = precision
-    query, reference = (random_features(1, 2, n, head_dim, seed=n, dtype=dtype, device=device) for n in (19, 35))
+    query, reference = (
+        random_features(1, 2, n, head_dim, seed=n, dtype=dtype, device=device) for n in (19, 35)
+    )
     match = similarity_argmax(query, reference, similarity=similarity, heads=heads, backend=backend)
     assert match.index.dtype == torch.int32 and match.score.dtype == torch.float32
     assert match.index.shape == match.score.shape == (1, 1 if heads == "joint" else 2, 19)
@@ -43,7 +61,9 @@ def test_best_score_in_every_precision(precision, head_dim, similarity, heads, d
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_best_score_at_the_other_head_dims(backend, head_dim, device):
     query, reference = (random_features(1, 2, n, head_dim, seed=n, device=device) for n in (19, 35))
-    assert judged(similarity_argmax(query, reference, backend=backend), query, reference, "cosine", "joint").passed
+    assert judged(
+        similarity_argmax(query, reference, backend=backend), query, reference, "cosine", "joint"
+    ).passed
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -65,14 +85,18 @@ def test_packed_scores_lose_seven_bits_and_no_more(device, backend):
 def test_ties_go_to_the_lowest_index(backend, device):
     # whole numbers: scores are exact in any order of summation
     distinct = random_integers(-3, 4, 1, 2, 17, 32, seed=2, device=device).float()
-    reference = distinct.repeat(1, 1, 12, 1)  # each token comes 12 times, 17 apart: within a tile and across tiles
+    reference = distinct.repeat(
+        1, 1, 12, 1
+    )  # each token comes 12 times, 17 apart: within a tile and across tiles
     query = distinct[:, :, :9]
     for heads in ("joint", "per_head"):
         match = similarity_argmax(query, reference, similarity="dot", heads=heads, backend=backend)
         assert int(match.index.max()) < 17
         assert judged(match, query, reference, "dot", heads).passed
     zeros = similarity_argmax(torch.zeros_like(query), reference, backend=backend)
-    assert torch.equal(zeros.index, torch.zeros_like(zeros.index)) and torch.equal(zeros.score, torch.zeros_like(zeros.score))
+    assert torch.equal(zeros.index, torch.zeros_like(zeros.index)) and torch.equal(
+        zeros.score, torch.zeros_like(zeros.score)
+    )
 
 
 def test_topk_ties_go_to_the_lowest_indices(backend, device):
@@ -83,8 +107,13 @@ def test_topk_ties_go_to_the_lowest_indices(backend, device):
 
 def test_joint_is_per_head_for_one_head(backend, pair):
     query, reference = (x[:, :1] for x in pair)
-    joint, per_head = (similarity_argmax(query, reference, heads=heads, backend=backend) for heads in ("joint", "per_head"))
-    assert judged(joint, query, reference, "cosine", "per_head").passed and judged(per_head, query, reference, "cosine", "joint").passed
+    joint, per_head = (
+        similarity_argmax(query, reference, heads=heads, backend=backend) for heads in ("joint", "per_head")
+    )
+    assert (
+        judged(joint, query, reference, "cosine", "per_head").passed
+        and judged(per_head, query, reference, "cosine", "joint").passed
+    )
 
 
 def test_joint_is_per_head_over_concatenated_heads(backend, pair):
@@ -96,12 +125,18 @@ def test_joint_is_per_head_over_concatenated_heads(backend, pair):
 def test_cosine_ignores_the_norm_of_a_key_and_dot_does_not(backend, pair):
     query, reference = pair
     scaled = reference * torch.linspace(0.1, 10, 41, device=query.device).unsqueeze(-1)
-    assert judged(similarity_argmax(query, scaled, backend=backend), query, reference, "cosine", "joint").passed
-    assert judged(similarity_argmax(query, scaled, similarity="dot", backend=backend), query, scaled, "dot", "joint").passed
+    assert judged(
+        similarity_argmax(query, scaled, backend=backend), query, reference, "cosine", "joint"
+    ).passed
+    assert judged(
+        similarity_argmax(query, scaled, similarity="dot", backend=backend), query, scaled, "dot", "joint"
+    ).passed
     large = reference.clone()
     large[:, :, 7] *= 1000
     hub = similarity_argmax(query, large, similarity="dot", backend=backend).index == 7
-    assert hub.float().mean() > 0.3 and not torch.equal(similarity_argmax(query, large, backend=backend).index == 7, hub)
+    assert hub.float().mean() > 0.3 and not torch.equal(
+        similarity_argmax(query, large, backend=backend).index == 7, hub
+    )
 
 
 def test_the_norm_of_a_query_never_matters(backend, pair):
@@ -133,7 +168,9 @@ def test_labels_admit_pairs_whose_sets_meet(backend, similarity, heads, pair):
     assert torch.equal(match.index[:, :, 0], torch.full_like(match.index[:, :, 0], -1))
     assert torch.equal(match.score[:, :, 0], torch.full_like(match.score[:, :, 0], -math.inf))
     labels["reference_labels"] = labels["reference_labels"][:, :12]
-    topk = similarity_topk(query, reference[:, :, :12], 8, similarity=similarity, heads=heads, backend=backend, **labels)
+    topk = similarity_topk(
+        query, reference[:, :, :12], 8, similarity=similarity, heads=heads, backend=backend, **labels
+    )
     assert judged(topk, query, reference[:, :, :12], similarity, heads, **labels).passed
     assert torch.equal(topk.index < 0, topk.score == -math.inf) and bool((topk.index < 0).any())
 
@@ -141,7 +178,13 @@ def test_labels_admit_pairs_whose_sets_meet(backend, similarity, heads, pair):
 def test_batch_index_is_explicit_indexing(backend, pair):
     query, reference = pair
     rows = torch.tensor([1, 0], dtype=torch.int32, device=query.device)
-    assert judged(similarity_argmax(query, reference, batch_index=rows, backend=backend), query, reference[[1, 0]], "cosine", "joint").passed
+    assert judged(
+        similarity_argmax(query, reference, batch_index=rows, backend=backend),
+        query,
+        reference[[1, 0]],
+        "cosine",
+        "joint",
+    ).passed
     shared = torch.zeros(2, dtype=torch.int32, device=query.device)
     match = similarity_topk(query, reference[:1], 4, batch_index=shared, backend=backend)
     assert judged(match, query, reference[[0, 0]], "cosine", "joint").passed
@@ -150,20 +193,34 @@ def test_batch_index_is_explicit_indexing(backend, pair):
 def test_strides_do_not_matter(backend, device):
     packed = random_features(2, 37, 2, 2, 48, seed=9, device=device)
     query, reference = packed[..., 3:43].permute(2, 0, 3, 1, 4)
-    assert judged(similarity_argmax(query, reference, backend=backend), query, reference, "cosine", "joint").passed
+    assert judged(
+        similarity_argmax(query, reference, backend=backend), query, reference, "cosine", "joint"
+    ).passed
     shared = reference[:1].expand(2, -1, -1, -1)
-    assert judged(similarity_argmax(query, shared, heads="per_head", backend=backend), query, shared, "cosine", "per_head").passed
+    assert judged(
+        similarity_argmax(query, shared, heads="per_head", backend=backend),
+        query,
+        shared,
+        "cosine",
+        "per_head",
+    ).passed
 
 
 def test_offsets_past_two_gigabytes(backend, far):
     for heads in ("joint", "per_head"):
-        assert judged(similarity_argmax(far, far, heads=heads, backend=backend), far, far, "cosine", heads).passed
+        assert judged(
+            similarity_argmax(far, far, heads=heads, backend=backend), far, far, "cosine", heads
+        ).passed
 
 
 @pytest.mark.parametrize(("query_tokens", "reference_tokens"), [(1, 1), (1, 50), (50, 1), (65, 129)])
 def test_ragged_sizes(backend, query_tokens, reference_tokens, device):
-    query, reference = (random_features(1, 1, n, 40, seed=n, device=device) for n in (query_tokens, reference_tokens))
-    assert judged(similarity_argmax(query, reference, backend=backend), query, reference, "cosine", "joint").passed
+    query, reference = (
+        random_features(1, 1, n, 40, seed=n, device=device) for n in (query_tokens, reference_tokens)
+    )
+    assert judged(
+        similarity_argmax(query, reference, backend=backend), query, reference, "cosine", "joint"
+    ).passed
 
 
 @pytest.mark.parametrize(("similarity", "heads"), SETTINGS)
@@ -223,19 +280,27 @@ def test_repeats_are_equal_in_every_bit(backend, pair):
 @pytest.mark.parametrize(("similarity", "heads"), SETTINGS)
 def test_the_gradient_of_the_score_is_that_of_the_matched_pair(similarity, heads, pair):
     query, reference = pair
-    index = similarity_argmax(query, reference, similarity=similarity, heads=heads, backend="tiled").index.long()
+    index = similarity_argmax(
+        query, reference, similarity=similarity, heads=heads, backend="tiled"
+    ).index.long()
 
     def gradients(query, reference, score):
         leaves = [x.detach().clone().requires_grad_() for x in (query, reference)]
         return torch.autograd.grad(score(*leaves).cos().sum(), leaves)
 
     def formula(query, reference):
-        query, reference = (x.transpose(1, 2).flatten(2).unsqueeze(1) if heads == "joint" else x for x in (query, reference))
+        query, reference = (
+            x.transpose(1, 2).flatten(2).unsqueeze(1) if heads == "joint" else x for x in (query, reference)
+        )
         if similarity == "cosine":
             query, reference = normalize(query, dim=-1), normalize(reference, dim=-1)
         return (query * reference.take_along_dim(index.unsqueeze(-1), dim=2)).sum(-1)
 
-    actual = gradients(query, reference, lambda *x: similarity_argmax(*x, similarity=similarity, heads=heads, backend="tiled").score)
+    actual = gradients(
+        query,
+        reference,
+        lambda *x: similarity_argmax(*x, similarity=similarity, heads=heads, backend="tiled").score,
+    )
     truth = gradients(query.double(), reference.double(), formula)
     for got, same, exact in zip(actual, gradients(query, reference, formula), truth):
         assert judge(got, same, exact, 120).passed
@@ -246,4 +311,6 @@ def test_float64_scores_are_float64(pair):
     for backend in ("tiled", "reference"):
         match = similarity_argmax(query, reference, backend=backend)
         assert match.score.dtype == torch.float64
-        assert judge_formula(match.score, lambda q, r: scores(q, r, "cosine", True).amax(-1), query, reference, reduction=1).passed
+        assert judge_formula(
+            match.score, lambda q, r: scores(q, r, "cosine", True).amax(-1), query, reference, reduction=1
+        ).passed

@@ -17,7 +17,12 @@ from qalign_kernels.tiled import _labels as tiled_labels
 from qalign_kernels.tiled import attention as tiled_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-BLOCK_BYTES = [1, 6_000, 40_000, 8 << 20]  # one row of one head at a time, ragged blocks, several heads, everything at once
+BLOCK_BYTES = [
+    1,
+    6_000,
+    40_000,
+    8 << 20,
+]  # one row of one head at a time, ragged blocks, several heads, everything at once
 OPTIONS = ("counts", "labels", "logit_scale", "logit_shift", "batch_index")
 SMALL = {"q": (2, 3, 13, 8), "r": (2, 3, 21, 8), "k": (2, 3, 21, 8), "v": (2, 3, 21, 8)}
 
@@ -50,9 +55,13 @@ def learned(tensors, dtype=None):
 
 def attention_cases(dtype):
     """Every way to call attention: name to (tensors [query, *keys, *values], what each segment adds, settings)."""
-    query, key, value, key2, value2, wide = features(SMALL["q"], SMALL["k"], SMALL["v"], (2, 3, 70, 8), (2, 3, 70, 8), (2, 3, 21, 11), dtype=dtype)
+    query, key, value, key2, value2, wide = features(
+        SMALL["q"], SMALL["k"], SMALL["v"], (2, 3, 70, 8), (2, 3, 70, 8), (2, 3, 21, 11), dtype=dtype
+    )
     one, two = [query, key, value], [query, key, key2, value, value2]
-    counts, per_head, few = (random_integers(0, high, 2, g, n, seed=g) for high, g, n in ((3, 1, 21), (3, 3, 21), (2, 1, 70)))
+    counts, per_head, few = (
+        random_integers(0, high, 2, g, n, seed=g) for high, g, n in ((3, 1, 21), (3, 3, 21), (2, 1, 70))
+    )
     labels, key_labels, key2_labels = (1 << random_integers(0, 4, 2, n, seed=n) for n in (13, 21, 70))
     crossed, shared = torch.tensor([[1, 0], [1, 1]], dtype=torch.int32)
     none_counted = torch.stack([torch.zeros_like(counts[0]), counts[1]])
@@ -67,12 +76,23 @@ def attention_cases(dtype):
         "labels": (one, [{"labels": key_labels}], {"query_labels": labels}),
         "empty rows": (one, [{"labels": key_labels[:1] & 3}], {"query_labels": labels}),
         "crossed batch": (one, [{"counts": counts, "batch_index": crossed}], {}),
-        "shared batch row": (one, [{"counts": per_head, "batch_index": shared, "logit_scale": 1.3}], {"contrast": 1.67}),
+        "shared batch row": (
+            one,
+            [{"counts": per_head, "batch_index": shared, "logit_scale": 1.3}],
+            {"contrast": 1.67},
+        ),
         "contrast": (one, [{}], {"contrast": 1.67}),
-        "flattening contrast": (one, [{"counts": counts, "labels": key_labels}], {"contrast": 0.6, "query_labels": labels}),
+        "flattening contrast": (
+            one,
+            [{"counts": counts, "labels": key_labels}],
+            {"contrast": 0.6, "query_labels": labels},
+        ),
         "segments": (
             two,
-            [{"counts": counts, "logit_scale": 1.4, "logit_shift": -0.3}, {"labels": key2_labels, "batch_index": shared}],
+            [
+                {"counts": counts, "logit_scale": 1.4, "logit_shift": -0.3},
+                {"labels": key2_labels, "batch_index": shared},
+            ],
             {"query_labels": labels[:1]},
         ),
         "contrasted segments": (
@@ -88,7 +108,12 @@ CASES = list(attention_cases(torch.float32))
 
 def attend(tensors, additions, settings, backend="tiled", op=qk.attention):
     query, keys, values = tensors[0], tensors[1 : 1 + len(additions)], tensors[1 + len(additions) :]
-    return op(query, [qk.Segment(k, v, **more) for k, v, more in zip(keys, values, additions)], **settings, backend=backend)
+    return op(
+        query,
+        [qk.Segment(k, v, **more) for k, v, more in zip(keys, values, additions)],
+        **settings,
+        backend=backend,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -129,14 +154,21 @@ def test_attention_gradcheck(case, op, ragged, route):
 
     def finite(*tensors):
         result = attend(tensors, *call, op=op)
-        return result if isinstance(result, torch.Tensor) else (result.output, result.lse.masked_fill(result.lse == float("-inf"), 0))
+        return (
+            result
+            if isinstance(result, torch.Tensor)
+            else (result.output, result.lse.masked_fill(result.lse == float("-inf"), 0))
+        )
 
     assert gradcheck(finite, learned(tensors), fast_mode=True)
 
 
 def test_attention_gradcheck_of_every_element(ragged):
     tensors = learned(features((1, 2, 3, 4), (1, 2, 6, 4), (1, 2, 5, 4), (1, 2, 6, 3), (1, 2, 5, 3)))
-    additions = [{"counts": random_integers(0, 3, 1, 2, 6, seed=1), "logit_scale": 0.7}, {"labels": random_integers(1, 4, 1, 5, seed=2)}]
+    additions = [
+        {"counts": random_integers(0, 3, 1, 2, 6, seed=1), "logit_scale": 0.7},
+        {"labels": random_integers(1, 4, 1, 5, seed=2)},
+    ]
     settings = {"contrast": 1.67, "query_labels": random_integers(1, 4, 1, 3, seed=3)}
     assert gradcheck(lambda *tensors: attend(tensors, additions, settings), tensors)
 
@@ -149,7 +181,9 @@ def test_guided_attention_gradcheck(contrast, batch_index, ragged):
 
     def guided(query, key, value, guide_query, guide_key, backend="tiled"):
         segment = qk.Segment(key, value, counts=counts, batch_index=batch_index)
-        return guided_attention(query, segment, Guide(guide_query, guide_key, 1.5), contrast=contrast, backend=backend)
+        return guided_attention(
+            query, segment, Guide(guide_query, guide_key, 1.5), contrast=contrast, backend=backend
+        )
 
     truth = guided(*tensors, backend="reference")
     assert judge(guided(*tensors), truth, truth, reduction=21).passed
@@ -158,23 +192,45 @@ def test_guided_attention_gradcheck(contrast, batch_index, ragged):
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_label_mass_gradcheck(counted, ragged):
-    classes, counts = random_integers(0, 4, 2, 21, seed=1), random_integers(0, 3, 2, 1, 21, seed=2) if counted else None
+    classes, counts = (
+        random_integers(0, 4, 2, 21, seed=1),
+        random_integers(0, 3, 2, 1, 21, seed=2) if counted else None,
+    )
     tensors = learned(features(SMALL["q"], SMALL["k"]))
-    assert gradcheck(lambda q, k: qk.label_mass(q, k, classes, 4, counts=counts, backend="tiled"), tensors, fast_mode=True)
+    assert gradcheck(
+        lambda q, k: qk.label_mass(q, k, classes, 4, counts=counts, backend="tiled"), tensors, fast_mode=True
+    )
 
 
 def test_mean_attention_map_gradcheck():
-    assert gradcheck(lambda q, k: qk.mean_attention_map(q, k, backend="tiled"), learned(features(SMALL["q"], SMALL["k"])), fast_mode=True)
+    assert gradcheck(
+        lambda q, k: qk.mean_attention_map(q, k, backend="tiled"),
+        learned(features(SMALL["q"], SMALL["k"])),
+        fast_mode=True,
+    )
 
 
-@pytest.mark.parametrize("settings", [{}, {"similarity": "dot", "heads": "per_head"}, {"batch_index": torch.tensor([1, 1], dtype=torch.int32)}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"similarity": "dot", "heads": "per_head"},
+        {"batch_index": torch.tensor([1, 1], dtype=torch.int32)},
+    ],
+)
 def test_similarity_score_gradcheck(settings):
     tensors = learned(features(SMALL["q"], SMALL["r"]))
-    assert gradcheck(lambda q, r: qk.similarity_argmax(q, r, **settings, backend="tiled").score, tensors, fast_mode=True)
-    assert gradcheck(lambda q, r: qk.similarity_topk(q, r, 3, **settings, backend="tiled").score, tensors, fast_mode=True)
+    assert gradcheck(
+        lambda q, r: qk.similarity_argmax(q, r, **settings, backend="tiled").score, tensors, fast_mode=True
+    )
+    assert gradcheck(
+        lambda q, r: qk.similarity_topk(q, r, 3, **settings, backend="tiled").score, tensors, fast_mode=True
+    )
 
 
-@pytest.mark.parametrize("refinement", ["rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"])
+@pytest.mark.parametrize(
+    "refinement", ["rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"]
+)
 @pytest.mark.parametrize("contrast", [1.0, 1.67])
 @pytest.mark.parametrize("batch_index", [None, torch.tensor([1, 1], dtype=torch.int32)])
 @pytest.mark.parametrize("labelled", [False, True])
@@ -189,7 +245,10 @@ def test_qalign_attention_gradients(refinement, contrast, batch_index, labelled,
         )  # fmt: skip
 
     weight = random_features(*SMALL["q"], seed=9, dtype=torch.float64)
-    actual, truth = (torch.autograd.grad((call(*tensors, b) * weight).sum(), tensors, allow_unused=True) for b in ("tiled", "reference"))
+    actual, truth = (
+        torch.autograd.grad((call(*tensors, b) * weight).sum(), tensors, allow_unused=True)
+        for b in ("tiled", "reference")
+    )
     for ours, true in zip(actual, truth):
         assert (ours is None) == (true is None)
         assert ours is None or judge(ours, true, true, reduction=21).passed
@@ -201,7 +260,9 @@ def test_stride_0(contrast, ragged):
     query, key, value = learned(features((1, 3, 13, 8), (1, 3, 1, 8), (1, 1, 21, 8)))
 
     def call(query, key, value, layout=lambda x: x):
-        query, key, value = map(layout, (query.expand(2, -1, -1, -1), key.expand(2, -1, 21, -1), value.expand(2, 3, -1, -1)))
+        query, key, value = map(
+            layout, (query.expand(2, -1, -1, -1), key.expand(2, -1, 21, -1), value.expand(2, 3, -1, -1))
+        )
         return qk.attention(query, qk.Segment(key, value), contrast=contrast, backend="tiled")
 
     truth = call(query, key, value, torch.clone)
@@ -232,7 +293,10 @@ def test_absent_keys_are_never_read(ragged, route):
     absent = (counts == 0).unsqueeze(-1)
     for op in (qk.attention, qk.attention_with_lse):
         clean, dirty = (
-            attend([query, *(x.masked_fill(absent, fill) for x in (key, value))], [{"counts": counts}], {}, op=op) for fill in (0, float("nan"))
+            attend(
+                [query, *(x.masked_fill(absent, fill) for x in (key, value))], [{"counts": counts}], {}, op=op
+            )
+            for fill in (0, float("nan"))
         )
         for ours, expected in zip(dirty, clean):
             assert torch.equal(ours, expected)
@@ -247,9 +311,15 @@ def test_matches_in_blocks_of_any_size(k, heads, labelled, block_bytes, route):
     rows = torch.tensor([1, 0], dtype=torch.int32)
     labels = dict.fromkeys(("query_labels", "reference_labels"))
     if labelled:
-        labels = {"query_labels": 1 << random_integers(0, 3, 2, 11, seed=3), "reference_labels": 1 << random_integers(0, 9, 1, 150, seed=4)}
+        labels = {
+            "query_labels": 1 << random_integers(0, 3, 2, 11, seed=3),
+            "reference_labels": 1 << random_integers(0, 9, 1, 150, seed=4),
+        }
     actual, truth = (
-        qk.similarity_topk(query, reference, k, similarity="dot", heads=heads, batch_index=rows, **labels, backend=b) for b in ("tiled", "reference")
+        qk.similarity_topk(
+            query, reference, k, similarity="dot", heads=heads, batch_index=rows, **labels, backend=b
+        )
+        for b in ("tiled", "reference")
     )
     assert judge_exact(actual.index, truth.index).passed and judge_exact(actual.score, truth.score).passed
 
@@ -272,7 +342,11 @@ def test_probes_in_blocks_of_any_size(block_bytes):
         lambda q, k, backend: qk.label_mass(q, k, classes, 9, backend=backend),
         lambda q, k, backend: qk.mean_attention_map(q, k, backend=backend),
     ):
-        truth, plain, actual = op(query.double(), key.double(), "reference"), op(query, key, "reference"), op(query, key, "tiled")
+        truth, plain, actual = (
+            op(query.double(), key.double(), "reference"),
+            op(query, key, "reference"),
+            op(query, key, "tiled"),
+        )
         assert judge(actual, plain, truth, reduction=21).passed
 
 
@@ -282,8 +356,14 @@ def test_topk_attention_in_blocks_of_any_size(group, block_bytes):
     rows = torch.tensor([1, 1], dtype=torch.int32)
     tensors = features(SMALL["q"], SMALL["k"], (2, 3, 21, 11), dtype=torch.float32)
     truth, plain, actual = (
-        topk_attention(*(x.to(dtype) for x in tensors), index, contrast=1.67, batch_index=rows, backend=backend)
-        for dtype, backend in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "tiled"))
+        topk_attention(
+            *(x.to(dtype) for x in tensors), index, contrast=1.67, batch_index=rows, backend=backend
+        )
+        for dtype, backend in (
+            (torch.float64, "reference"),
+            (torch.float32, "reference"),
+            (torch.float32, "tiled"),
+        )
     )
     assert judge(actual, plain, truth, reduction=8).passed
 
@@ -324,21 +404,39 @@ def test_extra_memory_of_the_main_case():
 
 def measured_mib(statement, heads):
     """By how much a call at 4096 tokens raises the peak memory of a fresh process."""
-    program = MEASURE.format(statement=statement, learned=".requires_grad_()" if "grad" in statement else "", heads=heads, tokens=4096)
-    return float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    program = MEASURE.format(
+        statement=statement,
+        learned=".requires_grad_()" if "grad" in statement else "",
+        heads=heads,
+        tokens=4096,
+    )
+    return float(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    )
 
 
 def test_queries_of_one_label_set_go_together(monkeypatch):
-    labels, keys = torch.tensor([[1, 2, 1, 4, 0]], dtype=torch.int32), torch.tensor([[2, 3, 2], [1, 1, 1]], dtype=torch.int32)
+    labels, keys = (
+        torch.tensor([[1, 2, 1, 4, 0]], dtype=torch.int32),
+        torch.tensor([[2, 3, 2], [1, 1, 1]], dtype=torch.int32),
+    )
     first, *others = tiled_labels.group_queries(labels, [keys, None], 2)
-    assert (first.batch, first.queries.tolist(), [None if x is None else x.tolist() for x in first.keys]) == (slice(0, 1), [4], [[], None])
-    assert [(group.batch.start, group.queries.tolist()) for group in others] == [(0, [0, 2]), (0, [1]), (0, [3])] + [
-        (1, queries) for queries in ([4], [0, 2], [1], [3])
-    ]
+    assert (first.batch, first.queries.tolist(), [None if x is None else x.tolist() for x in first.keys]) == (
+        slice(0, 1),
+        [4],
+        [[], None],
+    )
+    assert [(group.batch.start, group.queries.tolist()) for group in others] == [
+        (0, [0, 2]),
+        (0, [1]),
+        (0, [3]),
+    ] + [(1, queries) for queries in ([4], [0, 2], [1], [3])]
     assert others[4].keys[0] is None  # it sees all
     monkeypatch.setattr(tiled_labels, "MOST_GROUPS", 3)
     assert tiled_labels.group_queries(labels, [keys], 2) is None
-    assert tiled_labels.group_queries(None, [None], 2) is tiled_labels.group_queries(labels, [None], 2) is None
+    assert (
+        tiled_labels.group_queries(None, [None], 2) is tiled_labels.group_queries(labels, [None], 2) is None
+    )
 
 
 def test_two_equal_labels_cost_half(monkeypatch):

@@ -20,7 +20,11 @@ def _in_double(segment):
 
 
 def _check(query, segments, *, scale=None, contrast=1.0, query_labels=None, guide=None):
-    settings = {"scale": query.shape[3] ** -0.5 if scale is None else scale, "contrast": contrast, "query_labels": query_labels}
+    settings = {
+        "scale": query.shape[3] ** -0.5 if scale is None else scale,
+        "contrast": contrast,
+        "query_labels": query_labels,
+    }
     with testing.poisoned_memory():
         actual = kernels.attention(query, segments, guide=guide, need_lse=True, **settings)
     yardstick = reference(query, segments, guide=guide, **settings)
@@ -77,7 +81,9 @@ def test_counts(dtype, contrast, maps):
 def test_labels(dtype, contrast):
     """Some queries carry no bit and see nothing."""
     segment = _segment(dtype, 45, labels=_labels(45))
-    output, lse = _check(_query(dtype), [segment], query_labels=_labels(QUERIES, rows=1, seed=8), contrast=contrast)
+    output, lse = _check(
+        _query(dtype), [segment], query_labels=_labels(QUERIES, rows=1, seed=8), contrast=contrast
+    )
     empty = lse == float("-inf")
     assert empty.any() and not output[empty].any()
 
@@ -87,8 +93,25 @@ def test_labels(dtype, contrast):
 def test_three_segments_with_everything(dtype, contrast):
     segments = [
         _segment(dtype, 45, value_dim=40, counts=_counts(45), labels=_labels(45), logit_scale=1.5),
-        _segment(dtype, 64, value_dim=40, seed=11, logit_scale=-0.5, logit_shift=1.0, batch_index=torch.tensor([1, 0], dtype=torch.int32)),
-        _segment(dtype, 5, value_dim=40, seed=21, rows=1, labels=_labels(5, rows=1), batch_index=torch.zeros(2, dtype=torch.int32), logit_scale=0.0),
+        _segment(
+            dtype,
+            64,
+            value_dim=40,
+            seed=11,
+            logit_scale=-0.5,
+            logit_shift=1.0,
+            batch_index=torch.tensor([1, 0], dtype=torch.int32),
+        ),
+        _segment(
+            dtype,
+            5,
+            value_dim=40,
+            seed=21,
+            rows=1,
+            labels=_labels(5, rows=1),
+            batch_index=torch.zeros(2, dtype=torch.int32),
+            logit_scale=0.0,
+        ),
     ]
     _check(_query(dtype), segments, query_labels=_labels(QUERIES, seed=8), contrast=contrast)
 
@@ -104,7 +127,9 @@ def test_scale_of_any_sign(scale):
 def test_guide(dtype, contrast, counted):
     segment = _segment(dtype, 45, 40, counts=_counts(45) if counted else None, labels=_labels(45))
     guide = Guide(_query(dtype, 40, seed=31), segment.key.flip(2), 3.0)
-    _check(_query(dtype, 40), [segment], guide=guide, contrast=contrast, query_labels=_labels(QUERIES, seed=8))
+    _check(
+        _query(dtype, 40), [segment], guide=guide, contrast=contrast, query_labels=_labels(QUERIES, seed=8)
+    )
 
 
 def test_views():
@@ -113,7 +138,14 @@ def test_views():
     query, key, value = (storage[:, :, :, i, ::2].transpose(1, 2) for i in range(3))
     _check(query, [Segment(key, value)])
     counts = _counts(QUERIES)[:, :, :1].expand(-1, -1, QUERIES)
-    _check(query, [Segment(key[:1].expand(BATCH, -1, -1, -1), value[:1, :1].expand(BATCH, HEADS, -1, -1), counts=counts)])
+    _check(
+        query,
+        [
+            Segment(
+                key[:1].expand(BATCH, -1, -1, -1), value[:1, :1].expand(BATCH, HEADS, -1, -1), counts=counts
+            )
+        ],
+    )
 
 
 def test_segments_equal_their_concatenation():
@@ -121,7 +153,10 @@ def test_segments_equal_their_concatenation():
     whole = Segment(torch.cat([s.key for s in parts], 2), torch.cat([s.value for s in parts], 2))
     for contrast in (1.0, 1.67):
         settings = {"scale": 0.2, "contrast": contrast, "query_labels": None, "guide": None, "need_lse": True}
-        apart, together = kernels.attention(_query(torch.float32), parts, **settings), kernels.attention(_query(torch.float32), [whole], **settings)
+        apart, together = (
+            kernels.attention(_query(torch.float32), parts, **settings),
+            kernels.attention(_query(torch.float32), [whole], **settings),
+        )
         for ours, theirs in zip(apart, together):
             assert testing.worst_error(ours, theirs) <= testing.error_budget(theirs, theirs, 53)
 
@@ -131,7 +166,9 @@ def test_counts_equal_repeated_keys():
     rows = counts[0, 0].long()
     repeated = Segment(segment.key.repeat_interleave(rows, 2), segment.value.repeat_interleave(rows, 2))
     settings = {"scale": 0.2, "contrast": 1.67, "query_labels": None, "guide": None, "need_lse": False}
-    counted = kernels.attention(_query(torch.float32), [dataclasses.replace(segment, counts=counts)], **settings)[0]
+    counted = kernels.attention(
+        _query(torch.float32), [dataclasses.replace(segment, counts=counts)], **settings
+    )[0]
     expected = kernels.attention(_query(torch.float32), [repeated], **settings)[0]
     assert testing.worst_error(counted, expected) <= testing.error_budget(expected, expected, int(rows.sum()))
 
@@ -140,7 +177,11 @@ def test_counts_equal_repeated_keys():
 def test_counts_beyond_the_range_of_float16(contrast):
     counts = _counts(45)
     counts[:, :, 3] = 1_000_000
-    _check(_query(torch.float16), [_segment(torch.float16, 45, counts=counts), _segment(torch.float16, 20, seed=11)], contrast=contrast)
+    _check(
+        _query(torch.float16),
+        [_segment(torch.float16, 45, counts=counts), _segment(torch.float16, 20, seed=11)],
+        contrast=contrast,
+    )
 
 
 @pytest.mark.parametrize("contrast", [1.0, 1.67])
@@ -163,18 +204,28 @@ def test_nan_gives_nan(contrast, place):
 
 def test_lse_is_left_out_unless_needed():
     settings = {"scale": 1.0, "contrast": 1.67, "query_labels": None, "guide": None}
-    assert kernels.attention(_query(torch.float32), [_segment(torch.float32, 9)], need_lse=False, **settings)[1] is None
+    assert (
+        kernels.attention(_query(torch.float32), [_segment(torch.float32, 9)], need_lse=False, **settings)[1]
+        is None
+    )
 
 
 def test_large_logits_stay_finite():
     query = 40 * _query(torch.float32)
-    _check(query, [_segment(torch.float32, 45, counts=_counts(45)), _segment(torch.float32, 33, seed=11)], scale=1.0)
+    _check(
+        query,
+        [_segment(torch.float32, 45, counts=_counts(45)), _segment(torch.float32, 33, seed=11)],
+        scale=1.0,
+    )
 
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_keys_far_above_those_of_the_first_tile(counted):
     """Weights stabilised by the first tile would overflow: the running maximum takes over. One query tile overflows, the other does not."""
-    query, segment = _query(torch.float32), _segment(torch.float32, 71, counts=_counts(71) if counted else None)
+    query, segment = (
+        _query(torch.float32),
+        _segment(torch.float32, 71, counts=_counts(71) if counted else None),
+    )
     query[:, :, 32:] *= 0.01
     segment.key[:, :, 40:] *= 40
     logits = torch.einsum("bhqd,bhkd->bhqk", query, segment.key) / math.log(2)

@@ -32,7 +32,10 @@ def gradients(tensors, options, backend, precision, *, with_lse=False, **setting
 def check(tensors, options=({},), **settings):
     dtype = tensors[0].dtype
     actual = gradients(tensors, options, "triton", dtype, **settings)
-    yardstick, truth = (gradients(tensors, options, "reference", precision, **settings) for precision in (dtype, torch.float64))
+    yardstick, truth = (
+        gradients(tensors, options, "reference", precision, **settings)
+        for precision in (dtype, torch.float64)
+    )
     reduction = 4 * max(QUERIES, tensors[0].shape[3], sum(x.shape[2] for x in tensors[1 : 1 + len(options)]))
     for ours, theirs, right in zip(actual, yardstick, truth):
         assert ours.dtype == dtype and ours.shape == right.shape
@@ -42,7 +45,11 @@ def check(tensors, options=({},), **settings):
 
 
 def one_segment(dtype, tokens=45, dim=32, value_dim=None, rows=BATCH):
-    return [features(dtype, QUERIES, dim, 0), features(dtype, tokens, dim, 1, rows), features(dtype, tokens, value_dim or dim, 2, rows)]
+    return [
+        features(dtype, QUERIES, dim, 0),
+        features(dtype, tokens, dim, 1, rows),
+        features(dtype, tokens, value_dim or dim, 2, rows),
+    ]
 
 
 def counts(tokens, maps=1, seed=5):
@@ -94,7 +101,10 @@ def test_heads_and_their_counts(maps):
 def test_absent_keys_are_never_read():
     tensors, multiplicity = one_segment(torch.float32, 71), counts(71)
     clean = gradients(tensors, [{"counts": multiplicity}], "triton", torch.float32)
-    dirty = [x.masked_fill((multiplicity == 0).unsqueeze(-1), float("nan")) if i else x for i, x in enumerate(tensors)]
+    dirty = [
+        x.masked_fill((multiplicity == 0).unsqueeze(-1), float("nan")) if i else x
+        for i, x in enumerate(tensors)
+    ]
     for ours, expected in zip(gradients(dirty, [{"counts": multiplicity}], "triton", torch.float32), clean):
         assert torch.equal(ours, expected)
 
@@ -109,7 +119,9 @@ def test_labels(dtype):
 
 def test_no_key_to_see_gives_zeros():
     options = [{"labels": torch.full((1, 45), 2, dtype=torch.int32)}]
-    for gradient in check(one_segment(torch.float32), options, query_labels=torch.ones(1, QUERIES, dtype=torch.int32)):
+    for gradient in check(
+        one_segment(torch.float32), options, query_labels=torch.ones(1, QUERIES, dtype=torch.int32)
+    ):
         assert (gradient == 0).all()
 
 
@@ -122,7 +134,12 @@ def test_any_scale(scale):
 def test_rows_that_several_queries_read(dtype):
     query = random_features(3, HEADS, QUERIES, 40, seed=0, dtype=dtype)
     tensors = [query, features(dtype, 45, 40, 1, 3), features(dtype, 45, 40, 2, 3)]
-    options = [{"batch_index": torch.tensor([2, 0, 2], dtype=torch.int32), "counts": random_integers(0, 3, 3, 1, 45, seed=3)}]
+    options = [
+        {
+            "batch_index": torch.tensor([2, 0, 2], dtype=torch.int32),
+            "counts": random_integers(0, 3, 3, 1, 45, seed=3),
+        }
+    ]
     _, key, value = check(tensors, options)
     assert (key[1] == 0).all() and (value[1] == 0).all()
 
@@ -156,7 +173,10 @@ def test_any_strides():
 
 
 def test_repeats_are_equal_in_every_bit():
-    tensors, options = one_segment(torch.float32), [{"counts": counts(45), "batch_index": torch.tensor([1, 1], dtype=torch.int32)}]
+    tensors, options = (
+        one_segment(torch.float32),
+        [{"counts": counts(45), "batch_index": torch.tensor([1, 1], dtype=torch.int32)}],
+    )
     first, second = (gradients(tensors, options, "triton", torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -165,7 +185,11 @@ def test_repeats_are_equal_in_every_bit():
 def test_only_what_is_needed_is_launched(wanted, monkeypatch):
     names = []
     launch = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, **how: (names.append((kernel, how)), launch(kernel, grid, **how))[1])
+    monkeypatch.setattr(
+        kernels,
+        "launch",
+        lambda kernel, grid, **how: (names.append((kernel, how)), launch(kernel, grid, **how))[1],
+    )
     leaves = [x.requires_grad_(i == wanted) for i, x in enumerate(one_segment(torch.float32))]
     attention(leaves[0], Segment(*leaves[1:]), backend="triton").sum().backward()
     (first, _), (second, how) = names
@@ -178,11 +202,20 @@ def test_only_what_is_needed_is_launched(wanted, monkeypatch):
 
 def test_qalign_attention_learns():
     def learn(backend, precision):
-        tensors = [features(torch.float32, n, 40, seed).to(precision).requires_grad_() for seed, n in enumerate((21, 22, 22))]
+        tensors = [
+            features(torch.float32, n, 40, seed).to(precision).requires_grad_()
+            for seed, n in enumerate((21, 22, 22))
+        ]
         query, key, value = tensors
-        output = qalign_attention(query, features(torch.float32, 22, 40, 5).to(precision), key, value, backend=backend)
+        output = qalign_attention(
+            query, features(torch.float32, 22, 40, 5).to(precision), key, value, backend=backend
+        )
         return torch.autograd.grad((output * output.detach().sin()).sum(), tensors)
 
-    truth, plain, actual = learn("reference", torch.float64), learn("reference", torch.float32), learn("triton", torch.float32)
+    truth, plain, actual = (
+        learn("reference", torch.float64),
+        learn("reference", torch.float32),
+        learn("triton", torch.float32),
+    )
     for ours, theirs, right in zip(actual, plain, truth):
         assert judge(ours, theirs, right, 200).passed

@@ -29,7 +29,9 @@ def _sorted(monkeypatch):
 
 
 def _pick(sets, rows, tokens, seed):
-    return torch.tensor(SETS[sets], dtype=torch.int32)[testing.random_integers(0, len(SETS[sets]) - 1, rows, tokens, seed=seed).long()]
+    return torch.tensor(SETS[sets], dtype=torch.int32)[
+        testing.random_integers(0, len(SETS[sets]) - 1, rows, tokens, seed=seed).long()
+    ]
 
 
 def _class(label):
@@ -86,12 +88,16 @@ def _spans_kernel(starts_ptr, lowest, highest, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr, whole)
     tl.store(out_ptr + 1, compared)
     for start in range(0, whole, BLOCK):
-        tl.store(out_ptr + 2 + start + tl.arange(0, BLOCK), _labels.free_slot(start, spans) + tl.arange(0, BLOCK))
+        tl.store(
+            out_ptr + 2 + start + tl.arange(0, BLOCK), _labels.free_slot(start, spans) + tl.arange(0, BLOCK)
+        )
     for position in range(0, compared):
         tl.store(out_ptr + 2 + whole + position, _labels.compared_slots(position, spans))
 
 
-@pytest.mark.parametrize("classes", [(2, 2), (4, 4), (1, 1), (0, 0), (34, 34), (2, 3), (0, 4), (1, 3), (3, 34)])
+@pytest.mark.parametrize(
+    "classes", [(2, 2), (4, 4), (1, 1), (0, 0), (34, 34), (2, 3), (0, 4), (1, 3), (3, 34)]
+)
 def test_every_key_that_is_seen_is_met_once(classes):
     """One label meets its own keys, those of all labels and those of several; freely those that no query of the tile can fail to see."""
     lowest, highest = classes
@@ -113,7 +119,9 @@ def test_every_key_that_is_seen_is_met_once(classes):
         wanted, free = [0, 1, *range(lowest, min(highest, 33) + 1)], []
     assert sorted(key_classes.tolist()) == sorted(c for c in _classes(labels)[0].tolist() if c in wanted)
     assert set(key_classes[:whole].tolist()) <= set(free)
-    assert (key_classes[whole:][torch.isin(key_classes[whole:], torch.tensor([*free, -1]))]).numel() < 2 * 16  # less than a tile of each span
+    assert (
+        (key_classes[whole:][torch.isin(key_classes[whole:], torch.tensor([*free, -1]))]).numel() < 2 * 16
+    )  # less than a tile of each span
 
 
 def _double(segments):
@@ -136,14 +144,23 @@ def _features(*shapes, dtype=torch.float32):
     [
         *((sets, contrast, 1, torch.float32) for sets in SETS for contrast in (1.0, 1.67)),
         ("any", 0.5, 1, torch.float32),
-        *(("any", contrast, counted, dtype) for contrast in (1.0, 1.67) for counted in (None, 2) for dtype in (torch.float32, torch.float16)),
+        *(
+            ("any", contrast, counted, dtype)
+            for contrast in (1.0, 1.67)
+            for counted in (None, 2)
+            for dtype in (torch.float32, torch.float16)
+        ),
     ],
 )
 def test_attention(sets, contrast, counted, dtype):
     query, key, value = _features((2, 2, 70, 40), (2, 2, 100, 40), (2, 2, 100, 40), dtype=dtype)
     counts = None if counted is None else testing.random_integers(0, 3, 2, counted, 100, seed=5)
     segments = [Segment(key, value, counts=counts, labels=_pick(sets, 1 if counted == 1 else 2, 100, 6))]
-    settings = {"scale": SCALE, "contrast": contrast, "query_labels": _pick(sets, 2 if counted == 1 else 1, 70, 7)}
+    settings = {
+        "scale": SCALE,
+        "contrast": contrast,
+        "query_labels": _pick(sets, 2 if counted == 1 else 1, 70, 7),
+    }
     actual = attention.attention(query, segments, guide=None, need_lse=True, **settings)
     assert _judged(actual, query, segments, **settings)
 
@@ -155,8 +172,19 @@ def test_segments_beside_ones_without_labels(contrast):
     key, value, more_key, more_value, last_key, last_value = tensors
     segments = [
         Segment(key, value, logit_scale=-1.0),
-        Segment(more_key, more_value, labels=_pick("any", 1, 90, 3), logit_shift=0.4, batch_index=torch.tensor([1, 0], dtype=torch.int32)),
-        Segment(last_key, last_value, labels=_pick("single", 2, 33, 4), counts=testing.random_integers(0, 2, 2, 1, 33, seed=8)),
+        Segment(
+            more_key,
+            more_value,
+            labels=_pick("any", 1, 90, 3),
+            logit_shift=0.4,
+            batch_index=torch.tensor([1, 0], dtype=torch.int32),
+        ),
+        Segment(
+            last_key,
+            last_value,
+            labels=_pick("single", 2, 33, 4),
+            counts=testing.random_integers(0, 2, 2, 1, 33, seed=8),
+        ),
     ]
     settings = {"scale": SCALE, "contrast": contrast, "query_labels": _pick("any", 2, 70, 5)}
     actual = attention.attention(query, segments, guide=None, need_lse=True, **settings)
@@ -187,9 +215,16 @@ def test_distillation():
     query, output, key, value = _features((1, 2, 70, 32), (1, 2, 70, 32), (1, 2, 90, 32), (1, 2, 90, 32))
     labels, query_labels = _pick("any", 1, 90, 3), _pick("any", 1, 70, 4)
     settings = {"scale": SCALE, "query_labels": query_labels, "need_signs": True}
-    loss, signs = distillation.distillation_loss(output, query, [Segment(key, value, labels=labels)], **settings)
+    loss, signs = distillation.distillation_loss(
+        output, query, [Segment(key, value, labels=labels)], **settings
+    )
     ideal, _ = reference(
-        query.double(), _double([Segment(key, value, labels=labels)]), scale=SCALE, contrast=1.0, query_labels=query_labels, guide=None
+        query.double(),
+        _double([Segment(key, value, labels=labels)]),
+        scale=SCALE,
+        contrast=1.0,
+        query_labels=query_labels,
+        guide=None,
     )
     assert torch.equal(signs, (output.double() - ideal).sign().to(torch.int8))
     assert abs(loss.item() - (output - ideal).abs().mean().item()) < 1e-6

@@ -12,7 +12,10 @@ BATCH, HEADS, QUERIES, KEYS = 2, 2, 37, 45
 
 
 def _features(dtype, dim):
-    return [2 * testing.random_features(BATCH, HEADS, tokens, dim, seed=tokens, dtype=dtype) for tokens in (QUERIES, KEYS)]
+    return [
+        2 * testing.random_features(BATCH, HEADS, tokens, dim, seed=tokens, dtype=dtype)
+        for tokens in (QUERIES, KEYS)
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -23,7 +26,9 @@ def test_label_mass(dtype, dim, num_labels, counted):
     labels = testing.random_integers(-1, num_labels + 1, 1 if counted else BATCH, KEYS, seed=1)
     counts = testing.random_integers(0, 3, BATCH, HEADS, KEYS, seed=2) if counted else None
     with testing.poisoned_memory():
-        actual = kernels.label_mass(*_features(dtype, dim), labels, num_labels, scale=dim**-0.5, counts=counts)
+        actual = kernels.label_mass(
+            *_features(dtype, dim), labels, num_labels, scale=dim**-0.5, counts=counts
+        )
 
     def formula(query, key):
         return truth.label_mass(query, key, labels, num_labels, scale=dim**-0.5, counts=counts)
@@ -41,7 +46,9 @@ def test_masses_sum_to_one():
 
 def test_label_mass_without_keys():
     counts = torch.zeros((BATCH, 1, KEYS), dtype=torch.int32)
-    assert not kernels.label_mass(*_features(torch.float32, 16), torch.zeros((1, KEYS), dtype=torch.int32), 3, scale=1.0, counts=counts).any()
+    assert not kernels.label_mass(
+        *_features(torch.float32, 16), torch.zeros((1, KEYS), dtype=torch.int32), 3, scale=1.0, counts=counts
+    ).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,9 +70,13 @@ def test_views():
     key = key[:, :1].expand(BATCH, HEADS, QUERIES, 32)
     labels = testing.random_integers(0, 4, 1, QUERIES, seed=4).expand(BATCH, -1)
     mass = kernels.label_mass(query, key, labels, 4, scale=0.2, counts=None)
-    assert testing.judge_formula(mass, lambda q, k: truth.label_mass(q, k, labels, 4, scale=0.2), query, key, reduction=QUERIES).passed
+    assert testing.judge_formula(
+        mass, lambda q, k: truth.label_mass(q, k, labels, 4, scale=0.2), query, key, reduction=QUERIES
+    ).passed
     mean = kernels.mean_attention_map(query, key, scale=0.2)
-    assert testing.judge_formula(mean, lambda q, k: truth.mean_attention_map(q, k, scale=0.2), query, key, reduction=QUERIES).passed
+    assert testing.judge_formula(
+        mean, lambda q, k: truth.mean_attention_map(q, k, scale=0.2), query, key, reduction=QUERIES
+    ).passed
 
 
 @pytest.mark.parametrize("place", [0, 1])

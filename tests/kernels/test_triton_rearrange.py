@@ -23,7 +23,9 @@ def _gathered(key, value, index):
     return [rearrange.take_rows(x, index) for x in (key, value)]
 
 
-@pytest.mark.parametrize("shape,num_tokens", [((1, 1, 1), 1), ((2, 3, 70), 41), ((1, 2, 1500), 2100), ((3, 1, 129), 7)])
+@pytest.mark.parametrize(
+    "shape,num_tokens", [((1, 1, 1), 1), ((2, 3, 70), 41), ((1, 2, 1500), 2100), ((3, 1, 129), 7)]
+)
 def test_match_counts(shape, num_tokens):
     index = _index(shape, num_tokens)
     counts = rearrange.match_counts(index, num_tokens)
@@ -47,7 +49,9 @@ def test_match_counts_of_no_match():
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 def test_compact(shape, share):
     generator = torch.Generator().manual_seed(1)
-    counts = torch.randint(1, 9, shape, generator=generator, dtype=torch.int32) * (torch.rand(shape, generator=generator) < share)
+    counts = torch.randint(1, 9, shape, generator=generator, dtype=torch.int32) * (
+        torch.rand(shape, generator=generator) < share
+    )
     _check_multiplicity(rearrange.compact(counts), counts)
 
 
@@ -55,7 +59,9 @@ def _check_multiplicity(found, counts):
     assert torch.equal(found.unique, (counts > 0).sum(-1).int())
     assert torch.equal(found.total, counts.sum(-1).float())
     assert torch.equal(found.headroom, (counts.amax(-1) / 32768).clamp(min=1).log2())
-    for order, weights, number, row_counts in zip(*(x.flatten(0, 1) for x in (found.order, found.weights, found.unique, counts))):
+    for order, weights, number, row_counts in zip(
+        *(x.flatten(0, 1) for x in (found.order, found.weights, found.unique, counts))
+    ):
         assert torch.equal(order[:number], row_counts.nonzero().squeeze(-1).int())
         assert torch.equal(weights[:number], row_counts[row_counts > 0].float())
         assert not order[number:].any() and not weights[number:].any()
@@ -103,7 +109,9 @@ def test_take_rows_keeps_nan_and_zeroes_unmatched_rows():
 def _chosen(counts, source):
     """The tokens of a source [H, N, D] that one row of the counts [G, N] chose, by hand: a list for each head."""
     groups = counts.shape[0]
-    return [source[head, (counts[head % groups] > 0).nonzero().squeeze(-1)] for head in range(source.shape[0])]
+    return [
+        source[head, (counts[head % groups] > 0).nonzero().squeeze(-1)] for head in range(source.shape[0])
+    ]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])

@@ -27,11 +27,15 @@ def _features(shape, num_tokens, dtype=torch.float32, seed=0, reference_batch=No
     generator = torch.Generator().manual_seed(seed)
     batch, heads, _, dim = shape
     query = torch.randn(shape, generator=generator).to(dtype)
-    return query, torch.randn((reference_batch or batch, heads, num_tokens, dim), generator=generator).to(dtype)
+    return query, torch.randn((reference_batch or batch, heads, num_tokens, dim), generator=generator).to(
+        dtype
+    )
 
 
 def _labels(batch, tokens, seed):
-    return torch.randint(0, 8, (batch, tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    return torch.randint(
+        0, 8, (batch, tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.int32
+    )
 
 
 def _hold(actual, query, keys, similarity, joint, labels=(None, None, None), k=None):
@@ -54,7 +58,9 @@ def _hold(actual, query, keys, similarity, joint, labels=(None, None, None), k=N
 @pytest.mark.parametrize("joint", [False, True])
 def test_argmax(dtype, similarity_kind, joint):
     query, keys = _features((1 if joint else 2, 2, 37, 40), 71, dtype)
-    _hold(similarity.similarity_argmax(query, keys, similarity_kind, joint), query, keys, similarity_kind, joint)
+    _hold(
+        similarity.similarity_argmax(query, keys, similarity_kind, joint), query, keys, similarity_kind, joint
+    )
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 128, 160])
@@ -85,7 +91,14 @@ def test_argmax_with_labels(joint, label_batch):
 def test_argmax_with_batch_index(joint):
     query, keys = _features((3, 2, 20, 16), 40, reference_batch=2)
     labels = (_labels(3, 20, 1), _labels(3, 40, 2), torch.tensor([1, 0, 1], dtype=torch.int32))
-    _hold(similarity.similarity_argmax(query, keys, "cosine", joint, *labels), query, keys, "cosine", joint, labels)
+    _hold(
+        similarity.similarity_argmax(query, keys, "cosine", joint, *labels),
+        query,
+        keys,
+        "cosine",
+        joint,
+        labels,
+    )
 
 
 def test_argmax_of_any_strides():
@@ -94,7 +107,14 @@ def test_argmax_of_any_strides():
     keys = torch.randn((2, 2, 16, 45), generator=generator).mT
     labels = (_labels(40, 1, 4).T, _labels(45, 2, 5).T, None)
     for joint in (False, True):
-        _hold(similarity.similarity_argmax(query, keys, "cosine", joint, *labels), query, keys, "cosine", joint, labels)
+        _hold(
+            similarity.similarity_argmax(query, keys, "cosine", joint, *labels),
+            query,
+            keys,
+            "cosine",
+            joint,
+            labels,
+        )
 
 
 def test_joint_argmax_of_channels_in_a_row():
@@ -129,7 +149,9 @@ def test_argmax_ties_go_to_the_lowest_index(exact, joint):
 
 
 @triton.jit
-def _pack_kernel(score_ptr, index_ptr, match_ptr, unpacked_score_ptr, unpacked_index_ptr, COUNT: tl.constexpr):
+def _pack_kernel(
+    score_ptr, index_ptr, match_ptr, unpacked_score_ptr, unpacked_index_ptr, COUNT: tl.constexpr
+):
     places = tl.arange(0, COUNT)
     match = _tile.pack_match(tl.load(score_ptr + places), tl.load(index_ptr + places))
     score, index = _tile.unpack_match(match)
@@ -140,33 +162,65 @@ def _pack_kernel(score_ptr, index_ptr, match_ptr, unpacked_score_ptr, unpacked_i
 
 def test_packed_matches_are_in_order():
     """Of no match, then of ever better ones, a lower index before a higher one; zeros are equal, whatever their signs."""
-    ascending = [(float("-inf"), -1), (float("-inf"), 3), (-3e38, 0), (-1.0, 2**31 - 1), (-1.0, 7), (-1e-45, 1), (-0.0, 8), (0.0, 4), (-0.0, 3)]
-    ascending += [(2e-45, 6), (1.0, 2), (1.5, 12), (1.5, 11), (float("inf"), 9), (float("inf"), 5), (float("nan"), 0)]
+    ascending = [
+        (float("-inf"), -1),
+        (float("-inf"), 3),
+        (-3e38, 0),
+        (-1.0, 2**31 - 1),
+        (-1.0, 7),
+        (-1e-45, 1),
+        (-0.0, 8),
+        (0.0, 4),
+        (-0.0, 3),
+    ]
+    ascending += [
+        (2e-45, 6),
+        (1.0, 2),
+        (1.5, 12),
+        (1.5, 11),
+        (float("inf"), 9),
+        (float("inf"), 5),
+        (float("nan"), 0),
+    ]
     score = torch.tensor([pair[0] for pair in ascending])
     index = torch.tensor([pair[1] for pair in ascending], dtype=torch.int32)
-    match, unpacked_score, unpacked_index = torch.empty(16, dtype=torch.int64), torch.empty_like(score), torch.empty_like(index)
+    match, unpacked_score, unpacked_index = (
+        torch.empty(16, dtype=torch.int64),
+        torch.empty_like(score),
+        torch.empty_like(index),
+    )
     _pack_kernel[(1,)](score, index, match, unpacked_score, unpacked_index, 16)
     assert (match.diff() > 0).all()
     assert torch.equal(unpacked_index, index)
     torch.testing.assert_close(unpacked_score, score, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(match[:1] >> 32, torch.tensor([similarity.NOTHING.value])) and match[0] & 0xFFFFFFFF == 0
+    assert (
+        torch.equal(match[:1] >> 32, torch.tensor([similarity.NOTHING.value])) and match[0] & 0xFFFFFFFF == 0
+    )
 
 
 def _counted(query, keys, similarity_kind, joint, labels=(None, None, None)):
     """The matches of `counted_argmax`, unpacked and with the query's norm, whose counts must be theirs."""
     match, counts = similarity.counted_argmax(query, keys, similarity_kind, joint, *labels)
     order, index = (match >> 32).int(), (~match).int()
-    assert counts.dtype == torch.int32 and torch.equal(counts, reference_rearrange.match_counts(index, keys.shape[2]))
+    assert counts.dtype == torch.int32 and torch.equal(
+        counts, reference_rearrange.match_counts(index, keys.shape[2])
+    )
     score = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
     if similarity_kind == "cosine":
         squares = query.double().square().sum(-1)
-        score = (score / (squares.sum(1, keepdim=True) if joint else squares).sqrt()).float().masked_fill(index < 0, float("-inf"))
+        score = (
+            (score / (squares.sum(1, keepdim=True) if joint else squares).sqrt())
+            .float()
+            .masked_fill(index < 0, float("-inf"))
+        )
     return index, score
 
 
 @pytest.mark.parametrize("similarity_kind", ["dot", "cosine"])
 @pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("rows,tokens", [(5, 130), (70, 20)])  # several splits, fewer queries than keys; one, more queries than keys
+@pytest.mark.parametrize(
+    "rows,tokens", [(5, 130), (70, 20)]
+)  # several splits, fewer queries than keys; one, more queries than keys
 def test_counted_argmax(similarity_kind, joint, rows, tokens):
     query, keys = _features((2, 2 if joint else 1, rows, 16), tokens, reference_batch=3)
     labels = (None, None, torch.tensor([2, 0], dtype=torch.int32))
@@ -230,7 +284,9 @@ def test_packed_argmax_with_labels():
     query, keys = _features((2, 2, 20, 16), 71)
     labels = (_labels(2, 20, 1), _labels(2, 71, 2), None)
     index, score = similarity.similarity_argmax(query, keys, "cosine", False, *labels, exact=False)
-    expected_index, expected_score = reference.similarity_argmax(query.double(), keys.double(), "cosine", False, *labels)
+    expected_index, expected_score = reference.similarity_argmax(
+        query.double(), keys.double(), "cosine", False, *labels
+    )
     assert torch.equal(index, expected_index)
     found = index >= 0
     assert not found.all() and (score[~found] == float("-inf")).all()
@@ -280,7 +336,11 @@ def test_topk(joint, k):
 
 def test_topk_of_few_admissible_keys():
     query, keys = _features((2, 1, 19, 16), 45)
-    labels = (_labels(2, 19, 1), _labels(1, 45, 2) * (torch.rand(45, generator=torch.Generator().manual_seed(3)) < 0.2), None)
+    labels = (
+        _labels(2, 19, 1),
+        _labels(1, 45, 2) * (torch.rand(45, generator=torch.Generator().manual_seed(3)) < 0.2),
+        None,
+    )
     actual = similarity.similarity_topk(query, keys, 8, "dot", False, *labels)
     _hold(actual, query, keys, "dot", False, labels, k=8)
     assert (actual[0] == -1).any() and (actual[1][actual[0] == -1] == float("-inf")).all()

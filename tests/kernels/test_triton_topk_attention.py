@@ -14,11 +14,26 @@ def _poisoned():
         yield
 
 
-def _inputs(dims=(40, 40), k=5, maps=1, dtype=torch.float32, batch=2, reference_batch=2, tokens=21, reference_tokens=33, seed=0):
+def _inputs(
+    dims=(40, 40),
+    k=5,
+    maps=1,
+    dtype=torch.float32,
+    batch=2,
+    reference_batch=2,
+    tokens=21,
+    reference_tokens=33,
+    seed=0,
+):
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn((batch, 3, tokens, dims[0]), generator=generator).to(dtype)
-    key, value = (torch.randn((reference_batch, 3, reference_tokens, dim), generator=generator).to(dtype) for dim in dims)
-    index = torch.randint(-1, reference_tokens, (batch, maps, tokens, k), generator=generator, dtype=torch.int32)
+    key, value = (
+        torch.randn((reference_batch, 3, reference_tokens, dim), generator=generator).to(dtype)
+        for dim in dims
+    )
+    index = torch.randint(
+        -1, reference_tokens, (batch, maps, tokens, k), generator=generator, dtype=torch.int32
+    )
     return query, key, value, index
 
 
@@ -26,7 +41,9 @@ def _hold(query, key, value, index, scale=0.3, contrast=1.0, batch_index=None):
     settings = {"scale": scale, "contrast": contrast, "batch_index": batch_index}
     actual = topk_attention(query, key, value, index, **settings)
     truth = reference(query.double(), key.double(), value.double(), index, **settings)
-    verdict = testing.judge(actual, reference(query, key, value, index, **settings), truth, max(query.shape[3], index.shape[3]))
+    verdict = testing.judge(
+        actual, reference(query, key, value, index, **settings), truth, max(query.shape[3], index.shape[3])
+    )
     assert verdict.passed, verdict
     assert actual.dtype == query.dtype and actual.is_contiguous()
     return actual
@@ -72,7 +89,9 @@ def test_one_candidate_gives_its_value():
     query, key, value, index = _inputs(k=1)
     index.clamp_(min=0)
     rows = index.long().expand(-1, 3, -1, -1)
-    assert torch.equal(topk_attention(query, key, value, index, scale=1.0, contrast=1.0), value.take_along_dim(rows, dim=2))
+    assert torch.equal(
+        topk_attention(query, key, value, index, scale=1.0, contrast=1.0), value.take_along_dim(rows, dim=2)
+    )
 
 
 @pytest.mark.parametrize("contrast", [1.0, 1.67])
@@ -84,4 +103,8 @@ def test_nan_stays_with_its_query(contrast):
     actual = topk_attention(query, key, value, index, scale=0.3, contrast=contrast)
     nan = torch.zeros(actual.shape[:3], dtype=torch.bool)
     nan[0, 1, 4], nan[1, 2] = True, (index[1, 0] == 9).any(-1)
-    assert torch.equal(actual.isnan(), nan.unsqueeze(-1).expand_as(actual)) and nan[1].any() and not nan[1, 2].all()
+    assert (
+        torch.equal(actual.isnan(), nan.unsqueeze(-1).expand_as(actual))
+        and nan[1].any()
+        and not nan[1, 2].all()
+    )

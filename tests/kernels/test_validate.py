@@ -26,14 +26,21 @@ def test_worst_error_knows_nan_and_infinity():
     truth = torch.tensor([1.0, -math.inf, 2.0]).double()
     assert worst_error(truth.float(), truth) == 0
     assert worst_error(torch.tensor([1.5, -math.inf, 2.0]), truth) == 0.5
-    for wrong in ([1.0, math.inf, 2.0], [1.0, 0.0, 2.0], [math.nan, -math.inf, 2.0], [1.0, -math.inf, math.inf]):
+    for wrong in (
+        [1.0, math.inf, 2.0],
+        [1.0, 0.0, 2.0],
+        [math.nan, -math.inf, 2.0],
+        [1.0, -math.inf, math.inf],
+    ):
         assert worst_error(torch.tensor(wrong), truth) == math.inf
     assert worst_error(torch.ones(2), torch.ones(3)) == math.inf
 
 
 def test_the_budget_grows_with_the_dtype_and_the_reduction():
     truth = torch.linspace(-4, 4, 50).double()
-    budgets = [error_budget(truth.to(dtype), truth, 100) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    budgets = [
+        error_budget(truth.to(dtype), truth, 100) for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ]
     assert budgets[0] < budgets[1] < budgets[2] and budgets[0] < 1e-5
     assert error_budget(truth.float(), truth, 10000) > budgets[0]
 
@@ -51,7 +58,9 @@ def test_judge_tells_a_right_answer_from_a_wrong_one():
 def test_judge_match_rejects_every_kind_of_wrong_match():
     reference = random_features(1, 1, 30, 32, seed=0)
     query, index = matched_queries(reference, 12, seed=1)
-    tables = [scores(q, r, "cosine", False) for q, r in ((query, reference), (query.double(), reference.double()))]
+    tables = [
+        scores(q, r, "cosine", False) for q, r in ((query, reference), (query.double(), reference.double()))
+    ]
     found, score = similarity_argmax(query, reference, "cosine", False)
     assert torch.equal(found, index) and judge_match(found, score, *tables, 32).passed
 
@@ -61,7 +70,9 @@ def test_judge_match_rejects_every_kind_of_wrong_match():
         return judge_match(wrong_index, wrong_score, *tables, 32).passed
 
     other = (int(index[0, 0, 3]) + 1) % 30
-    assert not any((verdict(3, other), verdict(3, -1), verdict(3, 30), verdict(3, 0.5, True), verdict(3, math.nan, True)))
+    assert not any(
+        (verdict(3, other), verdict(3, -1), verdict(3, 30), verdict(3, 0.5, True), verdict(3, math.nan, True))
+    )
     slightly = float(score[0, 0, 3]) * (1 + 2**-16)
     assert not verdict(3, slightly, True)
     changed = score.clone()
@@ -87,7 +98,9 @@ def test_matched_queries_have_clear_margins():
 
 
 def test_random_data_are_the_same_in_every_dtype():
-    assert torch.equal(random_features(3, 4, seed=5, dtype=torch.float16), random_features(3, 4, seed=5).half())
+    assert torch.equal(
+        random_features(3, 4, seed=5, dtype=torch.float16), random_features(3, 4, seed=5).half()
+    )
     drawn = random_integers(-1, 4, 200, seed=6)
     assert drawn.dtype == torch.int32 and int(drawn.min()) == -1 and int(drawn.max()) == 3
 
@@ -96,7 +109,12 @@ def test_poisoned_memory_fills_what_is_not_written_and_is_restored():
     mode = torch.get_deterministic_debug_mode()
     with pytest.raises(KeyError), poisoned_memory():
         like = torch.zeros(3, dtype=torch.bfloat16)
-        for x in (torch.empty(4), torch.empty_like(like), like.new_empty(2, 2), torch.empty_strided((2, 2), (1, 2))):
+        for x in (
+            torch.empty(4),
+            torch.empty_like(like),
+            like.new_empty(2, 2),
+            torch.empty_strided((2, 2), (1, 2)),
+        ):
             assert bool(x.isnan().all())
         assert torch.empty(3, dtype=torch.int32).tolist() == [2**31 - 1] * 3
         raise KeyError
@@ -113,20 +131,51 @@ def test_an_op_that_leaves_memory_unwritten_fails(monkeypatch, capsys):
         return result
 
     monkeypatch.setattr(probe, "mean_attention_map", lazy)
-    assert validate.main(["--backend", "tiled", "--dtype", "float32", "--device", "cpu", "--op", "mean_attention_map", "--quick"]) == 1
+    assert (
+        validate.main(
+            [
+                "--backend",
+                "tiled",
+                "--dtype",
+                "float32",
+                "--device",
+                "cpu",
+                "--op",
+                "mean_attention_map",
+                "--quick",
+            ]
+        )
+        == 1
+    )
     assert "FAILED" in capsys.readouterr().out
 
 
 def test_the_table_and_the_file(tmp_path, capsys):
     file = tmp_path / "rows.json"
-    arguments = ["--backend", "tiled", "--device", "cpu", "--quick", "--op", "label_mass", "attention labels", "--json", str(file)]
+    arguments = [
+        "--backend",
+        "tiled",
+        "--device",
+        "cpu",
+        "--quick",
+        "--op",
+        "label_mass",
+        "attention labels",
+        "--json",
+        str(file),
+    ]
     assert validate.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("qalign_kernels ") and lines[2].split() == [
         "op", "backend", "dtype", "cases", "error", "budget", "error/budget", "verdict", "time_s",
     ]  # fmt: skip
     rows = json.loads(file.read_text())["rows"]
-    assert {row["op"] for row in rows} == {"label_mass", "label_mass gradient", "attention labels", "attention labels gradient"}
+    assert {row["op"] for row in rows} == {
+        "label_mass",
+        "label_mass gradient",
+        "attention labels",
+        "attention labels gradient",
+    }
     assert {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
     assert all(row["passed"] and row["cases"] > 0 and row["error"] <= row["budget"] for row in rows)
     assert sum(" ok " in line for line in lines) == len(rows)
@@ -135,8 +184,13 @@ def test_the_table_and_the_file(tmp_path, capsys):
 def test_a_wrong_op_fails_and_its_case_is_shown(monkeypatch, capsys):
     from qalign_kernels.tiled import rearrange
 
-    monkeypatch.setattr(rearrange, "match_counts", lambda index, num_tokens: index.new_ones((*index.shape[:2], num_tokens)))
-    assert validate.main(["--backend", "tiled", "--dtype", "float32", "--device", "cpu", "--op", "match_counts"]) == 1
+    monkeypatch.setattr(
+        rearrange, "match_counts", lambda index, num_tokens: index.new_ones((*index.shape[:2], num_tokens))
+    )
+    assert (
+        validate.main(["--backend", "tiled", "--dtype", "float32", "--device", "cpu", "--op", "match_counts"])
+        == 1
+    )
     output = capsys.readouterr().out
     assert "FAILED match_counts, tiled, float32, B=1 H=2 N_q=33 N_k=70" in output and "... and" in output
 
@@ -148,7 +202,17 @@ def test_an_op_that_raises_fails_and_says_what(monkeypatch, capsys):
         raise ArithmeticError("no\nluck")
 
     monkeypatch.setattr(similarity, "similarity_argmax", raises)
-    arguments = ["--backend", "tiled", "--dtype", "float32", "--device", "cpu", "--quick", "--op", "similarity_argmax"]
+    arguments = [
+        "--backend",
+        "tiled",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--quick",
+        "--op",
+        "similarity_argmax",
+    ]
     assert validate.main(arguments) == 1
     assert "ArithmeticError: no luck\n" in capsys.readouterr().out
 
@@ -177,7 +241,14 @@ def test_every_public_op_has_its_rows():
 
     ops = [name for name in qalign_kernels.__all__ if name[0].islower() and name != "use_backend"]
     assert all(any(row.split()[0] == name for row in validate.OPS) for name in ops)
-    learned = ("rearrange_kv", "attention", "attention_with_lse", "distillation_loss", "label_mass", "mean_attention_map")
+    learned = (
+        "rearrange_kv",
+        "attention",
+        "attention_with_lse",
+        "distillation_loss",
+        "label_mass",
+        "mean_attention_map",
+    )
     assert all(f"{name} gradient" in validate.OPS for name in learned)
 
 
@@ -186,6 +257,15 @@ def test_triton_runs_in_its_interpreter_where_there_is_no_gpu(capsys):
 
     if _backends.triton_problem() or not _backends.interpreted():
         pytest.skip("Triton is absent, or not interpreted here")
-    assert validate.main(["--backend", "triton", "--device", "cpu", "--quick", "--op", "match_counts", "attention labels"]) == 0
+    assert (
+        validate.main(
+            ["--backend", "triton", "--device", "cpu", "--quick", "--op", "match_counts", "attention labels"]
+        )
+        == 0
+    )
     output = capsys.readouterr().out
-    assert "in its interpreter" in output and "triton    float16" in output and "triton    bfloat16" not in output
+    assert (
+        "in its interpreter" in output
+        and "triton    float16" in output
+        and "triton    bfloat16" not in output
+    )

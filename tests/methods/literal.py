@@ -95,7 +95,11 @@ def seal(attn, out, app, struct, *, tau=0.15, delta=3.0, top=1, joint=True, blen
         2, best.unsqueeze(-1).expand(*best.shape, v.shape[2])
     )).squeeze(2)  # fmt: skip
     base = plain(q, own_k, own_v)
-    return {"average": (base + w * infused) / (1 + w), "add": base + w * infused, "extrapolate": base + w * (infused - base)}[blend]
+    return {
+        "average": (base + w * infused) / (1 + w),
+        "add": base + w * infused,
+        "extrapolate": base + w * (infused - base),
+    }[blend]
 
 
 def eye_for_an_eye(attn, out, app, struct, *, structure_step=False, **_) -> Tensor:
@@ -174,7 +178,10 @@ def consistory(attn, out, app, struct, *, subject=None, **_) -> Tensor:
 
 
 def project_cross(attn, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(heads_of(layer(x), attn.heads) for layer, x in ((attn.to_q, hidden), (attn.to_k, context), (attn.to_v, context)))
+    return tuple(
+        heads_of(layer(x), attn.heads)
+        for layer, x in ((attn.to_q, hidden), (attn.to_k, context), (attn.to_v, context))
+    )
 
 
 def bounded_cross(attn, hidden, context, *, labels, subjects, filters, eos, optimized=False) -> Tensor:
@@ -223,7 +230,9 @@ def shared_group_norm(norm, x: Tensor) -> Tensor:
     for number, row in enumerate(x):
         both = torch.cat([row, x[number + 1] if number % 3 == 0 else row], dim=-2)
         groups = both.reshape(norm.num_groups, -1)
-        normalised = (groups - groups.mean(1, keepdim=True)) / (groups.var(1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+        normalised = (groups - groups.mean(1, keepdim=True)) / (
+            groups.var(1, unbiased=False, keepdim=True) + norm.eps
+        ).sqrt()
         normalised = normalised.reshape(both.shape) * norm.weight[:, None, None] + norm.bias[:, None, None]
         rows.append(normalised[..., : x.shape[-2], :])
     return torch.stack(rows)

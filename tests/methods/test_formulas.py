@@ -45,26 +45,58 @@ CASES = {
     "masactrl union": (MasaCtrl(union=True), literal.masactrl, {"union": True}),
     "masactrl masks": (MasaCtrl(), literal.masactrl, {"masks": [mask.flatten().bool() for mask in MASKS]}),
     "style_id": (StyleID(), literal.style_id, {}),
-    "style_id settings": (StyleID(query_preservation=0.3, temperature=1.0), literal.style_id, {"gamma": 0.3, "temperature": 1.0}),
+    "style_id settings": (
+        StyleID(query_preservation=0.3, temperature=1.0),
+        literal.style_id,
+        {"gamma": 0.3, "temperature": 1.0},
+    ),
     "z_star": (ZStar(), literal.z_star, {}),
     "style_aligned": (StyleAligned(), literal.style_aligned, {}),
     "style_aligned real": (StyleAligned.real(), literal.style_aligned, {"shift": math.log(2)}),
     "style_aligned attention alone": (StyleAligned(share_group_norm=False), literal.style_aligned, {}),
-    "style_aligned scale": (StyleAligned(shared_score_scale=0.5, adain_values=True), literal.style_aligned, {"scale": 0.5, "values": True}),
+    "style_aligned scale": (
+        StyleAligned(shared_score_scale=0.5, adain_values=True),
+        literal.style_aligned,
+        {"scale": 0.5, "values": True},
+    ),
     "bounded": (BoundedAttention(), literal.bounded, {"labels": LABELS.flatten()}),
     "seal": (SeAl(), literal.seal, {}),
     "seal add": (SeAl(blend="add", topk=3), literal.seal, {"blend": "add", "top": 3}),
-    "seal extrapolate": (SeAl(blend="extrapolate", heads="per_head", topk=2), literal.seal, {"blend": "extrapolate", "top": 2, "joint": False}),
+    "seal extrapolate": (
+        SeAl(blend="extrapolate", heads="per_head", topk=2),
+        literal.seal,
+        {"blend": "extrapolate", "top": 2, "joint": False},
+    ),
     "seal keys_values": (SeAl(blend="keys_values"), literal.seal, {"blend": "keys_values"}),
     "reference_only": (ReferenceOnly(style_fidelity=0.0), literal.reference_only, {}),
     "eye_for_an_eye": (EyeForAnEye(), literal.eye_for_an_eye, {}),
     "ctrl_x": (CtrlX(structure_layers=ANYWHERE, appearance_layers=ANYWHERE), literal.ctrl_x, {}),
-    "ctrl_x structure": (CtrlX(structure_layers=ANYWHERE, appearance_layers=()), literal.ctrl_x, {"appearance": False}),
-    "ctrl_x appearance": (CtrlX(structure_layers=(), appearance_layers=ANYWHERE, structure_convolutions=()), literal.ctrl_x, {"structure": False}),
-    "free_custom two": (FreeCustom(style_fidelity=0.0, mask_weights=(1.0, 2.0)), literal.free_custom, {"weights": (1.0, 2.0)}),
-    "free_custom masks": (FreeCustom(style_fidelity=0.0), literal.free_custom, {"weights": (3.0, 3.0), "masks": [mask.flatten() for mask in MASKS]}),
+    "ctrl_x structure": (
+        CtrlX(structure_layers=ANYWHERE, appearance_layers=()),
+        literal.ctrl_x,
+        {"appearance": False},
+    ),
+    "ctrl_x appearance": (
+        CtrlX(structure_layers=(), appearance_layers=ANYWHERE, structure_convolutions=()),
+        literal.ctrl_x,
+        {"structure": False},
+    ),
+    "free_custom two": (
+        FreeCustom(style_fidelity=0.0, mask_weights=(1.0, 2.0)),
+        literal.free_custom,
+        {"weights": (1.0, 2.0)},
+    ),
+    "free_custom masks": (
+        FreeCustom(style_fidelity=0.0),
+        literal.free_custom,
+        {"weights": (3.0, 3.0), "masks": [mask.flatten() for mask in MASKS]},
+    ),
     "dream_matcher": (DreamMatcher(size=GRID), literal.dream_matcher, {"grid": GRID}),
-    "dream_matcher mask": (DreamMatcher(), literal.dream_matcher, {"grid": GRID, "foreground": MASKS[1].flatten()}),
+    "dream_matcher mask": (
+        DreamMatcher(),
+        literal.dream_matcher,
+        {"grid": GRID, "foreground": MASKS[1].flatten()},
+    ),
     "dream_matcher labels": (
         DreamMatcher(),
         literal.dream_matcher,
@@ -73,7 +105,11 @@ CASES = {
     "consistory": (ConsiStory(dropout=0.0), literal.consistory, {}),
     "consistory mask": (ConsiStory(dropout=0.0), literal.consistory, {"subject": MASKS[0].flatten().bool()}),
 }
-NEUTRAL = [SeAl(strength=(0.0, 0.0)), SeAl(threshold=(2.0, 2.0)), CtrlX(structure_layers=(), appearance_layers=())]
+NEUTRAL = [
+    SeAl(strength=(0.0, 0.0)),
+    SeAl(threshold=(2.0, 2.0)),
+    CtrlX(structure_layers=(), appearance_layers=()),
+]
 REGIONS = {
     "masactrl masks": Regions(appearance=MASKS[0], structure=MASKS[1]),
     "bounded": Regions(structure=LABELS, background=0),
@@ -99,7 +135,9 @@ def make_attention(heads: int, head_dim: int) -> tuple[Attention, Tensor]:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest of any batch row."""
-    return ((actual.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max().item()
+    return (
+        ((actual.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max().item()
+    )
 
 
 class Literal:
@@ -122,7 +160,9 @@ class Literal:
 def make_literal_outside_attention(unet, method) -> None:
     """Replace the modules that the method acts on besides by the literal formula."""
     for name in getattr(method, "structure_convolutions", ()):
-        unet.get_submodule(name).register_forward_hook(lambda module, inputs, output: literal.injected(output))
+        unet.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output: literal.injected(output)
+        )
     if getattr(method, "share_group_norm", False) is not False:
         for module in unet.modules():
             if isinstance(module, torch.nn.GroupNorm):
@@ -140,7 +180,12 @@ def test_a_layer_is_the_published_formula(case, shape):
     attn.double().set_processor(Literal(formula, **settings))
     expected = attn(hidden.double())
     assert relative_error(actual, expected) < 2e-6
-    stock = torch.stack([attn.to_out[0](literal.plain(*literal.project(attn, row)).transpose(0, 1).flatten(1)) for row in hidden.double()])
+    stock = torch.stack(
+        [
+            attn.to_out[0](literal.plain(*literal.project(attn, row)).transpose(0, 1).flatten(1))
+            for row in hidden.double()
+        ]
+    )
     assert relative_error(stock[[0, 3]], expected[[0, 3]]) > 1e-2  # it does edit
 
 
@@ -164,11 +209,15 @@ def test_a_unet_over_several_steps(case):
     for name in layers:
         unet.get_submodule(name).set_processor(Literal(formula, **settings))
     make_literal_outside_attention(unet, method)
-    wide_inputs = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
+    wide_inputs = {
+        name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()
+    }
     for number, timestep in enumerate(torch.tensor([900, 500, 100])):
         if formula is literal.eye_for_an_eye:
             for name in layers:
-                unet.get_submodule(name).processor.settings = {"structure_step": method.takes_structure(number, 3)}
+                unet.get_submodule(name).processor.settings = {
+                    "structure_step": method.takes_structure(number, 3)
+                }
         wide = wide - 0.3 * unet(**wide_inputs | {"sample": wide, "timestep": timestep}).sample
     assert relative_error(shipped, wide) < 2e-5
 
@@ -176,13 +225,20 @@ def test_a_unet_over_several_steps(case):
 @torch.no_grad()
 def test_full_share_attends_every_output_of_its_part():
     attn, hidden = make_attention(2, 40)
-    attn.set_processor(UNetAttnProcessor(StyleAligned(full_attention_share=True), BatchLayout("output", "output", "output")))
+    attn.set_processor(
+        UNetAttnProcessor(StyleAligned(full_attention_share=True), BatchLayout("output", "output", "output"))
+    )
     actual = attn(hidden)
     attn.double()
     projected = [literal.project(attn, row) for row in hidden.double()]
     for part in (0, 3):
         k, v = (torch.cat([row[place] for row in projected[part : part + 3]], 1) for place in (1, 2))
-        expected = torch.stack([attn.to_out[0](literal.plain(q, k, v).transpose(0, 1).flatten(1)) for q, _, _ in projected[part : part + 3]])
+        expected = torch.stack(
+            [
+                attn.to_out[0](literal.plain(q, k, v).transpose(0, 1).flatten(1))
+                for q, _, _ in projected[part : part + 3]
+            ]
+        )
         assert relative_error(actual[part : part + 3], expected) < 2e-6
 
 
@@ -203,7 +259,9 @@ def test_seal_moves_between_the_ends_of_its_schedules():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "method", [SeAl(strength=(0.0, 0.0)), SeAl(threshold=(2.0, 2.0)), CtrlX(structure_layers=(), appearance_layers=())], ids=repr
+    "method",
+    [SeAl(strength=(0.0, 0.0)), SeAl(threshold=(2.0, 2.0)), CtrlX(structure_layers=(), appearance_layers=())],
+    ids=repr,
 )
 def test_neutral_settings_are_the_untouched_layer_bit_for_bit(method):
     attn, hidden = make_attention(2, 40)
@@ -219,7 +277,9 @@ def test_rows_that_are_not_output_and_steps_outside_the_window_are_stock_bit_for
     attn, hidden = make_attention(2, 40)
     stock = attn(hidden)
     clock = Clock((0.5, 1.0))
-    attn.set_processor(UNetAttnProcessor(method, LAYOUTS.get(case, LAYOUT), clock=clock, regions=REGIONS.get(case)))
+    attn.set_processor(
+        UNetAttnProcessor(method, LAYOUTS.get(case, LAYOUT), clock=clock, regions=REGIONS.get(case))
+    )
     clock.set(7, 10)
     edited = attn(hidden)
     assert [torch.equal(a, b) for a, b in zip(edited, stock)] == [False, True, True] * 2
@@ -234,7 +294,9 @@ def test_rows_that_are_not_output_and_steps_outside_the_window_are_stock_bit_for
 def test_trap_style_aligned_scales_the_reference_but_not_the_own_copy():
     """With a = 0 the reference's logits are all b: a shift so low that it vanishes leaves attention to the own keys, after AdaIN."""
     attn, hidden = make_attention(2, 40)
-    attn.set_processor(UNetAttnProcessor(StyleAligned(shared_score_scale=0.0, shared_score_shift=-1e4), LAYOUT))
+    attn.set_processor(
+        UNetAttnProcessor(StyleAligned(shared_score_scale=0.0, shared_score_shift=-1e4), LAYOUT)
+    )
     actual = attn(hidden)
     attn.double()
     (q, k, v), (ref_q, ref_k, _) = (literal.project(attn, row) for row in hidden[:2].double())
@@ -259,7 +321,9 @@ def test_trap_masactrl_without_foreground_in_the_source_attends_all_of_it():
     """The published fill with the lowest number gives uniform attention there; not NaN, and here not uniform either."""
     attn, hidden = make_attention(2, 40)
     nothing, everything = torch.zeros(GRID, dtype=torch.long), torch.ones(GRID, dtype=torch.long)
-    attn.set_processor(UNetAttnProcessor(MasaCtrl(), LAYOUT, regions=Regions(appearance=nothing, structure=everything)))
+    attn.set_processor(
+        UNetAttnProcessor(MasaCtrl(), LAYOUT, regions=Regions(appearance=nothing, structure=everything))
+    )
     masked = attn(hidden)
     attn.set_processor(UNetAttnProcessor(MasaCtrl(), LAYOUT))
     torch.testing.assert_close(masked, attn(hidden), rtol=0, atol=2e-6)
@@ -270,14 +334,18 @@ def test_trap_ctrl_x_adds_nothing_to_the_deviation():
     """Features a thousandth as large have statistics a thousandth as large: an eps of 1e-5 in the variance would show."""
     attn, hidden = make_attention(2, 40)
     method, site = CtrlX(structure_layers=(), appearance_layers=ANYWHERE), Site(LAYOUT)
-    small, large = (method.prepare(x, lambda each: project(attn, each, None), site) for x in (hidden * 1e-3, hidden))
+    small, large = (
+        method.prepare(x, lambda each: project(attn, each, None), site) for x in (hidden * 1e-3, hidden)
+    )
     torch.testing.assert_close(small * 1e3, large, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_trap_seal_with_one_key_gathers_its_value_without_a_softmax():
     attn, hidden = make_attention(2, 40)
-    attn.set_processor(UNetAttnProcessor(SeAl(threshold=(-1.0, -1.0), strength=(1e9, 1e9), heads="per_head"), LAYOUT))
+    attn.set_processor(
+        UNetAttnProcessor(SeAl(threshold=(-1.0, -1.0), strength=(1e9, 1e9), heads="per_head"), LAYOUT)
+    )
     actual = attn(hidden)[:1]
     attn.double()
     (q, _, _), (_, k, v) = (literal.project(attn, row) for row in hidden[:2].double())
@@ -292,7 +360,10 @@ def test_reference_only_blends_the_unconditional_half_alone():
     attn.set_processor(UNetAttnProcessor(ReferenceOnly(style_fidelity=0.7), LAYOUT))
     actual = attn(hidden)[[0, 3]]
     attn.double()
-    rows = [literal.reference_only(attn, *hidden[first : first + 3].double(), fidelity=fidelity) for first, fidelity in ((0, 0.7), (3, 0.0))]
+    rows = [
+        literal.reference_only(attn, *hidden[first : first + 3].double(), fidelity=fidelity)
+        for first, fidelity in ((0, 0.7), (3, 0.0))
+    ]
     expected = torch.stack([attn.to_out[0](row.transpose(0, 1).flatten(1)) for row in rows])
     assert relative_error(actual, expected) < 2e-6
 
@@ -309,15 +380,27 @@ def test_story_diffusion_sees_all_of_its_own_and_the_drawn_tokens_of_the_others(
     projected = [literal.project(attn, row) for row in hidden.double()]
     for part in (0, 3):
         for row in range(3):
-            kept = [projected[part + other] if other == row else [x[:, seen] for x in projected[part + other]] for other in range(3)]
+            kept = [
+                projected[part + other] if other == row else [x[:, seen] for x in projected[part + other]]
+                for other in range(3)
+            ]
             k, v = (torch.cat([each[place] for each in kept], 1) for place in (1, 2))
             expected = literal.plain(projected[part + row][0], k, v)
-            assert relative_error(actual[part + row][None], attn.to_out[0](expected.transpose(0, 1).flatten(1))[None]) < 2e-6
+            assert (
+                relative_error(
+                    actual[part + row][None], attn.to_out[0](expected.transpose(0, 1).flatten(1))[None]
+                )
+                < 2e-6
+            )
 
 
 @torch.no_grad()
 def test_story_diffusion_leaves_layers_out_as_often_as_asked_and_draws_anew_at_each_step():
     method = StoryDiffusion()
-    skipped = [method._draw(1, step, f"up_blocks.{layer}").item() < 0.3 for step in range(40) for layer in range(25)]
+    skipped = [
+        method._draw(1, step, f"up_blocks.{layer}").item() < 0.3 for step in range(40) for layer in range(25)
+    ]
     assert 0.26 < sum(skipped) / len(skipped) < 0.34
-    assert torch.equal(method._draw(64, 3, ""), method._draw(64, 3, "")) and not torch.equal(method._draw(64, 3, ""), method._draw(64, 4, ""))
+    assert torch.equal(method._draw(64, 3, ""), method._draw(64, 3, "")) and not torch.equal(
+        method._draw(64, 3, ""), method._draw(64, 4, "")
+    )

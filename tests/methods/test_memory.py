@@ -10,7 +10,12 @@ from qalign.context.regions import Regions
 from qalign.evaluation.peak_memory import MIB, PeakMemory
 from qalign.methods import METHODS
 
-SHAPE = (3, 4, 4096, 64)  # [output, appearance, structure or second appearance] of up_blocks.1 at 1024 pixels, which has ten heads
+SHAPE = (
+    3,
+    4,
+    4096,
+    64,
+)  # [output, appearance, structure or second appearance] of up_blocks.1 at 1024 pixels, which has ten heads
 LABELS = torch.arange(4096).view(64, 64) % 64 // 32
 
 
@@ -28,7 +33,10 @@ def project(hidden):
 def test_a_layer_takes_a_few_times_its_queries_keys_and_values(name):
     method = METHODS[name]()
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(SHAPE[0], SHAPE[2], SHAPE[1], SHAPE[3], generator=generator).transpose(1, 2) for _ in range(3))
+    q, k, v = (
+        torch.randn(SHAPE[0], SHAPE[2], SHAPE[1], SHAPE[3], generator=generator).transpose(1, 2)
+        for _ in range(3)
+    )
     hidden = torch.randn(SHAPE[0], SHAPE[2], SHAPE[1] * SHAPE[3], generator=generator)
     regions = Regions(structure=LABELS, background=0) if name == "bounded" else None
     roles = ("output", "appearance", "appearance" if name == "free_custom" else "structure")

@@ -17,20 +17,34 @@ from tests.processors.models import SIZE, make_pipe, make_unet, unet_inputs
 from tests.processors.test_unet_contract import ip_adapter_weights
 
 INJECTION = CtrlX(structure_layers=(), appearance_layers=())  # nothing but the convolution
-PROMPT = {"subjects": {1: (1, 2), 2: (2, 5)}, "filters": (3, 5), "eos": 6}  # of 7 tokens, one of them of both subjects, one a filter token besides
-BOUNDED = BoundedAttention(subject_tokens=PROMPT["subjects"], filter_tokens=PROMPT["filters"], eos_token=PROMPT["eos"])
+PROMPT = {
+    "subjects": {1: (1, 2), 2: (2, 5)},
+    "filters": (3, 5),
+    "eos": 6,
+}  # of 7 tokens, one of them of both subjects, one a filter token besides
+BOUNDED = BoundedAttention(
+    subject_tokens=PROMPT["subjects"], filter_tokens=PROMPT["filters"], eos_token=PROMPT["eos"]
+)
 AUTOMATIC = MasaCtrl(ref_token_idx=(2,), cur_token_idx=(1, 3))
 OUTSIDE = [INJECTION, StyleAligned(), BOUNDED, AUTOMATIC]
 COMPILED = [StyleAligned(), BOUNDED, AUTOMATIC]
-LABELS = torch.arange(SIZE * SIZE).view(SIZE, SIZE) * 5 % 7 // 2  # background, two subjects, and one without words
+LABELS = (
+    torch.arange(SIZE * SIZE).view(SIZE, SIZE) * 5 % 7 // 2
+)  # background, two subjects, and one without words
 REGIONS_OF: dict = {BoundedAttention: Regions(structure=LABELS, background=0)}
 
 
 def state_of(unet) -> tuple:
     """Everything that attach may touch."""
     modules = dict(unet.named_modules())
-    hooks = {name: (list(module._forward_hooks), list(module._forward_pre_hooks)) for name, module in modules.items()}
-    attributes = {name: {key for key in vars(module) if not key.startswith("_forward")} for name, module in modules.items()}
+    hooks = {
+        name: (list(module._forward_hooks), list(module._forward_pre_hooks))
+        for name, module in modules.items()
+    }
+    attributes = {
+        name: {key for key in vars(module) if not key.startswith("_forward")}
+        for name, module in modules.items()
+    }
     return {name: id(processor) for name, processor in unet.attn_processors.items()}, hooks, attributes
 
 
@@ -47,7 +61,9 @@ def test_everything_is_restored_after_an_exception(method):
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     stock, before = unet(**inputs).sample, state_of(unet)
     with pytest.raises(ZeroDivisionError):
-        with attach(unet, method, layout=LAYOUT, layers="up", regions=REGIONS_OF.get(type(method)), steps=(0, 1)):
+        with attach(
+            unet, method, layout=LAYOUT, layers="up", regions=REGIONS_OF.get(type(method)), steps=(0, 1)
+        ):
             assert state_of(unet) != before
             assert not torch.equal(unet(**inputs).sample, stock)
             raise ZeroDivisionError
@@ -60,7 +76,9 @@ def test_everything_is_restored_after_an_exception(method):
 def test_steps_outside_the_window_are_stock_bit_for_bit(method):
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     stock = unet(**inputs).sample
-    with attach(unet, method, layout=LAYOUT, layers="up", regions=REGIONS_OF.get(type(method)), steps=(0.5, 1)) as control:
+    with attach(
+        unet, method, layout=LAYOUT, layers="up", regions=REGIONS_OF.get(type(method)), steps=(0.5, 1)
+    ) as control:
         same = [torch.equal(unet(**inputs).sample, stock) for _ in control.track([0, 1, 2, 3])]
         assert same == [True, True, False, False]
         with pytest.raises(RuntimeError, match="steps: expected a running clock"):
@@ -78,9 +96,13 @@ def test_a_compiled_unet_is_one_graph_for_all_steps(method):
         graphs.append(graph)
         return graph
 
-    with attach(unet, method, layout=LAYOUT, layers="up", regions=REGIONS_OF.get(type(method)), steps=(0.3, 1)) as control:
+    with attach(
+        unet, method, layout=LAYOUT, layers="up", regions=REGIONS_OF.get(type(method)), steps=(0.3, 1)
+    ) as control:
         for model in (unet, torch.compile(unet, backend=backend, fullgraph=True)):
-            runs.append([model(**inputs | {"timestep": timestep}).sample for timestep in control.track(timesteps)])
+            runs.append(
+                [model(**inputs | {"timestep": timestep}).sample for timestep in control.track(timesteps)]
+            )
     assert len(graphs) == 1
     torch.testing.assert_close(runs[1], runs[0], rtol=1e-4, atol=1e-4)
 
@@ -89,7 +111,10 @@ def test_a_bank_refuses_what_it_cannot_serve():
     unet, bank = make_unet("small"), FeatureBank("appearance")
     for method in OUTSIDE:
         for wrapped in (bank.record(method), bank.serve(method)):
-            with pytest.raises(ValueError, match=rf"method: expected one that acts in self-attention alone, .*, got {type(method).__name__}\("):
+            with pytest.raises(
+                ValueError,
+                match=rf"method: expected one that acts in self-attention alone, .*, got {type(method).__name__}\(",
+            ):
                 attach(unet, wrapped, layers="up")
 
 
@@ -131,7 +156,10 @@ def test_trap_ctrl_x_never_edits_the_unconditional_row():
 
 
 def test_hooks_name_modules_that_are_there():
-    with pytest.raises(ValueError, match="hooks: expected names of modules of UNet2DConditionModel, got 'up_blocks.7.resnets.0' from CtrlX"):
+    with pytest.raises(
+        ValueError,
+        match="hooks: expected names of modules of UNet2DConditionModel, got 'up_blocks.7.resnets.0' from CtrlX",
+    ):
         attach(make_unet("small"), CtrlX(structure_convolutions=("up_blocks.7.resnets.0",)), layers="up")
 
 
@@ -152,7 +180,11 @@ def test_every_group_norm_is_shared_over_output_and_reference():
 
             norm.register_forward_hook(keep)
         unet(**inputs)
-    assert set(seen) == set(norms) >= {"conv_norm_out", "mid_block.resnets.0.norm1", "up_blocks.0.attentions.0.norm"}
+    assert (
+        set(seen)
+        == set(norms)
+        >= {"conv_norm_out", "mid_block.resnets.0.norm1", "up_blocks.0.attentions.0.norm"}
+    )
     for name, norm in norms.items():
         expected = literal.shared_group_norm(norm.double(), given[name].double())
         assert relative_error(seen[name], expected) < 2e-6, name
@@ -163,10 +195,15 @@ def test_every_group_norm_is_shared_over_output_and_reference():
 def test_the_reference_of_a_full_share_without_one_is_the_first_output():
     unet, x = make_unet("small"), unet_inputs(make_unet("small"), batch=6)["sample"].repeat(1, 8, 1, 1)
     norm = unet.conv_norm_out
-    with attach(unet, StyleAligned(full_attention_share=True), layout=BatchLayout("output", "output", "output")):
+    with attach(
+        unet, StyleAligned(full_attention_share=True), layout=BatchLayout("output", "output", "output")
+    ):
         shared = norm(x)
     norm.double()
-    rows = [literal.shared_group_norm(norm, torch.stack([row, x[number // 3 * 3]]).double())[0] for number, row in enumerate(x)]
+    rows = [
+        literal.shared_group_norm(norm, torch.stack([row, x[number // 3 * 3]]).double())[0]
+        for number, row in enumerate(x)
+    ]
     assert relative_error(shared, torch.stack(rows)) < 2e-6
 
 
@@ -193,7 +230,10 @@ class LiteralCross:
         self.formula, self.settings = formula, settings
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        rows = [literal.plain(*literal.project_cross(attn, *row)) for row in zip(hidden_states, encoder_hidden_states)]
+        rows = [
+            literal.plain(*literal.project_cross(attn, *row))
+            for row in zip(hidden_states, encoder_hidden_states)
+        ]
         rows[3] = self.formula(attn, hidden_states[3], encoder_hidden_states[3], **self.settings)
         return torch.stack([attn.to_out[0](row.transpose(0, 1).flatten(1)) for row in rows])
 
@@ -203,7 +243,9 @@ def cross_attention(unet) -> dict:
 
 
 def wide(inputs: dict) -> dict:
-    return {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()}
+    return {
+        name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in inputs.items()
+    }
 
 
 @pytest.fixture
@@ -224,7 +266,9 @@ def test_bounded_cross_attention_is_the_published_mask(cross_layer, optimized):
     stock = attn(hidden, prompts)
     attn.set_processor(UNetAttnProcessor(method, LAYOUT, regions=REGIONS_OF[BoundedAttention]))
     actual = attn(hidden, prompts)
-    attn.double().set_processor(LiteralCross(literal.bounded_cross, labels=LABELS.flatten(), optimized=optimized, **PROMPT))
+    attn.double().set_processor(
+        LiteralCross(literal.bounded_cross, labels=LABELS.flatten(), optimized=optimized, **PROMPT)
+    )
     expected = attn(hidden.double(), prompts.double())
     assert relative_error(actual, expected) < 2e-6
     assert relative_error(stock[3:4], expected[3:4]) > 1e-2  # it does mask
@@ -249,10 +293,15 @@ def test_bounded_attention_of_a_unet_over_several_steps():
 
 
 @torch.no_grad()
-def test_trap_bounded_masks_both_halves_of_self_attention_and_only_the_conditional_one_of_cross_attention(cross_layer):
+def test_trap_bounded_masks_both_halves_of_self_attention_and_only_the_conditional_one_of_cross_attention(
+    cross_layer,
+):
     attn, hidden, prompts = cross_layer
     itself = Attention(80, heads=2, dim_head=40).eval()
-    for layer, context, edited in ((itself, None, [True, False, False] * 2), (attn, prompts, [False, False, False, True, False, False])):
+    for layer, context, edited in (
+        (itself, None, [True, False, False] * 2),
+        (attn, prompts, [False, False, False, True, False, False]),
+    ):
         stock = layer(hidden, context)
         layer.set_processor(UNetAttnProcessor(BOUNDED, LAYOUT, regions=REGIONS_OF[BoundedAttention]))
         assert [not torch.equal(a, b) for a, b in zip(layer(hidden, context), stock)] == edited
@@ -269,16 +318,30 @@ def test_one_guidance_part_is_the_conditional_one(cross_layer):
 def test_padding_that_an_attention_mask_hides_stays_hidden(cross_layer):
     attn, hidden, prompts = cross_layer
     attn.set_processor(UNetAttnProcessor(BOUNDED, LAYOUT, regions=REGIONS_OF[BoundedAttention]))
-    padded, mask = torch.cat([prompts, torch.randn(6, 2, 24)], 1), torch.tensor([[[0.0] * 7 + [-10000.0] * 2]]).expand(6, -1, -1)
-    torch.testing.assert_close(attn(hidden, padded, attention_mask=mask), attn(hidden, prompts), rtol=0, atol=2e-6)
+    padded, mask = (
+        torch.cat([prompts, torch.randn(6, 2, 24)], 1),
+        torch.tensor([[[0.0] * 7 + [-10000.0] * 2]]).expand(6, -1, -1),
+    )
+    torch.testing.assert_close(
+        attn(hidden, padded, attention_mask=mask), attn(hidden, prompts), rtol=0, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BoundedAttention(subject_tokens={1: (2,)}), "eos_token: expected the place of the prompt's end because subject_tokens"),
-        (lambda: BoundedAttention(subject_tokens={31: (2,)}, eos_token=4), "subject_tokens: expected labels of 0 to 30, got 31"),
-        (lambda: BoundedAttention(subject_tokens={1: (-2,)}, eos_token=4), "subject_tokens, .*: expected places of 0 and more, got -2"),
+        (
+            lambda: BoundedAttention(subject_tokens={1: (2,)}),
+            "eos_token: expected the place of the prompt's end because subject_tokens",
+        ),
+        (
+            lambda: BoundedAttention(subject_tokens={31: (2,)}, eos_token=4),
+            "subject_tokens: expected labels of 0 to 30, got 31",
+        ),
+        (
+            lambda: BoundedAttention(subject_tokens={1: (-2,)}, eos_token=4),
+            "subject_tokens, .*: expected places of 0 and more, got -2",
+        ),
     ],
 )
 def test_bounded_settings_that_are_refused(make, message):
@@ -290,7 +353,11 @@ def test_bounded_prompts_and_regions_that_do_not_fit_are_refused(cross_layer):
     attn, hidden, prompts = cross_layer
     for regions, tokens, message in (
         (None, 7, r"regions: expected Regions\(structure=...\) for BoundedAttention, got None"),
-        (Regions(structure=LABELS, background=1), 7, "subject_tokens: expected labels of subjects, got 1, which is the background's"),
+        (
+            Regions(structure=LABELS, background=1),
+            7,
+            "subject_tokens: expected labels of subjects, got 1, which is the background's",
+        ),
         (REGIONS_OF[BoundedAttention], 6, "subject_tokens, .*: expected places below the prompt's 6, got 6"),
     ):
         attn.set_processor(UNetAttnProcessor(BOUNDED, LAYOUT, regions=regions))
@@ -307,7 +374,9 @@ def test_a_loaded_ip_adapter_keeps_its_cross_attention():
         attach(pipe, BOUNDED).__enter__()
     assert state_of(pipe.unet) == before
     with attach(pipe, BoundedAttention()):
-        assert not any(isinstance(layer.processor, UNetAttnProcessor) for layer in cross_attention(pipe.unet).values())
+        assert not any(
+            isinstance(layer.processor, UNetAttnProcessor) for layer in cross_attention(pipe.unet).values()
+        )
 
 
 # -- MasaCtrl's automatic masks
@@ -328,7 +397,9 @@ class LiteralAutomatic:
         if encoder_hidden_states is None:
             rows = self.edited(attn, hidden_states)
         else:
-            projected = [literal.project_cross(attn, *row) for row in zip(hidden_states, encoder_hidden_states)]
+            projected = [
+                literal.project_cross(attn, *row) for row in zip(hidden_states, encoder_hidden_states)
+            ]
             rows = [literal.plain(*row) for row in projected]
             if hidden_states.shape[1] == self.map_tokens:
                 for row, maps in self.maps.items():
@@ -345,22 +416,32 @@ class LiteralAutomatic:
             if number % 3:
                 rows.append(literal.plain(*literal.project(attn, hidden)))
             elif self.union and masks:
-                (q, own_k, own_v), (_, k, v) = literal.project(attn, hidden), literal.project(attn, hidden_states[number + 1])
+                (q, own_k, own_v), (_, k, v) = (
+                    literal.project(attn, hidden),
+                    literal.project(attn, hidden_states[number + 1]),
+                )
                 scores = literal.logits(q, torch.cat([k, own_k], 1))
                 scores[:, :, : k.shape[1]].masked_fill_(masks[0] != masks[1][:, None], -math.inf)
                 rows.append(scores.softmax(-1) @ torch.cat([v, own_v], 1))
             else:
-                rows.append(literal.masactrl(attn, *hidden_states[number : number + 3], union=self.union, masks=masks))
+                rows.append(
+                    literal.masactrl(attn, *hidden_states[number : number + 3], union=self.union, masks=masks)
+                )
         return rows
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("family", "map_tokens", "union"), [("small", 256, False), ("small", 256, True), ("sd15", 64, False)])
+@pytest.mark.parametrize(
+    ("family", "map_tokens", "union"), [("small", 256, False), ("small", 256, True), ("sd15", 64, False)]
+)
 def test_automatic_masks_of_a_unet_over_several_steps(family, map_tokens, union):
     """From 8 x 8 tokens to 16 x 16 and 4 x 4 in the larger one; the layers before the first map have no masks."""
     unet, inputs = make_unet(family), unet_inputs(make_unet(family), batch=6)
     inputs["encoder_hidden_states"] = 5 * inputs["encoder_hidden_states"]  # maps that are not flat
-    method, timesteps = dataclasses.replace(AUTOMATIC, map_tokens=map_tokens, union=union), torch.tensor([900, 500, 100])
+    method, timesteps = (
+        dataclasses.replace(AUTOMATIC, map_tokens=map_tokens, union=union),
+        torch.tensor([900, 500, 100]),
+    )
     shipped, expected = inputs["sample"], inputs["sample"].double()
     with attach(unet, method, layout=LAYOUT, layers=["down", "mid", "up"], steps=(0, 1)) as control:
         for timestep in control.track(timesteps):
@@ -409,11 +490,17 @@ def test_trap_masactrl_adds_one_to_binary_masks_alone():
     scores, soft = literal.logits(q, k), torch.linspace(0, 1, k.shape[1], dtype=torch.float64)
     hidden_keys = soft < 0.1
     without, binary, graded = (
-        (scores + added.masked_fill(hidden_keys, torch.finfo(scores.dtype).min)).softmax(-1) @ v for added in (0 * soft, (soft >= 0.1).double(), soft)
+        (scores + added.masked_fill(hidden_keys, torch.finfo(scores.dtype).min)).softmax(-1) @ v
+        for added in (0 * soft, (soft >= 0.1).double(), soft)
     )
-    site = Site(LAYOUT, owner=Owner(GRID, 1 - hidden_keys.double(), soft != 0))  # all queries but the first are foreground
+    site = Site(
+        LAYOUT, owner=Owner(GRID, 1 - hidden_keys.double(), soft != 0)
+    )  # all queries but the first are foreground
     method = dataclasses.replace(AUTOMATIC, map_tokens=k.shape[1])
-    qkv = [torch.stack(each).float() for each in zip(*(literal.project(attn, row) for row in hidden[:3].double()))]
+    qkv = [
+        torch.stack(each).float()
+        for each in zip(*(literal.project(attn, row) for row in hidden[:3].double()))
+    ]
     actual = method.edit(*qkv, site.output_rows(qkv[0]), site.reference_rows(qkv[0]), site)
     for formula, same in ((without, True), (binary, True), (graded, False)):
         assert (relative_error(actual[:, :, 1:], formula[None, :, 1:]) < 2e-6) == same
@@ -427,9 +514,14 @@ def test_a_source_that_lacks_a_side_is_attended_whole():
     qkv = project(attn, hidden[:3, : height * width // 4], None)
     source, target = torch.ones(height * width), (torch.arange(height * width) // 2 % 2).float()
     source[1] = 0
-    site, method = Site(LAYOUT, owner=Owner(GRID, source, target)), dataclasses.replace(AUTOMATIC, map_tokens=height * width)
+    site, method = (
+        Site(LAYOUT, owner=Owner(GRID, source, target)),
+        dataclasses.replace(AUTOMATIC, map_tokens=height * width),
+    )
     rows = site.output_rows(qkv[0]), site.reference_rows(qkv[0])
-    torch.testing.assert_close(method.edit(*qkv, *rows, site), MasaCtrl().edit(*qkv, *rows, Site(LAYOUT)), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        method.edit(*qkv, *rows, site), MasaCtrl().edit(*qkv, *rows, Site(LAYOUT)), rtol=0, atol=2e-6
+    )
 
 
 @torch.no_grad()
@@ -437,9 +529,14 @@ def test_a_flat_map_is_background_everywhere():
     """The published code divides by zero there."""
     attn, hidden = make_attention(2, 40)
     qkv, flat = project(attn, hidden[:3], None), torch.ones(hidden.shape[1])
-    site, method = Site(LAYOUT, owner=Owner(GRID, flat, flat)), dataclasses.replace(AUTOMATIC, map_tokens=hidden.shape[1])
+    site, method = (
+        Site(LAYOUT, owner=Owner(GRID, flat, flat)),
+        dataclasses.replace(AUTOMATIC, map_tokens=hidden.shape[1]),
+    )
     rows = site.output_rows(qkv[0]), site.reference_rows(qkv[0])
-    torch.testing.assert_close(method.edit(*qkv, *rows, site), MasaCtrl().edit(*qkv, *rows, Site(LAYOUT)), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        method.edit(*qkv, *rows, site), MasaCtrl().edit(*qkv, *rows, Site(LAYOUT)), rtol=0, atol=2e-6
+    )
 
 
 class Owner:
@@ -454,8 +551,14 @@ class Owner:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ref_token_idx": (1,)}, r"ref_token_idx, cur_token_idx: expected both or neither, got \(1,\) and \(\)"),
-        ({"ref_token_idx": (1,), "cur_token_idx": (-1,)}, r"expected places of 0 and more, got \(1,\) and \(-1,\)"),
+        (
+            {"ref_token_idx": (1,)},
+            r"ref_token_idx, cur_token_idx: expected both or neither, got \(1,\) and \(\)",
+        ),
+        (
+            {"ref_token_idx": (1,), "cur_token_idx": (-1,)},
+            r"expected places of 0 and more, got \(1,\) and \(-1,\)",
+        ),
     ],
 )
 def test_masactrl_settings_that_are_refused(settings, message):
@@ -467,7 +570,13 @@ def test_token_indices_and_regions_that_do_not_fit_are_refused():
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     far = MasaCtrl(ref_token_idx=(1,), cur_token_idx=(7,))
     both = {"regions": Regions(appearance=LABELS, structure=LABELS)}
-    far_message, both_message = "expected places below the prompt's 7, got 7", "regions: expected None, for MasaCtrl"
+    far_message, both_message = (
+        "expected places below the prompt's 7, got 7",
+        "regions: expected None, for MasaCtrl",
+    )
     for method, options, message in ((far, {}, far_message), (AUTOMATIC, both, both_message)):
-        with attach(unet, method, layout=LAYOUT, steps=(0, 1), **options), pytest.raises(ValueError, match=message):
+        with (
+            attach(unet, method, layout=LAYOUT, steps=(0, 1), **options),
+            pytest.raises(ValueError, match=message),
+        ):
             unet(**inputs)

@@ -194,8 +194,12 @@ def test_attribute_of_a_wrong_name_shows_near_ones(wanted, near) -> None:
     assert not hasattr(qalign, wanted)
     with pytest.raises(AttributeError) as refusal:
         getattr(qalign, wanted)
-    assert str(refusal.value).startswith(f"module 'qalign' has no attribute '{wanted}' (") and near in str(refusal.value)
-    with pytest.raises(ImportError, match=f"^cannot import name '{wanted}' from 'qalign'"):  # Python's own line
+    assert str(refusal.value).startswith(f"module 'qalign' has no attribute '{wanted}' (") and near in str(
+        refusal.value
+    )
+    with pytest.raises(
+        ImportError, match=f"^cannot import name '{wanted}' from 'qalign'"
+    ):  # Python's own line
         exec(f"from qalign import {wanted}")
 
 

@@ -15,21 +15,31 @@ CPU = torch.device("cpu")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [CrossImage(), QAlign(refinement="rearranged"), QAlign(), QAlign(refinement="guided"), MasaCtrl()], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    [CrossImage(), QAlign(refinement="rearranged"), QAlign(), QAlign(refinement="guided"), MasaCtrl()],
+    ids=repr,
+)
 def test_a_token_reads_its_own_region_alone(method):
     """What changes in the reference's right half does not reach the output's left half, and does reach its right one."""
     attn, hidden = make_attention(2, 40)
-    attn.set_processor(UNetAttnProcessor(method, LAYOUT, regions=Regions(appearance=HALVES, structure=HALVES)))
+    attn.set_processor(
+        UNetAttnProcessor(method, LAYOUT, regions=Regions(appearance=HALVES, structure=HALVES))
+    )
     right = HALVES.flatten().bool()
     changed = hidden.clone()
     changed[1, right] = changed[1, right].flip(0) * 1.5
     before, after = attn(hidden)[0], attn(changed)[0]
-    torch.testing.assert_close(after[~right], before[~right], rtol=0, atol=2e-6)  # unique keys are summed in another order
+    torch.testing.assert_close(
+        after[~right], before[~right], rtol=0, atol=2e-6
+    )  # unique keys are summed in another order
     assert not torch.allclose(before[right], after[right], atol=1e-3)
 
 
 def test_a_label_that_the_reference_lacks_sees_everything():
-    regions = Regions(appearance=torch.zeros(4, 4, dtype=torch.long), structure=torch.tensor([[0, 0, 3, 3]] * 4))
+    regions = Regions(
+        appearance=torch.zeros(4, 4, dtype=torch.long), structure=torch.tensor([[0, 0, 3, 3]] * 4)
+    )
     assert regions.queries("appearance", 16, 16, CPU).view(4, 4)[0].tolist() == [1, 1, EVERYTHING, EVERYTHING]
     assert regions.queries("structure", 16, 16, CPU).view(4, 4)[0].tolist() == [1, 1, 8, 8]
 
@@ -54,7 +64,11 @@ def test_regions_reach_every_layer_of_a_unet():
     two = one.clone()
     two[:, 8:] = 1
     outputs = {}
-    for name, regions in {"none": None, "one": Regions(appearance=one, structure=one), "two": Regions(appearance=two, structure=two)}.items():
+    for name, regions in {
+        "none": None,
+        "one": Regions(appearance=one, structure=one),
+        "two": Regions(appearance=two, structure=two),
+    }.items():
         with attach(unet, QAlign(), regions=regions):
             outputs[name] = unet(**inputs).sample
     torch.testing.assert_close(outputs["one"], outputs["none"], rtol=0, atol=1e-5)
@@ -67,19 +81,40 @@ def test_from_pictures(tmp_path):
     regions = Regions.open(tmp_path / "labels.png", tmp_path / "labels.png")
     assert torch.equal(regions.appearance, HALVES) and torch.equal(regions.structure, HALVES)
     Image.new("RGB", (4, 4)).save(tmp_path / "colours.png")
-    with pytest.raises(ValueError, match=r"colours.png: expected a label map, one channel or a palette .*, got a picture of mode RGB"):
+    with pytest.raises(
+        ValueError,
+        match=r"colours.png: expected a label map, one channel or a palette .*, got a picture of mode RGB",
+    ):
         Regions.open(tmp_path / "colours.png", tmp_path / "labels.png")
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Regions(), "regions: expected labels of the appearance, of the structure or of both, got none"),
-        (lambda: Regions(appearance=torch.zeros(4, 4)), r"appearance: expected whole numbers \[h, w\], got torch.float32 \[4, 4\]"),
-        (lambda: Regions(structure=torch.tensor([[31]])), "structure: expected labels of 0 to 30, got 31 to 31"),
-        (lambda: Regions(structure=torch.tensor([[-1]])), "structure: expected labels of 0 to 30, got -1 to -1"),
-        (lambda: Regions(structure=HALVES).queries("appearance", 96, 96, CPU), "regions: expected labels of the appearance, which .* got None"),
-        (lambda: Regions(structure=HALVES).keys("structure", 95, CPU), "tokens: expected a grid of 8 x 12 halved some times, got 95"),
+        (
+            lambda: Regions(),
+            "regions: expected labels of the appearance, of the structure or of both, got none",
+        ),
+        (
+            lambda: Regions(appearance=torch.zeros(4, 4)),
+            r"appearance: expected whole numbers \[h, w\], got torch.float32 \[4, 4\]",
+        ),
+        (
+            lambda: Regions(structure=torch.tensor([[31]])),
+            "structure: expected labels of 0 to 30, got 31 to 31",
+        ),
+        (
+            lambda: Regions(structure=torch.tensor([[-1]])),
+            "structure: expected labels of 0 to 30, got -1 to -1",
+        ),
+        (
+            lambda: Regions(structure=HALVES).queries("appearance", 96, 96, CPU),
+            "regions: expected labels of the appearance, which .* got None",
+        ),
+        (
+            lambda: Regions(structure=HALVES).keys("structure", 95, CPU),
+            "tokens: expected a grid of 8 x 12 halved some times, got 95",
+        ),
     ],
 )
 def test_refusals_name_what_was_expected(make, message):
@@ -90,7 +125,9 @@ def test_refusals_name_what_was_expected(make, message):
 def test_bounded_attention_needs_regions():
     attn, hidden = make_attention(2, 40)
     attn.set_processor(UNetAttnProcessor(BoundedAttention(), BatchLayout("output")))
-    with pytest.raises(ValueError, match=r"regions: expected Regions\(structure=...\) for BoundedAttention, got None"):
+    with pytest.raises(
+        ValueError, match=r"regions: expected Regions\(structure=...\) for BoundedAttention, got None"
+    ):
         attn(hidden)
 
 
@@ -103,8 +140,17 @@ def test_a_window_has_the_labels_of_its_place():
     labels = torch.arange(24).view(4, 6)
     for scale in (1, 4):
         whole = labels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-        cut = Regions(appearance=labels, structure=whole, background=2).window(slice(1, 3), slice(2, 6), (4, 6))
-        assert cut.structure.shape == (2 * scale, 4 * scale) and cut.background == 2 and torch.equal(cut.appearance, labels)
+        cut = Regions(appearance=labels, structure=whole, background=2).window(
+            slice(1, 3), slice(2, 6), (4, 6)
+        )
+        assert (
+            cut.structure.shape == (2 * scale, 4 * scale)
+            and cut.background == 2
+            and torch.equal(cut.appearance, labels)
+        )
         assert torch.equal(cut.structure[::scale, ::scale], labels[1:3, 2:6])
-    with pytest.raises(ValueError, match="^regions: expected a label map of the structure of 4 x 4 latents, or of its pixels, got 4 x 6$"):
+    with pytest.raises(
+        ValueError,
+        match="^regions: expected a label map of the structure of 4 x 4 latents, or of its pixels, got 4 x 6$",
+    ):
         Regions(structure=labels).window(slice(0, 2), slice(0, 2), (4, 4))

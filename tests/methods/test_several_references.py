@@ -59,7 +59,11 @@ def test_free_custom_without_guidance_sees_its_references(hidden):
 
 def test_trap_free_custom_adds_its_weight_and_does_not_multiply(hidden):
     """A weight of ln 2 is every key of the subject twice."""
-    actual = run(FreeCustom(style_fidelity=0.0, mask_weights=math.log(2)), hidden[:2], BatchLayout("output", "appearance"))
+    actual = run(
+        FreeCustom(style_fidelity=0.0, mask_weights=math.log(2)),
+        hidden[:2],
+        BatchLayout("output", "appearance"),
+    )
 
     def twice(attn, out, app):
         (q, own_k, own_v), (_, k, v) = literal.project(attn, out), literal.project(attn, app)
@@ -76,7 +80,9 @@ def test_trap_free_custom_hides_what_is_not_the_subject(hidden):
         for subject in (0, 1):
             changed = hidden.clone()
             changed[1 + reference, MASKS[reference].flatten() == subject] *= -1.5
-            assert torch.allclose(run(method, changed, regions=regions)[0], before, rtol=0, atol=1e-6) == (subject == 0)
+            assert torch.allclose(run(method, changed, regions=regions)[0], before, rtol=0, atol=1e-6) == (
+                subject == 0
+            )
     nothing = Regions(appearance=[torch.zeros(GRID, dtype=torch.long)] * 2)
     torch.testing.assert_close(run(method, hidden, regions=nothing), run(None, hidden), rtol=0, atol=2e-6)
 
@@ -115,12 +121,17 @@ def test_keys_that_an_attention_mask_hides_are_seen_in_no_row(method, layout, hi
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [FreeCustom(), DreamMatcher(size=GRID)], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(
+    "method", [FreeCustom(), DreamMatcher(size=GRID)], ids=lambda method: type(method).__name__
+)
 def test_attention_mass_can_be_read(method, hidden):
     """`compare` gives label indicators as values, as many as there are labels: rows of the result are shares that sum to one."""
     q, k, _ = (x[None].repeat(3, 1, 1, 1) for x in literal.project(make_attention(2, 40)[0], hidden[0]))
     labels = (torch.arange(TOKENS) % 4).expand(3, -1)
-    site, rows = Site(BatchLayout("output", "appearance", "structure", guidance=False)), torch.tensor([[0], [1]], dtype=torch.int32)
+    site, rows = (
+        Site(BatchLayout("output", "appearance", "structure", guidance=False)),
+        torch.tensor([[0], [1]], dtype=torch.int32),
+    )
     mass = attention_mass(method, q, k, labels, *rows, site)
     assert mass.shape[:3] == (1, 2, TOKENS) and mass.shape[3] >= 4
     torch.testing.assert_close(mass.sum(-1), torch.ones(1, 2, TOKENS), rtol=0, atol=1e-5)
@@ -151,12 +162,16 @@ def test_trap_dream_matcher_leaves_the_layout_to_the_output(hidden):
     """An appearance that is the output, its tokens in another order, gives back the values that the output has: only Q and K place them."""
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1))
     rows = torch.stack([hidden[0], hidden[0, order], hidden[2]])
-    torch.testing.assert_close(run(DreamMatcher(size=GRID), rows, TRIPLET), run(None, rows), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        run(DreamMatcher(size=GRID), rows, TRIPLET), run(None, rows), rtol=0, atol=2e-6
+    )
 
 
 def test_trap_dream_matcher_takes_no_value_where_the_match_does_not_return(hidden):
     """No round trip is shorter than a threshold of 0; every one is shorter than one beyond the diagonal."""
-    torch.testing.assert_close(run(DreamMatcher(size=GRID, consistency=0.0), hidden, TRIPLET), run(None, hidden), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        run(DreamMatcher(size=GRID, consistency=0.0), hidden, TRIPLET), run(None, hidden), rtol=0, atol=2e-6
+    )
     anywhere = run(DreamMatcher(size=GRID, consistency=100.0), hidden, TRIPLET)
 
     def warped(attn, out, app, struct):
@@ -184,7 +199,10 @@ def test_trap_dream_matcher_allows_less_where_the_foreground_is_small(hidden):
 
 
 def test_dream_matcher_on_a_grid_that_nobody_told(hidden):
-    with pytest.raises(ValueError, match=r"size: expected \(height, width\) of the latents where 96 tokens are no square, got None"):
+    with pytest.raises(
+        ValueError,
+        match=r"size: expected \(height, width\) of the latents where 96 tokens are no square, got None",
+    ):
         run(DreamMatcher(), hidden, TRIPLET)
     with pytest.raises(ValueError, match="tokens: expected a grid of 9 x 9 halved some times, got 96"):
         run(DreamMatcher(size=(9, 9)), hidden, TRIPLET)
@@ -199,7 +217,13 @@ def test_consistory_sees_the_kept_tokens_of_the_others_subjects(hidden, anchors)
     clock = Clock()
     clock.set(4, 10)
     method = ConsiStory(dropout=0.4, seed=3, anchors=anchors)
-    actual = run(method, hidden, BatchLayout("output", "output", "output"), clock=clock, regions=Regions(structure=masks))
+    actual = run(
+        method,
+        hidden,
+        BatchLayout("output", "output", "output"),
+        clock=clock,
+        regions=Regions(structure=masks),
+    )
     kept = [(uniform(TOKENS, 3, 4, picture) >= 0.4) & masks[picture].flatten().bool() for picture in range(3)]
     for part in (0, 3):
         for row in range(3):
@@ -207,46 +231,74 @@ def test_consistory_sees_the_kept_tokens_of_the_others_subjects(hidden, anchors)
             def consistent(attn, *pictures, row=row):
                 projected = [literal.project(attn, each) for each in pictures]
                 others = [number for number in range(3)[:anchors] if number != row]
-                k, v = (torch.cat([projected[row][place], *(projected[n][place][:, kept[n]] for n in others)], 1) for place in (1, 2))
+                k, v = (
+                    torch.cat([projected[row][place], *(projected[n][place][:, kept[n]] for n in others)], 1)
+                    for place in (1, 2)
+                )
                 return literal.plain(projected[row][0], k, v)
 
             assert relative_error(actual[part + row][None], truth(consistent, hidden[part : part + 3])) < 2e-6
 
 
 def test_consistory_drops_as_often_as_asked_and_anew_for_each_picture_and_step():
-    draws = {(step, picture): uniform(1024, 0, step, picture) >= 0.5 for step in range(8) for picture in range(3)}
+    draws = {
+        (step, picture): uniform(1024, 0, step, picture) >= 0.5 for step in range(8) for picture in range(3)
+    }
     assert all(0.44 < kept.float().mean() < 0.56 for kept in draws.values())
     assert len({tuple(kept.tolist()) for kept in draws.values()}) == len(draws)
     assert torch.equal(draws[2, 1], uniform(1024, 0, 2, 1) >= 0.5)
 
 
 def test_a_picture_alone_is_stock(hidden):
-    torch.testing.assert_close(run(ConsiStory(), hidden, BatchLayout("output", "plain", "plain")), run(None, hidden), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        run(ConsiStory(), hidden, BatchLayout("output", "plain", "plain")),
+        run(None, hidden),
+        rtol=0,
+        atol=2e-6,
+    )
 
 
 # -- several references elsewhere
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("free_custom", "consistory", "bounded", "story_diffusion")])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in METHODS if name not in ("free_custom", "consistory", "bounded", "story_diffusion")],
+)
 def test_methods_that_read_one_appearance_say_so(name, hidden):
     prepared = UNetAttnProcessor(METHODS[name](), TWO, layer="down_blocks.1")
     attn = make_attention(2, 40)[0]
     attn.set_processor(prepared)
-    with pytest.raises(ValueError, match="^layout: expected one appearance, for this method reads no more, got 2 for one output$"):
+    with pytest.raises(
+        ValueError,
+        match="^layout: expected one appearance, for this method reads no more, got 2 for one output$",
+    ):
         attn(hidden)
 
 
 @pytest.mark.parametrize(
     ("method", "regions", "message"),
     [
-        (FreeCustom(mask_weights=(1.0, 2.0, 3.0)), None, "mask_weights: expected a number, or one for each of 2 references, got 3"),
-        (FreeCustom(), Regions(appearance=MASKS[0]), "regions: expected 2 label maps of the appearance, one for each row that has this role, got 1"),
+        (
+            FreeCustom(mask_weights=(1.0, 2.0, 3.0)),
+            None,
+            "mask_weights: expected a number, or one for each of 2 references, got 3",
+        ),
+        (
+            FreeCustom(),
+            Regions(appearance=MASKS[0]),
+            "regions: expected 2 label maps of the appearance, one for each row that has this role, got 1",
+        ),
         (
             FreeCustom(),
             Regions(structure=MASKS[0]),
             "regions: expected 2 label maps of the appearance, one for each row that has this role, got None",
         ),
-        (ConsiStory(), Regions(structure=MASKS), "regions: expected 1 label maps of the structure, one for each row that has this role, got 2"),
+        (
+            ConsiStory(),
+            Regions(structure=MASKS),
+            "regions: expected 1 label maps of the structure, one for each row that has this role, got 2",
+        ),
     ],
 )
 def test_refusals_name_what_was_expected(method, regions, message, hidden):
@@ -262,7 +314,12 @@ def test_settings_out_of_range_are_refused():
 
 
 def test_several_label_maps_where_one_is_read(hidden):
-    with pytest.raises(ValueError, match="regions: expected one label map of the appearance, for this method reads no more, got 2"):
+    with pytest.raises(
+        ValueError,
+        match="regions: expected one label map of the appearance, for this method reads no more, got 2",
+    ):
         run(ReferenceOnly(), hidden, TRIPLET, regions=Regions(appearance=MASKS, structure=MASKS[0]))
-    with pytest.raises(ValueError, match=r"appearance: expected whole numbers \[h, w\], got torch.float32 \[4, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"appearance: expected whole numbers \[h, w\], got torch.float32 \[4, 4\]"
+    ):
         Regions(appearance=[torch.zeros(4, 4)])

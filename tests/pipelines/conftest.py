@@ -21,4 +21,6 @@ def pair(small) -> "Inversion":
     """That of `transfer`'s default pair, which then does nothing but denoise it."""
     from tests.pipelines.transfers import PROMPT, pictures, seeded
 
-    return small.invert(pictures(1)[0], pictures(1, seed=1), PROMPT, num_inference_steps=6, generator=seeded())
+    return small.invert(
+        pictures(1)[0], pictures(1, seed=1), PROMPT, num_inference_steps=6, generator=seeded()
+    )

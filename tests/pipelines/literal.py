@@ -18,7 +18,9 @@ OUT, STYLE, STRUCT = 0, 1, 2
 class Numbers:
     """The published settings. Windows are (first, end) in the processors' `step` or in the loop's i, as the text has them."""
 
-    edit: dict[int, tuple[int, int]] = field(default_factory=lambda: {32**2: (10, 70), 64**2: (10, 90)})  # tokens: window of `step`
+    edit: dict[int, tuple[int, int]] = field(
+        default_factory=lambda: {32**2: (10, 70), 64**2: (10, 90)}
+    )  # tokens: window of `step`
     structure_every: int = 5
     structure_end: int = 40
     contrast: float = 1.67
@@ -38,8 +40,12 @@ class Run:
     step: int = 0
     perform_swap: bool = False
     enable_edit: bool = False
-    maps: dict[tuple[bool, int], Tensor] = field(default_factory=dict)  # (is self-attention, queries): head mean [3, N_q, N_k], last writer wins
-    edits: list[tuple[int, int, int]] = field(default_factory=list)  # (step, tokens, row that gave keys and values)
+    maps: dict[tuple[bool, int], Tensor] = field(
+        default_factory=dict
+    )  # (is self-attention, queries): head mean [3, N_q, N_k], last writer wins
+    edits: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # (step, tokens, row that gave keys and values)
     scales: list[float] = field(default_factory=list)  # of the swap guidance, 1 where there is none
     blended: list[int] = field(default_factory=list)  # i of every AdaIN
     masks: dict[int, Tensor] = field(default_factory=dict)  # row: bool [h, w]
@@ -52,12 +58,24 @@ class Processor:
     def __init__(self, run: Run, place: str) -> None:
         self.run, self.place = run, place
 
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None) -> Tensor:
+    def __call__(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+    ) -> Tensor:
         run, is_self = self.run, encoder_hidden_states is None
         context = hidden_states if is_self else encoder_hidden_states
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         first, end = run.numbers.edit.get(q.shape[1], (0, 0))
-        edit = run.perform_swap and run.enable_edit and is_self and self.place == "up" and first <= run.step < end
+        edit = (
+            run.perform_swap
+            and run.enable_edit
+            and is_self
+            and self.place == "up"
+            and first <= run.step < end
+        )
         if edit:
             k, v = self._swap(q, k, v)
         q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
@@ -97,14 +115,20 @@ def processors(unet: UNet2DConditionModel, run: Run) -> Iterator[None]:
         unet.set_attn_processor(before)
 
 
-def noise_prediction(unet: UNet2DConditionModel, scheduler: DDIMScheduler, x: Tensor, t: int, prompt: Tensor) -> Tensor:
+def noise_prediction(
+    unet: UNet2DConditionModel, scheduler: DDIMScheduler, x: Tensor, t: int, prompt: Tensor
+) -> Tensor:
     """ε̂ of one call; every row has the same prompt [1, tokens, C]."""
     output = unet(x, t, encoder_hidden_states=prompt.expand(len(x), -1, -1)).sample
     bar = scheduler.alphas_cumprod[t].to(x)
-    return {"epsilon": output, "v_prediction": bar.sqrt() * output + (1 - bar).sqrt() * x}[scheduler.config.prediction_type]
+    return {"epsilon": output, "v_prediction": bar.sqrt() * output + (1 - bar).sqrt() * x}[
+        scheduler.config.prediction_type
+    ]
 
 
-def mean_and_deviation(scheduler: DDIMScheduler, noise: Tensor, t: int, x: Tensor, steps: int, eta: float = 1.0) -> tuple[Tensor, Tensor]:
+def mean_and_deviation(
+    scheduler: DDIMScheduler, noise: Tensor, t: int, x: Tensor, steps: int, eta: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """μ and ησ_t of §2.1 for a schedule of `steps` steps."""
     before = t - scheduler.config.num_train_timesteps // steps
     bar = scheduler.alphas_cumprod[t].to(x)
@@ -119,18 +143,26 @@ def noised(scheduler: DDIMScheduler, clean: Tensor, steps: int, generator: torch
     scheduler.set_timesteps(steps)
     bars = [scheduler.alphas_cumprod[t].to(clean) for t in scheduler.timesteps]
     draws = [torch.randn(clean.shape, generator=generator, dtype=clean.dtype) for _ in bars]
-    return torch.stack([bar.sqrt() * clean + (1 - bar).sqrt() * draw for bar, draw in zip(bars, draws)] + [clean])
+    return torch.stack(
+        [bar.sqrt() * clean + (1 - bar).sqrt() * draw for bar, draw in zip(bars, draws)] + [clean]
+    )
 
 
-def invert(unet, scheduler: DDIMScheduler, latents: Tensor, prompt: Tensor, empty: Tensor, *, guidance: float = 3.5) -> Tensor:
+def invert(
+    unet, scheduler: DDIMScheduler, latents: Tensor, prompt: Tensor, empty: Tensor, *, guidance: float = 3.5
+) -> Tensor:
     """§2.1: z [T, B, C, h, w] for noised latents [T + 1, B, C, h, w]; the last is zero. t ascends, each x_{t-1} is drift-corrected."""
     latents, steps = latents.clone(), len(latents) - 1
     scheduler.set_timesteps(steps)
     z = torch.zeros_like(latents[:-1])
     for index in reversed(range(steps)):
         t, x = int(scheduler.timesteps[index]), latents[index]
-        unconditional, conditional = (noise_prediction(unet, scheduler, x, t, text) for text in (empty, prompt))
-        mean, deviation = mean_and_deviation(scheduler, unconditional + guidance * (conditional - unconditional), t, x, steps)
+        unconditional, conditional = (
+            noise_prediction(unet, scheduler, x, t, text) for text in (empty, prompt)
+        )
+        mean, deviation = mean_and_deviation(
+            scheduler, unconditional + guidance * (conditional - unconditional), t, x, steps
+        )
         if index < steps - 1:
             z[index] = (latents[index + 1] - mean) / deviation
             latents[index + 1] = mean + deviation * z[index]
@@ -138,7 +170,15 @@ def invert(unet, scheduler: DDIMScheduler, latents: Tensor, prompt: Tensor, empt
 
 
 def generate(
-    unet, scheduler: DDIMScheduler, latents: Tensor, z: Tensor, prompt: Tensor, numbers: Numbers, *, skip: int = 32, make_mask: Callable | None = None
+    unet,
+    scheduler: DDIMScheduler,
+    latents: Tensor,
+    z: Tensor,
+    prompt: Tensor,
+    numbers: Numbers,
+    *,
+    skip: int = 32,
+    make_mask: Callable | None = None,
 ) -> tuple[list[Tensor], Run]:
     """§2.2 to §2.5 from inverted [appearance, structure]: the latents [3, C, h, w] after each step and its callback, and the record.
 
@@ -166,12 +206,18 @@ def generate(
                 run.masks = {row: make_mask(run.maps, row) for row in (STYLE, STRUCT)}
             if numbers.adain[0] <= i < numbers.adain[1]:
                 run.blended.append(i)
-                x[OUT] = adain(x[OUT], x[STYLE], run.masks[STRUCT], run.masks[STYLE]) if numbers.masked else adain(x[OUT], x[STYLE])
+                x[OUT] = (
+                    adain(x[OUT], x[STYLE], run.masks[STRUCT], run.masks[STYLE])
+                    if numbers.masked
+                    else adain(x[OUT], x[STYLE])
+                )
             trajectory.append(x.clone())
     return trajectory, run
 
 
-def adain(content: Tensor, style: Tensor, content_mask: Tensor | None = None, style_mask: Tensor | None = None) -> Tensor:
+def adain(
+    content: Tensor, style: Tensor, content_mask: Tensor | None = None, style_mask: Tensor | None = None
+) -> Tensor:
     """§2.4 for [C, h, w] and masks bool [h, w]: unbiased variance, 1e-5 added to it."""
     result = content.clone()
     for channel in range(len(content)):
@@ -181,18 +227,24 @@ def adain(content: Tensor, style: Tensor, content_mask: Tensor | None = None, st
         deviation = (((inside - inside.sum() / n) ** 2).sum() / (n - 1) + 1e-5).sqrt()
         wanted = (((model - model.sum() / m) ** 2).sum() / (m - 1) + 1e-5).sqrt()
         normalised = (content[channel] - inside.sum() / n) / deviation * wanted + model.sum() / m
-        result[channel] = normalised if content_mask is None else torch.where(content_mask, normalised, content[channel])
+        result[channel] = (
+            normalised if content_mask is None else torch.where(content_mask, normalised, content[channel])
+        )
     return result
 
 
-def object_mask(self_map: Tensor, cross_map: Tensor, noun: int, grid: tuple[int, int], cluster: Callable[[Tensor], Tensor]) -> Tensor:
+def object_mask(
+    self_map: Tensor, cross_map: Tensor, noun: int, grid: tuple[int, int], cluster: Callable[[Tensor], Tensor]
+) -> Tensor:
     """§2.5 for one row and one noun: bool [h, w] from [N, N], [N/4, text tokens] and the noun's column.
 
     Where no cluster is chosen, which the text leaves open, the object is everywhere.
     """
     height, width = grid
     labels = cluster(self_map).view(height, width)
-    score_map = cross_map[:, noun].view(height // 2, width // 2).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    score_map = (
+        cross_map[:, noun].view(height // 2, width // 2).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    )
     score_map = (score_map - score_map.min().abs()) / score_map.max()
     scores = {int(label): float(score_map[labels == label].mean()) for label in labels.unique()}
     others = sorted(scores.values())[:-1]

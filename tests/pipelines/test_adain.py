@@ -8,7 +8,9 @@ from qalign.context.adain import adain
 EPS = 1e-5
 
 
-def make_latents(rows: int = 3, seed: int = 0, size: tuple[int, int] = (8, 12), dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def make_latents(
+    rows: int = 3, seed: int = 0, size: tuple[int, int] = (8, 12), dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     spread = 0.5 + torch.rand(rows, 4, 1, 1, generator=generator, dtype=dtype)
     centre = torch.randn(rows, 4, 1, 1, generator=generator, dtype=dtype)
@@ -27,7 +29,9 @@ def literal(content, style, content_mask=None, style_mask=None):
             x, y = content[row, channel], style[row, channel]
             inside = x.flatten() if content_mask is None else x[content_mask[row]]
             model = y.flatten() if style_mask is None else y[style_mask[row]]
-            normalised = (x - inside.mean()) / (inside.var() + EPS).sqrt() * (model.var() + EPS).sqrt() + model.mean()
+            normalised = (x - inside.mean()) / (inside.var() + EPS).sqrt() * (
+                model.var() + EPS
+            ).sqrt() + model.mean()
             m = 1.0 if content_mask is None else content_mask[row].double()
             result[row, channel] = x * (1 - m) + normalised * m
     return result
@@ -59,7 +63,9 @@ def test_variance_is_unbiased_and_eps_is_added_to_it() -> None:
     result = adain(content, style, eps=0.5)
     shift = (0.5 / 2.5) ** 0.5
     torch.testing.assert_close(result.flatten(), torch.tensor([10 - shift, 10 + shift]).double())
-    result = adain(content, torch.tensor([0.0, 4.0, 8.0]).view(1, 1, 1, 3).double(), eps=0.0)  # variance 16, biased 32/3
+    result = adain(
+        content, torch.tensor([0.0, 4.0, 8.0]).view(1, 1, 1, 3).double(), eps=0.0
+    )  # variance 16, biased 32/3
     torch.testing.assert_close(result.flatten(), torch.tensor([4 - 8**0.5, 4 + 8**0.5]).double())
 
 
@@ -71,9 +77,19 @@ def test_itself_as_style_changes_nothing_and_twice_is_once() -> None:
 
 
 def test_rows_share_one_style_and_one_mask() -> None:
-    content, style, inside, model = make_latents(), make_latents(1, seed=1), make_mask(1), make_mask(1, seed=10)
+    content, style, inside, model = (
+        make_latents(),
+        make_latents(1, seed=1),
+        make_mask(1),
+        make_mask(1, seed=10),
+    )
     shared = adain(content, style, content_mask=inside, style_mask=model)
-    apart = adain(content, style.expand(3, -1, -1, -1), content_mask=inside.expand(3, -1, -1), style_mask=model.expand(3, -1, -1))
+    apart = adain(
+        content,
+        style.expand(3, -1, -1, -1),
+        content_mask=inside.expand(3, -1, -1),
+        style_mask=model.expand(3, -1, -1),
+    )
     assert torch.equal(shared, apart)
     torch.testing.assert_close(shared[1:2], adain(content[1:2], style, content_mask=inside, style_mask=model))
 
@@ -89,7 +105,9 @@ def test_a_row_whose_mask_has_no_variance_stays(which, count) -> None:
     assert torch.equal(result[1], content[1])
     for row in (0, 2):
         alone = {which: mask[row : row + 1]}
-        torch.testing.assert_close(result[row], adain(content[row : row + 1], style[row : row + 1], **alone)[0])
+        torch.testing.assert_close(
+            result[row], adain(content[row : row + 1], style[row : row + 1], **alone)[0]
+        )
         assert not torch.allclose(result[row], content[row])
 
 
@@ -104,7 +122,10 @@ def test_half_precision_is_float32_rounded(dtype) -> None:
 def test_wrong_shapes_and_dtypes_are_named() -> None:
     content, mask = make_latents(), make_mask()
     for style in (make_latents(2), content[:, :3], content[0]):
-        with pytest.raises(ValueError, match=r"^style: expected \[3 or 1, C, h, w\] with the channels of content \[3, 4, 8, 12\], got"):
+        with pytest.raises(
+            ValueError,
+            match=r"^style: expected \[3 or 1, C, h, w\] with the channels of content \[3, 4, 8, 12\], got",
+        ):
             adain(content, style)
     for wrong in (mask.float(), mask[:2], mask.unsqueeze(1), mask[:, :4]):
         with pytest.raises(ValueError, match=r"^content_mask: expected bool \[3 or 1, 8, 12\], got"):

@@ -126,7 +126,9 @@ def test_callbacks_see_every_step_and_may_replace_the_latents(small, pair) -> No
     result = transfer(small, inversion=pair, callback_on_step_end=zero)
     scheduler = DDIMScheduler.from_config(small.scheduler.config)
     scheduler.set_timesteps(6)
-    assert seen == [(step, timestep, ["latents"]) for step, timestep in enumerate(scheduler.timesteps.tolist()[2:])]
+    assert seen == [
+        (step, timestep, ["latents"]) for step, timestep in enumerate(scheduler.timesteps.tolist()[2:])
+    ]
     assert not result.images.any()
 
 
@@ -165,8 +167,16 @@ def test_progress_bars_count_the_inversion_and_the_loop(small, monkeypatch) -> N
 
 def test_everything_is_as_before_after_a_call_and_after_an_exception(small) -> None:
     def state():
-        hooks = Counter(name for name, module in small.unet.named_modules() for _ in (*module._forward_hooks, *module._forward_pre_hooks))
-        return {name: id(layer.processor) for name, layer in self_attention(small.unet).items()}, hooks, dict(vars(small.scheduler))
+        hooks = Counter(
+            name
+            for name, module in small.unet.named_modules()
+            for _ in (*module._forward_hooks, *module._forward_pre_hooks)
+        )
+        return (
+            {name: id(layer.processor) for name, layer in self_attention(small.unet).items()},
+            hooks,
+            dict(vars(small.scheduler)),
+        )
 
     before = state()
     transfer(small, freeu=True, adain="masked")
@@ -216,10 +226,14 @@ def test_a_noise_free_appearance_is_its_clean_latents_at_every_step(pair) -> Non
     served = transfer(pipe, inversion=pair, method=method, **options)
     torch.testing.assert_close(served.images, expected, rtol=0, atol=2e-5)
     assert bank.nbytes > 0 and served.reconstructions.isfinite().all()
-    assert not torch.allclose(transfer(pipe, inversion=pair, method=SeAl(), **options).images, expected, atol=1e-3)
+    assert not torch.allclose(
+        transfer(pipe, inversion=pair, method=SeAl(), **options).images, expected, atol=1e-3
+    )
 
 
 def test_a_noise_free_pass_refuses_what_is_no_method_and_other_banks(small, pair) -> None:
     for method, bank in ((None, None), ("seal", FeatureBank("structure"))):
-        with pytest.raises(ValueError, match="method, bank: expected a method and a bank of the appearance, got"):
+        with pytest.raises(
+            ValueError, match="method, bank: expected a method and a bank of the appearance, got"
+        ):
             small.noise_free(method, pair, PROMPT, bank=bank)

@@ -24,16 +24,22 @@ from tests.processors.models import embedded_pipe, make_pipe, quiet
 @pytest.mark.parametrize(("height", "width"), [(32, 48), (40, 24)])
 def test_sizes_that_are_not_square(height, width) -> None:
     pipe = make("sd15")
-    result = transfer(pipe, pictures(1, height, width, seed=1), num_inference_steps=3, adain="masked", output_type="pt")
+    result = transfer(
+        pipe, pictures(1, height, width, seed=1), num_inference_steps=3, adain="masked", output_type="pt"
+    )
     assert result.images.shape == (1, 3, height, width) and result.images.isfinite().all()
     assert result.masks.shape == (2, height // 2, width // 2)
 
 
 def test_pictures_of_another_size_cover_that_of_the_first_structure(small) -> None:
     wide = pictures(1, 64, 96)[0]
-    inverted = small.invert(wide, [pictures(1, seed=1)[0], pictures(1, 40, 64)[0]], num_inference_steps=2, generator=seeded())
+    inverted = small.invert(
+        wide, [pictures(1, seed=1)[0], pictures(1, 40, 64)[0]], num_inference_steps=2, generator=seeded()
+    )
     assert inverted.latents.shape == (3, 3, 4, 16, 16)
-    middle = F.interpolate(wide.unsqueeze(0), (32, 48), mode="bicubic", antialias=True)[0, :, :, 8:40].clamp(0, 1)
+    middle = F.interpolate(wide.unsqueeze(0), (32, 48), mode="bicubic", antialias=True)[0, :, :, 8:40].clamp(
+        0, 1
+    )
     assert torch.equal(cover(wide, (32, 32)), middle)
     assert small.invert(wide, wide, num_inference_steps=2, width=48, height=32).latents.shape[-2:] == (16, 24)
 
@@ -41,7 +47,13 @@ def test_pictures_of_another_size_cover_that_of_the_first_structure(small) -> No
 def test_every_kind_of_picture_is_the_same_tensor() -> None:
     array = numpy.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=numpy.uint8)
     expected = torch.from_numpy(array).permute(2, 0, 1) / 255
-    kinds = [array, array / numpy.float32(255), Image.fromarray(array), expected, torch.from_numpy(array).permute(2, 0, 1)]
+    kinds = [
+        array,
+        array / numpy.float32(255),
+        Image.fromarray(array),
+        expected,
+        torch.from_numpy(array).permute(2, 0, 1),
+    ]
     for kind in [*kinds, [Image.fromarray(array)], array[None], expected[None]]:
         (tensor,) = to_tensors(kind, "structure")
         torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-7)
@@ -84,7 +96,9 @@ def test_from_pipe_makes_a_subclass_of_its_family() -> None:
     assert type(Own.from_pipe(make_pipe("sdxl"))) is AppearanceTransferXLPipeline
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("small", torch.float16), ("small", torch.bfloat16), ("sdxl", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("small", torch.float16), ("small", torch.bfloat16), ("sdxl", torch.bfloat16)]
+)
 def test_half_precision_keeps_the_latents_in_float32(family, dtype, monkeypatch) -> None:
     exact = transfer(make(family), method=None, adain=None).reconstructions
     pipe = own(make(family)).to(dtype)
@@ -107,15 +121,23 @@ def test_pictures_are_decoded_latents(small, pair) -> None:
     latents = transfer(small, inversion=pair).images
     with torch.no_grad():
         decoded = small.vae.decode(latents / small.vae.config.scaling_factor).sample
-    torch.testing.assert_close(transfer(small, inversion=pair, output_type="pt").images, (decoded / 2 + 0.5).clamp(0, 1))
+    torch.testing.assert_close(
+        transfer(small, inversion=pair, output_type="pt").images, (decoded / 2 + 0.5).clamp(0, 1)
+    )
 
 
 def test_sdxl_is_told_the_size(monkeypatch) -> None:
     pipe, given = make("sdxl"), []
     forward = pipe.unet.forward
-    monkeypatch.setattr(pipe.unet, "forward", lambda *args, **kwargs: given.append(kwargs["added_cond_kwargs"]) or forward(*args, **kwargs))
+    monkeypatch.setattr(
+        pipe.unet,
+        "forward",
+        lambda *args, **kwargs: given.append(kwargs["added_cond_kwargs"]) or forward(*args, **kwargs),
+    )
     transfer(pipe, pictures(1, 40, 32, seed=1), num_inference_steps=2, skip=0.0)
-    assert given[-1]["time_ids"].tolist() == [[40, 32, 0, 0, 40, 32]] * 4 and given[-1]["text_embeds"].shape == (4, 32)
+    assert given[-1]["time_ids"].tolist() == [[40, 32, 0, 0, 40, 32]] * 4 and given[-1][
+        "text_embeds"
+    ].shape == (4, 32)
     assert {len(each["time_ids"]) for each in given} == {4}, "inversion in batches of the size of the loop's"
 
 
@@ -135,7 +157,11 @@ def test_from_pipe_leaves_every_dtype_as_it_is() -> None:
     source = make_pipe("small")
     source.unet.to(torch.bfloat16)
     pipe = AppearanceTransferPipeline.from_pipe(source)
-    assert (pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert (pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
     assert transfer(pipe).images.isfinite().all()
 
 
@@ -179,16 +205,34 @@ def test_embedded_reconstructs_and_transfers() -> None:
         ({"skip": 0.95}, "skip: expected a fraction that leaves at least one of 6 steps, got 0.95"),
         ({"inversion": "null"}, "inversion: expected an Inversion or one of ddpm, ddim, got 'null'"),
         ({"output_type": "jpg"}, "output_type: expected one of pil, np, pt, latent, got 'jpg'"),
-        ({"callback_on_step_end_tensor_inputs": ["masks"]}, "callback_on_step_end_tensor_inputs: expected ('latents',) or (), got ['masks']"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["masks"]},
+            "callback_on_step_end_tensor_inputs: expected ('latents',) or (), got ['masks']",
+        ),
         ({"adain": "masked", "noun": "horse"}, "noun: expected a word of the prompt 'a zebra', got 'horse'"),
-        ({"edit_steps": (0.5, 0.2)}, "edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got (0.5, 0.2)"),
+        (
+            {"edit_steps": (0.5, 0.2)},
+            "edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got (0.5, 0.2)",
+        ),
         ({"generator": [seeded()]}, "generator: expected one, or one for each of 2 pictures, got 1"),
-        ({"height": 30, "width": 32}, "height and width: expected multiples of 8 pixels, got 30 x 32 (height and width resize a picture)"),
-        ({"structures": pictures(1, 32, 30)}, "structure: expected multiples of 8 pixels, got 32 x 30 (height and width resize a picture)"),
+        (
+            {"height": 30, "width": 32},
+            "height and width: expected multiples of 8 pixels, got 30 x 32 (height and width resize a picture)",
+        ),
+        (
+            {"structures": pictures(1, 32, 30)},
+            "structure: expected multiples of 8 pixels, got 32 x 30 (height and width resize a picture)",
+        ),
         ({"structures": pictures(1) * 2 + 0.5}, "structure: expected values from 0 to 1, got 0."),
         ({"structures": []}, "structure: expected at least one picture, got none"),
-        ({"structures": "b.png"}, "structure: expected pictures (PIL, tensors [3, H, W] or arrays [H, W, 3]), got str"),
-        ({"structures": torch.zeros(1, 32, 32)}, "structure: expected pictures (PIL, tensors [3, H, W] or arrays [H, W, 3]), got [1, 32, 32]"),
+        (
+            {"structures": "b.png"},
+            "structure: expected pictures (PIL, tensors [3, H, W] or arrays [H, W, 3]), got str",
+        ),
+        (
+            {"structures": torch.zeros(1, 32, 32)},
+            "structure: expected pictures (PIL, tensors [3, H, W] or arrays [H, W, 3]), got [1, 32, 32]",
+        ),
     ],
     ids=lambda given: "",
 )
@@ -203,12 +247,25 @@ def test_errors_of_appearances_inversions_and_pipelines(small) -> None:
         small(pictures(2), pictures(1), num_inference_steps=2)
     inverted = small.invert(pictures(1)[0], pictures(1), num_inference_steps=3)
     single = dataclasses.replace(inverted, latents=inverted.latents[:, :1], noises=inverted.noises[:, :1])
-    with pytest.raises(ValueError, match=r"^inversion: expected rows for \[appearance, structures\.\.\.\], got 1$"):
+    with pytest.raises(
+        ValueError, match=r"^inversion: expected rows for \[appearance, structures\.\.\.\], got 1$"
+    ):
         small(None, None, inversion=single)
-    with pytest.raises(ValueError, match="^inversion: expected the 3 timesteps of this pipeline's scheduler, got those of another$"):
+    with pytest.raises(
+        ValueError,
+        match="^inversion: expected the 3 timesteps of this pipeline's scheduler, got those of another$",
+    ):
         small(None, None, inversion=dataclasses.replace(inverted, timesteps=inverted.timesteps - 1))
-    with pytest.raises(TypeError, match="^pipeline: expected a Stable Diffusion or Stable Diffusion XL pipeline, got DDPMPipeline$"):
-        sizes = {"block_out_channels": (8, 8), "norm_num_groups": 8, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    with pytest.raises(
+        TypeError,
+        match="^pipeline: expected a Stable Diffusion or Stable Diffusion XL pipeline, got DDPMPipeline$",
+    ):
+        sizes = {
+            "block_out_channels": (8, 8),
+            "norm_num_groups": 8,
+            "down_block_types": ("DownBlock2D",) * 2,
+            "up_block_types": ("UpBlock2D",) * 2,
+        }
         AppearanceTransferPipeline.from_pipe(DDPMPipeline(UNet2DModel(**sizes), small.scheduler))
 
 
@@ -220,7 +277,11 @@ def test_nan_says_where_and_what_to_change(part) -> None:
     with pytest.raises(FloatingPointError) as caught:
         transfer(pipe)
     text = str(caught.value)
-    assert text.startswith({"unet": "UNet output: ", "vae": "VAE latents: "}[part]) and "expected finite values" in text and "\n" not in text
+    assert (
+        text.startswith({"unet": "UNet output: ", "vae": "VAE latents: "}[part])
+        and "expected finite values" in text
+        and "\n" not in text
+    )
 
 
 def test_a_half_precision_vae_that_overflows_works_in_float32(monkeypatch) -> None:

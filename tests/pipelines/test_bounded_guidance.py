@@ -24,7 +24,8 @@ def features(side=(8, 16), tokens=None, seed=0):
     for name, (heads, queries, dim) in shapes.items():
         seed += 10
         query, *others = (
-            3**0.5 * random_features(1, heads, n, dim, seed=seed + part) for part, n in enumerate([queries] + [tokens or queries] * 2 + [queries])
+            3**0.5 * random_features(1, heads, n, dim, seed=seed + part)
+            for part, n in enumerate([queries] + [tokens or queries] * 2 + [queries])
         )
         found[name] = LayerFeatures(query, *others, None)
     return found
@@ -39,18 +40,29 @@ def cells(labels, tokens):
 def self_maps(layer, labels):
     tokens = cells(labels, layer.query.shape[2])
     seen = (tokens[:, None] == 0) | (tokens[None] == 0) | (tokens[:, None] == tokens[None])
-    return (layer.query.double() @ layer.key.double().mT / layer.query.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1)[-1]
+    return (
+        (layer.query.double() @ layer.key.double().mT / layer.query.shape[-1] ** 0.5)
+        .masked_fill(~seen, -torch.inf)
+        .softmax(-1)[-1]
+    )
 
 
 def cross_maps(layer, labels, optimized):
-    tokens, seen = cells(labels, layer.query.shape[2]), torch.ones(layer.query.shape[2], layer.key.shape[2], dtype=torch.bool)
+    tokens, seen = (
+        cells(labels, layer.query.shape[2]),
+        torch.ones(layer.query.shape[2], layer.key.shape[2], dtype=torch.bool),
+    )
     for place in (1, 2, 3, 5, 6):
         seen[:, place] = False
     for label, places in WORDS.items():
         for place in places:
             seen[:, place] |= (tokens == label) | ((tokens == 0) & optimized)
     seen[:, 7] = (tokens != 0) | optimized
-    return (layer.query.double() @ layer.key.double().mT / layer.query.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1)[-1]
+    return (
+        (layer.query.double() @ layer.key.double().mT / layer.query.shape[-1] ** 0.5)
+        .masked_fill(~seen, -torch.inf)
+        .softmax(-1)[-1]
+    )
 
 
 def squares(found, labels, maps, context):
@@ -61,12 +73,16 @@ def squares(found, labels, maps, context):
         for s in WORDS:
             foreground[s] = foreground[s] + table[:, tokens == s][:, :, context(tokens, s)].sum() / len(found)
             leaked[s] = leaked[s] + table[:, tokens == 0][:, :, context(tokens, s)].sum() / len(found)
-    return sum((1 - foreground[s] / (foreground[s] + len(WORDS) * leaked[s])) ** 2 for s in WORDS) / len(WORDS)
+    return sum((1 - foreground[s] / (foreground[s] + len(WORDS) * leaked[s])) ** 2 for s in WORDS) / len(
+        WORDS
+    )
 
 
 def literal(found, cross, labels=BOXES):
     own = squares(found, labels, self_maps, lambda tokens, s: tokens == s)
-    return 0.5 * own + 1.5 * squares(cross, labels, lambda *given: cross_maps(*given, optimized=True), lambda tokens, s: [*WORDS[s], 7])
+    return 0.5 * own + 1.5 * squares(
+        cross, labels, lambda *given: cross_maps(*given, optimized=True), lambda tokens, s: [*WORDS[s], 7]
+    )
 
 
 def test_the_loss_is_its_formula_and_so_is_its_gradient():
@@ -85,26 +101,44 @@ def test_each_part_has_its_weight_and_self_attention_may_be_alone():
     found, cross = features(), features(tokens=9, seed=50)
     alone = BoundedGuidance().loss(found, REGIONS)
     assert torch.equal(alone, BoundedGuidance(cross_weight=0.0).loss(found, REGIONS, cross, METHOD))
-    both, words = (BoundedGuidance(self_weight=weight).loss(found, REGIONS, cross, METHOD) for weight in (0.5, 0.0))
+    both, words = (
+        BoundedGuidance(self_weight=weight).loss(found, REGIONS, cross, METHOD) for weight in (0.5, 0.0)
+    )
     assert (both - words).item() == pytest.approx(alone.item(), rel=1e-5) and alone > 0.1 and words > 0.1
-    assert BoundedGuidance(self_weight=0.0, cross_weight=3.0).loss(found, REGIONS, cross, METHOD).item() == pytest.approx(2 * words.item(), rel=1e-6)
+    assert BoundedGuidance(self_weight=0.0, cross_weight=3.0).loss(
+        found, REGIONS, cross, METHOD
+    ).item() == pytest.approx(2 * words.item(), rel=1e-6)
 
 
 def test_the_loss_is_of_the_labels_and_of_the_words():
     loss, found, cross = BoundedGuidance().loss, features(), features(tokens=9, seed=50)
     here = loss(found, REGIONS, cross, METHOD)
-    assert abs(here - loss(found, Regions(structure=BOXES.T.contiguous(), background=0), cross, METHOD)) > 1e-4
+    assert (
+        abs(here - loss(found, Regions(structure=BOXES.T.contiguous(), background=0), cross, METHOD)) > 1e-4
+    )
     renamed = torch.where(BOXES == 7, 1, torch.where(BOXES == 3, 2, 5))
     method = BoundedAttention(subject_tokens={2: WORDS[3], 1: WORDS[7]}, filter_tokens=(3, 6), eos_token=7)
-    assert loss(found, Regions(structure=renamed, background=5), cross, method).item() == pytest.approx(here.item(), rel=1e-6)
+    assert loss(found, Regions(structure=renamed, background=5), cross, method).item() == pytest.approx(
+        here.item(), rel=1e-6
+    )
     for changed in ({"filter_tokens": (3,)}, {"eos_token": 8}, {"subject_tokens": {3: (1,), 7: (2, 5)}}):
         given = {"subject_tokens": WORDS, "filter_tokens": (3, 6), "eos_token": 7} | changed
         assert abs(here - loss(found, REGIONS, cross, BoundedAttention(**given))) > 1e-4
-    with pytest.raises(ValueError, match=r"^method: expected subject_tokens of the labels \[3, 7\] for cross-attention, got none of 7$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^method: expected subject_tokens of the labels \[3, 7\] for cross-attention, got none of 7$",
+    ):
         loss(found, REGIONS, cross, BoundedAttention(subject_tokens={3: (1,)}, eos_token=7))
 
 
-@pytest.mark.parametrize("regions", [Regions(structure=BOXES), Regions(appearance=BOXES, background=0), Regions(structure=BOXES * 0, background=0)])
+@pytest.mark.parametrize(
+    "regions",
+    [
+        Regions(structure=BOXES),
+        Regions(appearance=BOXES, background=0),
+        Regions(structure=BOXES * 0, background=0),
+    ],
+)
 def test_regions_without_subjects_or_background_are_refused(regions):
     with pytest.raises(ValueError, match="^regions: expected"):
         BoundedGuidance().loss(features(), regions)
@@ -115,15 +149,30 @@ def test_the_schedule_is_as_published():
     assert rates[:15] == pytest.approx(torch.linspace(18, 5, 15).tolist()) and rates[15:] == [None] * 35
     assert BoundedGuidance(until=0.5).rate(0, 2) == 8.0 and BoundedGuidance(until=0.0).rate(0, 50) is None
     assert [step for step in range(50) if BoundedGuidance().refines(step, 50)] == [15, 20, 25, 30, 35, 40, 45]
-    assert [step for step in range(9) if BoundedGuidance(until=0.0, refine_every=4).refines(step, 9)] == [4, 8]  # at 0 there are no maps
+    assert [step for step in range(9) if BoundedGuidance(until=0.0, refine_every=4).refines(step, 9)] == [
+        4,
+        8,
+    ]  # at 0 there are no maps
     assert not any(BoundedGuidance(refine_every=0).refines(step, 50) for step in range(50))
 
 
 def test_default_layers_are_the_published_ones():
     attentions = "mid_block.attentions.0.transformer_blocks.0.attn1"
-    small = [attentions, *(f"up_blocks.{block}.attentions.{layer}.transformer_blocks.0.attn1" for block in (1, 2, 3) for layer in range(3))]
+    small = [
+        attentions,
+        *(
+            f"up_blocks.{block}.attentions.{layer}.transformer_blocks.0.attn1"
+            for block in (1, 2, 3)
+            for layer in range(3)
+        ),
+    ]
     assert BoundedGuidance().default_layers(small) == small[:4]
-    large = [f"up_blocks.{block}.attentions.{layer}.transformer_blocks.{n}.attn1" for block in (0, 1) for layer in range(3) for n in range(10)]
+    large = [
+        f"up_blocks.{block}.attentions.{layer}.transformer_blocks.{n}.attn1"
+        for block in (0, 1)
+        for layer in range(3)
+        for n in range(10)
+    ]
     assert BoundedGuidance().default_layers([attentions, *large]) == large[1:7]
 
 
@@ -163,7 +212,11 @@ def test_masks_are_refined_as_published():
     for number, (found, cross) in enumerate(passes, 1):
         refiner.add(found, regions, cross, METHOD)
         taken = passes[:number] if number < 3 else passes
-        maps = [(self_maps(a, BOXES), cross_maps(b, BOXES, False)) for own, words in taken for a, b in zip(own.values(), words.values())]
+        maps = [
+            (self_maps(a, BOXES), cross_maps(b, BOXES, False))
+            for own, words in taken
+            for a, b in zip(own.values(), words.values())
+        ]
         self_map, cross_map = (torch.stack([each.mean(0) for each in some]).mean(0) for some in zip(*maps))
         torch.testing.assert_close(refiner.self_map.double(), self_map, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(refiner.cross_map.double(), cross_map, rtol=1e-5, atol=1e-7)
@@ -172,7 +225,12 @@ def test_masks_are_refined_as_published():
         refined = refiner.refine(REGIONS)
         expected = literal_masks(self_map, cross_map, cells(BOXES, 64), clusters, nouns)
         assert {3, 7} <= set(expected.tolist()) and torch.equal(cells(refined.structure, 64), expected)
-        assert torch.equal(refined.structure, expected.view(8, 8).repeat_interleave(2, 0).repeat_interleave(2, 1)) and refined.background == 0
+        assert (
+            torch.equal(
+                refined.structure, expected.view(8, 8).repeat_interleave(2, 0).repeat_interleave(2, 1)
+            )
+            and refined.background == 0
+        )
         centres = torch.stack([rows[clusters == cluster].mean(0) for cluster in range(6)])
         torch.testing.assert_close(refiner.centres, centres)
 
@@ -186,12 +244,21 @@ def planted(refiner, groups, words):
 
 
 def test_masks_follow_the_subjects_and_begin_anew_where_they_are_lost():
-    refiner, halves = MaskRefiner(REGIONS, {3: 2, 7: 5}, clusters=2), torch.arange(64) % 8 // 2  # four stripes, 0 and 1 under the first box
+    refiner, halves = (
+        MaskRefiner(REGIONS, {3: 2, 7: 5}, clusters=2),
+        torch.arange(64) % 8 // 2,
+    )  # four stripes, 0 and 1 under the first box
     planted(refiner, halves, [[0.1, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.1]])
     found = refiner.refine(REGIONS)
     stripes = cells(found.structure, 64).view(8, 8)
-    assert (stripes[:, 2:4] == 3).all() and (stripes[:, [0, 1, 6, 7]] == 0).all() and (stripes[:, 4:6] == 7).all()
-    planted(refiner, halves, [[0.1, 0.9], [0.1, 0.9], [0.1, 0.9], [0.1, 0.1]])  # nobody attends to the first one's word
+    assert (
+        (stripes[:, 2:4] == 3).all()
+        and (stripes[:, [0, 1, 6, 7]] == 0).all()
+        and (stripes[:, 4:6] == 7).all()
+    )
+    planted(
+        refiner, halves, [[0.1, 0.9], [0.1, 0.9], [0.1, 0.9], [0.1, 0.1]]
+    )  # nobody attends to the first one's word
     again = refiner.refine(found).structure
     assert torch.equal(again == 3, BOXES == 3)  # its box, which is nobody else's
     assert (again[:, 8:12] == 7).all()
@@ -199,7 +266,9 @@ def test_masks_follow_the_subjects_and_begin_anew_where_they_are_lost():
 
 def test_later_clusters_start_where_the_last_ended(monkeypatch):
     given, real = [], segment
-    monkeypatch.setattr(bounded_guidance, "segment", lambda rows, **options: given.append(options) or real(rows, **options))
+    monkeypatch.setattr(
+        bounded_guidance, "segment", lambda rows, **options: given.append(options) or real(rows, **options)
+    )
     refiner = MaskRefiner(REGIONS, {3: 2, 7: 5}, seed=4)
     for seed in (0, 100):
         refiner.add(features((8, 8), seed=seed), REGIONS, features((8, 8), 9, seed=seed + 5), METHOD)
@@ -210,5 +279,7 @@ def test_later_clusters_start_where_the_last_ended(monkeypatch):
 
 def test_maps_of_different_grids_are_refused():
     refiner = MaskRefiner(REGIONS, {3: 2, 7: 5})
-    with pytest.raises(ValueError, match="^mask_layers: expected layers of one number of tokens, got 64, 256$"):
+    with pytest.raises(
+        ValueError, match="^mask_layers: expected layers of one number of tokens, got 64, 256$"
+    ):
         refiner.add(features(), REGIONS, features(tokens=9), METHOD)

@@ -13,7 +13,9 @@ from tests.processors.models import embedded_pipe, make_pipe, quiet
 
 def make(dtype=torch.float32):
     stock = make_pipe("small")
-    parts = {name: copy.deepcopy(getattr(stock, name)) for name in ("vae", "text_encoder")}  # all tests share these
+    parts = {
+        name: copy.deepcopy(getattr(stock, name)) for name in ("vae", "text_encoder")
+    }  # all tests share these
     return quiet(AttentionDistillationPipeline.from_pipe(stock, **parts).to(dtype))
 
 
@@ -24,7 +26,10 @@ def pipe():
 
 def state(pipe):
     """Everything of the VAE that tuning may touch: weights, dtypes, gradients, and whether these are wanted."""
-    return {name: (x.detach().clone(), x.dtype, x.requires_grad, x.grad) for name, x in pipe.vae.named_parameters()}
+    return {
+        name: (x.detach().clone(), x.dtype, x.requires_grad, x.grad)
+        for name, x in pipe.vae.named_parameters()
+    }
 
 
 def assert_same(one, other):
@@ -34,7 +39,12 @@ def assert_same(one, other):
 
 
 def call(pipe, **options):
-    return pipe(pictures(1)[0], pictures(1, seed=1)[0], generator=seeded(), **{"num_inference_steps": 2, "output_type": "pt", **options})
+    return pipe(
+        pictures(1)[0],
+        pictures(1, seed=1)[0],
+        generator=seeded(),
+        **{"num_inference_steps": 2, "output_type": "pt", **options},
+    )
 
 
 def test_a_scene_is_reproduced_better_and_the_weights_are_as_before():
@@ -63,11 +73,17 @@ def test_it_is_adam_on_the_l1_of_the_pictures_by_the_decoder_alone(pipe):
         loss.backward()
         optimiser.step()
         expected.append(loss.item())
-    original, fixed = pipe.vae.decoder, [*pipe.vae.encoder.parameters(), *pipe.vae.post_quant_conv.parameters()]
+    original, fixed = (
+        pipe.vae.decoder,
+        [*pipe.vae.encoder.parameters(), *pipe.vae.post_quant_conv.parameters()],
+    )
     with tuned_decoder(pipe, shown, iterations=4, learning_rate=1e-3) as losses:
         assert losses == pytest.approx(expected, rel=2e-5)
         assert pipe.vae.decoder is not original
-        assert all(each.grad is None and not each.requires_grad for each in [*fixed, *original.parameters(), *pipe.vae.decoder.parameters()])
+        assert all(
+            each.grad is None and not each.requires_grad
+            for each in [*fixed, *original.parameters(), *pipe.vae.decoder.parameters()]
+        )
     assert pipe.vae.decoder is original
 
 
@@ -118,16 +134,25 @@ def test_a_vae_in_half_is_tuned_in_float32():
 
 def test_a_call_decodes_the_same_latents_with_the_tuned_decoder(pipe):
     style = pictures(1)[0]
-    for make_picture in (lambda **options: call(pipe, **options), lambda **options: pipe.expand(style, 32, 48, generator=seeded(), **options)):
+    for make_picture in (
+        lambda **options: call(pipe, **options),
+        lambda **options: pipe.expand(style, 32, 48, generator=seeded(), **options),
+    ):
         options = {"output_type": "pt", "num_inference_steps": 1}
         latents, plain = make_picture(**{**options, "output_type": "latent"}).images, make_picture(**options)
         tuned, again = (make_picture(tune_decoder=5, **options) for _ in range(2))
-        assert torch.equal(tuned.images, again.images) and len(tuned.decoder_losses) == 5 and len(plain.decoder_losses) == 0
+        assert (
+            torch.equal(tuned.images, again.images)
+            and len(tuned.decoder_losses) == 5
+            and len(plain.decoder_losses) == 0
+        )
         with tuned_decoder(pipe, style[None], iterations=5) as losses, torch.no_grad():
             expected = pipe._decode(latents) / 2 + 0.5
         assert torch.equal(tuned.images, expected.clamp(0, 1)) and not torch.equal(tuned.images, plain.images)
         assert tuned.decoder_losses.tolist() == pytest.approx(losses, rel=1e-6)
-        assert torch.equal(make_picture(tune_decoder=5, **{**options, "output_type": "latent"}).images, latents)
+        assert torch.equal(
+            make_picture(tune_decoder=5, **{**options, "output_type": "latent"}).images, latents
+        )
 
 
 def test_an_interrupt_while_the_decoder_is_tuned_leaves_the_stock_picture(pipe, monkeypatch):
@@ -161,7 +186,10 @@ def test_bad_arguments_are_one_line(pipe, options, message):
 def test_weights_that_are_not_in_memory_are_refused(pipe):
     away = make()
     away.vae = copy.deepcopy(pipe.vae).to("meta")
-    with pytest.raises(ValueError, match="^vae: expected its weights in memory"), tuned_decoder(away, pictures(1)):
+    with (
+        pytest.raises(ValueError, match="^vae: expected its weights in memory"),
+        tuned_decoder(away, pictures(1)),
+    ):
         pass
 
 

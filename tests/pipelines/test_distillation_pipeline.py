@@ -58,10 +58,17 @@ def processors(pipe):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_features_are_those_of_a_whole_pass_that_ends_at_the_last_layer(family):
     pipe = make(family)
-    latents, timestep, condition = torch.randn(2, 4, 16, 16, generator=seeded()), torch.tensor(301), pipe.conditions("", 32, 32)[0]
+    latents, timestep, condition = (
+        torch.randn(2, 4, 16, 16, generator=seeded()),
+        torch.tensor(301),
+        pipe.conditions("", 32, 32)[0],
+    )
     before, kept, ended = processors(pipe), {}, []
     layers = self_attention(pipe.unet, "up_blocks")
-    hooks = [layer.to_out[0].register_forward_pre_hook(lambda _, x, name=name: kept.__setitem__(name, x[0])) for name, layer in layers.items()]
+    hooks = [
+        layer.to_out[0].register_forward_pre_hook(lambda _, x, name=name: kept.__setitem__(name, x[0]))
+        for name, layer in layers.items()
+    ]
     with torch.no_grad():
         pipe.predict(latents, timestep, condition)
     for hook in hooks:
@@ -75,7 +82,10 @@ def test_features_are_those_of_a_whole_pass_that_ends_at_the_last_layer(family):
     assert list(features) == list(layers)
     for name, layer in features.items():
         assert torch.equal(layer.output.transpose(1, 2).flatten(2), kept[name])
-        torch.testing.assert_close(layer.output, F.scaled_dot_product_attention(layer.query, layer.key, layer.value, scale=layer.scale))
+        torch.testing.assert_close(
+            layer.output,
+            F.scaled_dot_product_attention(layer.query, layer.key, layer.value, scale=layer.scale),
+        )
     assert processors(pipe) == before
 
 
@@ -96,10 +106,17 @@ def test_gradient_checkpointing_changes_nothing():
             with torch.no_grad():
                 style = read(target, torch.tensor(301), null)
             del forwards[:]
-            (grad,) = torch.autograd.grad(AttentionDistillation().loss(read(latents, torch.tensor(301), null), style).total, latents)
+            (grad,) = torch.autograd.grad(
+                AttentionDistillation().loss(read(latents, torch.tensor(301), null), style).total, latents
+            )
             assert len(forwards) == 1 + checkpointed
-            saved = torch.ones(3, requires_grad=True) * 2  # nothing that checkpointing put in the way of saving is left there
-            assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None and saved.sum().backward() is None
+            saved = (
+                torch.ones(3, requires_grad=True) * 2
+            )  # nothing that checkpointing put in the way of saving is left there
+            assert (
+                torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+                and saved.sum().backward() is None
+            )
         found.append(grad)
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
     assert found[0].abs().max() > 0
@@ -108,8 +125,12 @@ def test_gradient_checkpointing_changes_nothing():
 def test_layers_out_of_order_are_all_read():
     pipe = make("sd15")
     with AttentionReader(pipe, layers=["mid", "down"]) as read, torch.no_grad():
-        features = read(torch.randn(1, 4, 16, 16, generator=seeded()), torch.tensor(1), pipe.conditions("", 32, 32)[0])
-    assert sorted(features) == sorted([*self_attention(pipe.unet, "down_blocks"), *self_attention(pipe.unet, "mid_block")])
+        features = read(
+            torch.randn(1, 4, 16, 16, generator=seeded()), torch.tensor(1), pipe.conditions("", 32, 32)[0]
+        )
+    assert sorted(features) == sorted(
+        [*self_attention(pipe.unet, "down_blocks"), *self_attention(pipe.unet, "mid_block")]
+    )
 
 
 # what moves
@@ -131,18 +152,27 @@ class Literal:
             for name in ("to_q", "to_k", "to_v"):
                 hook = lambda _, __, out, key=(layer, name): kept.__setitem__(key, out)  # noqa: E731
                 hooks.append(getattr(layer, name).register_forward_hook(hook))
-            hooks.append(layer.to_out[0].register_forward_pre_hook(lambda _, x, key=(layer, "out"): kept.__setitem__(key, x[0])))
+            hooks.append(
+                layer.to_out[0].register_forward_pre_hook(
+                    lambda _, x, key=(layer, "out"): kept.__setitem__(key, x[0])
+                )
+            )
         self.pipe.unet(latents, timestep, **self.null)
         for hook in hooks:
             hook.remove()
         names = ("to_q", "to_k", "to_v", "out")
-        return [[kept[layer, name].unflatten(-1, (layer.heads, -1)).transpose(1, 2) for name in names] for layer in self.layers]
+        return [
+            [kept[layer, name].unflatten(-1, (layer.heads, -1)).transpose(1, 2) for name in names]
+            for layer in self.layers
+        ]
 
     def descend(self, latents, adam, style, content, timestep):
         with torch.no_grad():
             style, content = self.features(style, timestep), self.features(content, timestep)
         total = 0
-        for (q, _, _, out), (_, k, v, _), (q_content, _, _, _) in zip(self.features(latents, timestep), style, content):
+        for (q, _, _, out), (_, k, v, _), (q_content, _, _, _) in zip(
+            self.features(latents, timestep), style, content
+        ):
             ideal = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
             total = total + (out - ideal.detach()).abs().mean() + self.weight * (q - q_content).abs().mean()
         adam.zero_grad()
@@ -161,20 +191,31 @@ class Literal:
     def sample(self, style, content, steps, generator):
         def noised(clean, timestep):
             noise = torch.randn(clean.shape, generator=generator)
-            return self.alphas[timestep].sqrt().float() * clean + (1 - self.alphas[timestep]).sqrt().float() * noise
+            return (
+                self.alphas[timestep].sqrt().float() * clean
+                + (1 - self.alphas[timestep]).sqrt().float() * noise
+            )
 
         self.pipe.scheduler.set_timesteps(steps)
         latents = torch.randn(content.shape, generator=generator)
         for timestep in self.pipe.scheduler.timesteps:
             with torch.no_grad():
-                base, epsilon = (self.pipe.unet(latents, timestep, **each).sample for each in (self.unconditional, self.null))
+                base, epsilon = (
+                    self.pipe.unet(latents, timestep, **each).sample
+                    for each in (self.unconditional, self.null)
+                )
                 epsilon = base + 7.5 * (epsilon - base)
             before, after = self.alphas[timestep], int(timestep) - 1000 // steps
             level = self.alphas[after] if after >= 0 else torch.ones(())
             clean = (latents - (1 - before).sqrt().float() * epsilon) / before.sqrt().float()
-            latents, after = level.sqrt().float() * clean + (1 - level).sqrt().float() * epsilon, max(after, 0)
+            latents, after = (
+                level.sqrt().float() * clean + (1 - level).sqrt().float() * epsilon,
+                max(after, 0),
+            )
             target = noised(style, after)
-            (mean, deviation), (to, spread) = ((x.mean((2, 3), True), x.std((2, 3), keepdim=True)) for x in (latents, target))
+            (mean, deviation), (to, spread) = (
+                (x.mean((2, 3), True), x.std((2, 3), keepdim=True)) for x in (latents, target)
+            )
             latents = ((latents - mean) / (deviation + 1e-6) * spread + to).requires_grad_()
             targets = noised(content, after), noised(style, after)  # of draws that are not AdaIN's
             adam = torch.optim.Adam([latents], lr=0.015)
@@ -190,7 +231,11 @@ def test_both_modes_are_the_published_loops(mode, family):
     pipe = make(family)
     style, content = pipe.encode(torch.cat([pictures(1), pictures(1, seed=1)])).detach().split(1)
     result, literal = call(pipe, mode=mode, num_inference_steps=4), Literal(pipe)
-    latents = literal.optimise(style, content, 4) if mode == "optimise" else literal.sample(style, content, 4, seeded())
+    latents = (
+        literal.optimise(style, content, 4)
+        if mode == "optimise"
+        else literal.sample(style, content, 4, seeded())
+    )
     assert result.losses[:, 0].tolist() == pytest.approx(literal.losses, rel=2e-5)
     # a sign of the L1 gradient may flip by rounding: Adam then moves that latent by up to its rate
     assert (result.images - latents).abs().mean() < 1e-3 * (latents - content).abs().mean()
@@ -198,7 +243,11 @@ def test_both_modes_are_the_published_loops(mode, family):
 
 def test_an_annealed_rate_falls_in_equal_steps_to_nothing(small, monkeypatch):
     rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *given: rates.append(self.param_groups[0]["lr"]) or step(self, *given))
+    monkeypatch.setattr(
+        torch.optim.Adam,
+        "step",
+        lambda self, *given: rates.append(self.param_groups[0]["lr"]) or step(self, *given),
+    )
     call(small, anneal=True, iterations=2, learning_rate=0.6)
     assert rates == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
 
@@ -228,7 +277,12 @@ def test_settings_of_one_mode(small):
     assert not torch.equal(call(small, initial="noise").images, usual("optimise").images)
     assert not torch.equal(call(small, anneal=True).images, usual("optimise").images)
     plain = usual("sample")
-    for other in ({"adain": False}, {"guidance_scale": 1.0, "prompt": "a horse"}, {"prompt": "a horse"}, {"generator": seeded(1)}):
+    for other in (
+        {"adain": False},
+        {"guidance_scale": 1.0, "prompt": "a horse"},
+        {"prompt": "a horse"},
+        {"generator": seeded(1)},
+    ):
         assert not torch.equal(call(small, mode="sample", **other).images, plain.images), other
     assert torch.equal(call(small, mode="sample").images, plain.images)
 
@@ -236,8 +290,18 @@ def test_settings_of_one_mode(small):
 def test_adain_gives_the_styles_their_joint_statistics(small, monkeypatch):
     styles, drawn = pictures(2), []
     noised = small.scheduler.__class__.add_noise
-    monkeypatch.setattr(small.scheduler.__class__, "add_noise", lambda *a: drawn.append(noised(*a)) or drawn[-1])
-    result = small(styles, None, mode="sample", iterations=0, num_inference_steps=2, output_type="latent", generator=seeded())
+    monkeypatch.setattr(
+        small.scheduler.__class__, "add_noise", lambda *a: drawn.append(noised(*a)) or drawn[-1]
+    )
+    result = small(
+        styles,
+        None,
+        mode="sample",
+        iterations=0,
+        num_inference_steps=2,
+        output_type="latent",
+        generator=seeded(),
+    )
     deviation, mean = torch.std_mean(drawn[-2], dim=(0, 2, 3))
     torch.testing.assert_close(result.images.mean((0, 2, 3)), mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result.images.std((0, 2, 3)), deviation, rtol=1e-5, atol=1e-5)
@@ -263,27 +327,40 @@ def test_the_loss_of_a_scene_falls():
         timestep = torch.tensor(301)
         with torch.no_grad():
             style = read(clean[:1], timestep, null)
-        losses = [descend(latents, adam, lambda moved: method.loss(read(moved, timestep, null), style)).total.item() for _ in range(20)]
+        losses = [
+            descend(latents, adam, lambda moved: method.loss(read(moved, timestep, null), style)).total.item()
+            for _ in range(20)
+        ]
     assert losses[-1] < losses[0] / 2
 
 
 def test_gradients_that_float16_would_round_to_zero_arrive():
     latents = torch.zeros(1, 4, 4, 4, requires_grad=True)
     losses = lambda moved: Losses(*[(moved.half().float() * 2.0**-30).sum()] * 3)  # noqa: E731
-    torch.testing.assert_close(gradient(losses(latents).total, latents), torch.full_like(latents, 2.0**-30), rtol=0, atol=0)
+    torch.testing.assert_close(
+        gradient(losses(latents).total, latents), torch.full_like(latents, 2.0**-30), rtol=0, atol=0
+    )
     descend(latents, torch.optim.SGD([latents], lr=2.0**30), losses)
     assert torch.equal(latents.detach(), -torch.ones(1, 4, 4, 4)) and latents.grad is None
 
 
 def test_masks_of_a_scene_draw_object_from_object():
     pipe, (style, content), labels = embedded(), scenes().image, (scenes().labels >= len(BACKGROUNDS)).long()
-    regions, method = Regions(appearance=labels[0], structure=labels[1]), AttentionDistillation(content_weight=0.0)
+    regions, method = (
+        Regions(appearance=labels[0], structure=labels[1]),
+        AttentionDistillation(content_weight=0.0),
+    )
     options = {"method": method, "num_inference_steps": 1, "iterations": 8, "output_type": "latent"}
-    plain, masked = pipe(style, content, **options).images, pipe(style, content, regions=regions, **options).images
+    plain, masked = (
+        pipe(style, content, **options).images,
+        pipe(style, content, regions=regions, **options).images,
+    )
     timestep, null = torch.tensor(301), pipe.conditions("", 128, 128)[0]
     with torch.no_grad(), AttentionReader(pipe) as read:
         target = read(pipe.encode(style[None]), timestep, null)
-        of_plain, of_masked = (method.loss(read(each, timestep, null), target, regions=regions).total for each in (plain, masked))
+        of_plain, of_masked = (
+            method.loss(read(each, timestep, null), target, regions=regions).total for each in (plain, masked)
+        )
     assert of_masked < of_plain
 
 
@@ -303,7 +380,10 @@ def test_everything_is_restored_after_an_error_too(small, mode):
     with pytest.raises(RuntimeError, match="enough"):
         call(small, mode=mode, callback_on_step_end=fail)
     assert not any(seen[0])
-    assert processors(small) == before and [parameter.requires_grad for parameter in small.unet.parameters()] == wanted
+    assert (
+        processors(small) == before
+        and [parameter.requires_grad for parameter in small.unet.parameters()] == wanted
+    )
     assert all(parameter.grad is None for parameter in small.unet.parameters())
 
 
@@ -314,10 +394,15 @@ def test_callbacks_see_and_replace_the_latents(small):
         steps.append((step, int(timestep)))
         return {"latents": given["latents"] * 2}
 
-    plain, doubled = call(small, num_inference_steps=1), call(small, num_inference_steps=1, callback_on_step_end=double)
+    plain, doubled = (
+        call(small, num_inference_steps=1),
+        call(small, num_inference_steps=1, callback_on_step_end=double),
+    )
     torch.testing.assert_close(doubled.images, plain.images * 2)
     assert [step for step, _ in steps] == [0]
-    assert not torch.equal(call(small, mode="sample", callback_on_step_end=double).images, call(small, mode="sample").images)
+    assert not torch.equal(
+        call(small, mode="sample", callback_on_step_end=double).images, call(small, mode="sample").images
+    )
 
 
 @pytest.mark.parametrize("mode", ["optimise", "sample"])
@@ -346,7 +431,9 @@ def runs(pipe):
     """One of each kind, short."""
     yield call(pipe, num_inference_steps=2)
     yield call(pipe, mode="sample", num_inference_steps=2)
-    yield pipe.expand(pictures(1)[0], 32, 48, generator=seeded(), iterations=1, **{**QUICK, "num_inference_steps": 2})
+    yield pipe.expand(
+        pictures(1)[0], 32, 48, generator=seeded(), iterations=1, **{**QUICK, "num_inference_steps": 2}
+    )
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -367,7 +454,11 @@ def test_every_kind_of_run_is_the_same_with_gradient_checkpointing(family):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_half_precision_keeps_latents_and_loss_in_float32(family):
     stock = make_pipe(family)
-    shared = {name: copy.deepcopy(part) for name, part in stock.components.items() if name.startswith(("vae", "text_encoder"))}  # by all tests
+    shared = {
+        name: copy.deepcopy(part)
+        for name, part in stock.components.items()
+        if name.startswith(("vae", "text_encoder"))
+    }  # by all tests
     stock.register_modules(**shared)
     pipe = quiet(AttentionDistillationPipeline.from_pipe(stock.to(torch.bfloat16)))
     pipe.unet.enable_gradient_checkpointing()
@@ -377,14 +468,18 @@ def test_half_precision_keeps_latents_and_loss_in_float32(family):
         assert result.images.dtype == result.losses.dtype == torch.float32 and result.images.isfinite().all()
         assert not torch.equal(result.images, result.images.to(torch.bfloat16).float())
         assert not torch.equal(result.losses, result.losses.to(torch.bfloat16).float())
-    assert set(seen) == {torch.bfloat16} and {each.dtype for each in pipe.unet.parameters()} == {torch.bfloat16}
+    assert set(seen) == {torch.bfloat16} and {each.dtype for each in pipe.unet.parameters()} == {
+        torch.bfloat16
+    }
 
 
 def test_pipelines_are_made_of_their_family():
     assert type(make("sdxl")).__name__ == "AttentionDistillationXLPipeline"
     assert type(AppearanceTransferPipeline.from_pipe(make("sdxl"))).__name__ == "AppearanceTransferXLPipeline"
     assert call(make("sdxl"), mode="sample").images.shape == (1, 4, 16, 16)
-    assert not {"invert", "noise_free", "self_regions"} & set(dir(AttentionDistillationPipeline))  # those are of appearance transfer
+    assert not {"invert", "noise_free", "self_regions"} & set(
+        dir(AttentionDistillationPipeline)
+    )  # those are of appearance transfer
 
 
 @pytest.mark.parametrize(
@@ -410,7 +505,10 @@ def test_bad_arguments_are_one_line(small, options, message):
 # textures
 
 
-@pytest.mark.parametrize(("space", "window", "stride"), [((16, 16), 16, 8), ((16, 41), 16, 16), ((7, 30), 16, 5), ((33, 20), 16, 1)])
+@pytest.mark.parametrize(
+    ("space", "window", "stride"),
+    [((16, 16), 16, 8), ((16, 41), 16, 16), ((7, 30), 16, 5), ((33, 20), 16, 1)],
+)
 def test_windows_cover_the_space_and_stay_inside(space, window, stride):
     covered = torch.zeros(space)
     places = windows(space, window, stride)
@@ -423,7 +521,9 @@ def test_windows_cover_the_space_and_stay_inside(space, window, stride):
 
 def test_windows_without_overlap_or_covering_are_refused():
     for stride in (0, 17):
-        with pytest.raises(ValueError, match=f"^stride: expected 1 to the window's 16 latents, got {stride}$"):
+        with pytest.raises(
+            ValueError, match=f"^stride: expected 1 to the window's 16 latents, got {stride}$"
+        ):
             windows((32, 32), 16, stride)
 
 
@@ -443,7 +543,9 @@ def test_a_texture_is_the_mean_of_its_windows(small):
     assert wide.shape == (1, 4, 16, 32)
     batched = small.expand(pictures(1)[0], 32, 64, generator=seeded(), batch_size=1, **options).images
     assert (wide - batched).abs().mean() < 1e-3
-    assert not torch.equal(wide, small.expand(pictures(1, seed=2)[0], 32, 64, generator=seeded(), **options).images)
+    assert not torch.equal(
+        wide, small.expand(pictures(1, seed=2)[0], 32, 64, generator=seeded(), **options).images
+    )
 
 
 HALVES = (torch.arange(16) >= 8).long().expand(16, 16)  # of a style of 16 x 16 latents
@@ -451,7 +553,9 @@ HALVES = (torch.arange(16) >= 8).long().expand(16, 16)  # of a style of 16 x 16 
 
 @pytest.mark.parametrize("scale", [1, 2])
 def test_windows_have_the_labels_of_their_place(small, scale):
-    labels = (torch.arange(24 * 40).view(24, 40) // 7 % 2).repeat_interleave(scale, 0).repeat_interleave(scale, 1)  # of latents, of pixels
+    labels = (
+        (torch.arange(24 * 40).view(24, 40) // 7 % 2).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    )  # of latents, of pixels
     batches = []
 
     class Watching(AttentionDistillation):
@@ -460,17 +564,38 @@ def test_windows_have_the_labels_of_their_place(small, scale):
             return super().loss(*features, regions=regions)
 
     regions = Regions(appearance=HALVES, structure=labels)
-    small.expand(pictures(1)[0], 48, 80, regions=regions, method=Watching(), window=16, stride=8, batch_size=3, iterations=1, **QUICK)
+    small.expand(
+        pictures(1)[0],
+        48,
+        80,
+        regions=regions,
+        method=Watching(),
+        window=16,
+        stride=8,
+        batch_size=3,
+        iterations=1,
+        **QUICK,
+    )
     places = windows((24, 40), 16, 8)
-    expected = [labels[rows.start * scale : rows.stop * scale, columns.start * scale : columns.stop * scale] for rows, columns in places]
+    expected = [
+        labels[rows.start * scale : rows.stop * scale, columns.start * scale : columns.stop * scale]
+        for rows, columns in places
+    ]
     assert [len(batch) for batch in batches] == [3, 3, 2] * 3
     assert all(torch.equal(one, other) for one, other in zip(sum(batches, []), expected * 3))
 
 
 def test_a_masked_texture_of_one_window_is_a_masked_sample(small):
-    options = {"iterations": 2, "learning_rate": 0.03, "regions": Regions(appearance=HALVES, structure=HALVES.T), **QUICK}
+    options = {
+        "iterations": 2,
+        "learning_rate": 0.03,
+        "regions": Regions(appearance=HALVES, structure=HALVES.T),
+        **QUICK,
+    }
     one = small.expand(pictures(1)[0], 32, 32, window=16, generator=seeded(), **options)
-    sampled = small(pictures(1)[0], mode="sample", adain=False, guidance_scale=1.0, generator=seeded(), **options)
+    sampled = small(
+        pictures(1)[0], mode="sample", adain=False, guidance_scale=1.0, generator=seeded(), **options
+    )
     torch.testing.assert_close(one.images, sampled.images)
     assert torch.equal(one.losses, sampled.losses)
 
@@ -478,7 +603,14 @@ def test_a_masked_texture_of_one_window_is_a_masked_sample(small):
 def test_windows_whose_labels_the_style_lacks_see_all_of_it(small):
     labels = torch.zeros(16, 48, dtype=torch.long)
     labels[:, 24:] = 9
-    options = {"window": 16, "stride": 16, "iterations": 1, "batch_size": 1, **QUICK, "num_inference_steps": 1}
+    options = {
+        "window": 16,
+        "stride": 16,
+        "iterations": 1,
+        "batch_size": 1,
+        **QUICK,
+        "num_inference_steps": 1,
+    }
     plain, masked = (
         small.expand(pictures(1)[0], 32, 96, generator=seeded(), regions=regions, **options)
         for regions in (None, Regions(appearance=HALVES, structure=labels))
@@ -497,7 +629,9 @@ def test_a_masked_texture_has_the_size_of_its_labels(small, mode):
         maps = [each.repeat_interleave(scale, 0).repeat_interleave(scale, 1) for each in (HALVES, labels)]
         for given in ({}, {"height": 24, "width": 40}):
             regions = Regions(appearance=maps[0], structure=maps[1])
-            found.append(small(pictures(1)[0], mode=mode, regions=regions, generator=seeded(), **given, **QUICK).images)
+            found.append(
+                small(pictures(1)[0], mode=mode, regions=regions, generator=seeded(), **given, **QUICK).images
+            )
     assert found[0].shape == (1, 4, 12, 20) and all(torch.equal(each, found[0]) for each in found)
     plain = small(pictures(1)[0], mode=mode, height=24, width=40, generator=seeded(), **QUICK).images
     assert not torch.equal(plain, found[0])
@@ -506,10 +640,19 @@ def test_a_masked_texture_has_the_size_of_its_labels(small, mode):
 @pytest.mark.parametrize(
     ("regions", "message"),
     [
-        ({"appearance": HALVES[:8], "structure": HALVES}, "a label map of the style of 16 x 16 latents, or of its pixels, got 8 x 16"),
-        ({"appearance": HALVES, "structure": HALVES}, "a label map of the output of 24 x 32 latents, or of its pixels, got 16 x 16"),
+        (
+            {"appearance": HALVES[:8], "structure": HALVES},
+            "a label map of the style of 16 x 16 latents, or of its pixels, got 8 x 16",
+        ),
+        (
+            {"appearance": HALVES, "structure": HALVES},
+            "a label map of the output of 24 x 32 latents, or of its pixels, got 16 x 16",
+        ),
         ({"appearance": HALVES}, "a label map of the output of 24 x 32 latents, or of its pixels, got None"),
-        ({"appearance": [HALVES, HALVES], "structure": HALVES}, "a label map of the style of 16 x 16 latents, or of its pixels, got 2 of them"),
+        (
+            {"appearance": [HALVES, HALVES], "structure": HALVES},
+            "a label map of the style of 16 x 16 latents, or of its pixels, got 2 of them",
+        ),
     ],
 )
 def test_labels_of_another_size_are_one_line(small, regions, message):

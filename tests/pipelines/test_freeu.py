@@ -31,7 +31,10 @@ def boosted(x: torch.Tensor, backbone: float, low: float) -> torch.Tensor:
     height, width = x.shape[-2:]
     x = torch.cat([x[:, : x.shape[1] // 2] * backbone, x[:, x.shape[1] // 2 :]], 1)
     result = x.to(torch.complex128)
-    rows, columns = torch.arange(height, dtype=torch.float64).view(-1, 1), torch.arange(width, dtype=torch.float64)
+    rows, columns = (
+        torch.arange(height, dtype=torch.float64).view(-1, 1),
+        torch.arange(width, dtype=torch.float64),
+    )
     for vertical in (-1, 0):
         for horizontal in (-1, 0):
             wave = torch.exp(2j * math.pi * (vertical * rows / height + horizontal * columns / width))
@@ -67,7 +70,9 @@ def entered_and_left(unet, widths, context=contextlib.nullcontext, **inputs):
     entered = []
     with contextlib.ExitStack() as hooks, context(), torch.no_grad():
         for block, width in zip(unet.up_blocks, widths):
-            hook = block.resnets[0].register_forward_pre_hook(lambda module, args, width=width: entered.append(args[0][:, :width]))
+            hook = block.resnets[0].register_forward_pre_hook(
+                lambda module, args, width=width: entered.append(args[0][:, :width])
+            )
             hooks.callback(hook.remove)
         return entered, unet(**inputs).sample
 
@@ -75,7 +80,10 @@ def entered_and_left(unet, widths, context=contextlib.nullcontext, **inputs):
 @pytest.mark.parametrize("size", [(16, 16), (16, 24)])
 def test_is_the_formula_on_sd15s_proportions(size) -> None:
     unet, widths = sd15_like(), (64, 64, 64, 32)
-    inputs = {**unet_inputs(unet), "sample": torch.randn(3, 4, *size, generator=torch.Generator().manual_seed(1))}
+    inputs = {
+        **unet_inputs(unet),
+        "sample": torch.randn(3, 4, *size, generator=torch.Generator().manual_seed(1)),
+    }
     stock, plain = entered_and_left(unet, widths, **inputs)
     seen, actual = entered_and_left(unet, widths, lambda: cross_image_freeu(unet), **inputs)
     truth, expected = entered_and_left(unet, widths, lambda: literal_freeu(unet, 64, 32), **inputs)
@@ -116,20 +124,28 @@ def test_neutral_factors_change_nothing_and_each_factor_counts() -> None:
 def test_everything_is_restored_after_exceptions_too() -> None:
     pipe = make_pipe("sd15")
     before = [dict(vars(block)) for block in pipe.unet.up_blocks]
-    hooks = [(dict(block._forward_pre_hooks), dict(block._forward_pre_hooks_with_kwargs)) for block in pipe.unet.up_blocks]
+    hooks = [
+        (dict(block._forward_pre_hooks), dict(block._forward_pre_hooks_with_kwargs))
+        for block in pipe.unet.up_blocks
+    ]
     with torch.no_grad():
         plain = pipe.unet(**unet_inputs(pipe.unet)).sample
         with pytest.raises(RuntimeError, match="inside"), cross_image_freeu(pipe):
             assert all(block._forward_pre_hooks for block in pipe.unet.up_blocks)
             raise RuntimeError("inside")
         assert torch.equal(pipe.unet(**unet_inputs(pipe.unet)).sample, plain)
-    assert [(dict(block._forward_pre_hooks), dict(block._forward_pre_hooks_with_kwargs)) for block in pipe.unet.up_blocks] == hooks
+    assert [
+        (dict(block._forward_pre_hooks), dict(block._forward_pre_hooks_with_kwargs))
+        for block in pipe.unet.up_blocks
+    ] == hooks
     assert [vars(block).keys() for block in pipe.unet.up_blocks] == [names.keys() for names in before]
 
 
 def test_it_leaves_the_callers_tensors_alone() -> None:
     unet, entered = sd15_like(), []
-    hook = unet.mid_block.register_forward_hook(lambda module, args, output: entered.append((output, output.clone())))
+    hook = unet.mid_block.register_forward_hook(
+        lambda module, args, output: entered.append((output, output.clone()))
+    )
     with torch.no_grad(), cross_image_freeu(unet):
         unet(**unet_inputs(unet))
     hook.remove()
@@ -157,5 +173,8 @@ def test_gradients_pass_through() -> None:
 
 
 def test_something_without_a_unet_is_refused() -> None:
-    with pytest.raises(TypeError, match="expected a pipeline with a UNet, or a UNet, got Linear"), cross_image_freeu(torch.nn.Linear(2, 2)):
+    with (
+        pytest.raises(TypeError, match="expected a pipeline with a UNet, or a UNet, got Linear"),
+        cross_image_freeu(torch.nn.Linear(2, 2)),
+    ):
         pass

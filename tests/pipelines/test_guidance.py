@@ -14,7 +14,9 @@ def test_68_steps_have_the_published_scales() -> None:
     assert scales[-1] == 1.75
 
 
-@pytest.mark.parametrize("steps, first", [(1, 1), (6, 1), (7, 2), (34, 5), (68, 10), (100, 15), (136, 20), (680, 100)])
+@pytest.mark.parametrize(
+    "steps, first", [(1, 1), (6, 1), (7, 2), (34, 5), (68, 10), (100, 15), (136, 20), (680, 100)]
+)
 def test_guidance_starts_at_the_same_fraction(steps, first) -> None:
     scales = swap_scales(steps)
     assert (scales[:first] == 1).all() and (scales[first:] > 1).all()
@@ -38,7 +40,9 @@ def test_the_ramp_ends_at_half_the_scale_but_not_below_one() -> None:
 
 
 def test_guided_is_a_line_through_both_predictions() -> None:
-    plain, swapped = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain, swapped = torch.randn(
+        2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     assert torch.equal(swap_guided(plain, swapped, 0), plain)
     torch.testing.assert_close(swap_guided(plain, swapped, 1), swapped)
     torch.testing.assert_close(swap_guided(plain, swapped, 3.5), 3.5 * swapped - 2.5 * plain)
@@ -61,7 +65,9 @@ def literal_low_pass(x: torch.Tensor, kernel: int, count: int) -> torch.Tensor:
         mean, reach = torch.empty_like(x), kernel // 2
         for i in range(x.shape[2]):
             for j in range(x.shape[3]):
-                mean[..., i, j] = x[..., max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1].mean((-1, -2))
+                mean[..., i, j] = x[
+                    ..., max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1
+                ].mean((-1, -2))
         x = mean
     return x
 
@@ -71,7 +77,9 @@ def test_delta_bridge_is_its_formula(kernel, count) -> None:
     empty, generated, appearance = predictions()
     difference = (generated - empty) - (appearance - empty)
     expected = empty + 7.5 * (generated - empty) + 0.6 * literal_low_pass(difference, kernel, count)
-    torch.testing.assert_close(delta_bridge(empty, generated, appearance, 7.5, 0.6, kernel=kernel, count=count), expected)
+    torch.testing.assert_close(
+        delta_bridge(empty, generated, appearance, 7.5, 0.6, kernel=kernel, count=count), expected
+    )
 
 
 def test_delta_bridge_is_plain_guidance_without_strength_or_difference() -> None:
@@ -90,7 +98,9 @@ def test_low_pass_keeps_constants_and_smooths() -> None:
 
 
 def test_the_bridge_s_strength_holds_then_falls_to_nothing() -> None:
-    assert delta_bridge_strengths(11, 2.0, hold=0.4, end=0.8).tolist() == pytest.approx([2, 2, 2, 2, 2, 1.5, 1, 0.5, 0, 0, 0], abs=1e-6)
+    assert delta_bridge_strengths(11, 2.0, hold=0.4, end=0.8).tolist() == pytest.approx(
+        [2, 2, 2, 2, 2, 1.5, 1, 0.5, 0, 0, 0], abs=1e-6
+    )
     assert delta_bridge_strengths(3, 1.0, hold=0.0, end=1.0).tolist() == [1, 0.5, 0]
     assert delta_bridge_strengths(1).tolist() == [1] and delta_bridge_strengths(0).tolist() == []
 

@@ -24,7 +24,12 @@ CASES = list(itertools.product(KINDS, (True, False)))
 def make_scheduler(kind: str = "epsilon", final_is_one: bool = False, **settings) -> DDIMScheduler:
     settings = {"steps_offset": 1, "clip_sample": False, **settings}
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind, set_alpha_to_one=final_is_one, **settings
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=kind,
+        set_alpha_to_one=final_is_one,
+        **settings,
     )
 
 
@@ -32,7 +37,9 @@ def make_predict(dtype: torch.dtype = torch.float32):
     """A tiny UNet, its text fixed, in `dtype`."""
     unet = make_unet("small").to(dtype)
     text = torch.randn(1, 7, unet.config.cross_attention_dim, generator=seeded(5)).to(dtype)
-    return torch.no_grad()(lambda x, t: unet(x.to(dtype), t, encoder_hidden_states=text.expand(len(x), -1, -1)).sample)
+    return torch.no_grad()(
+        lambda x, t: unet(x.to(dtype), t, encoder_hidden_states=text.expand(len(x), -1, -1)).sample
+    )
 
 
 def cheap_predict(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -67,7 +74,9 @@ def regenerate(found: Inversion, predict, scheduler, start: int = 0) -> list[tor
     return trajectory
 
 
-def literal(predict, kind: str, final_is_one: bool, clean: torch.Tensor, seed: int, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def literal(
+    predict, kind: str, final_is_one: bool, clean: torch.Tensor, seed: int, eta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """2.1, one timestep and one image at a time, in float64: latents [T + 1, B, ...] and z [T, B, ...]."""
     bars, bar = [], 1.0
     for i in range(1000):
@@ -79,7 +88,9 @@ def literal(predict, kind: str, final_is_one: bool, clean: torch.Tensor, seed: i
     columns = []
     for image in clean.double():
         draws = torch.randn(STEPS, *image.shape, generator=generator).double()
-        x = [math.sqrt(bars[t]) * image + math.sqrt(1 - bars[t]) * draw for t, draw in zip(timesteps, draws)] + [image]
+        x = [
+            math.sqrt(bars[t]) * image + math.sqrt(1 - bars[t]) * draw for t, draw in zip(timesteps, draws)
+        ] + [image]
         z = [torch.zeros_like(image) for _ in timesteps]
         for i in reversed(range(STEPS - 1)):  # t ascends; z of the last step stays zero
             t, now = timesteps[i], bars[timesteps[i]]
@@ -102,16 +113,22 @@ def literal(predict, kind: str, final_is_one: bool, clean: torch.Tensor, seed: i
 @pytest.mark.parametrize("kind, final_is_one", CASES)
 def test_ddpm_inversion_is_the_published_loop(kind, final_is_one, eta) -> None:
     clean = make_clean()
-    found = invert_ddpm(cheap_predict, make_scheduler(kind, final_is_one), clean, steps=STEPS, eta=eta, generator=seeded(7))
+    found = invert_ddpm(
+        cheap_predict, make_scheduler(kind, final_is_one), clean, steps=STEPS, eta=eta, generator=seeded(7)
+    )
     latents, noises = literal(cheap_predict, kind, final_is_one, clean, 7, eta)
     assert found.timesteps.tolist() == [951 - 50 * i for i in range(STEPS)]
     torch.testing.assert_close(found.latents.double(), latents, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.noises.double(), noises, rtol=1e-3, atol=1e-3)  # divided by σ: float32 latents near the end allow no more
+    torch.testing.assert_close(
+        found.noises.double(), noises, rtol=1e-3, atol=1e-3
+    )  # divided by σ: float32 latents near the end allow no more
     assert found.noises[-1].count_nonzero() == 0
     assert torch.equal(found.latents[-1], clean)
 
 
-@pytest.mark.parametrize("kind, final_is_one, eta", [*(case + (1.0,) for case in CASES), ("v_prediction", False, 0.3)])
+@pytest.mark.parametrize(
+    "kind, final_is_one, eta", [*(case + (1.0,) for case in CASES), ("v_prediction", False, 0.3)]
+)
 def test_the_noises_lead_back_to_every_stored_latent(kind, final_is_one, eta) -> None:
     predict, scheduler = make_predict(), make_scheduler(kind, final_is_one)
     found = invert_ddpm(predict, scheduler, make_clean(), steps=STEPS, eta=eta, generator=seeded(0))
@@ -119,13 +136,20 @@ def test_the_noises_lead_back_to_every_stored_latent(kind, final_is_one, eta) ->
         trajectory = regenerate(found, predict, scheduler, start)
         for step, latents in enumerate(trajectory[:-1], start):
             assert psnr(latents, found.latents[step + 1]) > 60, step
-        assert psnr(trajectory[-1], found.latents[-1]) > (30 if kind != "sample" else 0)  # an untrained x̂_0 is not the picture
+        assert psnr(trajectory[-1], found.latents[-1]) > (
+            30 if kind != "sample" else 0
+        )  # an untrained x̂_0 is not the picture
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("steps", [1, 7, 30])
 def test_every_spacing_leads_back(spacing, steps) -> None:
-    predict, scheduler = cheap_predict, make_scheduler("v_prediction", timestep_spacing=spacing, rescale_betas_zero_snr=spacing == "trailing")
+    predict, scheduler = (
+        cheap_predict,
+        make_scheduler(
+            "v_prediction", timestep_spacing=spacing, rescale_betas_zero_snr=spacing == "trailing"
+        ),
+    )
     found = invert_ddpm(predict, scheduler, make_clean(), steps=steps, generator=seeded(0))
     assert found.noises.isfinite().all() and found.latents.isfinite().all()
     for step, latents in enumerate(regenerate(found, predict, scheduler)[:-1]):
@@ -133,10 +157,20 @@ def test_every_spacing_leads_back(spacing, steps) -> None:
 
 
 @pytest.mark.parametrize("kind, final_is_one", CASES)
-@pytest.mark.parametrize("settings", [{}, {"steps_offset": 0}, {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"steps_offset": 0}, {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}],
+    ids=str,
+)
 def test_a_step_is_the_schedulers(kind, final_is_one, settings) -> None:
-    scheduler, exact = make_scheduler(kind, final_is_one, **settings), make_scheduler(kind, final_is_one, **settings)
-    exact.alphas_cumprod, exact.final_alpha_cumprod = exact.alphas_cumprod.double(), exact.final_alpha_cumprod.double()
+    scheduler, exact = (
+        make_scheduler(kind, final_is_one, **settings),
+        make_scheduler(kind, final_is_one, **settings),
+    )
+    exact.alphas_cumprod, exact.final_alpha_cumprod = (
+        exact.alphas_cumprod.double(),
+        exact.final_alpha_cumprod.double(),
+    )
     for each in (scheduler, exact):
         each.set_timesteps(STEPS)
     output, sample, noise = torch.randn(3, 2, 4, 8, 8, generator=seeded(3), dtype=torch.float64)
@@ -144,7 +178,9 @@ def test_a_step_is_the_schedulers(kind, final_is_one, settings) -> None:
         if kind == "epsilon" and scheduler.alphas_cumprod[timestep] < 1e-6:
             continue  # ε says nothing about x_0 where all is noise
         for eta in (0.0, 1.0):
-            truth = exact.step(output, timestep, sample, eta=eta, variance_noise=noise if eta else None).prev_sample
+            truth = exact.step(
+                output, timestep, sample, eta=eta, variance_noise=noise if eta else None
+            ).prev_sample
             actual = denoise_step(scheduler, output, timestep, sample, noise=noise if eta else None)
             torch.testing.assert_close(actual.double(), truth, rtol=0, atol=2e-6 * float(truth.abs().max()))
         assert torch.equal(denoise_step(scheduler, output, int(timestep), sample, noise=noise), actual)
@@ -169,7 +205,9 @@ def test_half_precision_inputs_are_computed_in_float32() -> None:
     output, sample, noise = torch.randn(3, 2, 4, 8, 8, generator=seeded(3)).half()
     actual = denoise_step(scheduler, output, 501, sample, noise=noise)
     assert actual.dtype == torch.float32
-    assert torch.equal(actual, denoise_step(scheduler, output.float(), 501, sample.float(), noise=noise.float()))
+    assert torch.equal(
+        actual, denoise_step(scheduler, output.float(), 501, sample.float(), noise=noise.float())
+    )
 
 
 def test_the_drawn_noise_is_normal_and_new_at_every_timestep() -> None:
@@ -186,7 +224,9 @@ def test_batch_size_and_company_do_not_matter() -> None:
     predict, scheduler, clean = cheap_predict, make_scheduler("v_prediction"), make_clean()
     whole = invert_ddpm(predict, scheduler, clean, steps=STEPS, generator=seeded(2), batch_size=1000)
     for batch_size in (1, 7):
-        again = invert_ddpm(predict, scheduler, clean, steps=STEPS, generator=seeded(2), batch_size=batch_size)
+        again = invert_ddpm(
+            predict, scheduler, clean, steps=STEPS, generator=seeded(2), batch_size=batch_size
+        )
         torch.testing.assert_close(again.latents, whole.latents, rtol=0, atol=1e-5)
         torch.testing.assert_close(again.noises, whole.noises, rtol=0, atol=1e-3)
     alone = invert_ddpm(predict, scheduler, clean[:1], steps=STEPS, generator=seeded(2))
@@ -203,7 +243,9 @@ def test_predictions_come_in_whole_timesteps_with_images_in_order() -> None:
         calls.append((latents.clone(), timesteps.tolist()))
         return torch.zeros_like(latents)
 
-    found = invert_ddpm(predict, make_scheduler(), clean, steps=5, generator=seeded(0), batch_size=5, progress=done.append)
+    found = invert_ddpm(
+        predict, make_scheduler(), clean, steps=5, generator=seeded(0), batch_size=5, progress=done.append
+    )
     assert [timesteps for _, timesteps in calls] == [[1, 1], [401, 401, 201, 201], [801, 801, 601, 601]]
     torch.testing.assert_close(calls[1][0], found.latents[2:4].flatten(0, 1), rtol=0, atol=1e-6)
     assert done == [1, 2, 2]
@@ -229,7 +271,9 @@ def test_latents_are_never_clipped(invert) -> None:
         seed = {"generator": seeded(0)} if invert is invert_ddpm else {}
         return invert(cheap_predict, scheduler, make_clean(), steps=4, **seed).latents
 
-    assert torch.equal(latents(make_scheduler(clip_sample=True, thresholding=True)), latents(make_scheduler()))
+    assert torch.equal(
+        latents(make_scheduler(clip_sample=True, thresholding=True)), latents(make_scheduler())
+    )
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -252,7 +296,9 @@ def test_half_precision_models_stay_finite_and_lead_back(invert, dtype) -> None:
     assert psnr(regenerate(found, predict, scheduler)[-1], clean) > 25
 
 
-@pytest.mark.parametrize("dtype, size, steps", [(torch.float32, 128, 20), (torch.bfloat16, 64, 3), (torch.float16, 64, 3)])
+@pytest.mark.parametrize(
+    "dtype, size, steps", [(torch.float32, 128, 20), (torch.bfloat16, 64, 3), (torch.float16, 64, 3)]
+)
 def test_the_embedded_model_reconstructs_a_held_out_scene(dtype, size, steps) -> None:
     pipe = embedded.load(dtype)
     picture = scenes.render([scenes.held_out_seed(0)], size).image.to(dtype)
@@ -260,7 +306,9 @@ def test_the_embedded_model_reconstructs_a_held_out_scene(dtype, size, steps) ->
 
     @torch.no_grad()
     def predict(latents, timesteps):
-        return pipe.unet(latents.to(dtype), timesteps, encoder_hidden_states=text.expand(len(latents), -1, -1)).sample
+        return pipe.unet(
+            latents.to(dtype), timesteps, encoder_hidden_states=text.expand(len(latents), -1, -1)
+        ).sample
 
     with torch.no_grad():
         clean = pipe.vae.encode(2 * picture - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
@@ -277,7 +325,9 @@ def test_a_model_that_overflows_is_named_with_advice(invert) -> None:
     def predict(latents, timesteps):
         return torch.full_like(latents, 1e4).half() * 10
 
-    with pytest.raises(FloatingPointError, match=r"^model output: .*float16.*bfloat16.*VAE.*float32.*upcast_attention") as raised:
+    with pytest.raises(
+        FloatingPointError, match=r"^model output: .*float16.*bfloat16.*VAE.*float32.*upcast_attention"
+    ) as raised:
         invert(predict, make_scheduler(), make_clean(), steps=2)
     assert "\n" not in str(raised.value)
 
@@ -328,7 +378,11 @@ def test_wrong_files_are_refused_in_one_line(tmp_path) -> None:
     invert_ddpm(lambda x, t: x, make_scheduler(), make_clean(), steps=2).save(whole)
     metadata = {"format": "qalign.inversion.1", "kind": "ddpm", "eta": "1.0"}
     contents = {"text": b"no tensors here\n" * 9, "empty": b"", "cut": whole.read_bytes()[:-9]}
-    tensors = {"latents": torch.zeros(3, 1, 4, 8, 8), "noises": torch.zeros(2, 1, 4, 8, 8), "timesteps": torch.tensor([501, 1])}
+    tensors = {
+        "latents": torch.zeros(3, 1, 4, 8, 8),
+        "noises": torch.zeros(2, 1, 4, 8, 8),
+        "timesteps": torch.tensor([501, 1]),
+    }
     foreign = {
         "foreign": (tensors, None),
         "short": ({**tensors, "noises": torch.zeros(1, 1, 4, 8, 8)}, metadata),
@@ -341,7 +395,9 @@ def test_wrong_files_are_refused_in_one_line(tmp_path) -> None:
     for name, (content, data) in foreign.items():
         save_file(content, tmp_path / name, metadata=data)
     for name in (*contents, *foreign):
-        with pytest.raises(ValueError, match=rf"^path: expected a file written by Inversion.save, got '.*{name}' \(.+\)$") as raised:
+        with pytest.raises(
+            ValueError, match=rf"^path: expected a file written by Inversion.save, got '.*{name}' \(.+\)$"
+        ) as raised:
             Inversion.load(tmp_path / name)
         assert "\n" not in str(raised.value)
     for absent in (tmp_path / "absent", tmp_path):
@@ -354,16 +410,28 @@ def test_bad_arguments_are_named() -> None:
         return torch.cat([latents, latents], 1)  # a model with learned variances
 
     clean, scheduler = make_clean(), make_scheduler()
-    with pytest.raises(TypeError, match=r"^scheduler: expected a DDIMScheduler \(DDIMScheduler.from_config.*got EulerDiscreteScheduler"):
+    with pytest.raises(
+        TypeError,
+        match=r"^scheduler: expected a DDIMScheduler \(DDIMScheduler.from_config.*got EulerDiscreteScheduler",
+    ):
         invert_ddpm(predict, EulerDiscreteScheduler(), clean, steps=2)
     with pytest.raises(ValueError, match="^scheduler: expected set_timesteps"):
         denoise_step(scheduler, clean, 1, clean)
     with pytest.raises(ValueError, match=r"^output: expected \[3, 4, 8, 12\] .*got \[3, 8, 8, 12\]"):
         invert_ddpm(predict, scheduler, clean, steps=1)
-    for bad in ({"steps": 0}, {"steps": 2.0}, {"steps": 2, "eta": 0.0}, {"steps": 2, "eta": 1.1}, {"steps": 2, "generator": [seeded(0)]}):
+    for bad in (
+        {"steps": 0},
+        {"steps": 2.0},
+        {"steps": 2, "eta": 0.0},
+        {"steps": 2, "eta": 1.1},
+        {"steps": 2, "generator": [seeded(0)]},
+    ):
         with pytest.raises(ValueError, match=rf"^{list(bad)[-1]}: expected"):
             invert_ddpm(predict, scheduler, clean, **bad)
-    with pytest.raises(ValueError, match=r"^clean: expected floating-point latents \[B, C, h, w\], got torch.float32 \[4, 8, 12\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"^clean: expected floating-point latents \[B, C, h, w\], got torch.float32 \[4, 8, 12\]",
+    ):
         invert_ddim(predict, scheduler, clean[0], steps=2)
     with pytest.raises(FloatingPointError, match="^clean latents: "):
         invert_ddim(predict, scheduler, clean * math.nan, steps=2)

@@ -11,7 +11,11 @@ from tests.pipelines.test_inversion import make_scheduler
 from tests.pipelines.transfers import pictures, trajectory, transfer, watch
 from tests.processors.models import PROMPTS, SIZE, make_pipe
 
-LATENTS = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1, 1) + 0.3
+LATENTS = (
+    torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    * torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1, 1)
+    + 0.3
+)
 
 
 def literal_adain(x, y, eps=0.0):
@@ -19,7 +23,9 @@ def literal_adain(x, y, eps=0.0):
     result = torch.empty_like(x)
     for channel in range(len(x)):
         mean, deviation = x[channel].mean(), (x[channel].var() + eps).sqrt()
-        result[channel] = (x[channel] - mean) / deviation * (y[channel].var() + eps).sqrt() + y[channel].mean()
+        result[channel] = (x[channel] - mean) / deviation * (y[channel].var() + eps).sqrt() + y[
+            channel
+        ].mean()
     return result
 
 
@@ -48,7 +54,9 @@ def test_a_transfer_starts_there(small, pair, monkeypatch) -> None:
         else:  # its bank is empty, which the first edited layer says
             with pytest.raises(RuntimeError, match="bank: expected features"):
                 transfer(small, inversion=pair, method=method, adain=None)
-        torch.testing.assert_close(samples[0], torch.stack([start, start, appearance, structure]), rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            samples[0], torch.stack([start, start, appearance, structure]), rtol=0, atol=2e-6
+        )
     assert torch.equal(pair.latents[2, 1], structure)
 
 
@@ -67,13 +75,18 @@ def test_a_step_with_another_clean_estimate_keeps_epsilon(kind, eta) -> None:
 
     options = {"noise": noise, "eta": eta}
     for step, timestep in enumerate(scheduler.timesteps[:-1]):
-        plain, changed = (denoise_step(scheduler, output, timestep, sample, change=each, **options) for each in (None, change))
+        plain, changed = (
+            denoise_step(scheduler, output, timestep, sample, change=each, **options)
+            for each in (None, change)
+        )
         before = scheduler.alphas_cumprod[scheduler.timesteps[step + 1]]
         expected = plain + before.sqrt() * (1 - 0.5 * seen[-1])
         torch.testing.assert_close(changed, expected, rtol=2e-5, atol=2e-5)
         if kind == "sample":
             torch.testing.assert_close(seen[-1], output)
-    assert torch.equal(denoise_step(scheduler, output, timestep, sample, change=lambda clean: clean, **options), plain)
+    assert torch.equal(
+        denoise_step(scheduler, output, timestep, sample, change=lambda clean: clean, **options), plain
+    )
 
 
 def test_calibration_gives_the_clean_estimate_the_colours_of_the_appearance() -> None:
@@ -129,13 +142,20 @@ def test_a_stock_pipeline_takes_a_scale_for_each_step(family) -> None:
         latents.append(given["latents"])
         return told(pipe, step, timestep, given)
 
-    options = {"latents": noise, "num_inference_steps": 4, "output_type": "latent", "callback_on_step_end": step_end}
+    options = {
+        "latents": noise,
+        "num_inference_steps": 4,
+        "output_type": "latent",
+        "callback_on_step_end": step_end,
+    }
     with attach(pipe, VisualStylePrompting(), layout=BatchLayout("output", "appearance")):
         pipe(PROMPTS[:2], guidance_scale=20.0, **options)
         before = noise
         for step, (timestep, after) in enumerate(zip(pipe.scheduler.timesteps, latents)):
             empty, text = predicted[step].chunk(2)
-            expected = pipe.scheduler.step(empty + scales[step] * (text - empty), timestep, before).prev_sample
+            expected = pipe.scheduler.step(
+                empty + scales[step] * (text - empty), timestep, before
+            ).prev_sample
             torch.testing.assert_close(after, expected, rtol=0, atol=2e-5)
             before = after
         with pytest.raises(ValueError, match="guidance_scale: expected 20, the first of the scales, got 7.5"):

@@ -33,7 +33,9 @@ PROMPT, NOUN, NOUN_TOKEN = "a z", "z", 2
 GAIN = 3.0  # random attention is nearly uniform; this makes it choose
 
 
-def make_pipeline(prediction: str, seed: int = 0, channels: tuple[int, int, int] = (16, 32, 32)) -> StableDiffusionPipeline:
+def make_pipeline(
+    prediction: str, seed: int = 0, channels: tuple[int, int, int] = (16, 32, 32)
+) -> StableDiffusionPipeline:
     """Three levels, self- and cross-attention in the upper two; the scheduler of SD 1.5, or one that ends without noise."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -89,7 +91,9 @@ class Case:
     noun: str = NOUN
     noun_token: int = NOUN_TOKEN
 
-    def literal(self, numbers: literal.Numbers, freeu: tuple[int, int] = (0, 0), double: bool = True) -> tuple[Tensor, literal.Run]:
+    def literal(
+        self, numbers: literal.Numbers, freeu: tuple[int, int] = (0, 0), double: bool = True
+    ) -> tuple[Tensor, literal.Run]:
         """float64 [steps, 3, C, h, w] and the record. freeu: the numbers of channels that stand for 1280 and 640. double: computed in float64."""
         unet, grid = copy.deepcopy(self.pipe.unet), self.inversion.latents.shape[-2:]
         latents, z, prompt = self.inversion.latents, self.inversion.noises, self.prompt
@@ -101,10 +105,21 @@ class Case:
             return literal.object_mask(self_map, cross_map, self.noun_token, grid, segment)
 
         with torch.no_grad(), literal.freeu(unet, *freeu):
-            trajectory, run = literal.generate(unet, self.pipe.scheduler, latents, z, prompt, numbers, skip=round(0.32 * len(z)), make_mask=mask)
+            trajectory, run = literal.generate(
+                unet,
+                self.pipe.scheduler,
+                latents,
+                z,
+                prompt,
+                numbers,
+                skip=round(0.32 * len(z)),
+                make_mask=mask,
+            )
         return torch.stack(trajectory).double(), run
 
-    def pipeline(self, trajectory: list[Tensor] | None = None, **settings) -> tuple[Tensor, appearance_transfer.AppearanceTransferOutput]:
+    def pipeline(
+        self, trajectory: list[Tensor] | None = None, **settings
+    ) -> tuple[Tensor, appearance_transfer.AppearanceTransferOutput]:
         """[steps, 3, C, h, w], which grows in `trajectory`, and the result."""
         trajectory = [] if trajectory is None else trajectory
 
@@ -122,9 +137,15 @@ class Case:
 def make_case(prediction: str, steps: int, *, seed: int = 0, **options) -> Case:
     """Random latents and noises: §2.2 to §2.6 hold for any."""
     pipe, generator = make_pipeline(prediction, seed, **options), torch.Generator().manual_seed(seed + 1)
-    latents = literal.noised(pipe.scheduler, torch.randn(2, 4, GRID, GRID, generator=generator), steps, generator)
+    latents = literal.noised(
+        pipe.scheduler, torch.randn(2, 4, GRID, GRID, generator=generator), steps, generator
+    )
     z = torch.randn(latents[1:].shape, generator=generator)
-    return Case(pipe, Inversion("ddpm", latents, z, pipe.scheduler.timesteps, 1.0), pipe.encode_prompt(PROMPT, "cpu", 1, False)[0])
+    return Case(
+        pipe,
+        Inversion("ddpm", latents, z, pipe.scheduler.timesteps, 1.0),
+        pipe.encode_prompt(PROMPT, "cpu", 1, False)[0],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +163,9 @@ def assert_same(actual: Tensor, truth: Tensor) -> None:
     """At every step, within the budget."""
     assert len(actual) == len(truth)
     for step, (latents, expected) in enumerate(zip(actual, truth)):
-        verdict = judge(latents, expected.float(), expected, reduction=4 * len(truth) * truth[0, 0, 0].numel())
+        verdict = judge(
+            latents, expected.float(), expected, reduction=4 * len(truth) * truth[0, 0, 0].numel()
+        )
         assert verdict.passed, f"step {step}: {verdict}"
 
 
@@ -151,7 +174,10 @@ def assert_same(actual: Tensor, truth: Tensor) -> None:
 
 @torch.no_grad()
 def test_literal_attention_without_the_edit_is_that_of_diffusers(short: Case) -> None:
-    unet, run = copy.deepcopy(short.pipe.unet).double(), literal.Run(literal.Numbers(edit=EDITED), step=30, enable_edit=True)
+    unet, run = (
+        copy.deepcopy(short.pipe.unet).double(),
+        literal.Run(literal.Numbers(edit=EDITED), step=30, enable_edit=True),
+    )
     sample, text = short.inversion.latents[0].double(), short.prompt.double().expand(2, -1, -1)
     stock = unet(sample, 500, encoder_hidden_states=text).sample
     with literal.processors(unet, run):
@@ -161,10 +187,18 @@ def test_literal_attention_without_the_edit_is_that_of_diffusers(short: Case) ->
 
 @torch.no_grad()
 def test_literal_noise_leads_from_each_latent_to_the_next(short: Case) -> None:
-    unet, scheduler, text = copy.deepcopy(short.pipe.unet).double(), short.pipe.scheduler, short.prompt.double()
+    unet, scheduler, text = (
+        copy.deepcopy(short.pipe.unet).double(),
+        short.pipe.scheduler,
+        short.prompt.double(),
+    )
     latents = short.inversion.latents.double()
-    z = literal.invert(unet, scheduler, latents, text, text)  # one prompt for both: what inversion saw is what generation sees
-    trajectory, _ = literal.generate(unet, scheduler, latents, z, text, literal.Numbers(edit={}, adain=(0, 0)), skip=8)
+    z = literal.invert(
+        unet, scheduler, latents, text, text
+    )  # one prompt for both: what inversion saw is what generation sees
+    trajectory, _ = literal.generate(
+        unet, scheduler, latents, z, text, literal.Numbers(edit={}, adain=(0, 0)), skip=8
+    )
     ends = torch.stack([rows[[literal.STYLE, literal.STRUCT]] for rows in trajectory])
     assert torch.allclose(ends[:-1], latents[9:-1], rtol=0, atol=1e-10)
     assert (ends[-1] - latents[-1]).abs().max() > 1e-3  # the last z is zero
@@ -187,7 +221,9 @@ def test_cross_image_as_published(prediction: str) -> None:
 def test_qalign_with_keys_rearranged_in_memory(short: Case) -> None:
     truth, run = short.literal(shortened(17, rearranged=True, masked=False))
     assert run.margin > 2e-5  # no best match that rounding could change
-    assert_same(short.pipeline(method=QAlign(refinement="rearranged", aligned="output"), adain="whole")[0], truth)
+    assert_same(
+        short.pipeline(method=QAlign(refinement="rearranged", aligned="output"), adain="whole")[0], truth
+    )
 
 
 def test_freeu_as_published() -> None:
@@ -202,8 +238,14 @@ def test_freeu_as_published() -> None:
     [
         ({"swap_guidance_scale": 1.0}, {"swap_scale": 1.0}),
         ({"swap_guidance_scale": 1.5}, {"swap_scale": 1.5}),
-        ({"method": CrossImage(structure_every=3, contrast=1.2), "adain": None}, {"structure_every": 3, "contrast": 1.2, "adain": (0, 0)}),
-        ({"edit_steps": (0.25, 0.75), "adain_start": 0.5}, {"edit": dict.fromkeys(EDITED, (4, 12)), "adain": (9, 17)}),
+        (
+            {"method": CrossImage(structure_every=3, contrast=1.2), "adain": None},
+            {"structure_every": 3, "contrast": 1.2, "adain": (0, 0)},
+        ),
+        (
+            {"edit_steps": (0.25, 0.75), "adain_start": 0.5},
+            {"edit": dict.fromkeys(EDITED, (4, 12)), "adain": (9, 17)},
+        ),
         ({"layers": "up_blocks.2"}, {"edit": {64: (2, 17)}}),
     ],
     ids=["no swap guidance", "weak swap guidance", "method", "steps", "layers"],
@@ -238,23 +280,39 @@ def test_every_number_is_seen(short: Case, cross_image: Tensor, changed: dict) -
 def test_inversion_as_published(prediction: str, freeu: bool) -> None:
     pipe = quiet(AppearanceTransferPipeline.from_pipe(make_pipeline(prediction, channels=(16, 32, 64))))
     pictures = torch.rand(2, 3, 2 * GRID, 2 * GRID, generator=torch.Generator().manual_seed(5))
-    inversion = pipe.invert(*pictures, PROMPT, num_inference_steps=20, freeu=freeu, generator=torch.Generator().manual_seed(6))
+    inversion = pipe.invert(
+        *pictures, PROMPT, num_inference_steps=20, freeu=freeu, generator=torch.Generator().manual_seed(6)
+    )
     with torch.no_grad():
         clean = pipe.vae.config.scaling_factor * pipe.vae.encode(2 * pictures - 1).latent_dist.mode()
         embeddings, unet = pipe.encode_prompt(PROMPT, "cpu", 1, True), copy.deepcopy(pipe.unet)
         with literal.freeu(unet, *(64, 32) if freeu else (0, 0)):
             same = literal.invert(unet, pipe.scheduler, inversion.latents, *embeddings)
-            truth = literal.invert(unet.double(), pipe.scheduler, inversion.latents.double(), *(each.double() for each in embeddings))
+            truth = literal.invert(
+                unet.double(),
+                pipe.scheduler,
+                inversion.latents.double(),
+                *(each.double() for each in embeddings),
+            )
     assert torch.allclose(inversion.latents[-1], clean, rtol=0, atol=1e-6)
     before = [int(t) - 1000 // len(inversion.timesteps) for t in inversion.timesteps]
-    variance = [float(pipe.scheduler._get_variance(int(t), earlier)) for t, earlier in zip(inversion.timesteps, before)]
-    sigma = torch.tensor(variance, dtype=torch.float64).sqrt().view(-1, 1, 1, 1, 1)  # z is a difference over it: what denoising adds is sigma z
-    verdict = judge((sigma * inversion.noises).float(), (sigma * same).float(), sigma * truth, reduction=GRID**2)
+    variance = [
+        float(pipe.scheduler._get_variance(int(t), earlier))
+        for t, earlier in zip(inversion.timesteps, before)
+    ]
+    sigma = (
+        torch.tensor(variance, dtype=torch.float64).sqrt().view(-1, 1, 1, 1, 1)
+    )  # z is a difference over it: what denoising adds is sigma z
+    verdict = judge(
+        (sigma * inversion.noises).float(), (sigma * same).float(), sigma * truth, reduction=GRID**2
+    )
     assert verdict.passed, verdict
     bars = pipe.scheduler.alphas_cumprod[inversion.timesteps].view(-1, 1, 1, 1, 1)
     draws = ((inversion.latents[:-1] - bars.sqrt() * clean) / (1 - bars).sqrt()).flatten(1)
     correlation = torch.corrcoef(draws).fill_diagonal_(0)
-    assert correlation.abs().max() < 0.25 and abs(draws.std() - 1) < 0.05  # 512 numbers each, independent from step to step
+    assert (
+        correlation.abs().max() < 0.25 and abs(draws.std() - 1) < 0.05
+    )  # 512 numbers each, independent from step to step
 
 
 @pytest.fixture(scope="module")
@@ -265,8 +323,17 @@ def held_out() -> Case:
     scenes = render([pair.appearance, pair.structure])
     noun = scenes.plans[1]
     prompt = f"a photo of a {noun}"
-    inversion = pipe.invert(*scenes.image, prompt, num_inference_steps=13, generator=torch.Generator().manual_seed(0))
-    return Case(pipe, inversion, pipe.encode_prompt(prompt, "cpu", 1, False)[0], prompt, noun, prompt.split().index(noun) + 1)
+    inversion = pipe.invert(
+        *scenes.image, prompt, num_inference_steps=13, generator=torch.Generator().manual_seed(0)
+    )
+    return Case(
+        pipe,
+        inversion,
+        pipe.encode_prompt(prompt, "cpu", 1, False)[0],
+        prompt,
+        noun,
+        prompt.split().index(noun) + 1,
+    )
 
 
 def test_cross_image_on_the_embedded_model(held_out: Case) -> None:
@@ -334,7 +401,9 @@ def test_trap_1_contrast_is_not_renormalised_and_of_the_output_row_only(watched)
 
 
 def test_trap_2_edits_run_one_step_late_and_to_the_end(watched) -> None:
-    assert Counter(step for step, active, *_ in watched["attend"] if active) == dict.fromkeys(range(11, 68), 4)
+    assert Counter(step for step, active, *_ in watched["attend"] if active) == dict.fromkeys(
+        range(11, 68), 4
+    )
 
 
 def test_trap_3_structure_keys_when_the_late_step_is_10_15_to_35(watched) -> None:
@@ -357,7 +426,9 @@ class Shuffled(QAlign):
     """Q-Align with keys and values gathered in memory, in an order that means nothing."""
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
-        ours, theirs = (F.normalize(q[rows.long()].transpose(1, 2).flatten(2), dim=-1) for rows in (output, reference))
+        ours, theirs = (
+            F.normalize(q[rows.long()].transpose(1, 2).flatten(2), dim=-1) for rows in (output, reference)
+        )
         match = (ours @ theirs.mT).argmax(-1)[0]
         match = match[torch.randperm(len(match), generator=torch.Generator().manual_seed(len(match)))]
         keys, values = (x[reference.long()][:, :, match] for x in (k, v))
@@ -377,7 +448,12 @@ def test_trap_11_adain_has_unbiased_variance_and_eps_inside_the_root(monkeypatch
     torch.nn.init.zeros_(case.pipe.unet.conv_out.weight)
     torch.nn.init.zeros_(case.pipe.unet.conv_out.bias)
     faint = torch.tensor([1e-3, 3e-3]).view(2, 1, 1, 1)
-    case = replace(case, inversion=replace(case.inversion, latents=faint * case.inversion.latents, noises=faint * case.inversion.noises))
+    case = replace(
+        case,
+        inversion=replace(
+            case.inversion, latents=faint * case.inversion.latents, noises=faint * case.inversion.noises
+        ),
+    )
     numbers = shortened(9, masked=False)
     actual, _ = case.pipeline(method=CrossImage(), adain="whole")
     assert_same(actual, case.literal(numbers)[0])

@@ -13,7 +13,16 @@ pytest.importorskip("sklearn")
 from qalign import QAlign, attach  # noqa: E402
 from qalign.embedded import scenes  # noqa: E402
 from qalign.sampling import object_masks as masks  # noqa: E402
-from qalign.sampling.object_masks import AttentionMaps, MapCollector, default_noun, noun_map, noun_tokens, object_clusters, object_masks, segment  # noqa: E402
+from qalign.sampling.object_masks import (
+    AttentionMaps,
+    MapCollector,
+    default_noun,
+    noun_map,
+    noun_tokens,
+    object_clusters,
+    object_masks,
+    segment,
+)  # noqa: E402
 from qalign_kernels.testing import judge_formula  # noqa: E402
 from tests.processors.models import make_pipe, make_unet, unet_inputs  # noqa: E402
 from tests.processors.test_unet_contract import ip_adapter_weights  # noqa: E402
@@ -30,13 +39,18 @@ class Recorder(AttnProcessor):
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key = (
-            attn.head_to_batch_dim(x, out_dim=4) if x.ndim == 3 else x for x in (attn.to_q(hidden_states.detach()), attn.to_k(context.detach()))
+            attn.head_to_batch_dim(x, out_dim=4) if x.ndim == 3 else x
+            for x in (attn.to_q(hidden_states.detach()), attn.to_k(context.detach()))
         )
         self.calls.append((self.names[attn], query, key))
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
     def features(self, kind, tokens):
-        return [(query, key) for name, query, key in self.calls if name.endswith(kind) and query.shape[2] == tokens and name[:4] in ("down", "up_b")]
+        return [
+            (query, key)
+            for name, query, key in self.calls
+            if name.endswith(kind) and query.shape[2] == tokens and name[:4] in ("down", "up_b")
+        ]
 
 
 def formula(query, key):
@@ -56,7 +70,9 @@ def planted(sizes=(30, 50, 20, 40, 60), noise=0.2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     groups = groups[torch.randperm(len(groups), generator=generator)]
-    logits = 4.0 * (groups[:, None] == groups) + noise * torch.randn(len(groups), len(groups), generator=generator)
+    logits = 4.0 * (groups[:, None] == groups) + noise * torch.randn(
+        len(groups), len(groups), generator=generator
+    )
     return logits.softmax(-1), groups
 
 
@@ -67,7 +83,9 @@ def partition(labels):
 def quadrants(grid=(8, 12)):
     """Maps of two pictures of 4 regions; text token 2 is about region 1 in the first and region 2 in the second, token 3 about region 3."""
     height, width = grid
-    row, column = torch.meshgrid(torch.arange(height) >= height // 2, torch.arange(width) >= width // 2, indexing="ij")
+    row, column = torch.meshgrid(
+        torch.arange(height) >= height // 2, torch.arange(width) >= width // 2, indexing="ij"
+    )
     regions = (2 * row + column).flatten()
     half = regions.view(height, width)[::2, ::2].flatten()
     self_map = (5.0 * partition(regions)).softmax(-1)
@@ -75,7 +93,9 @@ def quadrants(grid=(8, 12)):
     for picture, region in enumerate((1, 2)):
         cross_map[picture, half == region, 2] = 0.9
         cross_map[picture, half == 3, 3] = 0.8
-    maps = AttentionMaps(self_map.expand(2, -1, -1), grid, cross_map, (height // 2, width // 2), (2 * height, 2 * width))
+    maps = AttentionMaps(
+        self_map.expand(2, -1, -1), grid, cross_map, (height // 2, width // 2), (2 * height, 2 * width)
+    )
     return maps, regions.view(height, width)
 
 
@@ -90,7 +110,10 @@ def test_maps_are_those_of_materialised_attention(family, size, average) -> None
     maps = collector.maps()
     grid = size if family != "sdxl" else (size[0] // 2, size[1] // 2)
     assert (maps.grid, maps.cross_grid, maps.size) == (grid, (grid[0] // 2, grid[1] // 2), size)
-    for actual, kind, shape in ((maps.self_map, "attn1", maps.grid), (maps.cross_map, "attn2", maps.cross_grid)):
+    for actual, kind, shape in (
+        (maps.self_map, "attn1", maps.grid),
+        (maps.cross_map, "attn2", maps.cross_grid),
+    ):
         layers = recorder.features(kind, shape[0] * shape[1])
         assert len(layers) == (6 if family != "sdxl" or kind == "attn1" else 12)
         query, key = (torch.cat(parts, dim=1) for parts in zip(*(layers if average else layers[-1:])))
@@ -128,7 +151,9 @@ def test_chosen_tokens_and_other_sizes_of_latents() -> None:
         run(unet)
         assert (collector.maps().grid, collector.maps().cross_grid) == ((8, 8), (8, 8))
         run(unet, size=(16, 24))
-        with pytest.raises(RuntimeError, match="self_tokens: expected layers with 64 tokens to have run, got none"):
+        with pytest.raises(
+            RuntimeError, match="self_tokens: expected layers with 64 tokens to have run, got none"
+        ):
             collector.maps()
     with MapCollector(unet) as collector:
         run(unet, size=(17, 11))
@@ -217,7 +242,9 @@ def test_an_ip_adapter_leaves_the_text_maps() -> None:
 def test_collector_refuses() -> None:
     unet = make_unet("sd15")
     for tokens in (0, 4097):
-        with pytest.raises(ValueError, match=f"self_tokens: expected None or an integer of 1 to 4096, got {tokens}"):
+        with pytest.raises(
+            ValueError, match=f"self_tokens: expected None or an integer of 1 to 4096, got {tokens}"
+        ):
             MapCollector(unet, self_tokens=tokens)
     with pytest.raises(ValueError, match="cross_tokens: expected"):
         MapCollector(unet, cross_tokens=-1)
@@ -225,11 +252,15 @@ def test_collector_refuses() -> None:
         MapCollector(unet.conv_in)
     with MapCollector(unet) as collector:
         pass
-    with pytest.raises(RuntimeError, match="self_tokens: expected layers with at most 1024 tokens to have run, got none"):
+    with pytest.raises(
+        RuntimeError, match="self_tokens: expected layers with at most 1024 tokens to have run, got none"
+    ):
         collector.maps()
     with MapCollector(unet, cross_tokens=100) as collector:
         run(unet)
-    with pytest.raises(RuntimeError, match="cross_tokens: expected layers with 100 tokens to have run, got none"):
+    with pytest.raises(
+        RuntimeError, match="cross_tokens: expected layers with 100 tokens to have run, got none"
+    ):
         collector.maps()
 
 
@@ -246,10 +277,16 @@ def test_segment_finds_planted_groups_again_and_again() -> None:
 def test_clusters_begin_at_the_centres_that_are_given(monkeypatch) -> None:
     self_map, groups = planted()
     centres = torch.stack([self_map[groups == group].mean(0) for group in (3, 1, 0, 4, 2)])
-    assert torch.equal(segment(self_map, centres=centres), torch.tensor([2, 1, 4, 0, 3])[groups])  # numbered as they are
+    assert torch.equal(
+        segment(self_map, centres=centres), torch.tensor([2, 1, 4, 0, 3])[groups]
+    )  # numbered as they are
     given: list[dict] = []
     cluster = pytest.importorskip("sklearn.cluster")
-    monkeypatch.setattr(cluster, "KMeans", lambda k, real=cluster.KMeans, **options: given.append(options) or real(k, **options))
+    monkeypatch.setattr(
+        cluster,
+        "KMeans",
+        lambda k, real=cluster.KMeans, **options: given.append(options) or real(k, **options),
+    )
     segment(self_map, starts=3, seed=7)
     assert given == [{"random_state": 7, "n_init": 3}]
 
@@ -271,11 +308,15 @@ def literal_object(labels, noun_maps, rule):
     scores = {}
     for cluster in sorted(set(labels.tolist())):
         inside = [token for token in range(len(labels)) if labels[token] == cluster]
-        scores[cluster] = [sum(float(values[token]) for token in inside) / len(inside) for values in noun_maps]
+        scores[cluster] = [
+            sum(float(values[token]) for token in inside) / len(inside) for values in noun_maps
+        ]
     best = [max(score) for score in scores.values()]
     best.remove(max(best))
     bar = 1.4 * sum(best) / len(best) if rule == "relative" else 0.35
-    found = [cluster for cluster, score in scores.items() if max(score) > bar and score.index(max(score)) == 0]
+    found = [
+        cluster for cluster, score in scores.items() if max(score) > bar and score.index(max(score)) == 0
+    ]
     return torch.tensor([label in found for label in labels.tolist()])
 
 
@@ -299,7 +340,14 @@ def test_object_clusters_need_not_use_every_label() -> None:
     noun_maps = torch.tensor([[0.1, 0.1, 0.9, 0.9, 0.2, 0.2]])
     assert object_clusters(labels, noun_maps).tolist() == [False, False, True, True, False, False]
     assert not object_clusters(torch.zeros(6, dtype=torch.int64), noun_maps).any()
-    assert object_clusters(labels, noun_maps, rule="absolute", threshold=0.15).tolist() == [False, False, True, True, True, True]
+    assert object_clusters(labels, noun_maps, rule="absolute", threshold=0.15).tolist() == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
     with pytest.raises(ValueError, match="rule: expected one of relative, absolute, got 'best'"):
         object_clusters(labels, noun_maps, rule="best")
 
@@ -307,13 +355,22 @@ def test_object_clusters_need_not_use_every_label() -> None:
 def test_noun_map_is_normalised_and_repeated() -> None:
     cross_map = torch.rand(6, 4, generator=torch.Generator().manual_seed(6))
     pair = (cross_map[:, 1] + cross_map[:, 3]) / 2
-    expected = ((pair - pair.min().abs()) / pair.max()).view(2, 3).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    expected = (
+        ((pair - pair.min().abs()) / pair.max()).view(2, 3).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    )
     torch.testing.assert_close(noun_map(cross_map, (1, 3), (2, 3), (4, 6)), expected.flatten())
 
 
 def word_tokenizer(*words):
     """Whole words are single tokens; others fall into letters."""
-    symbols = ["<|startoftext|>", "<|endoftext|>", *string.ascii_lowercase, ",", ",</w>", *(f"{letter}</w>" for letter in string.ascii_lowercase)]
+    symbols = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *string.ascii_lowercase,
+        ",",
+        ",</w>",
+        *(f"{letter}</w>" for letter in string.ascii_lowercase),
+    ]
     merges = []
     for word in words:
         parts = [*word[:-1], f"{word[-1]}</w>"]
@@ -322,7 +379,11 @@ def word_tokenizer(*words):
             parts[:2] = [parts[0] + parts[1]]
             symbols.append(parts[0])
     symbols = list(dict.fromkeys(symbols))
-    return CLIPTokenizer(vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=list(dict.fromkeys(merges)), model_max_length=16)
+    return CLIPTokenizer(
+        vocab={symbol: number for number, symbol in enumerate(symbols)},
+        merges=list(dict.fromkeys(merges)),
+        model_max_length=16,
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,7 +408,9 @@ def test_noun_tokens_are_the_places_of_the_word(prompt, noun, places) -> None:
 def test_noun_tokens_refuse() -> None:
     tokenizer = word_tokenizer("photo", "of", "zebra")
     for noun in ("horse", "zebr", ""):
-        with pytest.raises(ValueError, match=f"noun: expected a word of the prompt 'a photo of zebras', got '{noun}'"):
+        with pytest.raises(
+            ValueError, match=f"noun: expected a word of the prompt 'a photo of zebras', got '{noun}'"
+        ):
             noun_tokens(tokenizer, "a photo of zebras", noun)
     with pytest.raises(ValueError, match="noun: expected a word among the first 16 tokens, got 'zebra'"):
         noun_tokens(tokenizer, "b " * 14 + "zebra", "zebra")
@@ -381,11 +444,19 @@ def test_object_masks_are_the_planted_regions(rule) -> None:
     maps, regions = quadrants()
     found = object_masks(maps, (2,), clusters=4, rule=rule)
     assert found.dtype == torch.bool
-    assert torch.equal(found, torch.stack([regions == 1, regions == 2]).repeat_interleave(2, 1).repeat_interleave(2, 2))
-    assert torch.equal(object_masks(maps, (2,), clusters=4, rule=rule, size=(8, 12)), torch.stack([regions == 1, regions == 2]))
+    assert torch.equal(
+        found, torch.stack([regions == 1, regions == 2]).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    )
+    assert torch.equal(
+        object_masks(maps, (2,), clusters=4, rule=rule, size=(8, 12)),
+        torch.stack([regions == 1, regions == 2]),
+    )
     both = object_masks(maps, (2, 3), clusters=4, size=(8, 12), rule=rule)
     assert torch.equal(both, torch.stack([(regions == 1) | (regions == 3), (regions == 2) | (regions == 3)]))
-    assert torch.equal(object_masks(maps, (2,), [(3,)], clusters=4, size=(8, 12), rule=rule), torch.stack([regions == 1, regions == 2]))
+    assert torch.equal(
+        object_masks(maps, (2,), [(3,)], clusters=4, size=(8, 12), rule=rule),
+        torch.stack([regions == 1, regions == 2]),
+    )
 
 
 def test_whole_picture_where_no_cluster_passes_said_once(caplog) -> None:

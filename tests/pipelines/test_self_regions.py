@@ -59,14 +59,18 @@ def test_they_are_those_of_the_text(pipe, birds, monkeypatch) -> None:
     monkeypatch.setattr(MapCollector, "maps", keep)
     both, prompt = birds
     regions, again = pipe.self_regions(*both, prompt), pipe.self_regions(*both, prompt)
-    assert all(torch.equal(getattr(regions, name), getattr(again, name)) for name in ("appearance", "structure"))
+    assert all(
+        torch.equal(getattr(regions, name), getattr(again, name)) for name in ("appearance", "structure")
+    )
     maps, places = collected[0], noun_tokens(pipe.tokenizer, prompt, "bird")
     masks = []
     for self_map, cross_map in zip(maps.self_map, maps.cross_map):
         labels, of_noun = segment(self_map), noun_map(cross_map, places, maps.cross_grid, maps.grid)
         inside = {label for label in range(5) if of_noun[labels == label].mean() > 0.35}
         masks.append(torch.tensor([label in inside for label in labels.tolist()]).view(maps.grid))
-    assert torch.equal(regions.appearance.bool(), masks[0]) and torch.equal(regions.structure.bool(), masks[1])
+    assert torch.equal(regions.appearance.bool(), masks[0]) and torch.equal(
+        regions.structure.bool(), masks[1]
+    )
     assert all(0 < mask.float().mean() < 1 for mask in masks)
     assert regions.background is None
 
@@ -86,13 +90,18 @@ def test_maps_are_the_mean_over_noised_pictures(small, monkeypatch) -> None:
     generator = torch.Generator().manual_seed(0)
     for latents, timestep in noised:
         noise = torch.randn(clean.shape, generator=generator)
-        torch.testing.assert_close(latents, alphas[timestep].sqrt() * clean + (1 - alphas[timestep]).sqrt() * noise)
+        torch.testing.assert_close(
+            latents, alphas[timestep].sqrt() * clean + (1 - alphas[timestep]).sqrt() * noise
+        )
 
 
 def test_masks_become_two_regions_that_do_not_see_each_other() -> None:
     regions = object_regions(torch.stack([LEFT, ~LEFT]))
     assert torch.equal(regions.appearance, LEFT.long()) and torch.equal(regions.structure, 1 - LEFT.long())
-    assert not (regions.keys("appearance", 24, torch.device("cpu")) & regions.queries("appearance", 24, 24, torch.device("cpu")))[0].any()
+    assert not (
+        regions.keys("appearance", 24, torch.device("cpu"))
+        & regions.queries("appearance", 24, 24, torch.device("cpu"))
+    )[0].any()
 
 
 @pytest.mark.parametrize("missing", [torch.ones_like(LEFT), torch.zeros_like(LEFT)])
@@ -101,7 +110,10 @@ def test_an_object_that_is_not_found_restricts_nothing(missing, which) -> None:
     masks = [LEFT, LEFT]
     masks[which] = missing
     regions = object_regions(torch.stack(masks))
-    queries, keys = regions.queries("appearance", 24, 24, torch.device("cpu")), regions.keys("appearance", 24, torch.device("cpu"))
+    queries, keys = (
+        regions.queries("appearance", 24, 24, torch.device("cpu")),
+        regions.keys("appearance", 24, torch.device("cpu")),
+    )
     assert ((queries[0, :, None] & keys[0]) != 0).all()
 
 
@@ -111,8 +123,13 @@ def test_a_transfer_finds_them_itself(pipe, birds, known) -> None:
     found = pipe.self_regions(appearance, structure, prompt)
     options = {"num_inference_steps": 3, "edit_steps": (0, 1), "adain": None, "output_type": "latent"}
     if known:
-        options["inversion"] = pipe.invert(appearance, structure, prompt, num_inference_steps=3, generator=seeded())
-    given, own, without = (pipe(appearance, structure, prompt, regions=regions, generator=seeded(), **options) for regions in (found, "self", None))
+        options["inversion"] = pipe.invert(
+            appearance, structure, prompt, num_inference_steps=3, generator=seeded()
+        )
+    given, own, without = (
+        pipe(appearance, structure, prompt, regions=regions, generator=seeded(), **options)
+        for regions in (found, "self", None)
+    )
     assert torch.equal(own.images, given.images) and not torch.allclose(own.images, without.images, atol=1e-2)
     assert isinstance(own.regions, Regions) and torch.equal(own.regions.structure, found.structure)
     assert given.regions is found and without.regions is None
@@ -128,7 +145,11 @@ def test_sizes_that_are_not_square(small) -> None:
 
 def test_a_noun_may_be_named(small, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(appearance_transfer, "object_masks", lambda maps, places, **_: asked.append(places) or LEFT.expand(2, 4, 6))
+    monkeypatch.setattr(
+        appearance_transfer,
+        "object_masks",
+        lambda maps, places, **_: asked.append(places) or LEFT.expand(2, 4, 6),
+    )
     for noun in (None, "zebra", "tree"):
         small.self_regions(pictures(1)[0], pictures(1, seed=1)[0], "a zebra by a tree", noun=noun)
     assert asked[0] == asked[1] == noun_tokens(small.tokenizer, "a zebra by a tree", "zebra") != asked[2]
@@ -137,7 +158,10 @@ def test_a_noun_may_be_named(small, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": ""}, "noun: expected a word of the prompt with regions='self', got none, and the prompt ''"),
+        (
+            {"prompt": ""},
+            "noun: expected a word of the prompt with regions='self', got none, and the prompt ''",
+        ),
         ({"noun": "horse"}, "noun: expected a word of the prompt 'a zebra', got 'horse'"),
         ({"structures": pictures(2)}, "regions: expected one structure with 'self', got 2"),
     ],

@@ -18,7 +18,11 @@ def make(family: str = "small"):
 
 def own(pipe):
     """The same with networks that no other test shares."""
-    copies = {name: copy.deepcopy(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    copies = {
+        name: copy.deepcopy(part)
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
     return quiet(AppearanceTransferPipeline.from_pipe(pipe, **copies))
 
 
@@ -33,7 +37,13 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def transfer(pipe, structures: torch.Tensor | None = None, **options):
     appearance, structure = pictures(1)[0], pictures(1, seed=1) if structures is None else structures
-    defaults = {"prompt": PROMPT, "num_inference_steps": 6, "output_type": "latent", "adain": "whole", "generator": seeded()}
+    defaults = {
+        "prompt": PROMPT,
+        "num_inference_steps": 6,
+        "output_type": "latent",
+        "adain": "whole",
+        "generator": seeded(),
+    }
     return pipe(appearance, structure, **{**defaults, **options})
 
 

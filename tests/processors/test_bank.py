@@ -5,7 +5,18 @@ import copy
 import pytest
 import torch
 
-from qalign import BatchLayout, CrossImage, CtrlX, EyeForAnEye, FeatureBank, QAlign, SeAl, StyleAligned, StyleID, attach
+from qalign import (
+    BatchLayout,
+    CrossImage,
+    CtrlX,
+    EyeForAnEye,
+    FeatureBank,
+    QAlign,
+    SeAl,
+    StyleAligned,
+    StyleID,
+    attach,
+)
 from tests.processors.models import make_unet, unet_inputs
 
 TIMESTEPS = torch.tensor([900, 500, 100])
@@ -61,13 +72,19 @@ def test_one_reference_serves_both_guidance_parts_and_several_images():
     bank = FeatureBank("appearance")
     run(unet, bank.record(QAlign()), BatchLayout("output"), rows_of(inputs, [3]))
     served = run(unet, bank.serve(QAlign()), BatchLayout("output", images_per_prompt=2), inputs)
-    alone = torch.cat([run(unet, bank.serve(QAlign()), BatchLayout("output"), rows_of(inputs, [row])) for row in range(4)])
+    alone = torch.cat(
+        [run(unet, bank.serve(QAlign()), BatchLayout("output"), rows_of(inputs, [row])) for row in range(4)]
+    )
     torch.testing.assert_close(served, alone, rtol=0, atol=2e-5)
 
 
 def test_bytes_are_counted_and_spill_to_the_cpu():
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=1)
-    banks = [FeatureBank("appearance", dtype=torch.bfloat16), FeatureBank("appearance"), FeatureBank("appearance", limit=40_000)]
+    banks = [
+        FeatureBank("appearance", dtype=torch.bfloat16),
+        FeatureBank("appearance"),
+        FeatureBank("appearance", limit=40_000),
+    ]
     for bank in banks:
         run(unet, bank.record(QAlign()), BatchLayout("output"), inputs)
     layers = len(attach(unet, QAlign()).layers)
@@ -83,7 +100,10 @@ def test_steps_outside_the_window_need_no_features():
     run(unet, bank.record(QAlign()), BatchLayout("output"), inputs, steps=(0.5, 1.0))
     assert bank.nbytes == len(attach(unet, QAlign()).layers) * 256 * 32 * 4
     run(unet, bank.serve(QAlign()), BatchLayout("output"), inputs, steps=(0.5, 1.0))
-    with pytest.raises(RuntimeError, match=r"bank: expected features of up_blocks\..* at step 0, got \d+ other layers and 1 steps"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"bank: expected features of up_blocks\..* at step 0, got \d+ other layers and 1 steps",
+    ):
         run(unet, bank.serve(QAlign()), BatchLayout("output"), inputs)
 
 
@@ -95,7 +115,11 @@ def test_a_noise_free_pass_is_the_clean_latents_at_each_timestep(method):
     clean, sample = 0.5 * inputs["sample"][1:], inputs["sample"][:1]
     with attach(unet, method, layout=BatchLayout("output", "appearance")) as control:
         for timestep in control.track(TIMESTEPS):
-            sample = sample - 0.3 * unet(**inputs | {"sample": torch.cat([sample, clean]), "timestep": timestep}).sample[:1]
+            sample = (
+                sample
+                - 0.3
+                * unet(**inputs | {"sample": torch.cat([sample, clean]), "timestep": timestep}).sample[:1]
+            )
     bank = FeatureBank("appearance")
     prompts = inputs["encoder_hidden_states"]
     served = bank.record_clean(unet, method, clean, TIMESTEPS, encoder_hidden_states=prompts[1:])
@@ -104,7 +128,9 @@ def test_a_noise_free_pass_is_the_clean_latents_at_each_timestep(method):
     torch.testing.assert_close(alone, sample, rtol=0, atol=2e-5)
     with_a_row = run(unet, served, BatchLayout("output", "appearance"), inputs)
     torch.testing.assert_close(with_a_row[:1], sample, rtol=0, atol=2e-5)
-    assert not torch.allclose(run(unet, method, BatchLayout("output", "appearance"), inputs)[:1], sample, atol=1e-3)
+    assert not torch.allclose(
+        run(unet, method, BatchLayout("output", "appearance"), inputs)[:1], sample, atol=1e-3
+    )
 
 
 def test_what_a_pipeline_asks_of_the_method_it_asks_through_the_bank():
@@ -117,11 +143,17 @@ def test_what_a_pipeline_asks_of_the_method_it_asks_through_the_bank():
 def test_rows_that_the_bank_stands_for_are_plain():
     layout = BatchLayout("output", "appearance", "structure").extended("appearance")
     assert layout.roles == ("output", "plain", "structure", "appearance")
-    assert layout.rows("appearance", 4) == (3,) and layout.rows("structure", 4) == (2,) and layout.rows("other", 4) == (1, 2)
+    assert (
+        layout.rows("appearance", 4) == (3,)
+        and layout.rows("structure", 4) == (2,)
+        and layout.rows("other", 4) == (1, 2)
+    )
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="roles: expected 'appearance', 'structure' or both, got \\('output',\\)"):
+    with pytest.raises(
+        ValueError, match="roles: expected 'appearance', 'structure' or both, got \\('output',\\)"
+    ):
         FeatureBank("output")
     with pytest.raises(TypeError, match="method: expected an instance .* QAlign\\(\\), got 'seal'"):
         FeatureBank("appearance").serve("seal")

@@ -6,22 +6,45 @@ import sys
 
 import pytest
 import torch
-from diffusers import ControlNetModel, FluxTransformer2DModel, HeunDiscreteScheduler, PNDMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    ControlNetModel,
+    FluxTransformer2DModel,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention_processor import AttnProcessor
 
 from qalign import BatchLayout, CrossImage, QAlign, QAlignAttnProcessor, UNetAttnProcessor, attach
 from qalign.context.clock import Clock
-from tests.processors.models import PROMPTS, SIZE, generate, make_pipe, make_unet, quiet, self_attention, unet_inputs
+from tests.processors.models import (
+    PROMPTS,
+    SIZE,
+    generate,
+    make_pipe,
+    make_unet,
+    quiet,
+    self_attention,
+    unet_inputs,
+)
 
 
 def state_of(pipe) -> tuple:
     """Everything that attach may touch."""
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules()]
-    return {n: id(p) for n, p in pipe.unet.attn_processors.items()}, dict(vars(pipe.scheduler)), hooks, list(pipe.unet.state_dict()), set(vars(pipe))
+    return (
+        {n: id(p) for n, p in pipe.unet.attn_processors.items()},
+        dict(vars(pipe.scheduler)),
+        hooks,
+        list(pipe.unet.state_dict()),
+        set(vars(pipe)),
+    )
 
 
-def edited_steps(pipe, method=None, steps=None, num_steps: int = 10, **options) -> tuple[list[int], list[int]]:
+def edited_steps(
+    pipe, method=None, steps=None, num_steps: int = 10, **options
+) -> tuple[list[int], list[int]]:
     """The steps at which the method is active, and those at which it reads the structure."""
     active, structure = [], []
 
@@ -52,7 +75,10 @@ def edited_steps(pipe, method=None, steps=None, num_steps: int = 10, **options) 
         ("mid", ["mid_block"]),
         ("up_blocks.2", ["up_blocks.2."]),
         ("up_blocks.3.attentions.0.transformer_blocks.0.attn1", ["up_blocks.3.attentions.0."]),
-        ("*.attentions.1.*", ["up_blocks.1.attentions.1.", "up_blocks.2.attentions.1.", "up_blocks.3.attentions.1."]),
+        (
+            "*.attentions.1.*",
+            ["up_blocks.1.attentions.1.", "up_blocks.2.attentions.1.", "up_blocks.3.attentions.1."],
+        ),
         (["mid", "up_blocks.1"], ["mid_block", "up_blocks.1."]),
         (None, ["up_blocks.2.", "up_blocks.3."]),
     ],
@@ -64,7 +90,10 @@ def test_layers_by_name(layers, expected) -> None:
 
 
 def test_default_layers_are_the_last_two_decoder_blocks_with_attention() -> None:
-    assert {name[:12] for name in attach(make_unet("sdxl"), CrossImage()).layers} == {"up_blocks.0.", "up_blocks.1."}
+    assert {name[:12] for name in attach(make_unet("sdxl"), CrossImage()).layers} == {
+        "up_blocks.0.",
+        "up_blocks.1.",
+    }
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -75,7 +104,12 @@ def test_everything_is_restored(family) -> None:
         assert state_of(pipe)[0] != before[0]
         generate(pipe)
     middle = state_of(pipe)
-    assert middle[0] == before[0] and middle[2:] == before[2:] and "step" not in middle[1] and "set_timesteps" not in middle[1]
+    assert (
+        middle[0] == before[0]
+        and middle[2:] == before[2:]
+        and "step" not in middle[1]
+        and "set_timesteps" not in middle[1]
+    )
     assert torch.equal(generate(pipe), stock)
 
 
@@ -127,15 +161,27 @@ def test_steps_of_schedulers_that_repeat_timesteps(scheduler) -> None:
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     total = len(edited_steps(pipe, num_steps=5)[0])
     assert total > 5
-    assert edited_steps(pipe, steps=(0.5, 1.0), num_steps=5)[0] == [step for step in range(total) if step / total >= 0.5]
+    assert edited_steps(pipe, steps=(0.5, 1.0), num_steps=5)[0] == [
+        step for step in range(total) if step / total >= 0.5
+    ]
 
 
 def test_steps_of_image_to_image_count_the_loop_that_runs() -> None:
-    pipe = quiet(StableDiffusionImg2ImgPipeline(**make_pipe("sd15").components, requires_safety_checker=False))
+    pipe = quiet(
+        StableDiffusionImg2ImgPipeline(**make_pipe("sd15").components, requires_safety_checker=False)
+    )
     seen = []
     with attach(pipe, QAlign(), steps=(0.5, 1.0)) as control:
-        hook = pipe.unet.register_forward_pre_hook(lambda *given: seen.append((control.clock.step, control.clock.total, control.clock.idle)))
-        pipe(PROMPTS, image=torch.zeros(3, 3, 2 * SIZE, 2 * SIZE), num_inference_steps=8, strength=0.5, output_type="latent")
+        hook = pipe.unet.register_forward_pre_hook(
+            lambda *given: seen.append((control.clock.step, control.clock.total, control.clock.idle))
+        )
+        pipe(
+            PROMPTS,
+            image=torch.zeros(3, 3, 2 * SIZE, 2 * SIZE),
+            num_inference_steps=8,
+            strength=0.5,
+            output_type="latent",
+        )
         hook.remove()
     assert seen == [(0, 4, True), (1, 4, True), (2, 4, False), (3, 4, False)]
 
@@ -167,7 +213,10 @@ def test_structure_steps_of_the_published_schedule() -> None:
 
 def test_structure_steps_read_the_structure() -> None:
     pipe = make_pipe("sd15")
-    appearance, structure = ({**unet_inputs(pipe.unet), "sample": unet_inputs(pipe.unet)["sample"][rows]} for rows in ([0, 1, 2], [0, 2, 1]))
+    appearance, structure = (
+        {**unet_inputs(pipe.unet), "sample": unet_inputs(pipe.unet)["sample"][rows]}
+        for rows in ([0, 1, 2], [0, 2, 1])
+    )
     context = unet_inputs(pipe.unet)["encoder_hidden_states"]
     structure["encoder_hidden_states"] = context[[0, 2, 1]]
     with torch.no_grad(), attach(pipe.unet, QAlign(aligned="output")) as control:
@@ -188,8 +237,13 @@ def test_the_loop_of_a_bare_model() -> None:
     with torch.no_grad():
         stock = [unet(**{**inputs, "timestep": timestep}).sample for timestep in timesteps]
         with attach(unet, QAlign(), steps=(0.5, 1.0)) as control:
-            tracked = [unet(**{**inputs, "timestep": timestep}).sample for timestep in control.track(timesteps)]
-            with pytest.raises(RuntimeError, match=r"steps: expected a running clock \(.*control\.track\(timesteps\)\), got a call outside of one"):
+            tracked = [
+                unet(**{**inputs, "timestep": timestep}).sample for timestep in control.track(timesteps)
+            ]
+            with pytest.raises(
+                RuntimeError,
+                match=r"steps: expected a running clock \(.*control\.track\(timesteps\)\), got a call outside of one",
+            ):
                 unet(**inputs)
     assert [torch.equal(a, b) for a, b in zip(stock, tracked)] == [True, True, False, False]
 
@@ -223,8 +277,16 @@ def refuse(make) -> str:
 
 def test_refusals_name_the_argument() -> None:
     pipe = make_pipe("sd15")
-    for wrong, name in ((pipe.vae, "AutoencoderKL"), (Vae(), "Vae"), ("pipe", "str"), (ControlNetModel.from_unet(pipe.unet), "ControlNetModel")):
-        assert refuse(lambda wrong=wrong: attach(wrong, QAlign())) == f"pipe_or_model: expected a pipeline with a UNet, or a UNet, got {name}"
+    for wrong, name in (
+        (pipe.vae, "AutoencoderKL"),
+        (Vae(), "Vae"),
+        ("pipe", "str"),
+        (ControlNetModel.from_unet(pipe.unet), "ControlNetModel"),
+    ):
+        assert (
+            refuse(lambda wrong=wrong: attach(wrong, QAlign()))
+            == f"pipe_or_model: expected a pipeline with a UNet, or a UNet, got {name}"
+        )
     message = refuse(lambda: attach(pipe, QAlign(), layers="encoder"))
     assert re.fullmatch(
         r"layers: expected names or patterns of self-attention layers of UNet2DConditionModel, "
@@ -233,17 +295,26 @@ def test_refusals_name_the_argument() -> None:
     )
     assert refuse(lambda: attach(pipe, QAlign(), layers=[])).startswith("layers: expected at least one")
     for steps in ((0.9, 0.1), (0, 10), (0.5,), (-0.1, 0.5)):
-        assert refuse(lambda steps=steps: attach(pipe, QAlign(), steps=steps)).startswith("steps: expected None or fractions (start, stop)")
-    assert refuse(lambda: attach(pipe, QAlign(), layout=("output",))) == "layout: expected a BatchLayout, got ('output',)"
+        assert refuse(lambda steps=steps: attach(pipe, QAlign(), steps=steps)).startswith(
+            "steps: expected None or fractions (start, stop)"
+        )
+    assert (
+        refuse(lambda: attach(pipe, QAlign(), layout=("output",)))
+        == "layout: expected a BatchLayout, got ('output',)"
+    )
 
 
 def test_attaching_twice_is_refused() -> None:
     pipe = make_pipe("sd15")
     with attach(pipe, QAlign(), layers=["mid", "up"]):
         message = refuse(attach(pipe, CrossImage(), layers=["down", "mid"]).__enter__)
-        assert message.startswith("layers: expected 4 without a processor of this library, got 1 with one, mid_block.")
+        assert message.startswith(
+            "layers: expected 4 without a processor of this library, got 1 with one, mid_block."
+        )
     pipe.unet.set_attn_processor(QAlignAttnProcessor())
-    assert "(attached twice? two methods need layers of their own)" in refuse(attach(pipe, QAlign()).__enter__)
+    assert "(attached twice? two methods need layers of their own)" in refuse(
+        attach(pipe, QAlign()).__enter__
+    )
     pipe.unet.set_attn_processor(AttnProcessor())
     with attach(pipe, QAlign()):
         pass
@@ -266,18 +337,33 @@ def test_two_methods_on_layers_of_their_own_follow_the_same_steps() -> None:
 def test_a_unet_without_attention_is_refused() -> None:
     from diffusers import UNet2DModel
 
-    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 8, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    sizes = {
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+    }
     unet = UNet2DModel(**sizes, layers_per_block=1, add_attention=False)
     message = "pipe_or_model: expected self-attention in down_blocks, mid_block, up_blocks, got UNet2DModel without any"
     assert refuse(lambda: attach(unet, QAlign())) == message
 
 
 def test_a_transformer_is_refused_by_the_unet_processor() -> None:
-    sizes = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)}
+    sizes = {
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (4, 4, 8),
+    }
     transformer = FluxTransformer2DModel(in_channels=4, num_layers=1, num_single_layers=1, **sizes)
     assert refuse(lambda: attach(transformer, QAlign())).endswith("got FluxTransformer2DModel")
     transformer.set_attn_processor(QAlignAttnProcessor())
-    tokens = {"hidden_states": torch.zeros(3, 4, 4), "encoder_hidden_states": torch.zeros(3, 2, 32), "pooled_projections": torch.zeros(3, 32)}
+    tokens = {
+        "hidden_states": torch.zeros(3, 4, 4),
+        "encoder_hidden_states": torch.zeros(3, 2, 32),
+        "pooled_projections": torch.zeros(3, 32),
+    }
     ids = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(2, 3)}
     message = "attn: expected diffusers' Attention of a UNet without added projections, got FluxAttention with added_kv_proj_dim=32"
     assert refuse(lambda: transformer(**tokens, **ids, timestep=torch.zeros(3), guidance=None)) == message
@@ -292,7 +378,11 @@ def test_guidance_that_the_pipeline_denies() -> None:
 def test_layer_skip_knows_the_processors() -> None:
     unet = make_unet("sd15")
     stock, inputs = {}, unet_inputs(unet)
-    for name, processor in (("stock", None), ("ours", QAlignAttnProcessor()), ("attached", UNetAttnProcessor(QAlign()))):
+    for name, processor in (
+        ("stock", None),
+        ("ours", QAlignAttnProcessor()),
+        ("attached", UNetAttnProcessor(QAlign())),
+    ):
         unet = make_unet("sd15")
         if processor is not None:
             unet.set_attn_processor(processor)
@@ -308,7 +398,9 @@ def test_a_replaced_scheduler_is_reported(caplog) -> None:
     pipe = make_pipe("sd15")
     with attach(pipe, QAlign()):
         pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
-    assert caplog.messages == ["scheduler: it was replaced while QAlign was attached, and the steps of the new one were not followed"]
+    assert caplog.messages == [
+        "scheduler: it was replaced while QAlign was attached, and the steps of the new one were not followed"
+    ]
 
 
 def test_a_clock_that_moved_in_inference_mode_can_be_set_outside() -> None:

@@ -12,12 +12,36 @@ TRIPLET = ("output", "appearance", "structure")
     ("layout", "batch", "expected"),
     [
         (BatchLayout(*TRIPLET), 3, {"output": (0,), "appearance": (1,), "structure": (2,), "other": (1, 2)}),
-        (BatchLayout(*TRIPLET), 6, {"output": (0, 3), "appearance": (1, 4), "structure": (2, 5), "other": (1, 2, 4, 5)}),
-        (BatchLayout(*TRIPLET, images_per_prompt=2), 6, {"output": (0, 1), "appearance": (2, 3), "structure": (4, 5)}),
-        (BatchLayout(*TRIPLET, images_per_prompt=2), 12, {"output": (0, 1, 6, 7), "appearance": (2, 3, 8, 9), "other": (2, 3, 4, 5, 8, 9, 10, 11)}),
-        (BatchLayout("appearance", "plain", "output"), 3, {"output": (2,), "appearance": (0,), "other": (0, 1)}),
-        (BatchLayout("output", "output", "appearance"), 6, {"output": (0, 1, 3, 4), "appearance": (2, 2, 5, 5), "other": (2, 5)}),
-        (BatchLayout("output", "appearance", "output", "appearance"), 4, {"output": (0, 2), "appearance": (1, 3)}),
+        (
+            BatchLayout(*TRIPLET),
+            6,
+            {"output": (0, 3), "appearance": (1, 4), "structure": (2, 5), "other": (1, 2, 4, 5)},
+        ),
+        (
+            BatchLayout(*TRIPLET, images_per_prompt=2),
+            6,
+            {"output": (0, 1), "appearance": (2, 3), "structure": (4, 5)},
+        ),
+        (
+            BatchLayout(*TRIPLET, images_per_prompt=2),
+            12,
+            {"output": (0, 1, 6, 7), "appearance": (2, 3, 8, 9), "other": (2, 3, 4, 5, 8, 9, 10, 11)},
+        ),
+        (
+            BatchLayout("appearance", "plain", "output"),
+            3,
+            {"output": (2,), "appearance": (0,), "other": (0, 1)},
+        ),
+        (
+            BatchLayout("output", "output", "appearance"),
+            6,
+            {"output": (0, 1, 3, 4), "appearance": (2, 2, 5, 5), "other": (2, 5)},
+        ),
+        (
+            BatchLayout("output", "appearance", "output", "appearance"),
+            4,
+            {"output": (0, 2), "appearance": (1, 3)},
+        ),
         (BatchLayout("output", "appearance", guidance=True), 4, {"output": (0, 2), "appearance": (1, 3)}),
         (BatchLayout("appearance", "output", "appearance"), 6, {"output": (1, 4), "other": (0, 2, 3, 5)}),
     ],
@@ -34,7 +58,11 @@ def test_rows(layout, batch, expected) -> None:
     ("layout", "batch", "expected"),
     [
         (BatchLayout("output", "appearance", "appearance"), 6, [[1, 4], [2, 5]]),
-        (BatchLayout("appearance", "output", "structure", "appearance", images_per_prompt=2), 8, [[0, 1], [6, 7]]),
+        (
+            BatchLayout("appearance", "output", "structure", "appearance", images_per_prompt=2),
+            8,
+            [[0, 1], [6, 7]],
+        ),
         (BatchLayout(*TRIPLET), 6, [[1, 4]]),
         (BatchLayout("output", "output", "appearance"), 3, [[2, 2]]),
         (BatchLayout("output", "appearance", "output", "appearance"), 4, [[1, 3]]),
@@ -74,10 +102,19 @@ def test_index_made_in_inference_mode_serves_autograd() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BatchLayout(), "roles: expected one or more of output, appearance, structure, plain, got 'none'"),
-        (lambda: BatchLayout("ouput"), "roles: expected one or more of output, appearance, structure, plain, got 'ouput'"),
+        (
+            lambda: BatchLayout(),
+            "roles: expected one or more of output, appearance, structure, plain, got 'none'",
+        ),
+        (
+            lambda: BatchLayout("ouput"),
+            "roles: expected one or more of output, appearance, structure, plain, got 'ouput'",
+        ),
         (lambda: BatchLayout("output", guidance=2), "guidance: expected True, False or None, got 2"),
-        (lambda: BatchLayout("output", images_per_prompt=0), "images_per_prompt: expected an integer of at least 1, got 0"),
+        (
+            lambda: BatchLayout("output", images_per_prompt=0),
+            "images_per_prompt: expected an integer of at least 1, got 0",
+        ),
         (
             lambda: BatchLayout("output", "output", "output", "appearance", "appearance"),
             "roles: expected no appearance, one, or one for each of 3 outputs, got 2",

@@ -20,9 +20,25 @@ from diffusers.models.attention_processor import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qalign import BatchLayout, CrossImage, CrossImageAttnProcessor, QAlign, QAlignAttnProcessor, UNetAttnProcessor, attach
+from qalign import (
+    BatchLayout,
+    CrossImage,
+    CrossImageAttnProcessor,
+    QAlign,
+    QAlignAttnProcessor,
+    UNetAttnProcessor,
+    attach,
+)
 from qalign_kernels.testing import judge
-from tests.processors.models import FAMILIES, PROMPTS, generate, make_pipe, make_unet, self_attention, unet_inputs
+from tests.processors.models import (
+    FAMILIES,
+    PROMPTS,
+    generate,
+    make_pipe,
+    make_unet,
+    self_attention,
+    unet_inputs,
+)
 
 PROCESSORS = {"qalign": (QAlignAttnProcessor, QAlign), "cross_image": (CrossImageAttnProcessor, CrossImage)}
 LINES: dict[str, Callable] = {}
@@ -56,7 +72,9 @@ def make_attention(**settings) -> Attention:
     return Attention(**{"query_dim": 32, "heads": 2, "dim_head": 16, "bias": True, **settings}).eval()
 
 
-def compare(attn: Attention, stock: object, ours: object, *inputs: Tensor | None, **named: Tensor) -> tuple[Tensor, Tensor]:
+def compare(
+    attn: Attention, stock: object, ours: object, *inputs: Tensor | None, **named: Tensor
+) -> tuple[Tensor, Tensor]:
     results = []
     for processor in (stock, ours):
         attn.set_processor(processor)
@@ -73,12 +91,21 @@ def only_output_changes(stock: Tensor, edited: Tensor, outputs: tuple[int, ...] 
 
 AROUND_THE_CORE = {
     "plain": {},
-    "rescaled": {"residual_connection": True, "rescale_output_factor": 1.5, "norm_num_groups": 8, "upcast_softmax": True},
+    "rescaled": {
+        "residual_connection": True,
+        "rescale_output_factor": 1.5,
+        "norm_num_groups": 8,
+        "upcast_softmax": True,
+    },
     "spatial_norm": {"spatial_norm_dim": 4, "residual_connection": True},
     "layer_norm": {"qk_norm": "layer_norm", "out_bias": False, "bias": False},
     "rms_norm": {"qk_norm": "rms_norm", "dropout": 0.5},
     "cross_layer_norm": {"cross_attention_dim": 24, "cross_attention_norm": "layer_norm"},
-    "cross_group_norm": {"cross_attention_dim": 24, "cross_attention_norm": "group_norm", "cross_attention_norm_num_groups": 4},
+    "cross_group_norm": {
+        "cross_attention_dim": 24,
+        "cross_attention_norm": "group_norm",
+        "cross_attention_norm_num_groups": 4,
+    },
 }
 
 
@@ -90,7 +117,9 @@ def line_01_reproduces_stock_around_the_core(case: Case) -> None:
         context = case.tokens(tokens=7, channels=24) if "cross_attention_dim" in settings else None
         named = {"temb": torch.randn(3, 4, 4, 4, generator=case.seed)} if name == "spatial_norm" else {}
         for hidden in [four] if name == "spatial_norm" else [four, case.tokens()]:
-            stock, neutral = compare(attn, AttnProcessor2_0(), case.processor(method=None), hidden, context, **named)
+            stock, neutral = compare(
+                attn, AttnProcessor2_0(), case.processor(method=None), hidden, context, **named
+            )
             assert torch.equal(stock, neutral), name
             stock, edited = compare(attn, AttnProcessor2_0(), case.processor(), hidden, context, **named)
             only_output_changes(stock, edited, () if context is not None else (0,))
@@ -105,17 +134,23 @@ def line_02_scale_and_upcast(case: Case) -> None:
     unscaled = make_attention(scale_qk=False)
     hidden = case.tokens()
     formula, ours = compare(unscaled, AttnProcessor(), case.processor(method=None), hidden)
-    truth, _ = compare(make_attention(scale_qk=False).double(), AttnProcessor(), AttnProcessor(), hidden.double())
+    truth, _ = compare(
+        make_attention(scale_qk=False).double(), AttnProcessor(), AttnProcessor(), hidden.double()
+    )
     assert judge(ours, formula, truth, 64 + 32).passed
     scaled = compare(make_attention(), AttnProcessor2_0(), case.processor(), hidden)[1]
-    assert not torch.allclose(compare(unscaled, AttnProcessor(), case.processor(), hidden)[1][0], scaled[0], atol=1e-3)
+    assert not torch.allclose(
+        compare(unscaled, AttnProcessor(), case.processor(), hidden)[1][0], scaled[0], atol=1e-3
+    )
     for dtype in (torch.float16, torch.bfloat16):
         attn = make_attention(upcast_attention=True, upcast_softmax=True).to(dtype)
         attn.to_q.weight.data *= 1000
         attn.to_k.weight.data *= 1000  # q·k beyond the largest float16
         stock, edited = compare(attn, AttnProcessor2_0(), case.processor(), hidden.to(dtype))
         assert torch.equal(stock[1:], edited[1:]) and edited.isfinite().all()
-        assert torch.equal(stock, compare(attn, AttnProcessor2_0(), case.processor(method=None), hidden.to(dtype))[1])
+        assert torch.equal(
+            stock, compare(attn, AttnProcessor2_0(), case.processor(method=None), hidden.to(dtype))[1]
+        )
 
 
 @line
@@ -125,13 +160,22 @@ def line_03_attention_mask(case: Case) -> None:
     mask[:, :, 48:] = -10000.0
     stock, edited = compare(attn, AttnProcessor2_0(), case.processor(), hidden, attention_mask=mask)
     only_output_changes(stock, edited)
-    assert torch.equal(stock, compare(attn, AttnProcessor2_0(), case.processor(method=None), hidden, attention_mask=mask)[1])
-    other_keys = torch.cat([hidden[:1], hidden[1:2, :48].repeat(1, 2, 1)[:, :64], hidden[2:]])  # of the appearance, where the mask hides them
+    assert torch.equal(
+        stock, compare(attn, AttnProcessor2_0(), case.processor(method=None), hidden, attention_mask=mask)[1]
+    )
+    other_keys = torch.cat(
+        [hidden[:1], hidden[1:2, :48].repeat(1, 2, 1)[:, :64], hidden[2:]]
+    )  # of the appearance, where the mask hides them
     shorter = compare(attn, AttnProcessor2_0(), case.processor(), other_keys, attention_mask=mask)[1]
     assert torch.equal(shorter[0], edited[0]), "a hidden key reaches the output row"
     per_head = mask.repeat_interleave(2, dim=0)
-    assert torch.equal(stock, compare(attn, AttnProcessor2_0(), case.processor(method=None), hidden, attention_mask=per_head)[1])
-    with pytest.raises(ValueError, match=r"attention_mask: expected a key mask \[B, 1, N\].*got \[3, 2, 1, 64\]"):
+    assert torch.equal(
+        stock,
+        compare(attn, AttnProcessor2_0(), case.processor(method=None), hidden, attention_mask=per_head)[1],
+    )
+    with pytest.raises(
+        ValueError, match=r"attention_mask: expected a key mask \[B, 1, N\].*got \[3, 2, 1, 64\]"
+    ):
         compare(attn, AttnProcessor2_0(), case.processor(), hidden, attention_mask=per_head)
 
     seen = []
@@ -150,7 +194,14 @@ def line_03_attention_mask(case: Case) -> None:
 @line
 def line_04_keyword_arguments(case: Case) -> None:
     parameters = inspect.signature(case.processor.__call__).parameters
-    assert list(parameters) == ["self", "attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb"]
+    assert list(parameters) == [
+        "self",
+        "attn",
+        "hidden_states",
+        "encoder_hidden_states",
+        "attention_mask",
+        "temb",
+    ]
     assert all(parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
     warnings: list[logging.LogRecord] = []
     handler = logging.Handler()
@@ -174,7 +225,8 @@ def line_05_ip_adapter_recreates_processors(case: Case) -> None:
     with attach(pipe, case.method()):
         pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe.unet)])
         with pytest.raises(
-            RuntimeError, match=r"expected UNetAttnProcessor on \d+ attached layers, got UNetAttnProcessor on \d+: attach after load_ip_adapter"
+            RuntimeError,
+            match=r"expected UNetAttnProcessor on \d+ attached layers, got UNetAttnProcessor on \d+: attach after load_ip_adapter",
         ):
             generate(pipe, ip_adapter_image_embeds=[torch.zeros(6, 1, 8)])
     with attach(pipe, case.method()):
@@ -214,7 +266,11 @@ def ip_adapter_weights(unet: nn.Module) -> dict:
         "norm.bias": torch.zeros(cross),
     }
     weights = {}
-    sizes = [unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors if name.endswith("attn2.processor")]
+    sizes = [
+        unet.get_submodule(name.removesuffix(".processor"))
+        for name in unet.attn_processors
+        if name.endswith("attn2.processor")
+    ]
     for number, attn in enumerate(sizes):
         for part in ("k", "v"):
             weights[f"{2 * number + 1}.to_{part}_ip.weight"] = 0.2 * torch.randn(attn.inner_dim, cross)
@@ -224,10 +280,18 @@ def ip_adapter_weights(unet: nn.Module) -> dict:
 @line
 def line_06_replaced_processors_are_named(case: Case) -> None:
     replacements = {
-        "SlicedAttnProcessor on \\d+: attach after attention slicing": lambda pipe: pipe.enable_attention_slicing(),
-        "FusedAttnProcessor2_0 on \\d+: attach after fuse_qkv_projections": lambda pipe: pipe.fuse_qkv_projections(),
-        "XFormersAttnProcessor on \\d+: attach after xformers": lambda pipe: pipe.unet.set_attn_processor(XFormersAttnProcessor()),
-        "got AttnProcessor on \\d+: attach after whatever set them": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
+        "SlicedAttnProcessor on \\d+: attach after attention slicing": lambda pipe: (
+            pipe.enable_attention_slicing()
+        ),
+        "FusedAttnProcessor2_0 on \\d+: attach after fuse_qkv_projections": lambda pipe: (
+            pipe.fuse_qkv_projections()
+        ),
+        "XFormersAttnProcessor on \\d+: attach after xformers": lambda pipe: pipe.unet.set_attn_processor(
+            XFormersAttnProcessor()
+        ),
+        "got AttnProcessor on \\d+: attach after whatever set them": lambda pipe: (
+            pipe.unet.set_attn_processor(AttnProcessor())
+        ),
     }
     for message, replace in replacements.items():
         pipe = make_pipe(case.family)
@@ -236,7 +300,10 @@ def line_06_replaced_processors_are_named(case: Case) -> None:
             replace(pipe)
             with pytest.raises(RuntimeError, match=message):
                 generate(pipe)
-        assert all(pipe.unet.attn_processors[f"{name}.processor"] is originals[f"{name}.processor"] for name in control.layers)
+        assert all(
+            pipe.unet.attn_processors[f"{name}.processor"] is originals[f"{name}.processor"]
+            for name in control.layers
+        )
     pipe = make_pipe(case.family)
     mine = {name: case.processor() for name in pipe.unet.attn_processors}
     pipe.unet.set_attn_processor(dict(mine))
@@ -275,7 +342,10 @@ class Adapter(nn.Module):
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.down, self.up = nn.Linear(base_layer.in_features, 2, bias=False), nn.Linear(2, base_layer.out_features, bias=False)
+        self.down, self.up = (
+            nn.Linear(base_layer.in_features, 2, bias=False),
+            nn.Linear(2, base_layer.out_features, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) + self.up(self.down(x))
@@ -306,9 +376,13 @@ def line_09_compiled_layers_are_not_recompiled(case: Case) -> None:
         attn.compile(backend=backend, fullgraph=True, dynamic=False)
     counts: list[int] = []
     with control:
-        compiled = generate(pipe, steps=4, callback_on_step_end=lambda *given: counts.append(len(graphs)) or {})
+        compiled = generate(
+            pipe, steps=4, callback_on_step_end=lambda *given: counts.append(len(graphs)) or {}
+        )
     shapes = {(attn.inner_dim, name.split(".")[1]) for name, attn in control.layers.items()}
-    assert counts == [len(shapes)] * 4, f"{counts} graphs after each step for {len(control.layers)} layers of {len(shapes)} shapes"
+    assert counts == [len(shapes)] * 4, (
+        f"{counts} graphs after each step for {len(control.layers)} layers of {len(shapes)} shapes"
+    )
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
@@ -345,7 +419,11 @@ class Dtypes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.seen |= {item.dtype for item in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(item, Tensor)}
+        self.seen |= {
+            item.dtype
+            for item in (result if isinstance(result, (tuple, list)) else [result])
+            if isinstance(item, Tensor)
+        }
         return result
 
 

@@ -5,7 +5,14 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from qalign import BatchLayout, CrossImage, CrossImageAttnProcessor, QAlign, QAlignAttnProcessor, UNetAttnProcessor
+from qalign import (
+    BatchLayout,
+    CrossImage,
+    CrossImageAttnProcessor,
+    QAlign,
+    QAlignAttnProcessor,
+    UNetAttnProcessor,
+)
 from qalign.context.layer_call import Site
 from qalign_kernels import use_backend
 from qalign_kernels.testing import judge
@@ -13,8 +20,17 @@ from tests.processors.models import make_pipe, make_unet, self_attention, unet_i
 
 TOKENS = 96
 SHAPES = {"sd15": (8, 40), "sd21": (2, 64), "sdxl": (4, 64), "coarse": (2, 160)}
-PAPER = [QAlign(refinement="rearranged", aligned="output", **settings) for settings in ({}, {"contrast": 1.0}, {"similarity": "dot"})]
-ALIGNED = [QAlign(), QAlign(aligned="output"), QAlign(aligned="structure"), QAlign(similarity="dot"), QAlign(heads="per_head", refinement="none")]
+PAPER = [
+    QAlign(refinement="rearranged", aligned="output", **settings)
+    for settings in ({}, {"contrast": 1.0}, {"similarity": "dot"})
+]
+ALIGNED = [
+    QAlign(),
+    QAlign(aligned="output"),
+    QAlign(aligned="structure"),
+    QAlign(similarity="dot"),
+    QAlign(heads="per_head", refinement="none"),
+]
 
 
 def make_attention(heads: int, head_dim: int) -> tuple[Attention, Tensor]:
@@ -25,11 +41,18 @@ def make_attention(heads: int, head_dim: int) -> tuple[Attention, Tensor]:
 
 def formula(attn: Attention, hidden: Tensor, method: CrossImage, row: int, reference: int) -> Tensor:
     """The layer's output for `row`, reading `reference`: [N, C]."""
-    split = {part: getattr(attn, f"to_{part}")(hidden).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in "qkv"}
+    split = {
+        part: getattr(attn, f"to_{part}")(hidden).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        for part in "qkv"
+    }
     q, k, v = split["q"][row], split["k"][reference], split["v"][reference]
     if isinstance(method, QAlign):
         asking = {"output": [row], "structure": [row + 2], "both": [row, row + 2]}[method.aligned]
-        match = sum(similarity(split["q"][one], split["q"][reference], method) for one in asking).argmax(-1).expand(attn.heads, -1)
+        match = (
+            sum(similarity(split["q"][one], split["q"][reference], method) for one in asking)
+            .argmax(-1)
+            .expand(attn.heads, -1)
+        )
         if method.refinement == "warped_output":
             own = (split["q"][reference] @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
             return attn.to_out[0](pick(own, match).transpose(0, 1).flatten(1))
@@ -72,7 +95,9 @@ def test_output_rows_are_the_formula(method, shape) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("refinement", ["rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"])
+@pytest.mark.parametrize(
+    "refinement", ["rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"]
+)
 def test_every_refinement_passes_through(refinement) -> None:
     attn, hidden = make_attention(2, 40)
     attn.set_processor(QAlignAttnProcessor(method=QAlign(refinement=refinement)))
@@ -125,7 +150,10 @@ def test_an_attached_layer_leaves_the_others_alone() -> None:
 
     unet = make_unet("sd15")
     seen: dict[str, list[Tensor]] = {}
-    hooks = [m.register_forward_hook(lambda m, i, o, n=n: seen.setdefault(n, []).append(o)) for n, m in self_attention(unet).items()]
+    hooks = [
+        m.register_forward_hook(lambda m, i, o, n=n: seen.setdefault(n, []).append(o))
+        for n, m in self_attention(unet).items()
+    ]
     unet(**unet_inputs(unet))
     with attach(unet, QAlign(), layers="up_blocks.2.attentions.0"):
         unet(**unet_inputs(unet))
