@@ -1,0 +1,80 @@
+"""The examples in docstrings run, in the namespace that a reader is expected to have."""
+
+import doctest
+import functools
+import importlib
+import re
+
+import pytest
+import torch
+
+from tests.project import ROOT
+
+NOT_RUNNING_YET = (
+    "qalign",
+    "qalign.context.regions",
+    "qalign.evaluation.resuming",
+    "qalign.pipelines.appearance_transfer",
+    "qalign.pipelines.attention_distillation",
+    "qalign.pipelines.base",
+    "qalign.processors.attach",
+    "qalign.processors.feature_bank",
+    "qalign.sampling.anchor_align",
+    "qalign.sampling.attention_reader",
+    "qalign.sampling.decoder_tuning",
+    "qalign.sampling.guidance",
+    "qalign.sampling.object_masks",
+    "qalign_kernels._backends",
+)
+
+
+def modules() -> list[str]:
+    """The modules of both packages that show an example, by dotted name."""
+    files = [file for package in ("qalign_kernels", "qalign") for file in (ROOT / package).rglob("*.py")]
+    shown = [file.relative_to(ROOT) for file in files if ">>> " in file.read_text(encoding="utf-8")]
+    names = [".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in shown]
+    return sorted(set(names) - set(NOT_RUNNING_YET))
+
+
+@functools.cache
+def pictures() -> list[torch.Tensor]:
+    """Two scenes [3, 32, 32] in 0 to 1."""
+    return list(importlib.import_module("qalign.embedded.scenes").render([3, 11], size=32).image)
+
+
+def namespace() -> dict:
+    """What an example may use without an import: `torch`, a small pipeline, a prompt, two pictures, latents."""
+    models = importlib.import_module("tests.processors.models")
+    appearance, structure = pictures()
+    noise = torch.randn(1, 4, models.SIZE, models.SIZE, generator=torch.Generator().manual_seed(0))
+    return {
+        "torch": torch,
+        "pipe": models.make_pipe("sd15"),
+        "prompt": "a photo of a zebra",
+        "appearance": appearance,
+        "structure": structure,
+        "latents": noise[[0, 0, 0]],
+    }
+
+
+def fewer_steps(source: str) -> str:
+    """The same example with two denoising steps where it has many."""
+    return re.sub(r"(num_inference_steps ?= ?)\d+", r"\g<1>2", source)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples_run(name):
+    pytest.importorskip("diffusers")
+    module = importlib.import_module(name)
+    tests = [test for test in doctest.DocTestFinder(exclude_empty=True).find(module) if test.examples]
+    if not tests:
+        return
+    assert tests
+    for test in tests:
+        test.globs.update({**namespace(), **test.globs})
+        for example in test.examples:
+            example.source = fewer_steps(example.source)
+        report: list[str] = []
+        options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        doctest.DocTestRunner(optionflags=options).run(test, out=report.append)
+        assert not report, "".join(report)
