@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,29 +30,38 @@ TRITON_MAX_K = 64
 TRITON_MAX_LABELS = 128
 
 _log = logging.getLogger("qalign_kernels")
-_default = os.environ.get("QALIGN_BACKEND", "auto")
+_chosen = threading.local()  # `backend` where this thread is inside `use_backend`
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Take `name` ("auto", "triton", "tiled" or "reference") for every call inside that names no backend. Process-wide.
+    """Take `name` ("auto", "triton", "tiled" or "reference") for every call inside that names no backend, in this thread.
 
     >>> with use_backend("reference"):
     ...     attention(query, Segment(key, value))
     """
-    global _default
     _contracts.check_choice("backend", name, BACKENDS)
-    previous, _default = _default, name
+    previous = getattr(_chosen, "backend", None)
+    _chosen.backend = name
     try:
         yield
     finally:
-        _default = previous
+        _chosen.backend = previous
 
 
 def requested(backend: str | None) -> str:
     """The backend asked for: the argument, else the innermost `use_backend`, else QALIGN_BACKEND, else "auto"."""
-    name = _default if backend is None else backend
-    _contracts.check_choice("QALIGN_BACKEND" if backend is None else "backend", name, BACKENDS)
+    name = getattr(_chosen, "backend", None) if backend is None else backend
+    if name is None:
+        return _of_environment()
+    _contracts.check_choice("backend", name, BACKENDS)
+    return name
+
+
+@functools.cache
+def _of_environment() -> str:
+    name = os.environ.get("QALIGN_BACKEND", "auto")
+    _contracts.check_choice("QALIGN_BACKEND", name, BACKENDS)
     return name
 
 

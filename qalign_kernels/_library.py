@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from . import _ambient
+
 LIBRARY = torch.library.Library("qalign_kernels", "DEF")
 
 
@@ -18,7 +20,7 @@ def register(
 ) -> Callable:
     """Define `qalign_kernels::name` and return the callable overload."""
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _ambient.without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"qalign_kernels::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(

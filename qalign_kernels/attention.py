@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends, _contracts, _library
+from . import _ambient, _backends, _contracts, _library
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,7 @@ class AttentionWithLse(NamedTuple):
     lse: Tensor
 
 
+@_ambient.public
 def attention(
     query: Tensor,
     segments: Segment | Sequence[Segment],
@@ -88,6 +89,7 @@ def attention(
     return _attend(query, segments, scale, contrast, query_labels, None, False, backend)[0]
 
 
+@_ambient.public
 def attention_with_lse(
     query: Tensor,
     segments: Segment | Sequence[Segment],

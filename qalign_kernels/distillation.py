@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _backends, _contracts, _library
+from . import _ambient, _backends, _contracts, _library
 from .attention import Segment
 
 
+@_ambient.public
 def distillation_loss(
     output: Tensor,
     query: Tensor,

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from . import _backends, _contracts, _library
+from . import _ambient, _backends, _contracts, _library
 from .reference import probe as reference
 
 
+@_ambient.public
 def label_mass(
     query: Tensor,
     key: Tensor,
@@ -54,6 +55,7 @@ def label_mass(
     return _label_mass_op(query, key, key_labels, num_labels, scale, counts, backend)
 
 
+@_ambient.public
 def mean_attention_map(
     query: Tensor, key: Tensor, *, scale: float | None = None, backend: str | None = None
 ) -> Tensor:

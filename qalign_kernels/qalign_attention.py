@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backends, _contracts, _library
+from . import _ambient, _backends, _contracts, _library
 from .attention import Guide, Segment, attention, guided_attention
 from .rearrange import match_counts, take_rows
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
@@ -15,6 +15,7 @@ from .tiled import qalign_attention as tiled
 REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
 
 
+@_ambient.public
 def qalign_attention(
     query: Tensor,
     ref_query: Tensor,

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from . import _backends, _contracts, _library
+from . import _ambient, _backends, _contracts, _library
 from .tiled import rearrange as tiled
 
 
+@_ambient.public
 def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) -> Tensor:
     """How often each reference token was chosen.
 
@@ -42,6 +43,7 @@ def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) 
     return _counts_op(index, num_tokens, backend)
 
 
+@_ambient.public
 def rearrange_kv(
     key: Tensor, value: Tensor, index: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends, _contracts, _library
+from . import _ambient, _backends, _contracts, _library
 
 SIMILARITIES = ("cosine", "dot")
 HEADS = ("joint", "per_head")
@@ -18,6 +18,7 @@ class Match(NamedTuple):
     score: Tensor
 
 
+@_ambient.public
 def similarity_argmax(
     query: Tensor,
     reference: Tensor,
@@ -74,6 +75,7 @@ def similarity_argmax(
     return Match(index, score)
 
 
+@_ambient.public
 def similarity_topk(
     query: Tensor,
     reference: Tensor,
