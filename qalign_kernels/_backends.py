@@ -30,6 +30,7 @@ TRITON_MAX_K = 64
 TRITON_MAX_LABELS = 128
 
 _log = logging.getLogger("qalign_kernels")
+_default = os.environ.get("QALIGN_BACKEND", "auto")
 _chosen = threading.local()  # `backend` where this thread is inside `use_backend`
 
 
@@ -53,15 +54,9 @@ def requested(backend: str | None) -> str:
     """The backend asked for: the argument, else the innermost `use_backend`, else QALIGN_BACKEND, else "auto"."""
     name = getattr(_chosen, "backend", None) if backend is None else backend
     if name is None:
-        return _of_environment()
+        _contracts.check_choice("QALIGN_BACKEND", _default, BACKENDS)
+        return _default
     _contracts.check_choice("backend", name, BACKENDS)
-    return name
-
-
-@functools.cache
-def _of_environment() -> str:
-    name = os.environ.get("QALIGN_BACKEND", "auto")
-    _contracts.check_choice("QALIGN_BACKEND", name, BACKENDS)
     return name
 
 

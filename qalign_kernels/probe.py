@@ -1,10 +1,9 @@
 """Where attention goes: the mass on each region of keys, and the head average of the map."""
 
-import torch
 from torch import Tensor
 
 from . import _ambient, _backends, _contracts, _library
-from .reference import probe as reference
+from .tiled import probe as tiled
 
 
 @_ambient.public
@@ -85,14 +84,7 @@ def mean_attention_map(
         return _backends.implementation("reference", "probe").mean_attention_map(query, key, scale=scale)
     if _library.wants_gradient(query, key):
         _backends.require_gradient("mean_attention_map", backend, query, (query.shape[3],))
-        heads = ((query[:, h : h + 1], key[:, h : h + 1]) for h in range(query.shape[1]))
-        maps = (
-            torch.utils.checkpoint.checkpoint(
-                reference.mean_attention_map, q, k, scale=scale, use_reentrant=False
-            )
-            for q, k in heads
-        )
-        return sum(maps) / query.shape[1]
+        backend = "tiled"
     return _mean_map_op(query, key, scale, backend)
 
 
@@ -179,9 +171,30 @@ _label_mass_op = _library.register(
     setup_context=_setup_context,
     backward=_label_mass_backward,
 )
+
+
+def _setup_map_context(ctx, inputs, output):
+    query, key, ctx.scale, _ = inputs
+    ctx.save_for_backward(query, key)
+
+
+def _mean_map_backward(ctx, grad):
+    grads = _mean_map_backward_op(grad, *ctx.saved_tensors, ctx.scale)
+    return *(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad)), None, None
+
+
+_mean_map_backward_op = _library.register(
+    "mean_attention_map_backward",
+    "(Tensor grad, Tensor query, Tensor key, float scale) -> (Tensor, Tensor)",
+    lambda grad, query, key, scale: tiled.mean_attention_map_backward(grad, query, key, scale=scale),
+    lambda grad, query, key, scale: (query.new_empty(query.shape), key.new_empty(key.shape)),
+    **_library.no_second_derivative("mean_attention_map", "only backend='reference' has every derivative"),
+)
 _mean_map_op = _library.register(
     "mean_attention_map",
     "(Tensor query, Tensor key, float scale, str backend) -> Tensor",
     _mean_map_implementation,
     _mean_map_fake,
+    setup_context=_setup_map_context,
+    backward=_mean_map_backward,
 )

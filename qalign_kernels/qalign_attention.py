@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _ambient, _backends, _contracts, _library
 from .attention import Guide, Segment, attention, guided_attention
-from .rearrange import match_counts, take_rows
+from .rearrange import match_counts, take_batch_rows, take_rows
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
 from .tiled import qalign_attention as tiled
 
@@ -126,11 +126,10 @@ def qalign_attention(
         )
     index, score = similarity_argmax(asking.detach(), ref_query.detach(), **matching, backend=backend)
     if refinement == "warped_output":
-        own = ref_query if batch_index is None else ref_query.index_select(0, batch_index)
+        own = take_batch_rows(ref_query, batch_index)
         output = attention(own, reference, scale=scale, query_labels=ref_labels, backend=backend)
         return _unmatchable_to_nan(take_rows(output, index, backend=backend), score)
-    if batch_index is not None:
-        ref_value = ref_value.index_select(0, batch_index)
+    ref_value = take_batch_rows(ref_value, batch_index)
     value = _unmatchable_to_nan(take_rows(ref_value, index, backend=backend), score)
     if own_key is None:
         return value
@@ -191,9 +190,7 @@ def topk_attention(
         )
     if _library.wants_gradient(query, key, value):
         _backends.require_gradient("topk_attention", backend, query, (query.shape[3], value.shape[3]))
-        return tiled.topk_attention(
-            query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
-        )
+        backend = "tiled"
     return _topk_attention_op(query, key, value, index, scale, contrast, batch_index, backend)
 
 
@@ -403,13 +400,40 @@ def _topk_attention_implementation(query, key, value, index, scale, contrast, ba
     )
 
 
+def _topk_backward_implementation(grad, query, key, value, index, scale, contrast, batch_index):
+    return tiled.topk_attention_backward(
+        grad, query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
+    )
+
+
 def _topk_attention_fake(query, key, value, index, scale, contrast, batch_index, backend):
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
+def _setup_topk_context(ctx, inputs, output):
+    query, key, value, index, ctx.scale, ctx.contrast, batch_index, _ = inputs
+    ctx.save_for_backward(query, key, value, index, batch_index)
+
+
+def _topk_backward(ctx, grad):
+    *tensors, batch_index = ctx.saved_tensors
+    grads = _topk_backward_op(grad, *tensors, ctx.scale, ctx.contrast, batch_index)
+    return *(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad)), *[None] * 5
+
+
+_topk_backward_op = _library.register(
+    "topk_attention_backward",
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, "
+    "Tensor? batch_index) -> (Tensor, Tensor, Tensor)",
+    _topk_backward_implementation,
+    lambda grad, query, key, value, *_: tuple(x.new_empty(x.shape) for x in (query, key, value)),
+    **_library.no_second_derivative("topk_attention", "only backend='reference' has every derivative"),
+)
 _topk_attention_op = _library.register(
     "topk_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, Tensor? batch_index, str backend) -> Tensor",
     _topk_attention_implementation,
     _topk_attention_fake,
+    setup_context=_setup_topk_context,
+    backward=_topk_backward,
 )

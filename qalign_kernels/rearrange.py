@@ -84,8 +84,17 @@ def take_rows(x: Tensor, index: Tensor, *, backend: str | None = None) -> Tensor
     backend = _backends.requested(backend)
     if _library.wants_gradient(x):
         _backends.require_gradient("rearrange_kv", backend, x, ())
-        return tiled.take_rows(x, index)
+        backend = "tiled"
     return _take_rows_op(x, index, backend)
+
+
+def take_batch_rows(x: Tensor, batch_index: Tensor | None) -> Tensor:
+    """x[batch_index]; a gradient sums over the query rows that read the same row in the accumulate dtype."""
+    if batch_index is None:
+        return x
+    if not _library.wants_gradient(x):
+        return x.index_select(0, batch_index)
+    return x.to(_library.accumulate_dtype(x)).index_select(0, batch_index).to(x.dtype)
 
 
 def _counts_implementation(index, num_tokens, backend):
@@ -106,6 +115,23 @@ def _take_rows_fake(x, index, backend):
     return x.new_empty((*x.shape[:2], index.shape[2], x.shape[3]))
 
 
+def _setup_context(ctx, inputs, output):
+    x, index, _ = inputs
+    ctx.tokens = x.shape[2]
+    ctx.save_for_backward(index)
+
+
+def _backward(ctx, grad):
+    return _take_rows_backward_op(grad, *ctx.saved_tensors, ctx.tokens), None, None
+
+
+_take_rows_backward_op = _library.register(
+    "take_rows_backward",
+    "(Tensor grad, Tensor index, SymInt num_tokens) -> Tensor",
+    tiled.take_rows_backward,
+    lambda grad, index, num_tokens: grad.new_empty((*grad.shape[:2], num_tokens, grad.shape[3])),
+    **_library.no_second_derivative("rearrange_kv", "only backend='reference' has every derivative"),
+)
 _counts_op = _library.register(
     "match_counts",
     "(Tensor index, int num_tokens, str backend) -> Tensor",
@@ -113,5 +139,10 @@ _counts_op = _library.register(
     _counts_fake,
 )
 _take_rows_op = _library.register(
-    "take_rows", "(Tensor x, Tensor index, str backend) -> Tensor", _take_rows_implementation, _take_rows_fake
+    "take_rows",
+    "(Tensor x, Tensor index, str backend) -> Tensor",
+    _take_rows_implementation,
+    _take_rows_fake,
+    setup_context=_setup_context,
+    backward=_backward,
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._blocks import accumulate_dtype, batch_row, blocks
 from ._labels import group_queries, rows_read
+from .rearrange import add_rows, places
 
 WINDOW = 32
 MAX_EXTRACTED = 32  # above, sorting a block beats taking its best tokens one after the other
@@ -135,3 +136,52 @@ def _sort(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
     score, index = table.mT.contiguous().sort(dim=-1, descending=True, stable=True)
     score, index = score[..., :k], index[..., :k]
     return index.masked_fill(score == float("-inf"), -1).int(), score
+
+
+def matched_score_backward(
+    grad_score: Tensor,
+    query: Tensor,
+    reference: Tensor,
+    index: Tensor,
+    similarity: str,
+    batch_index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of query and reference, from those of the scores of the matched pairs.
+
+    With x̂ = x / |x| for "cosine": dq̂_i = Σ_t g_it r̂_π(it), dr̂_j = Σ_{π(it) = j} g_it q̂_i, dx = (dx̂ - x̂ (x̂·dx̂)) / |x|.
+    """
+    dtype, (batch, heads, tokens, head_dim) = accumulate_dtype(query), query.shape
+    if index.dim() == 3:
+        index, grad_score = index.unsqueeze(-1), grad_score.unsqueeze(-1)
+    grad_score = grad_score.to(dtype).masked_fill(index < 0, 0)
+    joint = index.shape[1] < heads or heads == 1
+    wide = [_maps(x.to(dtype), joint) for x in (query, reference)]
+    lengths = [_length(x) if similarity == "cosine" else None for x in wide]
+    unit = [x if length is None else x / length for x, length in zip(wide, lengths)]
+    grads = [torch.zeros_like(x) for x in unit]
+    bytes_per_row = 2 * dtype.itemsize * batch * heads * head_dim * index.shape[3]
+    for _, rows in blocks(1, tokens, bytes_per_row, query.device):
+        some, weight = index[:, :, rows], grad_score[:, :, rows].unsqueeze(-1)
+        batch_rows, maps = places(unit[1], some, batch_index)
+        matched = unit[1][batch_rows, maps, some.clamp(min=0).long()]
+        grads[0][:, :, rows] = (weight * matched).sum(3)
+        add_rows(grads[1], some, weight * unit[0][:, :, rows].unsqueeze(3), batch_index)
+    results = (
+        grad if length is None else (grad - x * (x * grad).sum(-1, keepdim=True)) / length
+        for grad, x, length in zip(grads, unit, lengths)
+    )
+    return tuple(
+        grad.unflatten(3, (heads, head_dim)).squeeze(1).transpose(1, 2).to(query.dtype).contiguous()
+        if joint
+        else grad.to(query.dtype)
+        for grad in results
+    )
+
+
+def _maps(x: Tensor, joint: bool) -> Tensor:
+    """[B, G, N, C]: the vectors that one map compares."""
+    return x.transpose(1, 2).flatten(2).unsqueeze(1) if joint else x
+
+
+def _length(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12)
