@@ -25,8 +25,9 @@ from qalign import __main__ as qalign_line  # noqa: E402
 from qalign.commands import _shared  # noqa: E402
 from qalign.embedded import train  # noqa: E402
 from qalign.methods.qalign import QAlign  # noqa: E402
-from qalign_kernels import _command_line, _files, env, validate  # noqa: E402
+from qalign_kernels import _command_line, _files, env  # noqa: E402
 from qalign_kernels._files import Files, replacing  # noqa: E402
+from qalign_kernels.validation import command as validate  # noqa: E402
 from tests.processors import models  # noqa: E402
 
 ROOT = Path(__file__).parents[1]

@@ -37,9 +37,10 @@ from benchmarks.gpu.must_show import DEFAULT, EAGER, FASTEST, OURS, Bar, Line
 from benchmarks.gpu.plan import Group
 from benchmarks.gpu.stages import Outcome, Stage
 from benchmarks.shapes import Shape
-from qalign_kernels import _backends, validate
+from qalign_kernels import _backends
 from qalign_kernels._triton import _configs
 from qalign_kernels.bench import ops
+from qalign_kernels.validation import command as validate
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape("small", 1, 2, 300, 40)

@@ -166,7 +166,7 @@ def test_every_public_op_belongs_to_a_stem_is_documented_and_tested(name):
             or "As `similarity_argmax`" in op.__doc__
         ), section
     assert f"{name}(" in _read(f"tests/kernels/test_{stem}.py")
-    assert name in _read("qalign_kernels/validate.py")
+    assert name in _read("qalign_kernels/validation/cases.py")
 
 
 def test_version_is_the_same_everywhere(packaging):

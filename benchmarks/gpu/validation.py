@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qalign_kernels import _backends, validate
+from qalign_kernels import _backends
 from qalign_kernels.bench import measure
+from qalign_kernels.validation import command as validate
 
 from . import arguments, forks
 

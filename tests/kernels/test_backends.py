@@ -14,8 +14,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import qalign_kernels
-from qalign_kernels import Segment, _backends, attention, env, similarity_argmax, use_backend, validate
+from qalign_kernels import Segment, _backends, attention, env, similarity_argmax, use_backend
 from qalign_kernels.testing import random_features
+from qalign_kernels.validation import command as validate
 
 PACKAGE = Path(qalign_kernels.__file__).parent
 ROOT = PACKAGE.parent

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from qalign_kernels import validate
 from qalign_kernels.reference.similarity import scores, similarity_argmax
 from qalign_kernels.testing import (
     error_budget,
@@ -20,6 +19,7 @@ from qalign_kernels.testing import (
     random_integers,
     worst_error,
 )
+from qalign_kernels.validation import command as validate
 
 
 def test_worst_error_knows_nan_and_infinity():

@@ -111,7 +111,7 @@ def shorten() -> None:
     from benchmarks.gpu import ceilings, details, must_show, plan, right, sanitizer, validation
     from benchmarks.gpu.must_show import DEFAULT, Bar, Line
     from benchmarks.shapes import Shape
-    from qalign_kernels import validate
+    from qalign_kernels.validation import command as validate
 
     small = Shape("small", 1, 2, 64, 64)
     shapes.SHAPES[:] = [small]
