@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, normalize, one_hot, scaled_dot_product_attention
 
+from qalign_kernels.bench.checks import STRENGTH, TOPK, learned
 from qalign_kernels.bench.measure import NUM_LABELS, Inputs
-from qalign_kernels.bench.ops import CONTRAST, STRENGTH, TOPK, learned
+from qalign_kernels.bench.ops import CONTRAST
 
 ROWS = 1024
 

@@ -11,20 +11,18 @@ import qalign_kernels as qk
 from qalign_kernels import Segment, _backends, testing
 from qalign_kernels._triton._configs import Key
 from qalign_kernels.attention import Guide, guided_attention
-from qalign_kernels.bench.measure import FEATURES, NUM_LABELS, Inputs, processor_layout
-from qalign_kernels.bench.ops import (
-    CONTRAST,
-    OPS,
+from qalign_kernels.bench.checks import (
     STRENGTH,
     TOPK,
-    Op,
     check_attention,
     check_gradient,
     check_match,
     gradient,
     sampled_rows,
 )
-from qalign_kernels.qalign_attention import unit
+from qalign_kernels.bench.measure import FEATURES, NUM_LABELS, Inputs, processor_layout
+from qalign_kernels.bench.ops import CONTRAST, OPS, Op
+from qalign_kernels.unit_features import unit
 
 from . import shapes
 from .shapes import FOLDED_HEAD_DIM, Shape

@@ -10,7 +10,8 @@ from . import _backends, _contracts, _library
 from .attention import Guide, Segment, attention, guided_attention
 from .rearrange import match_counts, take_rows
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
-from .tiled import qalign_attention as tiled
+from .topk_attention import topk_attention
+from .unit_features import alignment_features
 
 REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
 
@@ -95,7 +96,7 @@ def qalign_attention(
     refine: dict[str, Any] = {"scale": scale, "contrast": contrast, "backend": backend}
     reference = Segment(ref_key, ref_value, labels=ref_labels, batch_index=batch_index)
     if refinement == "guided":
-        guide = Guide(*_features(asking, ref_query, similarity, backend), strength)
+        guide = Guide(*alignment_features(asking, ref_query, similarity, backend), strength)
         return guided_attention(query, reference, guide, query_labels=query_labels, **refine)
     if refinement == "soft":
         return _soft(query, asking, ref_query, reference, similarity, strength, query_labels, refine)
@@ -164,60 +165,12 @@ def _rearranged(
     return _unmatchable_to_nan(output, score)
 
 
-def topk_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: Tensor,
-    *,
-    scale: float | None = None,
-    contrast: float = 1.0,
-    batch_index: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Attention of each query over its own k gathered keys: the topk reading of `qalign_attention`.
-
-    output_i = Σ_t w_it v_{index_it}, w_i = softmax_t(scale · q_i·k_{index_it}), contrasted as in `attention` with N = k; index -1 is absent.
-
-    Shapes: query [B, H, N_q, D], key [B_r, H, N_k, D], value [B_r, H, N_k, D_v], index int32 [B, 1 or H, N_q, k]. Memory O(N k).
-    """
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    backend = _backends.requested(backend)
-    if backend == "reference":
-        module = _backends.implementation("reference", "qalign_attention")
-        return module.topk_attention(
-            query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
-        )
-    if _library.wants_gradient(query, key, value):
-        _backends.require_gradient("topk_attention", backend, query, (query.shape[3], value.shape[3]))
-        return tiled.topk_attention(
-            query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
-        )
-    return _topk_attention_op(query, key, value, index, scale, contrast, batch_index, backend)
-
-
 def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
     """NaN in each row of [B, H, N, D] whose best score [B, 1 or H, N] is NaN: its choice means nothing. In place, unless a gradient may need
     the rows."""
     return (rows.masked_fill if rows.requires_grad else rows.masked_fill_)(
         score.isnan().unsqueeze(-1), float("nan")
     )
-
-
-def _features(
-    query: Tensor, ref_query: Tensor, similarity: str, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """The tensors whose per-head dot product is the similarity, in the input dtype."""
-    if similarity == "dot":
-        return query, ref_query
-    if _library.wants_gradient(query, ref_query):
-        return unit(query), unit(ref_query)
-    return _unit_features_op(query, ref_query, _backends.requested(backend))
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / max(|x|, 1e-12) along the last axis, computed in float32 (float64 for float64) and rounded to the input dtype."""
-    return torch.nn.functional.normalize(x.to(_library.accumulate_dtype(x)), dim=-1, eps=1e-12).to(x.dtype)
 
 
 def _soft(
@@ -230,7 +183,7 @@ def _soft(
     query_labels: Tensor | None,
     refine: dict[str, Any],
 ) -> Tensor:
-    features, ref_features = _features(asking, ref_query, similarity, refine["backend"])
+    features, ref_features = alignment_features(asking, ref_query, similarity, refine["backend"])
     key, value = (
         attention(
             features,
@@ -371,44 +324,4 @@ _rearranged_attention_op = _library.register(
     "Tensor? query_labels, Tensor? ref_labels, Tensor? batch_index, str backend) -> Tensor",
     _rearranged_attention_implementation,
     _rearranged_attention_fake,
-)
-
-
-def _unit_features_implementation(query, ref_query, backend):
-    chosen = _backends.select("qalign_attention", backend, query, (query.shape[3],))
-    if chosen == "triton":
-        return _backends.implementation("triton", "qalign_attention").unit_features(query, ref_query)
-    return unit(query).contiguous(), unit(ref_query).contiguous()
-
-
-def _unit_features_fake(query, ref_query, backend):
-    return query.new_empty(query.shape), ref_query.new_empty(ref_query.shape)
-
-
-_unit_features_op = _library.register(
-    "unit_features",
-    "(Tensor query, Tensor ref_query, str backend) -> (Tensor, Tensor)",
-    _unit_features_implementation,
-    _unit_features_fake,
-)
-
-
-def _topk_attention_implementation(query, key, value, index, scale, contrast, batch_index, backend):
-    dims = (query.shape[3], value.shape[3])
-    chosen = _backends.select("topk_attention", backend, query, dims, max_k=index.shape[3])
-    module = _backends.implementation(chosen, "qalign_attention")
-    return module.topk_attention(
-        query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
-    )
-
-
-def _topk_attention_fake(query, key, value, index, scale, contrast, batch_index, backend):
-    return query.new_empty((*query.shape[:3], value.shape[3]))
-
-
-_topk_attention_op = _library.register(
-    "topk_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, Tensor? batch_index, str backend) -> Tensor",
-    _topk_attention_implementation,
-    _topk_attention_fake,
 )

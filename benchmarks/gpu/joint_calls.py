@@ -10,8 +10,8 @@ from torch import Tensor
 
 import qalign_kernels as qk
 from qalign_kernels import _backends
+from qalign_kernels.bench.checks import check_match
 from qalign_kernels.bench.measure import Inputs
-from qalign_kernels.bench.ops import check_match
 
 from ..trials import Call
 
