@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from qalign_kernels._triton._configs import triton_minor
+
+minor_version = triton_minor  # each minor version makes other machine code
 _SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _AMD_LABEL = re.compile(r"^(\.L\w+|\w+):")
 _AMD_LINE = re.compile(r"^\s+([a-z]\w+)\s*(.*)")
@@ -81,11 +84,6 @@ class MachineCode:
             for body in innermost
         ]
         return min(candidates, key=lambda loop: (-len(loop.matrix), loop.instructions))
-
-
-def minor_version(version: str) -> str:
-    """ "3.7" for Triton 3.7.1: minor versions make other machine code."""
-    return ".".join(version.split(".")[:2])
 
 
 def is_narrow_load(name: str) -> bool:

@@ -18,6 +18,7 @@ if problem := _backends.triton_problem():
     pytest.skip(problem, allow_module_level=True)
 
 from qalign_kernels._triton import _configs, attention
+from qalign_kernels._triton._attention_choice import AttentionCall
 from qalign_kernels._triton._launch import recording
 from qalign_kernels._triton._segments import LOG2_E, segment_arguments
 from tests.gluon_on_cpu import Descriptor, Kernels, Pointer
@@ -203,7 +204,7 @@ def _launched(query: Tensor, **settings: Any) -> set[str]:
     """The kernel of a launch with such settings."""
     settings = {"output": torch.empty(query.shape, dtype=query.dtype), "lse": None, **settings}
     with recording("sm_90") as launches:
-        attention.launch_attention(query, [segment_arguments(query, query, 0.125)], **settings)
+        attention.launch_attention(AttentionCall(query, [segment_arguments(query, query, 0.125)], **settings))
     return {launch.kernel.fn.__name__ for launch in launches}
 
 
