@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from . import _backends, _contracts, _library
+from ._choices import REFINEMENTS
 from .attention import Guide, Segment, attention, guided_attention
 from .rearrange import match_counts, take_rows
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
 from .topk_attention import topk_attention
 from .unit_features import alignment_features
-
-REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
 
 
 def qalign_attention(

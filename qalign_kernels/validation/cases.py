@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._choices import REFINEMENTS
 from ..attention import Segment, attention, attention_with_lse
 from ..distillation import distillation_loss
 from ..probe import label_mass, mean_attention_map
-from ..qalign_attention import REFINEMENTS, qalign_attention
+from ..qalign_attention import qalign_attention
 from ..rearrange import match_counts, rearrange_kv
 from ..reference.similarity import scores
 from ..similarity import similarity_argmax, similarity_topk
