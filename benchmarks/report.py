@@ -9,11 +9,11 @@ from typing import Any
 from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench.measure import markdown
 
-from . import evidence
-from .providers import OURS, SDPA
-from .shapes import CONTIGUOUS
+from .static import evidence
+from .suite.providers import OURS, SDPA
+from .suite.shapes import CONTIGUOUS
 
-BUDGETS = Path(__file__).with_name("budgets.json")
+BUDGETS = Path(__file__).parent / "static" / "budgets.json"
 RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PLOTTED_OP, PLOTTED_HEADS = "qalign_attention", (1, 8, 40)

@@ -12,9 +12,14 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import bounded, cases, distillation, distillation_step, eager, memory, report, speed
-from benchmarks.shapes import CONTIGUOUS, Shape, make_inputs
-from benchmarks.static import BUDGETS
+from benchmarks import report
+from benchmarks.quality import bounded, distillation, distillation_step
+from benchmarks.speed import command as speed
+from benchmarks.speed import memory
+from benchmarks.static import cases
+from benchmarks.static.command import BUDGETS
+from benchmarks.suite import eager
+from benchmarks.suite.shapes import CONTIGUOUS, Shape, make_inputs
 from qalign.embedded import scenes
 from qalign_kernels import similarity_argmax
 from qalign_kernels.bench import measure

@@ -14,29 +14,20 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import candidates, evidence, providers, shapes, trials, tune
-from benchmarks.gpu import (
-    arguments,
-    command,
-    first_report,
-    forks,
-    measure,
-    must_show,
-    plan,
-    publishing,
-    report,
-    right,
-    sanitizer,
-    validation,
-    worker,
-)
-from benchmarks.gpu.joint_calls import JOINT_CALLS
-from benchmarks.gpu.journal import Journal
-from benchmarks.gpu.kernels import kernels, sdpa_implementation
+from benchmarks.gpu import command, first_report, must_show, plan, report
 from benchmarks.gpu.must_show import DEFAULT, EAGER, FASTEST, OURS, Bar, Line
 from benchmarks.gpu.plan import Group
-from benchmarks.gpu.stages import Outcome, Stage
-from benchmarks.shapes import Shape
+from benchmarks.gpu.running import arguments, forks, publishing
+from benchmarks.gpu.running.journal import Journal
+from benchmarks.gpu.running.sequence import Outcome, Stage
+from benchmarks.gpu.stages import measure, right, sanitizer, validation, worker
+from benchmarks.gpu.stages.joint_calls import JOINT_CALLS
+from benchmarks.gpu.stages.kernels import kernels, sdpa_implementation
+from benchmarks.static import evidence
+from benchmarks.suite import providers, shapes
+from benchmarks.suite.shapes import Shape
+from benchmarks.tune import candidates, trials
+from benchmarks.tune import command as tune
 from qalign_kernels import _backends, validate
 from qalign_kernels._triton import _configs
 from qalign_kernels.bench import ops
@@ -167,7 +158,7 @@ def test_first_contact_fits_in_300_seconds(tmp_path):
     )
     assert command.FIRST_SECONDS < 300
     for stage in (*stages, *command.stages(tmp_path)):
-        assert (ROOT / "benchmarks" / "gpu" / f"{stage.command[3]}.py").is_file()
+        assert (ROOT / "benchmarks" / "gpu" / "stages" / f"{stage.command[3]}.py").is_file()
 
 
 def test_both_commands_together_write_eight_files():
@@ -752,7 +743,7 @@ RATES = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from benchmarks.gpu import instruction_rates as rates
+from benchmarks.gpu.stages import instruction_rates as rates
 names = rates.rate_kernel.arg_names
 types = ["*fp32", "*fp32", "*i64", "i32", "constexpr", "constexpr", "constexpr"]
 for name, mode in rates.MODES.items():
@@ -782,7 +773,7 @@ def test_loops_of_the_rate_kernel_hold_the_chain_and_nothing_else():
 
 def test_lanes_per_clock_counts_every_instruction_of_every_warp():
     pytest.importorskip("triton")
-    from benchmarks.gpu.instruction_rates import lanes_per_clock
+    from benchmarks.gpu.stages.instruction_rates import lanes_per_clock
 
     instructions = (
         1000 * 16 * 8 * 8 * 2

@@ -6,10 +6,13 @@ import sys
 import pytest
 import torch
 
-from benchmarks import __main__, shapes, trials, tune
-from benchmarks.shapes import Shape
-from benchmarks.trials import TRIALS, Call
-from benchmarks.tune import Change, Sweep
+from benchmarks import __main__
+from benchmarks.suite import shapes
+from benchmarks.suite.shapes import Shape
+from benchmarks.tune import command as tune
+from benchmarks.tune import trials
+from benchmarks.tune.command import Change, Sweep
+from benchmarks.tune.trials import TRIALS, Call
 from qalign_kernels import _backends
 from qalign_kernels._triton import _configs
 from qalign_kernels._triton._configs import WORK, Key, Tile

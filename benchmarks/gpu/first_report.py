@@ -7,7 +7,7 @@ from qalign_kernels.bench.measure import markdown
 
 from .must_show import DEFAULT, Row, ratio
 from .report import read_stage, stage_table
-from .stages import Outcome
+from .running.sequence import Outcome
 
 SHOWN_PROBLEMS = 25
 SHOWN_KERNELS = 6  # of each shape

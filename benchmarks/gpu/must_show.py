@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..shapes import PROCESSOR, SHAPES, UNIQUE_FRACTION, Shape
+from ..suite.shapes import PROCESSOR, SHAPES, UNIQUE_FRACTION, Shape
 
 Row = dict[str, Any]
 Visit = tuple[str, str]  # op, provider

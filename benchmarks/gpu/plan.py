@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from qalign_kernels.bench.ops import OPS
 
-from ..providers import CHANNEL_PEERS, EAGER_SDPA, FLEX_FLASH, FLEX_OPS, MAIN_OPS
-from ..shapes import CONTIGUOUS, PROCESSOR, SHAPES, Shape, layouts
+from ..suite.providers import CHANNEL_PEERS, EAGER_SDPA, FLEX_FLASH, FLEX_OPS, MAIN_OPS
+from ..suite.shapes import CONTIGUOUS, PROCESSOR, SHAPES, Shape, layouts
 from .must_show import DEFAULT, LINES, OURS, Visit
 
 FRACTIONS = (0.35, 0.55, 0.63, 1.0)

@@ -7,11 +7,11 @@ from typing import Any
 
 from qalign_kernels.bench.measure import markdown
 
-from .. import evidence
-from ..shapes import PROCESSOR
-from .journal import Journal
+from ..static import evidence
+from ..suite.shapes import PROCESSOR
 from .must_show import LINES, NOT_CAPTURED, Line, Row, Verdict, describe, judge, ratio
-from .stages import Outcome
+from .running.journal import Journal
+from .running.sequence import Outcome
 
 PLANS = ("must_show", "speed")
 PEERS = (

@@ -13,7 +13,7 @@ from qalign_kernels import _backends
 from qalign_kernels.bench.measure import Inputs
 from qalign_kernels.bench.ops import check_match
 
-from ..trials import Call
+from ...tune.trials import Call
 
 FEWER = 77  # tokens that the reference lacks
 NAN_TOKEN = 5

@@ -14,13 +14,13 @@ _WARM_UP_TOKENS = 64
 def cpu_peak_mib(provider: str, op_name: str, shape: tuple, dtype: torch.dtype) -> float | None:
     """The rise of the peak resident size in a fresh process; None where that process came to no result."""
     return measure.fresh_process_rise_mib(
-        _prepare, provider, op_name, shape, dtype, preload="benchmarks.providers"
+        _prepare, provider, op_name, shape, dtype, preload="benchmarks.suite.providers"
     )
 
 
 def _prepare(provider: str, op_name: str, shape: tuple, dtype: torch.dtype) -> Callable[[], Any]:
-    from .providers import build
-    from .shapes import Shape, make_inputs
+    from ..suite.providers import build
+    from ..suite.shapes import Shape, make_inputs
 
     op, measured = op_named(op_name), Shape(*shape)
     small = measured._replace(batch=1, tokens=_WARM_UP_TOKENS)

@@ -17,12 +17,14 @@ from qalign_kernels._triton._configs import Tile
 from qalign_kernels.bench import measure
 from qalign_kernels.bench.ops import SDPA, op_named
 
-from .. import providers, shapes, trials, tune
-from ..shapes import Shape
-from . import arguments
+from ...suite import providers, shapes
+from ...suite.shapes import Shape
+from ...tune import command as tune
+from ...tune import trials
+from ..plan import core_shapes
+from ..running import arguments
 from .ceilings import large_matmul, matmul_tflops
 from .kernels import kernels, sdpa_implementation
-from .plan import core_shapes
 from .right import DTYPES, ITEMSIZE, tile_calls, tile_key
 from .worker import OURS, Files, capture, files
 

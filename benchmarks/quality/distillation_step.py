@@ -19,7 +19,7 @@ from qalign_kernels import _command_line
 from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench import measure as measurement
 
-from . import speed
+from ..speed import command as speed
 
 MODELS = ("embedded", "sd15")
 TIMESTEP, LEARNING_RATE = 401, 0.05

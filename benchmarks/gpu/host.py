@@ -18,7 +18,7 @@ from qalign_kernels import Segment, _command_line, attention, qalign_attention, 
 from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench import measure as measurement
 
-from . import speed
+from ..speed import command as speed
 from .stub_driver import stub_driver
 
 SHAPES = ((2, 10, 4096, 64), (1, 8, 4096, 40))

@@ -14,13 +14,13 @@ from qalign_kernels.bench import measure as measurement
 from qalign_kernels.bench.measure import DTYPES, percentiles, time_rounds
 from qalign_kernels.bench.ops import Op, op_named
 
-from .. import providers, shapes
-from ..speed import result_row
-from . import arguments
+from ...speed.command import result_row
+from ...suite import providers, shapes
+from ..must_show import DEFAULT, OURS, Visit
+from ..plan import Group, compile_parts, core_groups, must_show_groups, other_groups
+from ..running import arguments
+from ..running.journal import Journal
 from .ceilings import large_matmul, matmul_tflops
-from .journal import Journal
-from .must_show import DEFAULT, OURS, Visit
-from .plan import Group, compile_parts, core_groups, must_show_groups, other_groups
 
 DEVICE, DTYPE = "cuda", "bf16"
 REPEATS = 3

@@ -12,8 +12,8 @@ import torch
 from qalign_kernels import __version__
 from qalign_kernels.bench.measure import triton_version
 
-from ..speed import commit
-from . import arguments
+from ...speed.command import commit
+from ..running import arguments
 
 FIELDS = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",

@@ -21,8 +21,8 @@ from qalign_kernels._triton._configs import Key, Tile
 from qalign_kernels._triton._launch import target_of
 from qalign_kernels.bench import measure
 
-from ..shapes import FOLDED_HEAD_DIM, Shape, make_inputs
-from . import arguments, forks
+from ...suite.shapes import FOLDED_HEAD_DIM, Shape, make_inputs
+from ..running import arguments, forks
 
 ROUNDS = 20
 COMPILE_SECONDS = 20

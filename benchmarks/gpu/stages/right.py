@@ -23,11 +23,12 @@ from qalign_kernels._triton._configs import Key, Tile
 from qalign_kernels._triton._launch import target_of
 from qalign_kernels.bench.ops import OPS, op_named
 
-from .. import candidates, shapes, trials
-from ..shapes import CONTIGUOUS, FOLDED_HEAD_DIM, PROCESSOR, Shape
-from . import arguments, forks
+from ...suite import shapes
+from ...suite.shapes import CONTIGUOUS, FOLDED_HEAD_DIM, PROCESSOR, Shape
+from ...tune import candidates, trials
+from ..plan import CORE_OPS, core_shapes
+from ..running import arguments, forks
 from .joint_calls import JOINT_CALLS
-from .plan import CORE_OPS, core_shapes
 
 SECONDS_OF_CALL = 90.0
 SECONDS_TO_START = 5.0

@@ -20,8 +20,9 @@ from qalign_kernels.bench import measure
 from qalign_kernels.bench.measure import DTYPES
 from qalign_kernels.bench.ops import OPS, Op
 
-from . import memory, progress, providers, shapes
-from .shapes import QUICK_SHAPES, SHAPES, Shape
+from ..suite import progress, providers, shapes
+from ..suite.shapes import QUICK_SHAPES, SHAPES, Shape
+from . import memory
 
 REPEATS = 3
 MAX_ROUNDS = 100

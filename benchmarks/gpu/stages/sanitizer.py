@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from . import arguments, processes
+from ..running import arguments, processes
 
 TOOLS = ("memcheck", "racecheck")
 PARTS = 4  # of the ops, beside each other: most of the time is the start of a process and compilation
@@ -33,7 +33,7 @@ def program() -> str | None:
 def check(sanitizer: str, tool: str, part: int, folder: Path, seconds: float) -> dict[str, Any]:
     """One tool's verdict on a part of the ops: its own summary line and the exit code."""
     log, start = folder / "logs" / f"{tool}-{part}.log", time.monotonic()
-    calls = (sys.executable, "-m", "benchmarks.gpu.small_calls", str(part), str(PARTS))
+    calls = (sys.executable, "-m", "benchmarks.gpu.stages.small_calls", str(part), str(PARTS))
     code = processes.run(
         (sanitizer, "--tool", tool, "--error-exitcode", str(ERROR_CODE), *calls),
         log,

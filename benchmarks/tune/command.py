@@ -18,7 +18,8 @@ from qalign_kernels._triton import _configs
 from qalign_kernels._triton._configs import FILE, Key, Tile
 from qalign_kernels.bench import measure
 
-from . import candidates, progress, trials
+from ..suite import progress
+from . import candidates, trials
 from .trials import TRIALS, Trial
 
 DTYPES = ("bfloat16", "float16")  # float32 has no tensor cores to feed

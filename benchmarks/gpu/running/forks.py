@@ -19,8 +19,8 @@ STEMS = (
     "similarity",
 )
 PRELOADED = (
-    "benchmarks.gpu.right",
-    "benchmarks.gpu.validation",
+    "benchmarks.gpu.stages.right",
+    "benchmarks.gpu.stages.validation",
     *(f"qalign_kernels._triton.{stem}" for stem in STEMS),
 )
 

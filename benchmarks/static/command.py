@@ -23,7 +23,8 @@ from qalign_kernels import _command_line
 from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench.measure import aligned
 
-from . import machine_code, progress
+from ..suite import progress
+from . import machine_code
 from .machine_code import Loop, MachineCode
 
 READINGS = (_command_line.Reading(("update",), lambda arguments: arguments.json is not None, "with --json"),)
@@ -150,13 +151,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=BUDGETS,
         metavar="FILE",
-        help="limits to hold (default benchmarks/budgets.json)",
+        help="limits to hold (default benchmarks/static/budgets.json)",
     )
     parser.add_argument(
         "--cases",
-        default="benchmarks.cases",
+        default="benchmarks.static.cases",
         metavar="MODULE",
-        help="the module whose CASES are driven (default benchmarks.cases)",
+        help="the module whose CASES are driven (default benchmarks.static.cases)",
     )
 
 

@@ -139,7 +139,7 @@ def loop_contents(compiled: Any) -> dict[str, int] | None:
     """How often each instruction stands in the loop, read from the machine code: the proof that the chain was not folded."""
     from triton import knobs
 
-    from ..machine_code import natural_loops, read_cubin
+    from ...static.machine_code import natural_loops, read_cubin
 
     try:
         code = read_cubin(compiled.asm["cubin"], knobs.nvidia.cuobjdump.path, 0)

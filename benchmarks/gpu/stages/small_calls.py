@@ -1,4 +1,4 @@
-"""One small call of every op of a part on the GPU, for compute-sanitizer: `python -m benchmarks.gpu.small_calls PART PARTS`."""
+"""One small call of every op of a part on the GPU, for compute-sanitizer: `python -m benchmarks.gpu.stages.small_calls PART PARTS`."""
 
 import sys
 
@@ -7,7 +7,7 @@ import torch
 from qalign_kernels._triton import _labels
 from qalign_kernels.bench.ops import OPS
 
-from ..shapes import Shape, make_inputs
+from ...suite.shapes import Shape, make_inputs
 
 SHAPES = (Shape("small", 2, 2, 150, 64), Shape("small", 1, 3, 96, 40))
 SORTED_FROM = (

@@ -15,7 +15,7 @@ import torch
 from qalign_kernels import _backends, validate
 from qalign_kernels.bench import measure
 
-from . import arguments, forks
+from ..running import arguments, forks
 
 DTYPES = ("bfloat16", "float16", "float32")
 CORE = (

@@ -26,8 +26,8 @@ from qalign_kernels.bench.ops import (
 )
 from qalign_kernels.qalign_attention import unit
 
-from . import shapes
-from .shapes import FOLDED_HEAD_DIM, Shape
+from ..suite import shapes
+from ..suite.shapes import FOLDED_HEAD_DIM, Shape
 
 LABELS = ("bit_sets", "half_sets", "query_bit_sets", "query_half_sets", "classes")
 HEADS = {40: 8, 64: 10, 80: 8, 128: 24, 160: 8}  # as the models that have these head dims

@@ -12,7 +12,7 @@ from torch import Tensor
 from qalign_kernels.bench import measure
 from qalign_kernels.bench.measure import percentiles
 
-from . import arguments
+from ..running import arguments
 from .environment import nvidia_smi
 
 COPY_MIB = 1024

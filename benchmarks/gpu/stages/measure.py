@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import arguments, processes
-from .journal import Journal
-from .must_show import OURS
+from ..must_show import OURS
+from ..running import arguments, processes
+from ..running.journal import Journal
 
 WORKERS = 6
 STALL_SECONDS = 60.0
@@ -85,7 +85,7 @@ def _newest_log(journal: Journal) -> Path:
 
 def compile_all(folder: Path, clock: arguments.Clock) -> None:
     """The compilers' work, over all cores, before anything is timed."""
-    from .plan import compile_parts
+    from ..plan import compile_parts
 
     def part(number: int) -> None:
         command = (
