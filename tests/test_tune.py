@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import __main__
 from benchmarks.suite import shapes
+from benchmarks.suite.rows import write
 from benchmarks.suite.shapes import Shape
 from benchmarks.tune import command as tune
 from benchmarks.tune import trials
@@ -152,9 +153,9 @@ def test_rows_are_replaced_and_others_stay(tmp_path):
     table = _configs.expand(rows)
     assert [row for row in rows if row["triton"] is None] == [row for row in shipped if row["triton"] is None]
     assert (table[KEY], table[OTHER], table[first[2].key]) == (FASTER, FAST, FAST)
-    tune.write(rows, tmp_path / "tiles.json")
+    write(tmp_path / "tiles.json", rows)
     assert json.loads((tmp_path / "tiles.json").read_text()) == rows and len(list(tmp_path.iterdir())) == 1
-    tune.write(shipped, tmp_path / "tiles.json")
+    write(tmp_path / "tiles.json", shipped)
     assert (tmp_path / "tiles.json").read_text() == _configs.FILE.read_text()
 
 
@@ -162,7 +163,7 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
     file = tmp_path / "tiles.json"
     file.write_text("old")
     with pytest.raises(TypeError):
-        tune.write([{"tile": object()}], file)
+        write(file, [{"tile": object()}])
     assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 

@@ -1,7 +1,6 @@
 """Time that the host takes for one eager call of an op, over the stub driver: launches replayed and not."""
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -15,10 +14,10 @@ from unittest import mock
 import torch
 
 from qalign_kernels import Segment, _command_line, attention, qalign_attention, similarity_argmax
-from qalign_kernels._files import Files, replacing
+from qalign_kernels._files import Files
 from qalign_kernels.bench import measure as measurement
 
-from ..speed import command as speed
+from ..suite import rows
 from .stub_driver import stub_driver
 
 SHAPES = ((2, 10, 4096, 64), (1, 8, 4096, 40))
@@ -50,17 +49,16 @@ def files(arguments: argparse.Namespace) -> Files:
 
 def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as temporary:
-        rows = measure(arguments.op, arguments.rounds, arguments.stub or Path(temporary))
+        measured = measure(arguments.op, arguments.rounds, arguments.stub or Path(temporary))
     if arguments.json:
-        with replacing(arguments.json) as unfinished:
-            unfinished.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    print(table(rows))
+        rows.write(arguments.json, measured)
+    print(table(measured))
     return 0
 
 
 def measure(ops: list[str], rounds: int, folder: Path) -> list[Row]:
     """Rows of each op and shape: Triton's own launches, then replayed ones, measured in turn."""
-    rows = []
+    measured = []
     with stub_driver(folder), torch.no_grad():
         from qalign_kernels._triton import _replay
 
@@ -83,8 +81,10 @@ def measure(ops: list[str], rounds: int, folder: Path) -> list[Row]:
                     kernels = {"ordinary": kernel_times(call)}
                 kernels["replayed"] = kernel_times(call)
                 for launches, figures in bursts.items():
-                    rows.append(_row(op, [batch, heads, tokens, dim], launches, figures, kernels[launches]))
-    return rows
+                    measured.append(
+                        _row(op, [batch, heads, tokens, dim], launches, figures, kernels[launches])
+                    )
+    return measured
 
 
 def burst(call: Callable[[], None]) -> float:
@@ -151,10 +151,10 @@ def _row(op: str, shape: list[int], launches: str, figures: list[float], kernels
         "p80_us": round(p80, 1),
         "kernels_us": kernels,
         "rest_us": round(p50 - sum(kernels.values()), 1),
-        "commit": speed.commit(),
+        "commit": rows.commit(),
     }
 
 
-def table(rows: list[Row]) -> str:
+def table(measured: list[Row]) -> str:
     columns = ("op", "shape", "launches", "p20_us", "p50_us", "p80_us", "rest_us")
-    return measurement.markdown(columns, [[row[column] for column in columns] for row in rows])
+    return measurement.markdown(columns, [[row[column] for column in columns] for row in measured])

@@ -3,7 +3,6 @@ stock attention processors, hooked, the ideal output by `scaled_dot_product_atte
 
 import argparse
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +15,12 @@ from torch import Tensor
 from torch.nn.functional import l1_loss, scaled_dot_product_attention
 
 from qalign_kernels import _command_line
-from qalign_kernels._files import Files, replacing
+from qalign_kernels._files import Files
 from qalign_kernels.bench import measure as measurement
+from qalign_kernels.bench.measure import DTYPES
 
-from ..speed import command as speed
+from ..suite import rows
+from ..suite.rows import Row
 
 MODELS = ("embedded", "sd15")
 TIMESTEP, LEARNING_RATE = 401, 0.05
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="embedded, or sd15: its geometry, random weights",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=speed.DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
     parser.add_argument(
         "--rounds",
         type=_command_line.count,
@@ -72,13 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _command_line.require_device(device)
     dtype = arguments.dtype or ("bf16" if device == "cuda" else "fp32")
-    rows = []
+    measured: list[Row] = []
     for name in arguments.model:
-        rows += measure(make(name, speed.DTYPES[dtype], device), name, dtype, device, arguments.rounds)
+        measured += measure(make(name, DTYPES[dtype], device), name, dtype, device, arguments.rounds)
         if arguments.json:
-            with replacing(arguments.json) as unfinished:
-                unfinished.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    print(table(rows))
+            rows.write(arguments.json, measured)
+    print(table(measured))
     return 0
 
 
@@ -175,7 +175,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def measure(model: Model, name: str, dtype: str, device: str, rounds: int) -> list[dict[str, Any]]:
+def measure(model: Model, name: str, dtype: str, device: str, rounds: int) -> list[Row]:
     """A row for each pipeline. `gradient_difference` is that of our first gradient to the plain one's, relative to its norm."""
     from qalign.sampling.attention_reader import frozen, gradient
 
@@ -201,21 +201,15 @@ def measure(model: Model, name: str, dtype: str, device: str, rounds: int) -> li
                 seconds[provider] += [_time(call, device) for _ in range(math.ceil(rounds / 2))]
     difference = ((gradients[backend] - gradients["eager"]).norm() / gradients["eager"].norm()).item()
     widest = max(sizes, key=lambda size: size[2])
-    rows = []
+    measured = []
     for provider in pipelines:
-        step = f"optimisation_step {name}"
-        memory = peak_mib[provider], saved_mib[provider]
-        row = speed.result_row(
+        step, memory = f"optimisation_step {name}", (peak_mib[provider], saved_mib[provider])
+        row = rows.timed_row(
             step, widest, dtype, device, provider, seconds[provider], peak_mib=memory[0], saved_mib=memory[1]
         )
-        rows.append(
-            row
-            | {
-                "layers": sizes,
-                "gradient_difference": float(f"{difference:.2g}") if provider == backend else None,
-            }
-        )
-    return rows
+        off_by = float(f"{difference:.2g}") if provider == backend else None
+        measured.append(row._replace(layers=sizes, gradient_difference=off_by))
+    return measured
 
 
 def _step(model: Model, pipeline: Pipeline) -> Callable[[], Any]:
@@ -236,31 +230,20 @@ def _time(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    head = (
-        "step",
-        "widest layer",
-        "dtype",
-        "provider",
-        "p20 ms",
-        "p50 ms",
-        "p80 ms",
-        "peak MiB",
-        "saved MiB",
-        "gradient off by",
-    )
-    keys = (
-        "op",
-        "shape",
-        "dtype",
-        "provider",
-        "p20_ms",
-        "p50_ms",
-        "p80_ms",
-        "peak_mib",
-        "saved_mib",
-        "gradient_difference",
-    )
-    return measurement.aligned(
-        head, [["-" if row[key] is None else row[key] for key in keys] for row in rows]
-    )
+COLUMNS = {
+    "op": "step",
+    "shape": "widest layer",
+    "dtype": "dtype",
+    "provider": "provider",
+    "p20_ms": "p20 ms",
+    "p50_ms": "p50 ms",
+    "p80_ms": "p80 ms",
+    "peak_mib": "peak MiB",
+    "saved_mib": "saved MiB",
+    "gradient_difference": "gradient off by",
+}
+
+
+def table(measured: list[Row]) -> str:
+    """Lay out the rows."""
+    return measurement.aligned([*COLUMNS.values()], [rows.cells(row, COLUMNS) for row in measured])

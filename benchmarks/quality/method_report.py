@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalign_kernels._files import Files, replacing
+from qalign_kernels._files import Files
 from qalign_kernels.bench import measure
+
+from ..suite.rows import write
 
 
 def files(options: argparse.Namespace) -> Files:
@@ -64,10 +66,7 @@ class MethodReport:
 
     def save(self) -> None:
         if self.path is not None:
-            with replacing(self.path) as unfinished:
-                unfinished.write_text(
-                    json.dumps({"settings": self.settings, self.kind: self.cases}, indent=1) + "\n"
-                )
+            write(self.path, {"settings": self.settings, self.kind: self.cases})
 
     def table(self, methods: Sequence[str], figures: Mapping[str, str]) -> str:
         """Means over the cases, a row for each method, a column for each figure under its title."""

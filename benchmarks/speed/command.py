@@ -1,11 +1,8 @@
 """Time and memory of every op beside its peers, in one process, by pytest-benchmark; no figure for an op whose check fails."""
 
 import argparse
-import functools
 import itertools
-import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from qalign_kernels import _command_line
-from qalign_kernels._files import Files, replacing
+from qalign_kernels._files import Files
 from qalign_kernels.bench import measure
 from qalign_kernels.bench.measure import DTYPES
 from qalign_kernels.bench.ops import OPS, Op
 
-from ..suite import progress, providers, shapes
+from ..suite import progress, providers, rows, shapes
+from ..suite.rows import Row
 from ..suite.shapes import QUICK_SHAPES, SHAPES, Shape
 from . import memory
 
@@ -65,7 +63,7 @@ class Plan:
             with_memory,
             file,
         )
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.failed: list[str] = []
         self.notes: list[str] = []
         self._group: tuple[str, str, str] | None = None
@@ -176,41 +174,16 @@ class Plan:
         for name, found in shown.items():
             self.rows.append(self._row(name, found, yardstick))
         if self.file:  # after every group, so that a run that is stopped leaves what it measured
-            with replacing(self.file) as unfinished:
-                unfinished.write_text("[\n" + ",\n".join(json.dumps(row) for row in self.rows) + "\n]\n")
+            rows.write(self.file, self.rows)
         self._measured = {}
         self._inputs = None  # type: ignore[assignment]
 
-    def _row(self, provider: str, found: Measured, yardstick: float | None) -> dict[str, Any]:
-        return result_row(
+    def _row(self, provider: str, found: Measured, yardstick: float | None) -> Row:
+        return rows.timed_row(
             self._op.name, self._shape.size, self.dtype, self.device, provider, found.seconds, work=providers.flops(provider, self._op, self._shape),
             yardstick=yardstick, peak_mib=found.peak_mib, saved_mib=found.saved_mib, unique_fraction=self._unique_fraction,
             hidden=found.hidden, layout=self._layout,
         )  # fmt: skip
-
-
-def result_row(*arguments: Any, layout: str = shapes.PROCESSOR, **figures: Any) -> dict[str, Any]:
-    """`measure.result_row`, the layout of the inputs and the commit of the checkout."""
-    return measure.result_row(*arguments, **figures) | {"layout": layout, "commit": commit()}
-
-
-@functools.cache
-def commit() -> str:
-    """The short hash of the checkout, "+" behind it where files differ from it, or "unknown"."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changed.strip() else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -337,37 +310,28 @@ def _pytest_arguments() -> list[str]:
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    head = (
-        "op",
-        "shape",
-        "dtype",
-        "provider",
-        "p20 ms",
-        "p50 ms",
-        "p80 ms",
-        "TFLOP/s",
-        "peak MiB",
-        "saved MiB",
-        "x SDPA",
-        "U/N",
-    )
-    keys = (
-        "op",
-        "shape",
-        "dtype",
-        "provider",
-        "p20_ms",
-        "p50_ms",
-        "p80_ms",
-        "tflops",
-        "peak_mib",
-        "saved_mib",
-        "ratio_to_sdpa",
-        "unique_fraction",
-    )
-    lines = [["-" if row[key] is None else row[key] for key in keys] for row in rows]
-    for line, row in zip(lines, rows):
-        line[3] += f" {row['layout']}" if row["layout"] != shapes.PROCESSOR else ""
-        line[3] += " host-bound" if row["host_bound"] else ""
-    return measure.aligned(head, lines)
+COLUMNS = {
+    "op": "op",
+    "shape": "shape",
+    "dtype": "dtype",
+    "provider": "provider",
+    "p20_ms": "p20 ms",
+    "p50_ms": "p50 ms",
+    "p80_ms": "p80 ms",
+    "tflops": "TFLOP/s",
+    "peak_mib": "peak MiB",
+    "saved_mib": "saved MiB",
+    "ratio_to_sdpa": "x SDPA",
+    "unique_fraction": "U/N",
+}
+
+
+def table(measured: list[Row]) -> str:
+    """Lay out the rows; a provider is named with its layout, and with what its eager time is bound by."""
+    lines = []
+    for row in measured:
+        provider = row.provider
+        provider += f" {row.layout}" if row.layout != shapes.PROCESSOR else ""
+        provider += " host-bound" if row.host_bound else ""
+        lines.append(rows.cells(row._replace(provider=provider), COLUMNS))
+    return measure.aligned([*COLUMNS.values()], lines)

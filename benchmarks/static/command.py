@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from qalign_kernels import _command_line
-from qalign_kernels._files import Files, replacing
+from qalign_kernels._files import Files
 from qalign_kernels.bench.measure import aligned
 
 from ..suite import progress
+from ..suite.rows import write
 from . import machine_code
 from .machine_code import Loop, MachineCode
 
@@ -197,8 +198,7 @@ def run(arguments: argparse.Namespace) -> int:
             results = merged(
                 json.loads(arguments.json.read_text()), results, {case.name for case in cases}, set(scope)
             )
-        with replacing(arguments.json) as unfinished:
-            unfinished.write_text("[\n" + ",\n".join(json.dumps(row) for row in results) + "\n]\n")
+        write(arguments.json, results)
     broken = [
         f"{row.target} {row.dtype} d={row.head_dim} {row.cases[0]} ({row.kernel}): {problem}"
         for row in rows

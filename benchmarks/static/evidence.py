@@ -1,4 +1,4 @@
-"""The other kinds of result files: tables of what `validate --json` and `static --json` wrote."""
+"""Tables of accuracy and of machine code, from what `validate --json` and `static --json` wrote."""
 
 import fnmatch
 from typing import Any
@@ -9,28 +9,6 @@ from .machine_code import minor_version
 
 Row = dict[str, Any]
 MEASURED_DTYPES = ("float32", "float16", "bfloat16")
-
-
-def is_validation(content: Any) -> bool:
-    return isinstance(content, dict) and {"device", "rows"} <= content.keys()
-
-
-def is_static(content: Any) -> bool:
-    return (
-        isinstance(content, list)
-        and bool(content)
-        and all(isinstance(row, dict) and "spill_bytes" in row for row in content)
-    )
-
-
-def is_stage(content: Any) -> bool:
-    """What `gpu` writes beside rows of time and accuracy; its own report shows it."""
-    return isinstance(content, dict) and "stage" in content
-
-
-def is_host(content: Any) -> bool:
-    """What `host` writes."""
-    return isinstance(content, list) and all(isinstance(row, dict) and "kernels_us" in row for row in content)
 
 
 def accuracy(validation: Row) -> str:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from qalign_kernels import _command_line, testing
-from qalign_kernels._files import Files, replacing
+from qalign_kernels._files import Files
 from qalign_kernels._triton import _configs
 from qalign_kernels._triton._configs import FILE, Key, Tile
 from qalign_kernels.bench import measure
 
 from ..suite import progress
+from ..suite.rows import write
 from . import candidates, trials
 from .trials import TRIALS, Trial
 
@@ -224,12 +225,6 @@ def _row_key(row: dict[str, Any]) -> str:
     return json.dumps([value for name, value in row.items() if name != "tile"])
 
 
-def write(rows: list[dict[str, Any]], file: Path) -> None:
-    """The whole table at once or not at all: written beside `file`, then renamed."""
-    with replacing(file) as beside:
-        beside.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--op",
@@ -296,13 +291,13 @@ def run(arguments: argparse.Namespace) -> int:
 def sweep(chosen: list[tuple[Trial, Key]], file: Path, seconds: float) -> int:
     """Sweep, keep what was found in `file` after each change, and print what changed."""
     rows = json.loads(FILE.read_text(encoding="utf-8"))
-    write(rows, file)
+    write(file, rows)
     changes: list[Change] = []
 
     def keep(change: Change) -> None:
         changes.append(change)
         _configs.put(change.key, change.new)
-        write(replace(rows, changes), file)
+        write(file, replace(rows, changes))
         print(change, flush=True)
 
     trial_of = {key: trial for trial, key in chosen}

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from qalign_kernels._files import replacing
 
+from ...suite import rows
+
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_ARCHIVES = 15.0
 
@@ -69,7 +71,7 @@ class Publisher:
         if self._changed(layout.whole, layout.parts):
             contents = {Path(part).stem: _content(self._work / part) for part in layout.parts}
             found = {name: content for name, content in contents.items() if content is not None}
-            self._write(layout.whole, json.dumps({"stage": Path(layout.whole).stem, **found}, indent=1))
+            self._write(layout.whole, rows.text({"stage": Path(layout.whole).stem, **found}))
         for name in layout.copies:
             if self._changed(name, (name,)):
                 self._write(name, (self._work / name).read_text())

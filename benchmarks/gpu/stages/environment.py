@@ -12,7 +12,7 @@ import torch
 from qalign_kernels import __version__
 from qalign_kernels.bench.measure import triton_version
 
-from ...speed.command import commit
+from ...suite.rows import commit
 from ..running import arguments
 
 FIELDS = (

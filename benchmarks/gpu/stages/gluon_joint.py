@@ -21,6 +21,7 @@ from qalign_kernels._triton._configs import Key, Tile
 from qalign_kernels._triton._launch import target_of
 from qalign_kernels.bench import measure
 
+from ...suite.rows import write
 from ...suite.shapes import FOLDED_HEAD_DIM, Shape, make_inputs
 from ..running import arguments, forks
 
@@ -225,6 +226,6 @@ def main() -> int:
             break
         for row in compare(trial(), shape):
             rows.append(row)
-            arguments.write_json(options.out / "gluon.json", rows)
+            write(options.out / "gluon.json", rows)
             print(row, flush=True)
     return 0 if rows and all(row["right"] is not False for row in rows) else 1

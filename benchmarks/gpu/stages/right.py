@@ -24,6 +24,7 @@ from qalign_kernels._triton._launch import target_of
 from qalign_kernels.bench.ops import OPS, op_named
 
 from ...suite import shapes
+from ...suite.rows import write
 from ...suite.shapes import CONTIGUOUS, FOLDED_HEAD_DIM, PROCESSOR, Shape
 from ...tune import candidates, trials
 from ..plan import CORE_OPS, core_shapes
@@ -185,7 +186,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for row in answers(calls(), options.out, clock):
         rows.append(row)
-        arguments.write_json(options.out / "right.json", rows)
+        write(options.out / "right.json", rows)
         print(json.dumps(row), flush=True)
     wrong = [row for row in rows if not (row.get("right") and row.get("same_bits"))]
     print(f"{len(rows)} calls, {len(wrong)} not shown to be right")

@@ -15,6 +15,7 @@ import torch
 from qalign_kernels import _backends, validate
 from qalign_kernels.bench import measure
 
+from ...suite.rows import write
 from ..running import arguments, forks
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -105,7 +106,7 @@ class Merged:
     def add(self, job: Job, answer: forks.Answer) -> None:
         """Take what a job gave, in place of what it gave before."""
         self._answers[job] = answer
-        arguments.write_json(self._file, self.content)
+        write(self._file, self.content)
 
     def without_memory(self) -> list[Job]:
         """List the jobs that dropped a case."""

@@ -14,8 +14,8 @@ from qalign_kernels.bench import measure as measurement
 from qalign_kernels.bench.measure import DTYPES, percentiles, time_rounds
 from qalign_kernels.bench.ops import Op, op_named
 
-from ...speed.command import result_row
-from ...suite import providers, shapes
+from ...suite import providers, rows, shapes
+from ...suite.rows import Row
 from ..must_show import DEFAULT, OURS, Visit
 from ..plan import Group, compile_parts, core_groups, must_show_groups, other_groups
 from ..running import arguments
@@ -59,11 +59,11 @@ class Files(NamedTuple):
     rows: Path
     journal: Journal
 
-    def read_rows(self) -> list[dict[str, Any]]:
+    def read_rows(self) -> list[Any]:
         return json.loads(self.rows.read_text()) if self.rows.is_file() else []
 
-    def write_rows(self, rows: list[dict[str, Any]]) -> None:
-        arguments.write_json(self.rows, rows)
+    def write_rows(self, found: list[Any]) -> None:
+        rows.write(self.rows, found)
 
 
 def files(folder: Path, plan: str) -> Files:
@@ -73,7 +73,7 @@ def files(folder: Path, plan: str) -> Files:
 def measure_groups(groups: list[Group], where: Files, clock: arguments.Clock) -> None:
     """Rows of all groups that are not in the journal yet, written after each."""
     done = {*where.journal.texts("group"), *where.journal.texts("skip")}
-    rows = where.read_rows()
+    kept = rows.parse(where.read_rows())
     for group in groups:
         if group.name in done:
             continue
@@ -81,14 +81,14 @@ def measure_groups(groups: list[Group], where: Files, clock: arguments.Clock) ->
             where.journal.add("note", f"{group.name}: not measured for want of time")
             continue
         print(f"{group.name}: {len(group.visits)} visits, {clock.left():.0f} s left", flush=True)
-        before = tuple(rows)
+        before = tuple(kept)
         for found in measure(group, where.journal, clock):
-            rows = [*before, *found]
-            where.write_rows(rows)
+            kept = [*before, *found]
+            where.write_rows(kept)
         where.journal.add("group", group.name)
 
 
-def measure(group: Group, journal: Journal, clock: arguments.Clock) -> Iterator[list[dict[str, Any]]]:
+def measure(group: Group, journal: Journal, clock: arguments.Clock) -> Iterator[list[Row]]:
     """Yield the rows after each repeat. Visits alternate, there and back, so that drift cancels in their ratios,
     and the ceiling that shares are shares of is measured between the repeats."""
     _forget_compiled()
@@ -228,31 +228,40 @@ def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-def _row(
-    visit: Visit, group: Group, measured: Measured, yardstick: Measured | None, ceiling: float
-) -> dict[str, Any]:
+def _row(visit: Visit, group: Group, measured: Measured, yardstick: Measured | None, ceiling: float) -> Row:
     op, provider = op_named(visit[0]), visit[1]
-    sdpa = percentiles(yardstick.eager_seconds)[1] if yardstick else None
     work = providers.flops(provider, op, group.shape)
-    row = result_row(
-        op.name, group.shape.size, DTYPE, DEVICE, provider, measured.eager_seconds, work=work, yardstick=sdpa, peak_mib=measured.peak_mib,
-        unique_fraction=measured.unique_fraction, hidden=measured.hidden, layout=group.layout,
-    )  # fmt: skip
-    graph = percentiles(measured.graph_seconds) if measured.graph_seconds else (None, None, None)
-    times = {
-        f"graph_{name}_ms": None if value is None else round(value * 1e3, 5)
-        for name, value in zip(("p20", "p50", "p80"), graph)
-    }
-    tflops = None if work is None or graph[1] is None else float(f"{work / graph[1] / 1e12:.4g}")
-    return {
-        **row,
-        **times,
-        "graph_tflops": tflops,
-        "ceiling_tflops": float(f"{ceiling:.4g}"),
-        "implementation": measured.implementation,
-        "output_mib": round(measured.output_mib, 3),
-        "asked_fraction": group.asked_fraction,
-    }
+    row = rows.timed_row(
+        op.name,
+        group.shape.size,
+        DTYPE,
+        DEVICE,
+        provider,
+        measured.eager_seconds,
+        work=work,
+        yardstick=percentiles(yardstick.eager_seconds)[1] if yardstick else None,
+        peak_mib=measured.peak_mib,
+        unique_fraction=measured.unique_fraction,
+        hidden=measured.hidden,
+        layout=group.layout,
+    )
+    return row._replace(
+        **_graph_times(measured.graph_seconds, work),
+        ceiling_tflops=float(f"{ceiling:.4g}"),
+        implementation=measured.implementation,
+        output_mib=round(measured.output_mib, 3),
+        asked_fraction=group.asked_fraction,
+    )
+
+
+def _graph_times(seconds: list[float], work: float | None) -> dict[str, Any]:
+    """Give the fields of a row that hold for replays of the graph, which may have failed to be captured."""
+    if not seconds:
+        return {}
+    p20, p50, p80 = percentiles(seconds)
+    times = {"graph_p20_ms": p20, "graph_p50_ms": p50, "graph_p80_ms": p80}
+    tflops = None if work is None else float(f"{work / p50 / 1e12:.4g}")
+    return {**{name: round(value * 1e3, 5) for name, value in times.items()}, "graph_tflops": tflops}
 
 
 def call_once(groups: list[Group], clock: arguments.Clock) -> None:
