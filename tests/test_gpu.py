@@ -20,7 +20,7 @@ from benchmarks.gpu.plan import Group
 from benchmarks.gpu.running import arguments, forks, publishing
 from benchmarks.gpu.running.journal import Journal
 from benchmarks.gpu.running.sequence import Outcome, Stage
-from benchmarks.gpu.stages import measure, right, sanitizer, validation, worker
+from benchmarks.gpu.stages import gluon_joint, measure, right, sanitizer, validation, worker
 from benchmarks.gpu.stages.joint_calls import JOINT_CALLS
 from benchmarks.gpu.stages.kernels import kernels, sdpa_implementation
 from benchmarks.suite import providers, rows, shapes
@@ -304,6 +304,16 @@ def test_must_show_groups_hold_what_the_lines_need():
         visits = groups[line.shape, line.asked_fraction]
         assert (line.op, OURS) in visits
         assert all(visit in visits for bar in (line.must, *line.goals) for visit in bar.against)
+
+
+def test_shapes_of_plans_are_found_by_name():
+    names = {*plan.CORE_SHAPES, *gluon_joint.ATTENTION_SHAPES, *gluon_joint.JOINT_SHAPES}
+    assert all(shapes.shape_named(name).name == name for name in names)
+    assert {shape.head_dim for shape in map(shapes.shape_named, gluon_joint.ATTENTION_SHAPES)} == {
+        *gluon_joint.ATTENTION_TILES
+    }
+    with pytest.raises(ValueError, match="^name: expected one of sd15-mid, .*, got sd0$"):
+        shapes.shape_named("sd0")
 
 
 def test_plans_name_ops_and_providers_that_exist():

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..suite.rows import Row
-from ..suite.shapes import PROCESSOR, SHAPES, UNIQUE_FRACTION, Shape
+from ..suite.shapes import PROCESSOR, UNIQUE_FRACTION, Shape, shape_named
 
 Visit = tuple[str, str]  # op, provider
 OURS = "triton"
@@ -52,12 +52,8 @@ MEASURES = {
 }
 
 
-def _shape(name: str) -> Shape:
-    return next(shape for shape in SHAPES if shape.name == name)
-
-
 def _lines(what: str, op: str, names: str, measure: str, must: Bar, *goals: Bar, **how: Any) -> list[Line]:
-    return [Line(what, op, _shape(name), measure, must, goals, **how) for name in names.split()]
+    return [Line(what, op, shape_named(name), measure, must, goals, **how) for name in names.split()]
 
 
 def _against_sdpa(what: str, op: str, names: str, must: float, goal: float, **how: Any) -> list[Line]:

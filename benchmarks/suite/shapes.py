@@ -59,6 +59,18 @@ SHAPES = [
 QUICK_SHAPES = ("sd15-mid", "sd15-low", "sd15-256px", "sd15-512px")
 
 
+def shape_named(name: str) -> Shape:
+    """Look up a shape of SHAPES.
+
+    Raises:
+        ValueError: no shape has this name.
+    """
+    found = next((shape for shape in SHAPES if shape.name == name), None)
+    if found is None:
+        raise ValueError(f"name: expected one of {', '.join(shape.name for shape in SHAPES)}, got {name}")
+    return found
+
+
 def make_inputs(
     shape: Shape,
     correlated: bool,

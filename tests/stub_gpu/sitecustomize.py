@@ -147,13 +147,12 @@ def shorten() -> None:
 
 def shorten_gluon() -> None:
     from benchmarks.gpu.stages import gluon_joint
-    from benchmarks.suite.shapes import Shape
+    from benchmarks.suite import shapes
 
-    gluon_joint.SHAPES = gluon_joint.ATTENTION_SHAPES = (Shape("", 1, 2, 300, 64),)
-    gluon_joint.TILES, gluon_joint.ATTENTION_TILES = (
-        gluon_joint.TILES[:1],
-        {64: gluon_joint.ATTENTION_TILES[64][:1]},
-    )
+    shapes.SHAPES.append(shapes.Shape("gluon", 1, 2, 300, 64))
+    gluon_joint.JOINT_SHAPES = gluon_joint.ATTENTION_SHAPES = ("gluon",)
+    gluon_joint.JOINT_TILES = gluon_joint.JOINT_TILES[:1]
+    gluon_joint.ATTENTION_TILES = {64: gluon_joint.ATTENTION_TILES[64][:1]}
 
 
 if "STUB_DRIVER" in os.environ and "resource_tracker" not in " ".join(sys.orig_argv):

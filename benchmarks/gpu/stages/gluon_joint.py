@@ -22,30 +22,18 @@ from qalign_kernels._triton._launch import target_of
 from qalign_kernels.bench import measure
 
 from ...suite.rows import write
-from ...suite.shapes import FOLDED_HEAD_DIM, Shape, make_inputs
+from ...suite.shapes import FOLDED_HEAD_DIM, Shape, make_inputs, shape_named
 from ..running import arguments, forks
 
 ROUNDS = 20
 COMPILE_SECONDS = 20
-ATTENTION_SHAPES = (
-    Shape("sdxl", 2, 10, 4096, 64),
-    Shape("flux", 1, 24, 4096, 128),
-    Shape("sdxl-low", 2, 20, 1024, 64),
-    Shape("sd21-1024px", 1, 5, 16384, 64),
-)
-SHAPES = (
-    Shape("sdxl", 2, 10, 4096, 64),
-    Shape("flux", 1, 24, 4096, 128),
-    Shape("sd15-512px", 1, 8, 4096, 40),
-    Shape("sdxl-low", 2, 20, 1024, 64),
-    Shape("sd15-low", 2, 8, 1024, 80),
-    Shape("sd21-1024px", 1, 5, 16384, 64),
-)
+ATTENTION_SHAPES = ("sdxl", "flux", "sdxl-low", "sd21-1024px")  # by name, looked up when the stage runs
+JOINT_SHAPES = ("sdxl", "flux", "sd15-512px", "sdxl-low", "sd15-low", "sd21-1024px")
 ATTENTION_TILES = {
     64: (Tile(128, 128, 8, 4), Tile(128, 64, 8, 6)),
     128: (Tile(128, 128, 8, 3), Tile(128, 64, 8, 6)),
 }
-TILES = (Tile(128, 256, 8, 4), Tile(128, 128, 8, 6))
+JOINT_TILES = (Tile(128, 256, 8, 4), Tile(128, 128, 8, 6))
 
 
 class Trial(NamedTuple):
@@ -106,7 +94,7 @@ def joint_trial(shape: Shape) -> Trial:
         "joint argmax",
         call,
         key_of("similarity", "joint hopper", shape, FOLDED_HEAD_DIM),
-        TILES,
+        JOINT_TILES,
         "argmax",
         2.0 * shape.batch * shape.tokens**2 * shape.heads * shape.head_dim,
         1,
@@ -182,10 +170,10 @@ def _kernel_launch(trial: Trial, tile: Tile | None) -> Callable[[], None]:
 
 def trials() -> Iterator[tuple[Shape, Callable[[], Trial]]]:
     """List what is compared, what is newest first."""
-    for shape in ATTENTION_SHAPES:
+    for shape in map(shape_named, ATTENTION_SHAPES):
         for counted in (False, True):
             yield shape, functools.partial(attention_trial, shape, counted)
-    for shape in SHAPES:
+    for shape in map(shape_named, JOINT_SHAPES):
         yield shape, functools.partial(joint_trial, shape)
 
 
@@ -195,7 +183,7 @@ def compile_attention(folder: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     seen: set[int] = set()
     jobs: list[tuple[Shape, bool, Tile | None]] = []
-    for shape in ATTENTION_SHAPES:
+    for shape in map(shape_named, ATTENTION_SHAPES):
         tiles = () if shape.head_dim in seen else ATTENTION_TILES[shape.head_dim]
         jobs += [(shape, counted, tile) for tile in (*tiles, None) for counted in (False, True)]
         seen.add(shape.head_dim)
