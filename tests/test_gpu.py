@@ -502,12 +502,12 @@ def test_sdpa_is_named_by_what_torch_chooses():
 
 def test_first_report_names_what_is_wrong_and_what_is_missing(tmp_path):
     row = {"op": "attention", "shape": [1, 2, 3, 4], "layout": "processor", "dtype": "bfloat16", "tile": None}
-    rows = [row | {"right": True, "same_bits": True}, row | {"error": "illegal address"}]
-    rows += [
+    judged = [row | {"right": True, "same_bits": True}, row | {"error": "illegal address"}]
+    judged += [
         row | {"right": True, "same_bits": False},
         row | {"right": False, "same_bits": True, "tile": [1, 2, 3, 4]},
     ]
-    rows.write(tmp_path / "right.json", rows)
+    rows.write(tmp_path / "right.json", judged)
     text = first_report.text(tmp_path, [Outcome("right", "failed", 3.0, "")])
     assert "1 of 4 calls are right" in text and "bfloat16: illegal address" in text
     assert (
