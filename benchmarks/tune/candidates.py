@@ -1,6 +1,8 @@
 """Tiles that only a GPU can judge: data in candidates.json. `gpu --first` and `tune` try them, no kernel takes them.
 
 A row holds for an op, a mode, a family of architectures and head dims, for every dtype and number of tokens.
+Rows of attention hold what came within 7 % of the fastest tile on an H200 (benchmarks/results/nvidia-h200); what
+lost by more is left out. Modes named "... hopper" are those of the kernels in Gluon.
 """
 
 import functools

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import time
@@ -28,18 +29,22 @@ KEPT_BELOW = 0.98  # of the shipped tile's time
 ROUNDS = 20
 FLUSHES = 8  # the host queues a call while the GPU empties its cache so often
 BLOCKS, TEAMS, STAGES = range(16, 257), (4, 8), range(1, 6)
+RING_COLUMNS, RING_BUFFERS = (64, 128, 256), range(2, 9)  # of the kernels in Gluon
+
+
+Choice = Tile | None  # None leaves a key of a listed kernel to the general kernel
 
 
 class Subject(Protocol):
     """A key on this machine. A tile that does not compile or fit raises."""
 
-    def right(self, tile: Tile) -> bool:
+    def right(self, tile: Choice) -> bool:
         """Whether the timed call is within the error budget."""
 
-    def serves(self, tile: Tile) -> bool:
+    def serves(self, tile: Choice) -> bool:
         """Whether all calls that take the tile are, on ragged inputs too."""
 
-    def seconds(self, tile: Tile) -> float:
+    def seconds(self, tile: Choice) -> float:
         """Of one timed call."""
 
 
@@ -47,8 +52,8 @@ class Change(NamedTuple):
     """`ratio` is the new tile's time over the old one's; 0 where the old one does not run."""
 
     key: Key
-    old: Tile
-    new: Tile
+    old: Choice
+    new: Choice
     ratio: float
 
     def __str__(self) -> str:
@@ -60,7 +65,9 @@ def describe(key: Key) -> str:
     return f"{key.op} {key.mode} {key.architecture} {key.dtype} d={key.head_dim} tokens<={key.tokens}"
 
 
-def _cell(tile: Tile) -> str:
+def _cell(tile: Choice) -> str:
+    if tile is None:
+        return "the general kernel"
     return f"{tile.block_m}x{tile.block_n} warps {tile.num_warps} stages {tile.num_stages}"
 
 
@@ -72,7 +79,7 @@ class Sweep:
     late: Callable[[], bool]
     keep: Callable[[Change], None]
     settle: Callable[[], None]  # raises where a candidate has broken the device
-    candidates: Callable[[Key, Tile], list[Tile]]
+    candidates: Callable[[Key, Choice], list[Choice]]
     itemsize: int = 2
     swept: int = 0
     timed: int = 0
@@ -100,7 +107,7 @@ class Sweep:
 
     def improve(self, key: Key) -> Change | None:
         """The tile that beats the shipped one, in a screening and once more beside it alone; raises TimeoutError when it is late."""
-        shipped, subject = _configs.look_up(key, self.itemsize), self.subject(key)
+        shipped, subject = shipped_tile(key, self.itemsize), self.subject(key)
         tiles = [
             tile for tile in (shipped, *self.candidates(key, shipped)) if self._passes(subject.right, tile)
         ]
@@ -121,7 +128,7 @@ class Sweep:
                 return Change(key, shipped, tile, again[tile] / again[shipped])
         return None
 
-    def _passes(self, check: Callable[[Tile], bool], tile: Tile) -> bool:
+    def _passes(self, check: Callable[[Choice], bool], tile: Choice) -> bool:
         if self.late():
             raise TimeoutError
         try:
@@ -136,9 +143,18 @@ class Sweep:
         return passed
 
 
-def medians(tiles: list[Tile], seconds: Callable[[Tile], float], rounds: int) -> dict[Tile, float]:
+def shipped_tile(key: Key, itemsize: int) -> Choice:
+    """Look up what a launch of this key takes today."""
+    if (key.op, key.mode) not in _configs.LISTED_WORK:
+        return _configs.look_up(key, itemsize)
+    places = itertools.product((key.triton, None), (key.tokens, None))
+    found = (_configs.tiles().get(key._replace(triton=triton, tokens=tokens)) for triton, tokens in places)
+    return next(filter(None, found), None)
+
+
+def medians(tiles: list[Any], seconds: Callable[[Any], float], rounds: int) -> dict[Any, float]:
     """Median time of each, taken in turn, there and back, so that drift cancels."""
-    times: dict[Tile, list[float]] = {tile: [] for tile in tiles}
+    times: dict[Any, list[float]] = {tile: [] for tile in tiles}
     for n in range(rounds):
         for tile in tiles if n % 2 == 0 else tiles[::-1]:
             times[tile].append(seconds(tile))
@@ -162,9 +178,32 @@ def neighbours(key: Key, tile: Tile) -> list[Tile]:
     ]  # fmt: skip
 
 
-def candidate_tiles(key: Key, tile: Tile) -> list[Tile]:
-    """List what is tried beside the shipped tile: the candidates of the key, then its neighbours."""
-    tried = dict.fromkeys([*candidates.tiles(key), *neighbours(key, tile)])
+def ring_neighbours(key: Key, tile: Tile) -> list[Tile]:
+    """List the tiles one step away for a kernel whose stages are the buffers of a ring; its rows and warps are fixed."""
+    n, stages = tile.block_n, tile.num_stages
+    shapes = [(n, stages + 1), (n, stages - 1), (2 * n, stages), (n // 2, stages)]
+    shapes += [(2 * n, stages // 2), (n // 2, 2 * stages)]
+    steps = [tile._replace(block_n=columns, num_stages=buffers) for columns, buffers in shapes]
+    itemsize = getattr(torch, key.dtype).itemsize
+    return [
+        step
+        for step in dict.fromkeys(steps)
+        if step != tile
+        and step.block_n in RING_COLUMNS
+        and step.num_stages in RING_BUFFERS
+        and _configs.fits(step, key, itemsize)
+    ]
+
+
+def candidate_tiles(key: Key, tile: Choice) -> list[Choice]:
+    """List what is tried beside the shipped tile: the candidates of the key, its neighbours, the general kernel."""
+    listed = (key.op, key.mode) in _configs.LISTED_WORK
+    near = ring_neighbours if listed else neighbours
+    tried: dict[Choice, None] = dict.fromkeys(candidates.tiles(key))
+    if tile is not None:
+        tried |= dict.fromkeys(near(key, tile))
+    if listed:
+        tried[None] = None
     tried.pop(tile, None)
     return list(tried)
 
@@ -175,10 +214,10 @@ class GpuSubject:
     def __init__(self, key: Key, trial: Trial) -> None:
         self.key, self.trial, self.inputs = key, trial, trials.make_inputs(key)
 
-    def right(self, tile: Tile) -> bool:
+    def right(self, tile: Choice) -> bool:
         return self._right(self.trial.timed, self.inputs, tile)
 
-    def serves(self, tile: Tile) -> bool:
+    def serves(self, tile: Choice) -> bool:
         ragged = trials.make_ragged(self.inputs, self.key)
         calls = [
             (self.trial.timed, ragged),
@@ -186,7 +225,7 @@ class GpuSubject:
         ]
         return all(self._right(call, x, tile) for call, x in calls)
 
-    def seconds(self, tile: Tile) -> float:
+    def seconds(self, tile: Choice) -> float:
         with _configs.trying(self.key, tile):
             for _ in range(FLUSHES):
                 measure.before_round()
@@ -194,7 +233,7 @@ class GpuSubject:
             self.trial.timed.run(self.inputs, "triton")
             return measure.stamp() - start
 
-    def _right(self, call: Any, inputs: trials.Inputs, tile: Tile) -> bool:
+    def _right(self, call: Any, inputs: trials.Inputs, tile: Choice) -> bool:
         with _configs.trying(self.key, tile):
             with testing.poisoned_memory():
                 result = call.run(inputs, "triton")
@@ -209,16 +248,35 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def replace(rows: list[dict[str, Any]], changes: Iterable[Change]) -> list[dict[str, Any]]:
-    """The rows with those of the changes, one for each key, behind the general ones in the order of their keys."""
+    """Put a row for each changed key behind the general rows; rows of several keys keep the keys that did not change."""
+    for key, _, tile, _ in changes:
+        rows = [part for row in rows for part in _without(row, key)]
+        if tile is not None:
+            rows.append(_row(key, tile))
     general = [row for row in rows if row["triton"] is None]
     special = {_row_key(row): row for row in rows if row["triton"] is not None}
-    for key, _, tile, _ in changes:
-        row = {
-            "op": key.op, "modes": [key.mode], "architecture": key.architecture, "triton": key.triton, "dtypes": [key.dtype], "tokens": key.tokens,
-            "head_dims": [key.head_dim], "tile": list(tile),
-        }  # fmt: skip
-        special[_row_key(row)] = row
     return general + [special[text] for text in sorted(special)]
+
+
+def _without(row: dict[str, Any], key: Key) -> list[dict[str, Any]]:
+    """Take a key out of a row, which leaves a row for each of its other keys."""
+    keys = _configs.row_keys(row)
+    if key not in keys:
+        return [row]
+    return [_row(other, Tile(*row["tile"])) for other in keys if other != key]
+
+
+def _row(key: Key, tile: Tile) -> dict[str, Any]:
+    return {
+        "op": key.op,
+        "modes": [key.mode],
+        "architecture": key.architecture,
+        "triton": key.triton,
+        "dtypes": [key.dtype],
+        "tokens": key.tokens,
+        "head_dims": [key.head_dim],
+        "tile": list(tile),
+    }
 
 
 def _row_key(row: dict[str, Any]) -> str:
@@ -252,6 +310,7 @@ def choose_keys(words: list[str] | None, architecture: str, triton: str) -> list
         for dtype in DTYPES
         for tokens in _configs.TOKEN_BUCKETS
         for head_dim in trials.HEADS
+        if trial.serves(architecture, head_dim)
     ]
     if not chosen:
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import qalign_kernels as qk
 from qalign_kernels import Segment, _backends, testing
-from qalign_kernels._triton._configs import Key
+from qalign_kernels._triton._configs import LISTED_WORK, Key
 from qalign_kernels.attention import Guide, guided_attention
 from qalign_kernels.bench.measure import FEATURES, NUM_LABELS, Inputs, processor_layout
 from qalign_kernels.bench.ops import (
@@ -33,6 +33,12 @@ LABELS = ("bit_sets", "half_sets", "query_bit_sets", "query_half_sets", "classes
 HEADS = {40: 8, 64: 10, 80: 8, 128: 24, 160: 8}  # as the models that have these head dims
 USUAL_TOKENS = (4096, 1024, 16384, 256)  # most usual first
 LARGE_K = 64
+LISTED_ARCHITECTURE = "sm_90"
+LISTED_HEAD_DIMS = {
+    ("attention", "softmax hopper"): (64, 128),
+    ("attention", "counted softmax hopper"): (64, 128),
+    ("similarity", "joint hopper"): (FOLDED_HEAD_DIM,),
+}
 
 
 class Call(NamedTuple):
@@ -53,6 +59,18 @@ class Trial(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.op} {self.mode}"
+
+    @property
+    def listed(self) -> bool:
+        """Whether its kernel serves only what a row of the table names, and the general kernel the rest."""
+        return (self.op, self.mode) in LISTED_WORK
+
+    def serves(self, architecture: str, head_dim: int) -> bool:
+        """Whether a kernel of this mode exists for an architecture and a head dim."""
+        if not self.listed:
+            return True
+        widths = LISTED_HEAD_DIMS[self.op, self.mode]
+        return architecture == LISTED_ARCHITECTURE and head_dim in widths
 
 
 def make_inputs(key: Key, device: str = "cuda") -> Inputs:
@@ -221,6 +239,10 @@ TRIALS = (
     Trial("attention_backward", "queries", _OPS["attention_gradient"]),
     Trial("attention_backward", "keys", _OPS["attention_gradient"]),
     Trial("attention_backward", "shared keys", _SHARED_GRADIENT),
+    # kernels in Gluon for sm_90, which serve only what a row of the table names
+    Trial("similarity", "joint hopper", _OPS["similarity_argmax"], (_match("dot", True),)),
+    Trial("attention", "counted softmax hopper", _OPS["attention_counts"], (_OPS["qalign_attention"],)),
+    Trial("attention", "softmax hopper", _attention()),
 )  # fmt: skip
 
 
@@ -236,6 +258,9 @@ CORE = (
     "attention contrast",
     "attention guided",
     "similarity topk",
+    "similarity joint hopper",
+    "attention counted softmax hopper",
+    "attention softmax hopper",
 )
 CORE_HEAD_DIMS = (64, 40, 128)
 

@@ -130,14 +130,13 @@ def shorten() -> None:
     right.CORE_OPS, right.USUAL, right.RAGGED = plan.CORE_OPS, (small,), ()
     right.joint_calls = list
     right.OPS = [op for op in ops.OPS if op.name in plan.CORE_OPS]
+    places = (("similarity", "packed", [64, 128, 4, 3]), ("similarity", "joint hopper", [128, 256, 8, 4]))
+    places += tuple(
+        ("attention", f"{mode} hopper", [128, 128, 8, 4]) for mode in ("softmax", "counted softmax")
+    )
     candidates.rows = lambda: [
-        {
-            "op": "similarity",
-            "mode": "packed",
-            "family": "hopper",
-            "head_dims": [64],
-            "tiles": [[64, 128, 4, 3]],
-        }
+        {"op": op, "mode": mode, "family": "hopper", "head_dims": [64], "tiles": [tile]}
+        for op, mode, tile in places
     ]
     validate.OPS = {name: validate.OPS[name] for name in ("match_counts", "rearrange_kv")}
     validation.CORE = ("match_counts",)
@@ -151,8 +150,6 @@ def shorten_gluon() -> None:
 
     shapes.SHAPES.append(shapes.Shape("gluon", 1, 2, 300, 64))
     gluon_joint.JOINT_SHAPES = gluon_joint.ATTENTION_SHAPES = ("gluon",)
-    gluon_joint.JOINT_TILES = gluon_joint.JOINT_TILES[:1]
-    gluon_joint.ATTENTION_TILES = {64: gluon_joint.ATTENTION_TILES[64][:1]}
 
 
 if "STUB_DRIVER" in os.environ and "resource_tracker" not in " ".join(sys.orig_argv):

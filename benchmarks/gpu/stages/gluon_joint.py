@@ -23,17 +23,13 @@ from qalign_kernels.bench import measure
 
 from ...suite.rows import write
 from ...suite.shapes import FOLDED_HEAD_DIM, Shape, make_inputs, shape_named
+from ...tune import candidates
 from ..running import arguments, forks
 
 ROUNDS = 20
 COMPILE_SECONDS = 20
 ATTENTION_SHAPES = ("sdxl", "flux", "sdxl-low", "sd21-1024px")  # by name, looked up when the stage runs
 JOINT_SHAPES = ("sdxl", "flux", "sd15-512px", "sdxl-low", "sd15-low", "sd21-1024px")
-ATTENTION_TILES = {
-    64: (Tile(128, 128, 8, 4), Tile(128, 64, 8, 6)),
-    128: (Tile(128, 128, 8, 3), Tile(128, 64, 8, 6)),
-}
-JOINT_TILES = (Tile(128, 256, 8, 4), Tile(128, 128, 8, 6))
 
 
 class Trial(NamedTuple):
@@ -59,6 +55,11 @@ def key_of(op: str, mode: str, shape: Shape, head_dim: int) -> Key:
     return Key(op, mode, target_of(torch.device("cuda", 0)), triton, "bfloat16", tokens, head_dim)
 
 
+def attention_key(shape: Shape, counted: bool) -> Key:
+    mode = "counted softmax hopper" if counted else "softmax hopper"
+    return key_of("attention", mode, shape, shape.head_dim)
+
+
 def attention_trial(shape: Shape, counted: bool) -> Trial:
     inputs = make_inputs(shape, True, torch.bfloat16, "cuda")
     module: Any = _backends.implementation("triton", "attention")
@@ -71,11 +72,12 @@ def attention_trial(shape: Shape, counted: bool) -> Trial:
         settings = {"contrast": 1.0, "query_labels": None, "guide": None, "need_lse": False}
         return module.attention(inputs.query, [segment], scale=scale, **settings)[0]
 
+    key = attention_key(shape, counted)
     return Trial(
         "counted attention" if counted else "attention",
         call,
-        key_of("attention", f"{'counted ' if counted else ''}softmax hopper", shape, shape.head_dim),
-        ATTENTION_TILES[shape.head_dim],
+        key,
+        candidates.tiles(key),
         "attention",
         4.0 * shape.heads * shape.tokens * present * shape.head_dim,
         2,
@@ -90,11 +92,12 @@ def joint_trial(shape: Shape) -> Trial:
     def call() -> tuple[Tensor, Tensor]:
         return module.similarity_argmax(inputs.query, inputs.ref_query, "cosine", True)
 
+    key = key_of("similarity", "joint hopper", shape, FOLDED_HEAD_DIM)
     return Trial(
         "joint argmax",
         call,
-        key_of("similarity", "joint hopper", shape, FOLDED_HEAD_DIM),
-        JOINT_TILES,
+        key,
+        candidates.tiles(key),
         "argmax",
         2.0 * shape.batch * shape.tokens**2 * shape.heads * shape.head_dim,
         1,
@@ -184,8 +187,9 @@ def compile_attention(folder: Path) -> None:
     seen: set[int] = set()
     jobs: list[tuple[Shape, bool, Tile | None]] = []
     for shape in map(shape_named, ATTENTION_SHAPES):
-        tiles = () if shape.head_dim in seen else ATTENTION_TILES[shape.head_dim]
-        jobs += [(shape, counted, tile) for tile in (*tiles, None) for counted in (False, True)]
+        for counted in (False, True):
+            tiles = [] if shape.head_dim in seen else candidates.tiles(attention_key(shape, counted))
+            jobs += [(shape, counted, tile) for tile in (*tiles, None)]
         seen.add(shape.head_dim)
     forks.preload()
     with ThreadPoolExecutor(os.cpu_count()) as pool:

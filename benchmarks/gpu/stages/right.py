@@ -89,10 +89,13 @@ def joint_calls() -> list[Call]:
 
 
 def tile_calls() -> list[Call]:
-    """List the candidate tiles at the core shapes that have most tokens, without those that are shipped."""
+    """List the candidate tiles at the core shapes that have most tokens, without those that are shipped.
+
+    The stage "gluon" tries the tiles of the kernels in Gluon.
+    """
     found = []
     for shape in tile_shapes():
-        for trial in trials.TRIALS:
+        for trial in (trial for trial in trials.TRIALS if not trial.listed):
             key = tile_key(trial.op, trial.mode, shape, DTYPES[0])
             tiles = [tile for tile in candidates.tiles(key) if tile != _configs.look_up(key, ITEMSIZE)]
             found += [Call(trial.name, shape, PROCESSOR, DTYPES[0], tile) for tile in tiles]
