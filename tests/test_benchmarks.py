@@ -12,9 +12,14 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import bounded, cases, distillation, distillation_step, eager, memory, report, speed
-from benchmarks.shapes import CONTIGUOUS, Shape, make_inputs
-from benchmarks.static import BUDGETS
+from benchmarks import report
+from benchmarks.quality import bounded, distillation, distillation_step
+from benchmarks.speed import command as speed
+from benchmarks.speed import memory
+from benchmarks.static import cases
+from benchmarks.static.command import BUDGETS
+from benchmarks.suite import eager
+from benchmarks.suite.shapes import CONTIGUOUS, Shape, make_inputs
 from qalign.embedded import scenes
 from qalign_kernels import similarity_argmax
 from qalign_kernels.bench import measure
@@ -24,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 SMALL = Shape("small", 2, 4, 300, 40)
 COLUMNS = [
     "device", "torch", "triton", "op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "saved_mib", "ratio_to_sdpa",
-    "unique_fraction", "host_us", "host_bound", "layout", "commit",
+    "unique_fraction", "host_us", "host_bound", "layout", "commit", "graph_p20_ms", "graph_p50_ms", "graph_p80_ms", "graph_tflops",
+    "ceiling_tflops", "implementation", "output_mib", "asked_fraction", "layers", "gradient_difference",
 ]  # fmt: skip
 
 
@@ -233,15 +239,15 @@ def test_an_optimisation_step_is_that_of_the_plain_pipeline():
         distillation_step.make("embedded", torch.float32, "cpu"), "embedded", "fp32", "cpu", rounds=2
     )
     ours, peer = rows
-    assert (ours["provider"], peer["provider"]) == ("tiled", "eager") and ours["shape"] == peer["shape"] == [
+    assert (ours.provider, peer.provider) == ("tiled", "eager") and ours.shape == peer.shape == [
         1,
         1,
         1024,
         32,
     ]
-    assert len(ours["layers"]) == 6 and 0 < ours["saved_mib"] < peer["saved_mib"]
-    assert ours["gradient_difference"] < 2e-5
-    assert all(row["p50_ms"] > 0 and row["op"] == "optimisation_step embedded" for row in rows)
+    assert len(ours.layers) == 6 and 0 < ours.saved_mib < peer.saved_mib
+    assert ours.gradient_difference < 2e-5
+    assert all(row.p50_ms > 0 and row.op == "optimisation_step embedded" for row in rows)
     assert "optimisation_step embedded" in distillation_step.table(rows)
 
 

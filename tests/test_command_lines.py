@@ -20,7 +20,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as benchmarks_line  # noqa: E402
-from benchmarks.method_report import MethodReport  # noqa: E402
+from benchmarks.quality.method_report import MethodReport  # noqa: E402
 from qalign import __main__ as qalign_line  # noqa: E402
 from qalign.commands import _shared  # noqa: E402
 from qalign.embedded import train  # noqa: E402

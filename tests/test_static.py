@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine_code, static
-from benchmarks.machine_code import Loop
+from benchmarks.static import command as static
+from benchmarks.static import machine_code
+from benchmarks.static.machine_code import Loop
 
 ROOT = Path(__file__).parents[1]
 ONE = ["--target", "sm_90", "--dtype", "bf16", "--head-dim", "64"]
@@ -38,7 +39,7 @@ def test_shipped_kernels_keep_their_budgets():
 
 
 def test_every_case_is_driven():
-    from benchmarks.cases import CASES
+    from benchmarks.static.cases import CASES
 
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)

@@ -28,8 +28,8 @@ from tests.stubbed import run_over_stub
 HOPPER, OTHER = "attention_hopper_kernel", "attention_kernel"
 ROWS, BLOCK_N = 128, 64
 COMPILED = """
-    from benchmarks import static
-    from benchmarks.cases import CASES
+    from benchmarks.static import command as static
+    from benchmarks.static.cases import CASES
 
     jobs, result = [], []
     for dtype in ("bf16", "fp16"):

@@ -221,7 +221,9 @@ def test_an_unknown_mode_is_named():
 
 
 def test_limits_are_those_of_the_static_gate():
-    for target, limit in json.loads((BENCHMARKS / "budgets.json").read_text())["shared_memory_kib"].items():
+    for target, limit in json.loads((BENCHMARKS / "static" / "budgets.json").read_text())[
+        "shared_memory_kib"
+    ].items():
         assert _configs.SHARED_MEMORY_KIB[target] == limit and (
             target in FAMILIES or target == "sm_103"
         )  # which has no rows of its own

@@ -19,8 +19,8 @@ from tests.stubbed import run_over_stub
 
 HOPPER, OTHER = "joint_argmax_hopper_kernel", "_similarity_argmax_kernel"
 COMPILED = """
-    from benchmarks import static
-    from benchmarks.cases import CASES
+    from benchmarks.static import command as static
+    from benchmarks.static.cases import CASES
 
     jobs, result = [], []
     for dtype in ("bf16", "fp16"):
