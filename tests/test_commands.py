@@ -269,7 +269,7 @@ def test_errors_are_one_line_and_write_nothing(folder, text, message, capsys, mo
     assert sorted(folder.iterdir()) == before
 
 
-def test_missing_weights_are_one_line_that_says_how_to_get_them(folder, monkeypatch, tmp_path, capsys):
+def test_missing_weights_line_says_how_to_download(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(embedded, "FOLDER", tmp_path)
     assert run(folder, "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png") == 2
     error = capsys.readouterr().err
@@ -311,7 +311,7 @@ def test_transfer_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["grid.png", "o-1.png", "o-2.png"]
 
 
-def test_label_maps_are_read_scaled_and_cut_as_their_pictures(tmp_path):
+def test_label_maps_are_scaled_like_their_pictures(tmp_path):
     labels = torch.zeros(20, 40, dtype=torch.uint8)
     labels[:, 10:20], labels[:, 20:30], labels[:, 30:] = 3, 7, 30
     Image.fromarray(labels.numpy()).save(tmp_path / "labels.png")
@@ -344,7 +344,7 @@ def test_transfer_reads_regions_from_files(folder, tmp_path):
     assert (found[2] - found[1]).abs().max() > 1 and (found[3] - found[2]).abs().max() > 1
 
 
-def test_pictures_are_scaled_to_cover_and_turned_as_their_camera_says(tmp_path):
+def test_pictures_are_turned_and_scaled_to_cover(tmp_path):
     halves = Image.new("RGB", (40, 20), "red")
     halves.paste("blue", (20, 0, 40, 20))
     exif = Image.Exif()
@@ -355,7 +355,7 @@ def test_pictures_are_scaled_to_cover_and_turned_as_their_camera_says(tmp_path):
     assert read.getpixel((8, 1)) == (255, 0, 0) and read.getpixel((8, 14)) == (0, 0, 255)
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_file_is_replaced_whole_or_kept(tmp_path):
     path = tmp_path / "made" / "figures.json"
     _shared.write("figures", "old", path)
     with pytest.raises(RuntimeError), replacing(path) as temporary:
@@ -449,7 +449,7 @@ def test_correspond_writes_its_pictures(folder, tmp_path, capsys):
     assert said.count("of the object's tokens are matched") == 2
 
 
-def test_compare_keeps_the_queries_and_keys_of_a_stock_call():
+def test_compare_keeps_a_stock_calls_queries_and_keys():
     pipe = pipelines.AppearanceTransferPipeline.from_pipe(models.make_pipe("sd15"))
     kept = {}
     name, layer = list(models.self_attention(pipe.unet, "up_blocks").items())[-1]
@@ -498,7 +498,7 @@ def test_matches_and_heat_are_the_formulas():
         )
 
 
-def test_shares_are_of_object_tokens_whose_part_the_appearance_shows():
+def test_shares_count_only_parts_the_appearance_shows():
     labels = torch.full((32, 32), scenes.PARTS.index("sky"))
     labels[:16], labels[16:, :16] = scenes.PARTS.index("body"), scenes.PARTS.index("wing")
     other = labels.where(labels != scenes.PARTS.index("wing"), scenes.PARTS.index("sky"))
@@ -519,7 +519,7 @@ def test_shares_are_of_object_tokens_whose_part_the_appearance_shows():
     assert match_figures.draw_lines(capture, picture, picture, None)[1] == {}
 
 
-def test_default_points_lie_on_tokens_of_parts_that_both_scenes_show():
+def test_default_points_lie_on_parts_both_scenes_show():
     labels = scenes.render([scenes.held_out_seed(0), scenes.held_out_seed(5)]).labels
     query = random_features(1, 1, 256, 8, seed=0)
     capture = Capture("layer", query, query, query)
@@ -563,7 +563,7 @@ def test_token_grid_refuses_what_is_no_grid(tokens):
         ),
     ],
 )
-def test_short_names_of_layers_leave_out_the_first_block(layer, short):
+def test_short_layer_names_omit_the_first_block(layer, short):
     assert short_name(layer) == short
 
 
@@ -627,7 +627,7 @@ def test_methods_are_all_in_the_table(capsys):
     assert lines[-1].split()[-2:] == ["10.7", "21.5"]
 
 
-def test_compare_draws_and_prints_every_method_that_was_named(folder, tmp_path, capsys):
+def test_compare_draws_and_prints_every_named_method(folder, tmp_path, capsys):
     options = f"--model {{}}/model --steps 6 --method qalign ctrl_x eye_for_an_eye --out {tmp_path}/grid.png"
     assert run(folder, f"compare --appearance {{}}/a.png --structure {{}}/b.png {options}") == 0
     head, *lines, where = capsys.readouterr().out.splitlines()
@@ -692,7 +692,7 @@ def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "text", ["distill --content {}/b.png", "distill --content {}/b.png --mode sample", "texture --size 48"]
 )
-def test_an_interrupted_run_writes_the_best_picture_so_far(folder, tmp_path, capsys, monkeypatch, text):
+def test_interrupted_run_writes_its_best_picture(folder, tmp_path, capsys, monkeypatch, text):
     """Ctrl-C in the third iteration."""
     descend, losses = attention_distillation.descend, []
 

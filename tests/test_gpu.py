@@ -50,7 +50,7 @@ def _alive(pid: int) -> bool:
     return state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_stages_that_fail_overrun_or_hang_do_not_stop_the_rest(tmp_path, capsys):
+def test_failing_or_hanging_stages_stop_nothing_else(tmp_path, capsys):
     pid_file = tmp_path / "pid"
     stages = [
         _stage("fails", FAILS, least_seconds=60),
@@ -166,7 +166,7 @@ def test_both_commands_together_write_eight_files():
     assert len({*command.FIRST.files, *command.WHOLE.files}) == 8
 
 
-def test_what_is_published_is_whole_and_follows_the_work(tmp_path):
+def test_published_files_are_whole_and_follow_progress(tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"
     (work / "logs").mkdir(parents=True)
     with publishing.Publisher(work, out, command.WHOLE) as publisher:
@@ -257,7 +257,7 @@ def test_fastest_peer_counts():
     assert _judge(line, rows[0]).text == _judge(line).text == "not measured"
 
 
-def test_rows_of_other_data_or_shapes_do_not_count():
+def test_rows_of_other_calls_do_not_count():
     line = _line("time ratio", Bar(1.0, DEFAULT))
     mine, sdpa = _row("qalign_attention", OURS, 1.0, 1.0), _row("attention", "sdpa", 2.0, 2.0)
     assert _judge(line, mine, sdpa).text == "goal"
@@ -286,7 +286,7 @@ def test_speed_up_and_time_under_a_graph():
     assert _judge(line, _row("qalign_attention", OURS, 0.01)).text == "not captured"
 
 
-def test_memory_beyond_output_and_rows_is_in_units_of_keys_and_values():
+def test_extra_memory_is_in_units_of_keys_values():
     mib = 2**20
     rows, keys_and_values = 2 * 300, 2 * 2 * 2 * 300 * 40
     peak_mib = 0.25 + (1.5 * keys_and_values + must_show.BYTES_PER_ROW * rows) / mib
@@ -362,7 +362,7 @@ def test_first_contact_begins_with_core_ops_in_bfloat16(monkeypatch):
 
 
 @pytest.mark.parametrize("name", JOINT_CALLS)
-def test_joint_calls_take_what_is_right_and_see_one_wrong_match(name, device):
+def test_joint_checks_accept_right_and_see_wrong_matches(name, device):
     if problem := _backends.triton_problem():
         pytest.skip(problem)
     call = JOINT_CALLS[name]
@@ -460,7 +460,7 @@ def _varlen_attention(query, key, value, start_q, start_k, max_q, max_k, *, scal
     return torch.cat(outputs)
 
 
-def test_kernels_are_those_of_one_call_without_the_flush(monkeypatch):
+def test_kernels_of_one_call_exclude_the_flush(monkeypatch):
     Event = namedtuple("Event", "key device_time_total count")
     events = [
         Event("short", 40.0, 20),
@@ -497,7 +497,7 @@ def test_sdpa_is_named_by_what_torch_chooses():
     assert providers.sdpa_implementation("triton", inputs) is None
 
 
-def test_first_report_names_what_is_wrong_and_what_is_missing(tmp_path):
+def test_first_report_names_wrong_and_missing_ops(tmp_path):
     row = {"op": "attention", "shape": [1, 2, 3, 4], "layout": "processor", "dtype": "bfloat16", "tile": None}
     judged = [row | {"right": True, "same_bits": True}, row | {"error": "illegal address"}]
     judged += [
@@ -543,7 +543,7 @@ def _supervise(
     return measure.supervise(worker_command, journal, arguments.Clock(seconds), stall_seconds), journal
 
 
-def test_worker_that_dies_is_followed_by_one_that_leaves_out_the_visit(tmp_path):
+def test_next_worker_skips_the_visit_that_killed_one(tmp_path):
     code, journal = _supervise(tmp_path, BUSY, "exit 5")
     assert code == 0
     assert journal.texts("failure") == [f"{BUSY}: ended the process with exit code 5"]
@@ -628,7 +628,7 @@ def test_worker_measures_a_group(on_cpu, tmp_path):
     assert "| not captured |" in text
 
 
-def test_ratios_of_the_speed_table_stay_within_a_run():
+def test_speed_table_ratios_stay_within_one_run():
     more = {"ceiling_tflops": 200.0}
     first = [_row("attention", OURS, 1.0, 1.0, **more), _row("attention", "sdpa", 2.0, 2.0, **more)]
     second = [_row("attention", OURS, 3.0, 3.0, **more)]
@@ -652,7 +652,7 @@ def test_worker_shows_no_figure_for_a_failed_check(on_cpu, tmp_path, monkeypatch
     assert journal.texts("failure") == [f"similarity_argmax tiled {SMALL.size} U/N by chance: check failed"]
 
 
-def test_lost_device_ends_the_worker_and_names_the_visit(on_cpu, tmp_path, monkeypatch):
+def test_lost_device_ends_worker_and_names_visit(on_cpu, tmp_path, monkeypatch):
     def lost():
         raise RuntimeError("CUDA error: an illegal memory access")
 
@@ -676,7 +676,7 @@ def test_worker_without_time_measures_nothing(on_cpu, tmp_path):
 # -- validation, sanitizer, rates
 
 
-def test_validation_merges_its_jobs_and_names_what_is_missing(tmp_path, capsys):
+def test_validation_merges_jobs_and_names_missing_ones(tmp_path, capsys):
     row = {
         "op": "attention",
         "backend": "triton",
@@ -752,7 +752,7 @@ for name, mode in rates.MODES.items():
 """
 
 
-def test_loops_of_the_rate_kernel_hold_the_chain_and_nothing_else():
+def test_rate_kernel_loops_hold_only_the_chain():
     pytest.importorskip("triton")
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = inherited | {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -769,7 +769,7 @@ def test_loops_of_the_rate_kernel_hold_the_chain_and_nothing_else():
     assert loops["FMNMX and FFMA"]["FMNMX"] == loops["FMNMX and FFMA"]["FFMA"] == chain // 2
 
 
-def test_lanes_per_clock_counts_every_instruction_of_every_warp():
+def test_lanes_per_clock_counts_every_warps_instructions():
     pytest.importorskip("triton")
     from benchmarks.gpu.stages.instruction_rates import lanes_per_clock
 

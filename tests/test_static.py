@@ -172,7 +172,7 @@ SASS = """
 """
 
 
-def test_hot_loop_is_the_innermost_one_that_multiplies_matrices():
+def test_hot_loop_is_innermost_with_matrix_products():
     code = machine_code.MachineCode(8, 0, 0, 32, machine_code.parse_sass(SASS))
     assert code.hot_loop() == Loop(3, ["HMMA.16816.F32.BF16"])
     assert len(code.matrix()) == 2 and machine_code.matrix_family(code.matrix()) == "HMMA"
@@ -249,7 +249,7 @@ def test_both_descriptors_are_constant_on_every_path(predicate, stray):
 LOOP = ["UIADD3 UR4, UR4, 0x1, URZ", "UISETP.GE.AND UP0, UPT, UR4, UR5, UPT", "@!P0 BRA 0x10", "EXIT"]
 
 
-def test_registers_that_a_loop_carries_are_defined_before_it():
+def test_registers_carried_by_loops_are_defined_before():
     assert _code("LDCU.64 UR4, c[0x0][0x3a8]", *LOOP).undefined() == []
     assert _code("LDCU UR5, c[0x0][0x3a8]", *LOOP).undefined() == ["UR4"]
 

@@ -86,7 +86,7 @@ def test_perfect_features_agree_and_do_not_leak(method):
 
 
 @pytest.mark.parametrize("method", [CrossImage(), *REFINED], ids=repr)
-def test_features_that_take_every_part_for_the_next_always_leak(method):
+def test_features_that_confuse_every_part_always_leak(method):
     labels = random_labels(2, 96, seed=1)
     q = features_of(torch.stack([(labels[0] + 1) % len(PARTS), labels[1]]), heads=2, norm=12.0)
     tallies = leakage.measure(method, q, q, labels, rows(0), rows(1), Site(PAIR))
@@ -99,7 +99,7 @@ def test_features_that_take_every_part_for_the_next_always_leak(method):
     assert found["object_background_leakage"].item() == pytest.approx(eyes.item(), abs=1e-6)
 
 
-def test_mass_is_label_mass_and_counts_keys_as_often_as_they_are_matched():
+def test_mass_is_label_mass_with_matched_counts():
     q, k = random_features(2, 3, 50, 16, seed=2), random_features(2, 3, 50, 16, seed=3)
     labels = random_labels(2, 50, seed=4)
     counts = match_counts(similarity_argmax(q[:1], q[1:]).index, 50)
@@ -111,7 +111,7 @@ def test_mass_is_label_mass_and_counts_keys_as_often_as_they_are_matched():
 
 
 @pytest.mark.parametrize("method", [CrossImage(), *REFINED, QAlign(refinement="topk", topk=1)], ids=repr)
-def test_mass_of_every_reading_sums_to_one_whatever_the_contrast(method):
+def test_mass_sums_to_one_at_every_contrast(method):
     q, k = random_features(2, 3, 50, 16, seed=5), random_features(2, 3, 50, 16, seed=6)
     labels = random_labels(2, 50, seed=7)
     assert method.contrast != 1
@@ -129,7 +129,7 @@ def test_mass_of_the_warp_is_the_appearance_row():
     torch.testing.assert_close(mass, own[:, :, index])
 
 
-def test_the_mass_of_one_candidate_is_where_the_match_is():
+def test_mass_of_one_candidate_is_at_its_match():
     q, k = random_features(2, 3, 50, 16, seed=8), random_features(2, 3, 50, 16, seed=9)
     labels = random_labels(2, 50, seed=10)
     for method in (QAlign(refinement="none"), QAlign(refinement="topk", topk=1)):
@@ -183,7 +183,7 @@ def test_tally_is_the_sum_written_out():
     )
 
 
-def test_agreement_is_averaged_over_parts_and_mass_over_queries():
+def test_agreement_averages_over_parts_mass_over_queries():
     tallies = torch.zeros(len(PARTS), len(leakage.TALLIED), dtype=torch.float64)
     tallies[0] = torch.tensor([50, 50, 0, 0, 50])  # a background: no query of the object
     tallies[BODY] = torch.tensor([8, 8, 8, 6, 1])
@@ -206,7 +206,7 @@ def small_labels(size: int = 32) -> dict[str, torch.Tensor]:
     return {"output": structure, "plain": structure, "structure": structure, "appearance": appearance}
 
 
-def test_measured_changes_nothing_and_reads_the_roles_from_the_layout():
+def test_measured_changes_nothing_and_takes_roles_from_layout():
     q, k, v = (random_features(4, 2, 64, 16, seed=seed) for seed in (19, 20, 21))
     layout, labels = BatchLayout(*ROLES), small_labels()
     output, appearance = ROLES.index("output"), ROLES.index("appearance")
@@ -220,7 +220,7 @@ def test_measured_changes_nothing_and_reads_the_roles_from_the_layout():
         assert torch.equal(found, expected)
 
 
-def test_measured_skips_idle_steps_structure_steps_and_what_is_between():
+def test_measured_skips_idle_steps_and_structure_steps():
     q, k, v = (random_features(3, 2, 64, 16, seed=seed) for seed in (22, 23, 24))
     measured = Measured(CrossImage(structure_every=5, structure_until=1.0), small_labels(), every=2)
     clock = Clock((0.3, 1.0), measured.takes_structure)
@@ -263,7 +263,7 @@ def test_part_iou_of_overlapping_layouts():
     )
 
 
-def test_resampled_means_are_paired_and_their_spread_is_the_standard_error():
+def test_spread_of_paired_resampled_means_is_standard_error():
     values = torch.randn(400, generator=torch.Generator().manual_seed(26), dtype=torch.float64)
     holes = values.masked_fill(torch.arange(400) % 3 == 0, torch.nan)
     means = leakage.resample({"a": values, "b": values + 0.25, "c": holes}, seed=1)
@@ -343,7 +343,7 @@ def test_layers_and_steps_are_not_mixed_up():
     assert report["methods"]["cross_image"]["own_part_mass"] == pytest.approx(0.455)
 
 
-def test_features_of_a_row_depend_on_that_row_alone(pipe):
+def test_features_of_a_row_depend_on_it_alone(pipe):
     pictures, timesteps = render([1, 3, 5], picture_size(pipe)).image, torch.tensor([100, 400, 700])
     together = noised_features(pipe, pictures, timesteps, "a fish", seeds=[1, 2, 3])
     alone = noised_features(pipe, pictures[1:2], timesteps[1:2], "a fish", seeds=[2])
@@ -369,7 +369,7 @@ def test_layouts_are_read_from_what_pictures_show(pipe):
     assert picture_metrics.read_layouts(pipe, {"any": scenes.image[0]}, blank, "a fish", seed=7) == {"any": 1}
 
 
-def test_parts_are_those_of_the_nearest_token_in_the_known_scenes(pipe):
+def test_parts_come_from_the_nearest_known_token(pipe):
     known, others = render([1, 3, 5], picture_size(pipe)), render([7, 9], picture_size(pipe))
     read = picture_metrics.read_parts(pipe, others.image, known, "a fish", seed=7)
     rows, timesteps = torch.cat([others.image, known.image]), torch.full((5,), 400)
@@ -405,14 +405,14 @@ def test_a_pair_is_measured_alike_in_any_company(pipe, report):
             )
 
 
-def test_a_scene_transferred_to_itself_has_its_own_colours(pipe):
+def test_scene_transferred_to_itself_keeps_its_colours(pipe):
     result = leakage.measure_pair(pipe, ScenePair(21, 21), {"cross_image": CrossImage()}, QUICK)
     assert result.colour["untouched"].nanmean() == 0
     assert result.layout["appearance"] == result.layout["untouched"]
     assert result.colour["cross_image"].nanmean() > 0
 
 
-def test_the_matches_of_a_pair_are_those_of_the_transfer_itself(pipe):
+def test_matches_of_a_pair_are_the_transfers_own(pipe):
     """Wrapped for measuring or not, the pipeline paints the same picture."""
     scenes = render([31, 33], picture_size(pipe))
     inversion = pipe.invert(
@@ -462,7 +462,7 @@ def stub(monkeypatch, pipe):
     monkeypatch.setattr(command, "load_pipeline", lambda options: pipe)
 
 
-def test_the_command_prints_the_table_and_writes_the_figures(stub, tmp_path, capsys):
+def test_command_prints_the_table_and_writes_figures(stub, tmp_path, capsys):
     file = tmp_path / "new" / "leakage.json"
     arguments = [
         "leakage",
@@ -526,7 +526,7 @@ def test_the_command_compares_variants(stub, monkeypatch, tmp_path, capsys):
     assert none["picture"]["colour_error"] == pytest.approx(single["picture"]["colour_error"], rel=1e-3)
 
 
-def test_the_ablation_sees_the_signals_that_the_methods_use(pipe):
+def test_ablation_sees_the_signals_that_methods_use(pipe):
     found = ablation.probe(
         pipe,
         ScenePair(41, 43),
@@ -550,7 +550,7 @@ def test_the_ablation_sees_the_signals_that_the_methods_use(pipe):
 @pytest.mark.skipif(
     not (embedded.FOLDER / "model_index.json").exists(), reason="the embedded model's weights are not here"
 )
-def test_query_query_matches_agree_far_more_often_in_the_embedded_model():
+def test_query_matches_agree_more_in_the_embedded_model():
     trained = AppearanceTransferPipeline.embedded()
     probes = [ablation.probe(trained, pair, {}, Settings()) for pair in held_out_pairs(4)]
     agreement = {

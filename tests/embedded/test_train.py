@@ -112,7 +112,7 @@ def test_words_of_captions_are_single_tokens():
     assert len(spelled) > 1 and tokenizer.unk_token_id not in spelled
 
 
-def test_command_stops_in_time_and_says_how_to_go_on(tmp_path, capsys):
+def test_command_stops_in_time_and_explains_resuming(tmp_path, capsys):
     arguments = [
         "--work",
         str(tmp_path / "work"),
@@ -152,7 +152,7 @@ def _features_and_labels(parts, seed=0):
     return lengths * torch.eye(12)[labels], labels, generator
 
 
-def test_neighbours_of_one_part_cost_nothing_and_of_another_much():
+def test_neighbours_cost_only_across_different_parts():
     features, labels, generator = _features_and_labels([[0, 4], [0, 5], [4, 5]])
     weight = torch.ones(12)
     alike = _neighbours_loss(features, labels, weight, generator)

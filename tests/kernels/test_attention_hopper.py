@@ -134,14 +134,14 @@ def test_no_keys_give_zeros():
     assert (output == 0).all() and (lse == -math.inf).all()
 
 
-def test_a_maximum_far_from_the_first_is_met_again():
+def test_late_maximum_far_above_the_first_is_exact():
     call = Call(256, 320)
     call.key[:, :, 3] = 40 * call.query[:, :, 100]
     _close(call)
     assert call.expected()[1].max() > 128 * math.log(2)  # beyond float32 with the first tile's maximum
 
 
-def test_keys_come_from_the_batch_row_that_is_named():
+def test_keys_come_from_the_named_batch_row():
     _close(Call(128, 128), rows=torch.tensor([1, 0]))
 
 

@@ -49,7 +49,7 @@ def test_the_background_sees_and_is_seen():
     assert regions.keys("structure", 4, CPU).tolist() == [[EVERYTHING, 2, 4, 1 << 30]]
 
 
-def test_labels_are_those_in_the_middle_of_each_token():
+def test_labels_are_taken_at_each_tokens_middle():
     labels = torch.arange(8).repeat_interleave(2).repeat(16, 1)
     regions = Regions(structure=labels)
     assert regions.keys("structure", 64, CPU).view(8, 8)[0].tolist() == [1 << n for n in range(8)]

@@ -146,7 +146,7 @@ def test_warp_has_no_setting_that_changes_nothing(setting) -> None:
 
 
 @torch.no_grad()
-def test_an_output_that_reads_a_copy_of_itself_is_stock_under_neutral_settings() -> None:
+def test_reading_a_self_copy_neutrally_is_stock() -> None:
     attn, hidden = make_attention(2, 40)
     hidden[1] = hidden[0]
     stock, truth = attn(hidden[:3]), attn.double()(hidden[:3].double())
@@ -203,7 +203,7 @@ def test_an_attached_layer_leaves_the_others_alone() -> None:
         assert torch.equal(stock[1:], edited[1:])
 
 
-def test_a_compiled_unet_is_one_graph_for_all_steps() -> None:
+def test_compiled_unet_is_one_graph_across_steps() -> None:
     from qalign import attach
     from tests.processors.models import generate
 
