@@ -587,6 +587,7 @@ def _report(pairs, agreement):
     methods = {
         "cross_image": {**entry, "by_layer_and_step": layers},
         "qalign": {**entry, "leaking_pairs_improved": 1, "by_layer_and_step": layers},
+        "qalign_warp": {**entry, "leaking_pairs_improved": 2, "by_layer_and_step": layers},
     }
     return {"pairs": pairs, "methods": methods}
 
@@ -597,11 +598,11 @@ def test_demo_sets_its_figures_beside_the_committed_ones(tmp_path, monkeypatch):
     demo.COMMITTED.write_text(json.dumps(_report(180, 0.75)))
     lines = demo.table({"6 pairs": _report(6, 0.5)} | demo.committed()).splitlines()
     assert lines[0].split() == ["attention", "leakage", "6", "pairs", "180", "pairs,", "as", "committed"]
-    assert lines[1].split() == ["Cross-Image", "Q-Align"] * 2
-    assert lines[2].split()[-4:] == ["0.500", "0.500", "0.750", "0.750"]
-    assert [line.split()[-4:] for line in lines if line.startswith("leaking pairs")] == [
-        ["2", "2", "2", "2"],
-        ["-", "1", "-", "1"],
+    assert lines[1].split() == ["Cross-Image", "Q-Align", "QAlignWarp"] * 2
+    assert lines[2].split()[-6:] == ["0.500"] * 3 + ["0.750"] * 3
+    assert [line.split()[-6:] for line in lines if line.startswith("leaking pairs")] == [
+        ["2"] * 6,
+        ["-", "1", "2"] * 2,
     ]
 
 
@@ -626,7 +627,8 @@ def test_methods_are_all_in_the_table(capsys):
         _shared.METHODS.get(name, kind.card.title) == kind.card.title
         for name, kind in methods.METHODS.items()
     )
-    assert lines[1].split()[-2:] == ["5.4", "10.7"] and lines[-1].split()[-2:] == ["10.7", "21.5"]
+    assert lines[1].split()[-2:] == ["21.5", "42.9"] and lines[2].split()[-2:] == ["5.4", "10.7"]
+    assert lines[-1].split()[-2:] == ["10.7", "21.5"]
 
 
 def test_compare_draws_and_prints_every_method_that_was_named(folder, tmp_path, capsys):

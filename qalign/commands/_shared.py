@@ -30,11 +30,15 @@ __all__ = [
 MULTIPLE = 8  # pixels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = ("float32", "float16", "bfloat16")
-COMPARED = {"cross_image": "Cross-Image", "qalign": "Q-Align"}  # by demo and leakage
+COMPARED = {
+    "cross_image": "Cross-Image",
+    "qalign": "Q-Align",
+    "qalign_warp": "QAlignWarp",
+}  # by demo and leakage
 SIDE = 16  # of the token grid that demo and correspond show where no layer is named
 REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")  # of qalign
-ALIGNED = ("both", "output", "structure")  # of qalign
-DEFAULT_REFINEMENT = "warped_output"
+ALIGNED = ("output", "structure", "both")  # of qalign and qalign_warp
+DEFAULT_REFINEMENT = "rearranged"
 READ_BY_REFINEMENT = {  # the settings of qalign, by the refinements that read them
     "aligned": REFINEMENTS,
     "similarity": REFINEMENTS,

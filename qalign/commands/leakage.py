@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--aligned",
         choices=ALIGNED,
-        help="of qalign: whose queries are aligned with the appearance's (default: both)",
+        help="of qalign: whose queries are aligned with the appearance's (default: output)",
     )
     method.add_argument("--topk", type=count, metavar="K", help="of qalign: reference tokens per query")
     method.add_argument(
@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> int:
     from ..evaluation import ablation, leakage
     from ..evaluation.processes import leave, processes
     from ..evaluation.resuming import KeptResults
-    from ..methods import CrossImage, QAlign
+    from ..methods import CrossImage, QAlign, QAlignWarp
 
     chosen = {
         name: getattr(options, name)
@@ -151,7 +151,7 @@ def run(options: argparse.Namespace) -> int:
     settings = leakage.Settings(adain=None if options.adain == "none" else options.adain, **chosen)
     given = {name: getattr(options, name) for name in CHOSEN if getattr(options, name) is not None}
     contrast = {name: value for name, value in given.items() if name == "contrast"}
-    methods = {"cross_image": CrossImage(**contrast), "qalign": QAlign(**given)}
+    methods = {"cross_image": CrossImage(**contrast), "qalign": QAlign(**given), "qalign_warp": QAlignWarp()}
     kept = None
     if options.json is not None:
         decisive = {name: value for name, value in asdict(settings).items() if name != "threshold"}

@@ -17,7 +17,7 @@ from qalign_kernels import match_counts, similarity_argmax
 from ..context.layer_call import take
 from ..context.layers import picture_size, short_name, token_grid
 from ..embedded.scenes import PARTS, ScenePair, held_out_pairs, render, token_labels
-from ..methods import CrossImage, QAlign
+from ..methods import CrossImage, QAlign, QAlignWarp
 from .leakage import (
     PairResult,
     Settings,
@@ -54,20 +54,23 @@ ATTENTION = ("own_part_mass", "object_background_leakage", "cross_region_mass")
 def refinements() -> dict[str, CrossImage]:
     """Cross-Image, then every reading of the alignment with its strengths."""
     variants: dict[str, CrossImage] = {"cross_image": CrossImage()}
-    variants |= {
-        name: QAlign(refinement=name) for name in ("warped_output", "rearranged", "warped_values", "none")
-    }
+    for name in ("warped_output", "rearranged", "warped_values", "none"):
+        variants[name] = _aligned(name, "both")
     for aligned in ("output", "structure"):
-        variants |= {
-            f"{name}, {aligned} aligned": QAlign(refinement=name, aligned=aligned)
-            for name in ("warped_output", "rearranged")
-        }
-    variants |= {f"topk {k}": QAlign(refinement="topk", topk=k) for k in (1, 4, 8, 16)}
-    variants |= {
-        f"guided {strength}": QAlign(refinement="guided", strength=float(strength))
-        for strength in (5, 10, 20, 40)
-    }
-    return variants | {"soft 20": QAlign(refinement="soft", strength=20.0)}
+        for name in ("warped_output", "rearranged"):
+            variants[f"{name}, {aligned} aligned"] = _aligned(name, aligned)
+    for k in (1, 4, 8, 16):
+        variants[f"topk {k}"] = QAlign(refinement="topk", topk=k, aligned="both")
+    for strength in (5.0, 10.0, 20.0, 40.0):
+        variants[f"guided {strength:.0f}"] = QAlign(refinement="guided", strength=strength, aligned="both")
+    return variants | {"soft 20": QAlign(refinement="soft", strength=20.0, aligned="both")}
+
+
+def _aligned(refinement: str, aligned: str) -> QAlign:
+    """`QAlignWarp` is what reads the appearance's own attention."""
+    if refinement == "warped_output":
+        return QAlignWarp(aligned=aligned)
+    return QAlign(refinement=refinement, aligned=aligned)
 
 
 @dataclass(frozen=True, eq=False)

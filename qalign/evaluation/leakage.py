@@ -33,7 +33,7 @@ from ..context.layer_call import Site, take
 from ..context.layers import picture_size, short_name, token_grid
 from ..context.layout import BatchLayout
 from ..embedded.scenes import BACKGROUNDS, PARTS, ScenePair, held_out_pairs, render, token_labels
-from ..methods import CrossImage, QAlign
+from ..methods import CrossImage, QAlign, QAlignWarp
 from ..methods._editing import Editing
 from .picture_metrics import OBJECT, colour_error, read_layouts
 from .processes import Progress, gathered
@@ -158,7 +158,7 @@ def attention_mass(
 ) -> Tensor:
     """The attention of the rows `output`, before contrast, on each label of the rows `reference`: float32 [rows, H, N, PARTS]."""
     indicator = F.one_hot(labels, len(PARTS)).float().unsqueeze(1).expand(-1, q.shape[1], -1, -1)
-    if isinstance(method, CrossImage):
+    if isinstance(method, CrossImage) and method.contrast != 1.0:
         method = dataclasses.replace(method, contrast=1.0)
     return method.edit(q.float(), k.float(), indicator, output, reference, site)
 
@@ -268,11 +268,12 @@ def run(
     Args:
         pipe: an `AppearanceTransferPipeline`.
         pairs: how many; `settings.seed` chooses them.
-        methods: by name, the first being what the others are compared with; None: Cross-Image and Q-Align, by their defaults.
+        methods: by name, the first being what the others are compared with; None: Cross-Image, Q-Align and QAlignWarp, by their defaults.
         progress: wraps the iterable of this process's pairs, as tqdm does.
         kept: where what a pair gave is kept, and taken from where it is there already; None is nowhere.
     """
-    chosen = {"cross_image": CrossImage(), "qalign": QAlign()} if methods is None else methods
+    default = {"cross_image": CrossImage(), "qalign": QAlign(), "qalign_warp": QAlignWarp()}
+    chosen = default if methods is None else methods
     check_steps(chosen, settings)
     work = keeping(kept, "pair", lambda pair: measure_pair(pipe, pair, chosen, settings), PairResult)
     results = gathered(work, held_out_pairs(pairs, settings.seed), progress)

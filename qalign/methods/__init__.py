@@ -15,7 +15,7 @@ from .dream_matcher import DreamMatcher
 from .eye_for_an_eye import EyeForAnEye
 from .free_custom import FreeCustom
 from .masactrl import MasaCtrl
-from .qalign import QAlign
+from .qalign import QAlign, QAlignWarp
 from .reference_only import ReferenceOnly
 from .seal import SeAl
 from .story_diffusion import StoryDiffusion
@@ -51,6 +51,7 @@ class Method(Protocol):
 
 METHODS: dict[str, type[Method]] = {
     "qalign": QAlign,
+    "qalign_warp": QAlignWarp,
     "cross_image": CrossImage,
     "eye_for_an_eye": EyeForAnEye,
     "masactrl": MasaCtrl,
@@ -82,6 +83,7 @@ __all__ = [
     "MasaCtrl",
     "Method",
     "QAlign",
+    "QAlignWarp",
     "ReferenceOnly",
     "SeAl",
     "StoryDiffusion",

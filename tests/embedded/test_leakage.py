@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-from qalign import BatchLayout, CrossImage, QAlign, embedded  # noqa: E402
+from qalign import BatchLayout, CrossImage, QAlign, QAlignWarp, embedded  # noqa: E402
 from qalign import __main__ as command_line  # noqa: E402
 from qalign.commands import leakage as command  # noqa: E402
 from qalign.context.clock import Clock  # noqa: E402
@@ -117,6 +117,16 @@ def test_mass_of_every_reading_sums_to_one_whatever_the_contrast(method):
     assert method.contrast != 1
     mass = leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR))
     torch.testing.assert_close(mass.sum(-1), torch.ones(1, 3, 50))
+
+
+def test_mass_of_the_warp_is_the_appearance_row():
+    """Each query has the mass of the token that it matched, in the appearance's own attention."""
+    q, k = random_features(2, 3, 50, 16, seed=26), random_features(2, 3, 50, 16, seed=27)
+    labels = random_labels(2, 50, seed=28)
+    index = similarity_argmax(q[:1], q[1:]).index[0, 0].long()
+    own = label_mass(q[1:], k[1:], labels[1:].int(), len(PARTS))
+    mass = leakage.attention_mass(QAlignWarp(), q, k, labels, rows(0), rows(1), Site(PAIR))
+    torch.testing.assert_close(mass, own[:, :, index])
 
 
 def test_the_mass_of_one_candidate_is_where_the_match_is():
@@ -424,7 +434,7 @@ def test_run_that_measures_no_step_is_refused_early(pipe, monkeypatch):
 @pytest.mark.parametrize("steps", [4, 10, 20])
 def test_edited_steps_are_those_that_are_measured(pipe, steps):
     (pair,) = held_out_pairs(1, 0)
-    methods = {"cross_image": CrossImage(), "qalign": QAlign()}
+    methods = {"cross_image": CrossImage(), "qalign": QAlign(), "qalign_warp": QAlignWarp()}
     result = leakage.measure_pair(pipe, pair, methods, Settings(steps=steps, every=1, adain=None))
     for name, method in methods.items():
         assert sorted({step for _, step in result.tallies[name]}) == edited_steps(method, steps)
@@ -472,12 +482,13 @@ def test_the_command_prints_the_table_and_writes_the_figures(stub, tmp_path, cap
     arguments += ["--aligned", "output"]
     assert command_line.main([*arguments, "--threshold", "0.9", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
-    assert report["pairs"] == 2 and set(report["methods"]) == {"cross_image", "qalign"}
+    assert report["pairs"] == 2 and list(report["methods"]) == ["cross_image", "qalign", "qalign_warp"]
     assert REQUIRED <= set(report["methods"]["cross_image"]) and REQUIRED | {"leaking_pairs_improved"} <= set(
         report["methods"]["qalign"]
     )
     assert report["settings"]["threshold"] == 0.9
     assert report["methods"]["qalign"]["method"] == repr(QAlign(refinement="topk", topk=3, aligned="output"))
+    assert report["methods"]["qalign_warp"]["method"] == repr(QAlignWarp())
     said = capsys.readouterr().out
     assert str(file) in said and "2 held-out pairs" in said
 

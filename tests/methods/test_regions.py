@@ -6,7 +6,7 @@ from PIL import Image
 
 from qalign import BatchLayout, UNetAttnProcessor, attach
 from qalign.context.regions import EVERYTHING, Regions
-from qalign.methods import BoundedAttention, CrossImage, MasaCtrl, QAlign
+from qalign.methods import BoundedAttention, CrossImage, MasaCtrl, QAlign, QAlignWarp
 from tests.methods.test_formulas import GRID, LAYOUT, make_attention
 from tests.processors.models import make_unet, unet_inputs
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @torch.no_grad()
 @pytest.mark.parametrize(
     "method",
-    [CrossImage(), QAlign(refinement="rearranged"), QAlign(), QAlign(refinement="guided"), MasaCtrl()],
+    [CrossImage(), QAlign(), QAlignWarp(), QAlign(refinement="guided"), MasaCtrl()],
     ids=repr,
 )
 def test_a_token_reads_its_own_region_alone(method):

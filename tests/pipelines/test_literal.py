@@ -221,9 +221,7 @@ def test_cross_image_as_published(prediction: str) -> None:
 def test_qalign_with_keys_rearranged_in_memory(short: Case) -> None:
     truth, run = short.literal(shortened(17, rearranged=True, masked=False))
     assert run.margin > 2e-5  # no best match that rounding could change
-    assert_same(
-        short.pipeline(method=QAlign(refinement="rearranged", aligned="output"), adain="whole")[0], truth
-    )
+    assert_same(short.pipeline(method=QAlign(), adain="whole")[0], truth)
 
 
 def test_freeu_as_published() -> None:
@@ -346,7 +344,7 @@ def test_cross_image_on_the_embedded_model(held_out: Case) -> None:
 
 def test_qalign_on_the_embedded_model(held_out: Case) -> None:
     """By the mean: among this many tokens rounding may change a best match, though hardly what it brings."""
-    actual, _ = held_out.pipeline(method=QAlign(refinement="rearranged", aligned="output"), adain="whole")
+    actual, _ = held_out.pipeline(method=QAlign(), adain="whole")
     truth, _ = held_out.literal(shortened(9, EMBEDDED, rearranged=True, masked=False), double=False)
     effect = (truth[:, literal.OUT] - truth[:, literal.STRUCT]).abs().mean()
     assert (actual - truth).abs().mean() < 1e-3 * effect
@@ -437,7 +435,7 @@ class Shuffled(QAlign):
 
 
 def test_trap_10_the_order_of_rearranged_keys_means_nothing(short: Case) -> None:
-    methods = QAlign(refinement="rearranged", aligned="output"), Shuffled(refinement="rearranged")
+    methods = QAlign(), Shuffled()
     counted, gathered = (short.pipeline(method=method, adain="whole")[0] for method in methods)
     assert_same(counted, gathered.double())
 

@@ -12,6 +12,7 @@ from qalign import (
     EyeForAnEye,
     FeatureBank,
     QAlign,
+    QAlignWarp,
     SeAl,
     StyleAligned,
     StyleID,
@@ -24,6 +25,7 @@ PREFIXES = ("down_blocks", "mid_block", "up_blocks")
 METHODS = [
     CrossImage(structure_every=0),
     QAlign(),
+    QAlignWarp(),
     StyleAligned(share_group_norm=False),
     CtrlX(structure_layers=(), appearance_layers=PREFIXES, structure_convolutions=()),
     EyeForAnEye(structure_every=0),

@@ -219,7 +219,7 @@ def test_structure_steps_read_the_structure() -> None:
     )
     context = unet_inputs(pipe.unet)["encoder_hidden_states"]
     structure["encoder_hidden_states"] = context[[0, 2, 1]]
-    with torch.no_grad(), attach(pipe.unet, QAlign(aligned="output")) as control:
+    with torch.no_grad(), attach(pipe.unet, QAlign()) as control:
         control.clock.set(0, 10)
         assert control.clock.from_structure
         at_structure_step = pipe.unet(**appearance).sample[0]
