@@ -22,7 +22,7 @@ FLOORS = (  # each imports itself and those after it, and nothing else of the re
     "_checks",
     "qalign_kernels",
 )
-SHARED_BY_COMMANDS = ("__init__", "_shared", "_distillation")
+SHARED_BY_COMMANDS = ("__init__", "_shared", "_distillation", "_leakage_tables")
 
 
 def imports(file: Path, root: Path) -> Iterator[Path]:
