@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from . import _backends, _contracts, _library
+from ._choices import REFINEMENTS
 from .attention import Guide, Segment, attention, guided_attention
 from .rearrange import match_counts, take_rows
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
 from .tiled import qalign_attention as tiled
-
-REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
 
 
 def qalign_attention(

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from . import __version__, _backends, _command_line
+from ._choices import REFINEMENTS
 from ._files import Files, replacing
 from .attention import Segment, attention, attention_with_lse
 from .distillation import distillation_loss
 from .probe import label_mass, mean_attention_map
-from .qalign_attention import REFINEMENTS, qalign_attention
+from .qalign_attention import qalign_attention
 from .rearrange import match_counts, rearrange_kv
 from .reference.similarity import scores
 from .similarity import similarity_argmax, similarity_topk

@@ -282,7 +282,7 @@ def run(options: argparse.Namespace) -> int:
         from ..evaluation.plots import transfer_grid
 
         rows = [
-            {"structure": structure, "appearance": appearance, METHODS[options.method]: image}
+            {"structure": structure, "appearance": appearance, method.card.title: image}
             for structure, image in zip(structures, images)
         ]
         write("grid", transfer_grid(rows), options.grid)

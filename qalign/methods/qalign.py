@@ -11,9 +11,8 @@ from qalign_kernels.rearrange import take_rows
 
 from ..context.layer_call import Site, take
 from ._editing import Card
+from ._names import ALIGNED
 from .cross_image import CrossImage
-
-ALIGNED = ("output", "structure", "both")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,13 +33,13 @@ from qalign.evaluation.processes import leave, processes  # noqa: E402
 from qalign.pipelines import AppearanceTransferPipeline  # noqa: E402
 from qalign.pipelines.appearance_transfer import edited_steps  # noqa: E402
 from qalign_kernels import label_mass, match_counts, similarity_argmax  # noqa: E402
+from qalign_kernels._choices import REFINEMENTS  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
 from tests.processors.models import pipe_of  # noqa: E402
 
 TRIPLE = BatchLayout("output", "appearance", "structure")
 PAIR = BatchLayout("output", "appearance")
 QUICK = Settings(steps=4, adain=None, every=1)
-REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
 REFINED = [QAlign(refinement=name) for name in REFINEMENTS]
 BODY, HEAD, LIMB, TAIL = (PARTS.index(name) for name in ("body", "head", "limb", "tail"))
 METHODS = {"cross_image": CrossImage(), "qalign": QAlign()}

@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from qalign_kernels import Segment, attention, match_counts, qalign_attention, rearrange_kv, similarity_argmax
-from qalign_kernels.qalign_attention import REFINEMENTS
+from qalign_kernels._choices import REFINEMENTS
 from qalign_kernels.testing import (
     judge,
     judge_exact,
