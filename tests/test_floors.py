@@ -34,7 +34,7 @@ ROOMS_OF_BENCHMARKS = (  # each imports itself, those after it, `qalign` and `qa
     "__init__",
 )
 OTHER_FILES = dict.fromkeys(("benchmarks/static/two.py", "tests/three.py"), "")
-SHARED_BY_COMMANDS = ("__init__", "_shared", "_distillation")
+SHARED_BY_COMMANDS = ("__init__", "_shared", "_distillation", "_leakage_tables")
 
 
 def imports(file: Path, root: Path) -> Iterator[Path]:

@@ -326,7 +326,7 @@ def committed() -> dict[str, Any]:
 
 def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Reports of leakage side by side."""
-    from ..evaluation.leakage import TITLES
+    from ._leakage_tables import TITLES
 
     shown = {
         title: [name for name in COMPARED if name in report["methods"]] for title, report in reports.items()

@@ -10,7 +10,7 @@ from qalign import BatchLayout, FeatureBank, UNetAttnProcessor, attach
 from qalign.context.clock import Clock
 from qalign.context.layer_call import Site
 from qalign.context.regions import Regions
-from qalign.evaluation.leakage import attention_mass
+from qalign.evaluation.attention_tally import attention_mass
 from qalign.methods import METHODS, ConsiStory, CtrlX, DreamMatcher, FreeCustom, ReferenceOnly, SeAl
 from qalign.methods._editing import uniform
 from tests.methods import literal
