@@ -7,6 +7,12 @@ from collections.abc import Sequence
 
 from qalign_kernels import _command_line
 
+MODULES = {
+    "host": "gpu.host",
+    "bounded": "quality.bounded",
+    "distillation": "quality.distillation",
+    "distillation_step": "quality.distillation_step",
+}  # of commands whose module is not of their name
 COMMANDS = {
     "static": "compile every kernel for every architecture and hold registers, spills, memory and instructions against budgets; needs no GPU",
     "speed": "time and memory of every op against its reference, eager PyTorch, SDPA and their compiled forms, on this machine",
@@ -25,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        _command_line.add_command(command, importlib.import_module(f"benchmarks.{name}"))
+        _command_line.add_command(command, importlib.import_module(f"benchmarks.{MODULES.get(name, name)}"))
     return top
 
 

@@ -1,275 +1,223 @@
-"""Markdown tables and a plot from the files that `speed`, `validate` and `static` wrote, and the section of the README between its markers."""
+"""Markdown tables and a plot of result files. `--readme` rewrites the section of the README between its markers."""
 
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench.measure import markdown
 
-from . import evidence
-from .providers import OURS, SDPA
-from .shapes import CONTIGUOUS
+from .static import evidence
+from .static.command import BUDGETS
+from .suite import rows
+from .suite.providers import OURS, SDPA
+from .suite.rows import Row
+from .suite.shapes import CONTIGUOUS
 
-BUDGETS = Path(__file__).with_name("budgets.json")
 RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PLOTTED_OP, PLOTTED_HEADS = "qalign_attention", (1, 8, 40)
-Row = dict[str, Any]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = "JSON files of `speed`, `validate` or `static` (default: all of benchmarks/results)"
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=kinds)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="write report.md and report.png there; without it the tables go to stdout",
-    )
-    parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help=f"rewrite the section between {BEGIN} and {END} in FILE"
-    )
-
-
-def files(arguments: argparse.Namespace) -> Files:
-    written = (
-        []
-        if arguments.out is None
-        else [("--out", arguments.out / name) for name in ("report.md", "report.png")]
-    )
-    return Files(
-        [("FILE", file) for file in arguments.files],
-        written + ([("--readme", arguments.readme)] if arguments.readme else []),
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    files = arguments.files or sorted(RESULTS.glob("*/*.json"))
-    contents = [read(file) for file in files]
-    rows = [
-        row for content in contents if isinstance(content, list) and _is_timing(content) for row in content
-    ]
-    if not rows:
-        raise ValueError("FILE: expected at least one file with rows of `speed`, got none")
-    if arguments.readme:
-        replace_section(
-            arguments.readme,
-            "\n\n".join([*(summary(group) for group in by_device(rows)), *other_evidence(contents)]),
-        )
-        print(f"wrote the section of {arguments.readme}")
-    if arguments.out:
-        with replacing(arguments.out / "report.md") as unfinished:
-            unfinished.write_text(report(rows, contents))
-        with replacing(arguments.out / "report.png") as unfinished:
-            plot(rows, unfinished)
-        print(f"wrote {arguments.out / 'report.md'} and {arguments.out / 'report.png'}")
-    elif not arguments.readme:
-        print(report(rows, contents), end="")
-    return 0
-
-
-def read(file: Path) -> Any:
-    try:
-        rows = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: expected JSON rows, got {error}") from None
-    if any(
-        known(rows)
-        for known in (evidence.is_validation, evidence.is_static, evidence.is_stage, evidence.is_host)
-    ):
-        return rows
-    if not isinstance(rows, list) or any(not isinstance(row, dict) or "p50_ms" not in row for row in rows):
-        raise ValueError(f"{file}: expected a list of rows as `speed --json` writes it, got something else")
-    return rows
-
-
-def _is_timing(rows: list[Row]) -> bool:
-    return not evidence.is_static(rows) and not evidence.is_host(rows)
-
-
-def by_device(rows: list[Row]) -> list[list[Row]]:
-    """Rows of one device, PyTorch, Triton and dtype together, in the order in which they came; of equal rows the last counts."""
-    groups: dict[tuple, dict[tuple, Row]] = {}
-    for row in rows:
-        setting = tuple(row[name] for name in ("device", "torch", "triton", "dtype"))
-        place = row["op"], *row["shape"], row.get("asked_fraction"), row.get("layout"), row["provider"]
-        groups.setdefault(setting, {})[place] = row
-    return [list(group.values()) for group in groups.values()]
-
-
-def heading(rows: list[Row]) -> str:
-    first = rows[0]
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
-    return f"{first['device']}, {first['dtype']}, PyTorch {first['torch']}, Triton {first['triton'] or 'absent'}, commit {commits}"
-
-
-def other_evidence(contents: list[Any]) -> list[str]:
-    """Accuracy and machine code, where the files hold them."""
-    parts = [
-        f"### Accuracy\n\n{evidence.accuracy(content)}"
-        for content in contents
-        if evidence.is_validation(content)
-    ]
-    compiled = [row for content in contents if evidence.is_static(content) for row in content]
-    if compiled:
-        parts.append(
-            f"### Machine code, without a GPU\n\n{evidence.machine_code(compiled, json.loads(BUDGETS.read_text()))}"
-        )
-    return parts
-
-
-def report(rows: list[Row], contents: list[Any]) -> str:
-    """Every row of every device, losses and wins alike."""
-    head = (
-        "op",
-        "[B, H, N, D]",
-        "provider",
-        "p20 ms",
-        "p50 ms",
-        "p80 ms",
-        "TFLOP/s",
-        "x SDPA",
-        "peak MiB",
-        "U/N",
-        "layout",
-    )
-    keys = (
-        "op",
-        "shape",
-        "provider",
-        "p20_ms",
-        "p50_ms",
-        "p80_ms",
-        "tflops",
-        "ratio_to_sdpa",
-        "peak_mib",
-        "unique_fraction",
-        "layout",
-    )
-    parts = ["# Benchmarks", f"{NOTE} TFLOP/s count the op's definition, whoever runs it."]
-    for group in by_device(rows):
-        parts += [
-            f"## {heading(group)}",
-            markdown(head, [[_cell(row.get(key)) for key in keys] for row in group]),
-        ]
-    return "\n\n".join([*parts, *other_evidence(contents)]) + "\n"
-
-
 NOTE = (
-    "Times are of one call. x SDPA is the time over that of `scaled_dot_product_attention` on the same shape in the same run: below 1 is faster. "
-    "Peak memory is beyond the inputs, the output included. U/N is the fraction of reference tokens that were matched."
+    "Times are of one call. x SDPA is the time over that of `scaled_dot_product_attention` on the same shape in "
+    "the same run: below 1 is faster. Peak memory is beyond the inputs, the output included. "
+    "U/N is the fraction of reference tokens that were matched."
+)
+ALL_COLUMNS = {
+    "op": "op",
+    "shape": "[B, H, N, D]",
+    "provider": "provider",
+    "p20_ms": "p20 ms",
+    "p50_ms": "p50 ms",
+    "p80_ms": "p80 ms",
+    "tflops": "TFLOP/s",
+    "ratio_to_sdpa": "x SDPA",
+    "peak_mib": "peak MiB",
+    "unique_fraction": "U/N",
+    "layout": "layout",
+}
+SUMMARY_HEAD = (
+    "op",
+    "[B, H, N, D]",
+    "backend",
+    "ms",
+    "x SDPA",
+    "eager ms",
+    "reference ms",
+    "MiB",
+    "eager MiB",
+    "reference MiB",
+    "U/N",
 )
 
 
-def summary(rows: list[Row]) -> str:
-    """One line for each op and shape: ours beside eager PyTorch and the reference."""
-    head = (
-        "op",
-        "[B, H, N, D]",
-        "backend",
-        "ms",
-        "x SDPA",
-        "eager ms",
-        "reference ms",
-        "MiB",
-        "eager MiB",
-        "reference MiB",
-        "U/N",
-    )
-    groups: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        if row.get("layout") != CONTIGUOUS:
-            place = row["op"], *row["shape"], row.get("asked_fraction")
-            groups.setdefault(place, {})[row["provider"]] = row
-    lines = []
-    for found in groups.values():
-        for name in OURS:
-            if name in found:
-                mine, eager, reference = found[name], found.get("eager", {}), found.get("reference", {})
-                cells = [
-                    mine["op"],
-                    mine["shape"],
-                    name,
-                    mine["p50_ms"],
-                    mine["ratio_to_sdpa"],
-                    eager.get("p50_ms"),
-                    reference.get("p50_ms"),
-                ]
-                cells += [
-                    mine["peak_mib"],
-                    eager.get("peak_mib"),
-                    reference.get("peak_mib"),
-                    mine["unique_fraction"],
-                ]
-                lines.append([_cell(cell) for cell in cells])
-    return f"**{heading(rows)}**\n\n{markdown(head, lines)}\n\n{NOTE}"
+class Results(NamedTuple):
+    """What result files hold, by kind."""
+
+    times: list[Row]
+    validations: list[dict[str, Any]]
+    compiled: list[dict[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = "result files of any command (default: all of benchmarks/results)"
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=kinds)
+    out = "write report.md and report.png there; without it the tables go to stdout"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out)
+    readme = f"rewrite the section between {BEGIN} and {END} in FILE"
+    parser.add_argument("--readme", type=Path, metavar="FILE", help=readme)
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    names = ("report.md", "report.png") if arguments.out else ()
+    written = [("--out", arguments.out / name) for name in names]
+    if arguments.readme:
+        written.append(("--readme", arguments.readme))
+    return Files([("FILE", file) for file in arguments.files], written)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    results = read(arguments.files or sorted(RESULTS.glob("*/*.json")))
+    if not results.times:
+        raise ValueError("FILE: expected at least one file with rows of `speed`, got none")
+    if arguments.readme:
+        parts = [*(summary(group) for group in by_device(results.times)), *other_evidence(results)]
+        replace_section(arguments.readme, "\n\n".join(parts))
+        print(f"wrote the section of {arguments.readme}")
+    if arguments.out:
+        with replacing(arguments.out / "report.md") as unfinished:
+            unfinished.write_text(report(results))
+        with replacing(arguments.out / "report.png") as unfinished:
+            plot(results.times, unfinished)
+        print(f"wrote {arguments.out / 'report.md'} and {arguments.out / 'report.png'}")
+    elif not arguments.readme:
+        print(report(results), end="")
+    return 0
+
+
+def read(paths: Sequence[Path]) -> Results:
+    """Read the files and sort their contents by kind. Files of other kinds are shown by other reports."""
+    results = Results([], [], [])
+    for path in paths:
+        kind, content = rows.read(path)
+        match kind:
+            case rows.TIMES:
+                results.times.extend(content)
+            case rows.VALIDATION:
+                results.validations.append(content)
+            case rows.COMPILED:
+                results.compiled.extend(content)
+    return results
+
+
+def by_device(times: Sequence[Row]) -> list[list[Row]]:
+    """Group the rows by device, PyTorch, Triton and dtype, in the order of the files; of equal rows the last counts."""
+    groups: dict[tuple, dict[tuple, Row]] = {}
+    for row in times:
+        setting = row.device, row.torch, row.triton, row.dtype
+        groups.setdefault(setting, {})[(*_place(row), row.layout, row.provider)] = row
+    return [list(group.values()) for group in groups.values()]
+
+
+def _place(row: Row) -> tuple:
+    """Name what providers are compared on: the op, the shape and the data."""
+    return row.op, *row.shape, row.asked_fraction
+
+
+def heading(group: Sequence[Row]) -> str:
+    first, commits = group[0], ", ".join(sorted({row.commit for row in group}))
+    versions = f"PyTorch {first.torch}, Triton {first.triton or 'absent'}"
+    return f"{first.device}, {first.dtype}, {versions}, commit {commits}"
+
+
+def other_evidence(results: Results) -> list[str]:
+    """Lay out accuracy and machine code, where the files hold them."""
+    parts = [f"### Accuracy\n\n{evidence.accuracy(content)}" for content in results.validations]
+    if results.compiled:
+        tables = evidence.machine_code(results.compiled, json.loads(BUDGETS.read_text()))
+        parts.append(f"### Machine code, without a GPU\n\n{tables}")
+    return parts
+
+
+def report(results: Results) -> str:
+    """Lay out every row of every device, losses and wins alike."""
+    parts = ["# Benchmarks", f"{NOTE} TFLOP/s count the op's definition, whoever runs it."]
+    for group in by_device(results.times):
+        lines = [[_cell(getattr(row, name)) for name in ALL_COLUMNS] for row in group]
+        parts += [f"## {heading(group)}", markdown([*ALL_COLUMNS.values()], lines)]
+    return "\n\n".join([*parts, *other_evidence(results)]) + "\n"
+
+
+def summary(group: Sequence[Row]) -> str:
+    """Lay out one line for each op and shape: ours beside eager PyTorch and the reference."""
+    places: dict[tuple, dict[str, Row]] = {}
+    for row in group:
+        if row.layout != CONTIGUOUS:
+            places.setdefault(_place(row), {})[row.provider] = row
+    lines = [_summary_line(found, name) for found in places.values() for name in OURS if name in found]
+    return f"**{heading(group)}**\n\n{markdown(SUMMARY_HEAD, lines)}\n\n{NOTE}"
+
+
+def _summary_line(found: dict[str, Row], name: str) -> list[str]:
+    mine = found[name]
+    peers = [found.get(peer) for peer in ("eager", "reference")]
+    times = [peer.p50_ms if peer else None for peer in peers]
+    memory = [peer.peak_mib if peer else None for peer in peers]
+    cells = [mine.op, mine.shape, name, mine.p50_ms, mine.ratio_to_sdpa, *times]
+    return [_cell(cell) for cell in (*cells, mine.peak_mib, *memory, mine.unique_fraction)]
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and value < 1000
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return "-" if value is None else str(value)
 
 
 def replace_section(readme: Path, text: str) -> None:
     before = readme.read_text()
     if BEGIN not in before or END not in before:
         raise ValueError(f"{readme}: expected the markers {BEGIN} and {END}, got a file without them")
-    section = f"{BEGIN}\n{text}\n{END}"
+    pattern, section = f"{re.escape(BEGIN)}.*?{re.escape(END)}", f"{BEGIN}\n{text}\n{END}"
     with replacing(readme) as unfinished:
-        unfinished.write_text(
-            re.sub(
-                f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: section, before, count=1, flags=re.DOTALL
-            )
-        )
+        unfinished.write_text(re.sub(pattern, lambda _: section, before, count=1, flags=re.DOTALL))
 
 
-def plot(rows: list[Row], file: Path) -> None:
-    """Time and peak memory against tokens for Q-Align in one call, one row of panels for each device."""
+def plot(times: Sequence[Row], file: Path) -> None:
+    """Draw time and peak memory of Q-Align in one call against tokens, one row of panels for each device."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = by_device(rows)
+    groups = by_device(times)
     figure, panels = pyplot.subplots(len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False)
     for (time_panel, memory_panel), group in zip(panels, groups):
-        by_chance = [row for row in group if row["op"] == PLOTTED_OP and row.get("asked_fraction") is None]
-        chosen = [
-            row
-            for row in by_chance
-            if (row["shape"][0], row["shape"][1], row["shape"][3]) == PLOTTED_HEADS
-            and row.get("layout") != CONTIGUOUS
-        ]
-        for provider in dict.fromkeys(row["provider"] for row in chosen):
-            own = sorted(
-                (row for row in chosen if row["provider"] == provider), key=lambda row: row["shape"][2]
-            )
-            tokens = [row["shape"][2] for row in own]
-            style = {
-                "marker": "o",
-                "linewidth": 2.5 if provider in OURS else 1.2,
-                "linestyle": "--" if provider.startswith(SDPA) else "-",
-            }
-            time_panel.plot(tokens, [row["p50_ms"] for row in own], label=provider, **style)
-            measured = [(n, row["peak_mib"]) for n, row in zip(tokens, own) if row["peak_mib"] is not None]
-            if measured:
-                memory_panel.plot(*zip(*measured), label=provider, **style)
-        ticks = sorted({row["shape"][2] for row in chosen})
+        shown = sorted((row for row in group if _is_plotted(row)), key=lambda row: row.shape[2])
+        for provider in dict.fromkeys(row.provider for row in group if _is_plotted(row)):
+            own = [row for row in shown if row.provider == provider]
+            _draw(time_panel, provider, [(row.shape[2], row.p50_ms) for row in own])
+            measured = [(row.shape[2], row.peak_mib) for row in own if row.peak_mib is not None]
+            _draw(memory_panel, provider, measured)
+        ticks = sorted({row.shape[2] for row in shown})
         _label(time_panel, heading(group), "ms per call", ticks)
         _label(memory_panel, f"{PLOTTED_OP}, [1, 8, N, 40]", "peak MiB beyond the inputs", ticks)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def _is_plotted(row: Row) -> bool:
+    batch, heads, _, head_dim = row.shape
+    on_random_data = row.op == PLOTTED_OP and row.asked_fraction is None
+    return on_random_data and (batch, heads, head_dim) == PLOTTED_HEADS and row.layout != CONTIGUOUS
+
+
+def _draw(panel: Any, provider: str, points: Sequence[tuple[int, float]]) -> None:
+    if points:
+        width, dashes = 2.5 if provider in OURS else 1.2, "--" if provider.startswith(SDPA) else "-"
+        panel.plot(*zip(*points), label=provider, marker="o", linewidth=width, linestyle=dashes)
 
 
 def _label(panel: Any, title: str, axis: str, ticks: list[int]) -> None:

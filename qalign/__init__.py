@@ -14,71 +14,40 @@ import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .context.layer_call import Site, take
-    from .context.layout import BatchLayout
-    from .context.regions import Regions
-    from .methods import (
-        BoundedAttention,
-        ConsiStory,
-        CrossImage,
-        CtrlX,
-        DreamMatcher,
-        Editing,
-        EyeForAnEye,
-        FreeCustom,
-        MasaCtrl,
-        QAlign,
-        ReferenceOnly,
-        SeAl,
-        StoryDiffusion,
-        StyleAligned,
-        StyleID,
-        VisualStylePrompting,
-        ZStar,
-    )
-    from .methods.attention_distillation import AttentionDistillation
-    from .pipelines import (
-        AppearanceTransferOutput,
-        AppearanceTransferPipeline,
-        AppearanceTransferXLPipeline,
-        AttentionDistillationOutput,
-        AttentionDistillationPipeline,
-        AttentionDistillationXLPipeline,
-        BoundedAttentionOutput,
-        BoundedAttentionPipeline,
-        BoundedAttentionXLPipeline,
-    )
-    from .processors import CrossImageAttnProcessor, QAlignAttnProcessor, UNetAttnProcessor
-    from .processors.attach import Control, attach
-    from .processors.feature_bank import FeatureBank
-    from .sampling.bounded_guidance import BoundedGuidance
-    from .sampling.decoder_tuning import tuned_decoder
+from .methods import _names
 
-# imported when asked for: the pipelines bring diffusers, and the command line answers --help without torch
+if TYPE_CHECKING:
+    from .context.layer_call import Site as Site
+    from .context.layer_call import take as take
+    from .context.layout import BatchLayout as BatchLayout
+    from .context.regions import Regions as Regions
+    from .methods import Editing as Editing
+    from .methods._classes import *  # noqa: F403
+    from .methods.attention_distillation import AttentionDistillation as AttentionDistillation
+    from .pipelines import AppearanceTransferOutput as AppearanceTransferOutput
+    from .pipelines import AppearanceTransferPipeline as AppearanceTransferPipeline
+    from .pipelines import AppearanceTransferXLPipeline as AppearanceTransferXLPipeline
+    from .pipelines import AttentionDistillationOutput as AttentionDistillationOutput
+    from .pipelines import AttentionDistillationPipeline as AttentionDistillationPipeline
+    from .pipelines import AttentionDistillationXLPipeline as AttentionDistillationXLPipeline
+    from .pipelines import BoundedAttentionOutput as BoundedAttentionOutput
+    from .pipelines import BoundedAttentionPipeline as BoundedAttentionPipeline
+    from .pipelines import BoundedAttentionXLPipeline as BoundedAttentionXLPipeline
+    from .processors import CrossImageAttnProcessor as CrossImageAttnProcessor
+    from .processors import QAlignAttnProcessor as QAlignAttnProcessor
+    from .processors import UNetAttnProcessor as UNetAttnProcessor
+    from .processors.attach import Control as Control
+    from .processors.attach import attach as attach
+    from .processors.feature_bank import FeatureBank as FeatureBank
+    from .sampling.bounded_guidance import BoundedGuidance as BoundedGuidance
+    from .sampling.decoder_tuning import tuned_decoder as tuned_decoder
+
+# Each name is imported when it is used: pipelines import diffusers, and `--help` needs no torch.
 _HOMES = {
     "context.layer_call": ("Site", "take"),
     "context.layout": ("BatchLayout",),
     "context.regions": ("Regions",),
-    "methods": (
-        "BoundedAttention",
-        "ConsiStory",
-        "CrossImage",
-        "CtrlX",
-        "DreamMatcher",
-        "Editing",
-        "EyeForAnEye",
-        "FreeCustom",
-        "MasaCtrl",
-        "QAlign",
-        "ReferenceOnly",
-        "SeAl",
-        "StoryDiffusion",
-        "StyleAligned",
-        "StyleID",
-        "VisualStylePrompting",
-        "ZStar",
-    ),
+    "methods": ("Editing", *_names.MODULES),
     "methods.attention_distillation": ("AttentionDistillation",),
     "pipelines": (
         "AppearanceTransferOutput",
@@ -98,57 +67,19 @@ _HOMES = {
     "sampling.decoder_tuning": ("tuned_decoder",),
 }
 
-__all__ = [
-    "AppearanceTransferOutput",
-    "AppearanceTransferPipeline",
-    "AppearanceTransferXLPipeline",
-    "AttentionDistillation",
-    "AttentionDistillationOutput",
-    "AttentionDistillationPipeline",
-    "AttentionDistillationXLPipeline",
-    "BatchLayout",
-    "BoundedAttention",
-    "BoundedAttentionOutput",
-    "BoundedAttentionPipeline",
-    "BoundedAttentionXLPipeline",
-    "BoundedGuidance",
-    "ConsiStory",
-    "Control",
-    "CrossImage",
-    "CrossImageAttnProcessor",
-    "CtrlX",
-    "DreamMatcher",
-    "Editing",
-    "EyeForAnEye",
-    "FeatureBank",
-    "FreeCustom",
-    "MasaCtrl",
-    "QAlign",
-    "QAlignAttnProcessor",
-    "ReferenceOnly",
-    "Regions",
-    "SeAl",
-    "Site",
-    "StoryDiffusion",
-    "StyleAligned",
-    "StyleID",
-    "UNetAttnProcessor",
-    "VisualStylePrompting",
-    "ZStar",
-    "attach",
-    "take",
-    "tuned_decoder",
-]
+_NAMES = sorted(name for names in _HOMES.values() for name in names)
+if not TYPE_CHECKING:
+    __all__ = _NAMES
 
 
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-    near = difflib.get_close_matches(name, __all__, cutoff=0.5)
+    near = difflib.get_close_matches(name, _NAMES, cutoff=0.5)
     advice = f"near names: {', '.join(near)}" if near else f"dir({__name__}) lists all names"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r} ({advice})", name=name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_NAMES})

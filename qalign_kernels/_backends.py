@@ -10,7 +10,6 @@ import importlib
 import importlib.metadata
 import logging
 import os
-import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _contracts
+from ._triton._configs import version_numbers
 
 BACKENDS = ("auto", "triton", "tiled", "reference")
 TRITON_OLDEST = (3, 6)  # 3.5 does not compile 26 of the kernels
@@ -64,11 +64,6 @@ def requested(backend: str | None) -> str:
 def interpreted() -> bool:
     """Whether Triton runs its kernels on CPU tensors (TRITON_INTERPRET=1, set before Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """(3, 7) for "3.7.1" or "3.7.0+git1234": the two numbers that name a minor version."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 @functools.cache

@@ -1,18 +1,18 @@
 """Q-Align's three steps in one call: align queries, rearrange keys and values, refine by attention."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _ambient, _backends, _contracts, _library
+from ._choices import REFINEMENTS
 from .attention import Guide, Segment, attention, guided_attention
 from .rearrange import match_counts, take_batch_rows, take_rows
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
-from .tiled import qalign_attention as tiled
-
-REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
+from .topk_attention import topk_attention
+from .unit_features import alignment_features
 
 
 @_ambient.public
@@ -92,25 +92,24 @@ def qalign_attention(
             own_key=own_key, topk=topk, strength=strength, scale=query.shape[3] ** -0.5 if scale is None else scale, contrast=contrast,
             query_labels=query_labels, ref_labels=ref_labels, batch_index=batch_index,
         )  # fmt: skip
-    asking = query if match_query is None else match_query
+    alignment_query = query if match_query is None else match_query
     refine: dict[str, Any] = {"scale": scale, "contrast": contrast, "backend": backend}
     reference = Segment(ref_key, ref_value, labels=ref_labels, batch_index=batch_index)
     if refinement == "guided":
-        guide = Guide(*_features(asking, ref_query, similarity, backend), strength)
+        guide = Guide(*alignment_features(alignment_query, ref_query, similarity, backend), strength)
         return guided_attention(query, reference, guide, query_labels=query_labels, **refine)
     if refinement == "soft":
-        return _soft(query, asking, ref_query, reference, similarity, strength, query_labels, refine)
+        return _soft(query, alignment_query, ref_query, reference, similarity, strength, query_labels, refine)
 
     if refinement == "rearranged":
         scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-        arguments = (
-            query, asking.detach(), ref_query.detach(), ref_key, ref_value, similarity, heads, scale, float(contrast), query_labels, ref_labels,
-            batch_index,
+        call = _Rearranged(
+            query, alignment_query.detach(), ref_query.detach(), ref_key, ref_value,
+            similarity, heads, scale, float(contrast), query_labels, ref_labels, batch_index,
         )  # fmt: skip
-        differentiable = _library.wants_gradient(query, ref_key, ref_value)
-        return (_rearranged if differentiable else _rearranged_attention_op)(
-            *arguments, _backends.requested(backend)
-        )
+        if _library.wants_gradient(query, ref_key, ref_value):
+            return _match_count_attend(call, _backends.requested(backend))
+        return _rearranged_attention_op(*call, _backends.requested(backend))
     matching: dict[str, Any] = {
         "similarity": similarity,
         "heads": heads,
@@ -119,12 +118,16 @@ def qalign_attention(
         "batch_index": batch_index,
     }
     if refinement == "topk":
-        index, score = similarity_topk(asking.detach(), ref_query.detach(), topk, **matching, backend=backend)
+        index, score = similarity_topk(
+            alignment_query.detach(), ref_query.detach(), topk, **matching, backend=backend
+        )
         return _unmatchable_to_nan(
             topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine),
             score.select(-1, 0),
         )
-    index, score = similarity_argmax(asking.detach(), ref_query.detach(), **matching, backend=backend)
+    index, score = similarity_argmax(
+        alignment_query.detach(), ref_query.detach(), **matching, backend=backend
+    )
     if refinement == "warped_output":
         own = take_batch_rows(ref_query, batch_index)
         output = attention(own, reference, scale=scale, query_labels=ref_labels, backend=backend)
@@ -136,62 +139,51 @@ def qalign_attention(
     return attention(query, Segment(own_key, value, counts=(index >= 0).int()), **refine)
 
 
-def _rearranged(
-    query,
-    asking,
-    ref_query,
-    ref_key,
-    ref_value,
-    similarity,
-    heads,
-    scale,
-    contrast,
-    query_labels,
-    ref_labels,
-    batch_index,
-    backend,
-) -> Tensor:
-    """Match, count, attend: differentiable, one op each."""
+class _Rearranged(NamedTuple):
+    """What the "rearranged" refinement takes, in the order of the op's schema."""
+
+    query: Tensor
+    alignment_query: Tensor
+    ref_query: Tensor
+    ref_key: Tensor
+    ref_value: Tensor
+    similarity: str
+    heads: str
+    scale: float
+    contrast: float
+    query_labels: Tensor | None
+    ref_labels: Tensor | None
+    batch_index: Tensor | None
+
+
+def _match_count_attend(call: _Rearranged, backend: str) -> Tensor:
+    """Compute the "rearranged" refinement from three differentiable ops."""
+    labels = {"query_labels": call.query_labels, "reference_labels": call.ref_labels}
     index, score = similarity_argmax(
-        asking, ref_query, similarity=similarity, heads=heads, query_labels=query_labels, reference_labels=ref_labels,
-        batch_index=batch_index, backend=backend,
-    )  # fmt: skip
-    counts = match_counts(index, ref_key.shape[2], backend=backend)
-    segment = Segment(ref_key, ref_value, counts=counts, labels=ref_labels, batch_index=batch_index)
+        call.alignment_query,
+        call.ref_query,
+        similarity=call.similarity,
+        heads=call.heads,
+        **labels,
+        batch_index=call.batch_index,
+        backend=backend,
+    )
+    segment = Segment(
+        call.ref_key,
+        call.ref_value,
+        counts=match_counts(index, call.ref_key.shape[2], backend=backend),
+        labels=call.ref_labels,
+        batch_index=call.batch_index,
+    )
     output = attention(
-        query, segment, scale=scale, contrast=contrast, query_labels=query_labels, backend=backend
+        call.query,
+        segment,
+        scale=call.scale,
+        contrast=call.contrast,
+        query_labels=call.query_labels,
+        backend=backend,
     )
     return _unmatchable_to_nan(output, score)
-
-
-def topk_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: Tensor,
-    *,
-    scale: float | None = None,
-    contrast: float = 1.0,
-    batch_index: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Attention of each query over its own k gathered keys: the topk reading of `qalign_attention`.
-
-    output_i = Σ_t w_it v_{index_it}, w_i = softmax_t(scale · q_i·k_{index_it}), contrasted as in `attention` with N = k; index -1 is absent.
-
-    Shapes: query [B, H, N_q, D], key [B_r, H, N_k, D], value [B_r, H, N_k, D_v], index int32 [B, 1 or H, N_q, k]. Memory O(N k).
-    """
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    backend = _backends.requested(backend)
-    if backend == "reference":
-        module = _backends.implementation("reference", "qalign_attention")
-        return module.topk_attention(
-            query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
-        )
-    if _library.wants_gradient(query, key, value):
-        _backends.require_gradient("topk_attention", backend, query, (query.shape[3], value.shape[3]))
-        backend = "tiled"
-    return _topk_attention_op(query, key, value, index, scale, contrast, batch_index, backend)
 
 
 def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
@@ -202,25 +194,9 @@ def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
     )
 
 
-def _features(
-    query: Tensor, ref_query: Tensor, similarity: str, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """The tensors whose per-head dot product is the similarity, in the input dtype."""
-    if similarity == "dot":
-        return query, ref_query
-    if _library.wants_gradient(query, ref_query):
-        return unit(query), unit(ref_query)
-    return _unit_features_op(query, ref_query, _backends.requested(backend))
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / max(|x|, 1e-12) along the last axis, computed in float32 (float64 for float64) and rounded to the input dtype."""
-    return torch.nn.functional.normalize(x.to(_library.accumulate_dtype(x)), dim=-1, eps=1e-12).to(x.dtype)
-
-
 def _soft(
     query: Tensor,
-    asking: Tensor,
+    alignment_query: Tensor,
     ref_query: Tensor,
     reference: Segment,
     similarity: str,
@@ -228,7 +204,7 @@ def _soft(
     query_labels: Tensor | None,
     refine: dict[str, Any],
 ) -> Tensor:
-    features, ref_features = _features(asking, ref_query, similarity, refine["backend"])
+    features, ref_features = alignment_features(alignment_query, ref_query, similarity, refine["backend"])
     key, value = (
         attention(
             features,
@@ -312,128 +288,35 @@ def _check_refinement(
             _contracts.check_sizes(name, tensor, batch=batch, heads=heads, tokens=tokens, head_dim=head_dim)
 
 
-def _rearranged_attention_implementation(
-    query,
-    asking,
-    ref_query,
-    ref_key,
-    ref_value,
-    similarity,
-    heads,
-    scale,
-    contrast,
-    query_labels,
-    ref_labels,
-    batch_index,
-    backend,
-):
-    chosen = _backends.select("qalign_attention", backend, query, (query.shape[3], ref_value.shape[3]))
-    settings = {
-        "scale": scale,
-        "contrast": contrast,
-        "query_labels": query_labels,
-        "ref_labels": ref_labels,
-        "batch_index": batch_index,
-    }
-    if chosen == "triton":
-        module = _backends.implementation("triton", "qalign_attention")
-        return module.rearranged_attention(
-            query, asking, ref_query, ref_key, ref_value, similarity, heads == "joint", **settings
-        )
-    return _rearranged(
-        query, asking, ref_query, ref_key, ref_value, similarity, heads, **settings, backend=chosen
+def _rearranged_attention_implementation(*arguments) -> Tensor:
+    *inputs, backend = arguments
+    call = _Rearranged(*inputs)
+    head_dims = (call.query.shape[3], call.ref_value.shape[3])
+    chosen = _backends.select("qalign_attention", backend, call.query, head_dims)
+    if chosen == "tiled":
+        return _match_count_attend(call, chosen)
+    return _backends.implementation("triton", "qalign_attention").rearranged_attention(
+        *call[:6],
+        call.heads == "joint",
+        scale=call.scale,
+        contrast=call.contrast,
+        query_labels=call.query_labels,
+        ref_labels=call.ref_labels,
+        batch_index=call.batch_index,
     )
 
 
-def _rearranged_attention_fake(
-    query,
-    asking,
-    ref_query,
-    ref_key,
-    ref_value,
-    similarity,
-    heads,
-    scale,
-    contrast,
-    query_labels,
-    ref_labels,
-    batch_index,
-    backend,
-):
-    return query.new_empty((*query.shape[:3], ref_value.shape[3]))
+def _rearranged_attention_fake(*arguments) -> Tensor:
+    *inputs, _ = arguments
+    call = _Rearranged(*inputs)
+    return call.query.new_empty((*call.query.shape[:3], call.ref_value.shape[3]))
 
 
 _rearranged_attention_op = _library.register(
     "rearranged_attention",
-    "(Tensor query, Tensor asking, Tensor ref_query, Tensor ref_key, Tensor ref_value, str similarity, str heads, float scale, float contrast, "
-    "Tensor? query_labels, Tensor? ref_labels, Tensor? batch_index, str backend) -> Tensor",
+    "(Tensor query, Tensor alignment_query, Tensor ref_query, Tensor ref_key, Tensor ref_value, "
+    "str similarity, str heads, float scale, float contrast, Tensor? query_labels, Tensor? ref_labels, "
+    "Tensor? batch_index, str backend) -> Tensor",
     _rearranged_attention_implementation,
     _rearranged_attention_fake,
-)
-
-
-def _unit_features_implementation(query, ref_query, backend):
-    chosen = _backends.select("qalign_attention", backend, query, (query.shape[3],))
-    if chosen == "triton":
-        return _backends.implementation("triton", "qalign_attention").unit_features(query, ref_query)
-    return unit(query).contiguous(), unit(ref_query).contiguous()
-
-
-def _unit_features_fake(query, ref_query, backend):
-    return query.new_empty(query.shape), ref_query.new_empty(ref_query.shape)
-
-
-_unit_features_op = _library.register(
-    "unit_features",
-    "(Tensor query, Tensor ref_query, str backend) -> (Tensor, Tensor)",
-    _unit_features_implementation,
-    _unit_features_fake,
-)
-
-
-def _topk_attention_implementation(query, key, value, index, scale, contrast, batch_index, backend):
-    dims = (query.shape[3], value.shape[3])
-    chosen = _backends.select("topk_attention", backend, query, dims, max_k=index.shape[3])
-    module = _backends.implementation(chosen, "qalign_attention")
-    return module.topk_attention(
-        query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
-    )
-
-
-def _topk_backward_implementation(grad, query, key, value, index, scale, contrast, batch_index):
-    return tiled.topk_attention_backward(
-        grad, query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
-    )
-
-
-def _topk_attention_fake(query, key, value, index, scale, contrast, batch_index, backend):
-    return query.new_empty((*query.shape[:3], value.shape[3]))
-
-
-def _setup_topk_context(ctx, inputs, output):
-    query, key, value, index, ctx.scale, ctx.contrast, batch_index, _ = inputs
-    ctx.save_for_backward(query, key, value, index, batch_index)
-
-
-def _topk_backward(ctx, grad):
-    *tensors, batch_index = ctx.saved_tensors
-    grads = _topk_backward_op(grad, *tensors, ctx.scale, ctx.contrast, batch_index)
-    return *(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad)), *[None] * 5
-
-
-_topk_backward_op = _library.register(
-    "topk_attention_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, "
-    "Tensor? batch_index) -> (Tensor, Tensor, Tensor)",
-    _topk_backward_implementation,
-    lambda grad, query, key, value, *_: tuple(x.new_empty(x.shape) for x in (query, key, value)),
-    **_library.no_second_derivative("topk_attention", "only backend='reference' has every derivative"),
-)
-_topk_attention_op = _library.register(
-    "topk_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, Tensor? batch_index, str backend) -> Tensor",
-    _topk_attention_implementation,
-    _topk_attention_fake,
-    setup_context=_setup_topk_context,
-    backward=_topk_backward,
 )

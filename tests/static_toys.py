@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.static.cases import Case
 from qalign_kernels._triton._launch import launch
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.stub_driver import missing
+from benchmarks.gpu.stub_driver import missing
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """
 import json, sys
 from pathlib import Path
 import torch
-from benchmarks.stub_driver import stub_driver
+from benchmarks.gpu.stub_driver import stub_driver
 
 sys.path.append("tests")
 with stub_driver(Path(sys.argv[1])) as stub:

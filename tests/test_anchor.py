@@ -49,19 +49,19 @@ def test_equal_boxes_change_nothing() -> None:
     )
 
 
-def test_a_box_of_the_same_height_moves_by_its_bottom_centre() -> None:
+def test_equal_height_box_moves_by_bottom_centre() -> None:
     moved = anchor_align(PICTURE, (2, 1, 6, 8), (3, 4, 9, 11), fill=0.0)  # two right, three down
     expected = torch.zeros_like(PICTURE)
     expected[:, 3:, 2:] = PICTURE[:, :9, :14]
     torch.testing.assert_close(moved, expected, rtol=0, atol=2e-6)
 
 
-def test_a_box_of_twice_the_height_doubles_every_pixel() -> None:
+def test_twice_the_height_doubles_every_pixel() -> None:
     doubled = anchor_align(PICTURE, (0, 0, 16, 12), (0, 0, 32, 24), size=(24, 32), nearest=True)
     assert torch.equal(doubled, PICTURE.repeat_interleave(2, 1).repeat_interleave(2, 2))
 
 
-def test_the_object_gets_the_appearance_s_height_bottom_and_middle() -> None:
+def test_object_takes_the_appearances_height_and_place() -> None:
     mask, other = torch.zeros(40, 40, dtype=torch.bool), torch.zeros(60, 50, dtype=torch.bool)
     mask[10:20, 5:25] = True  # 20 wide, 10 tall
     other[12:42, 20:30] = True  # 10 wide, 30 tall

@@ -12,9 +12,14 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import bounded, cases, distillation, distillation_step, eager, memory, report, speed
-from benchmarks.shapes import CONTIGUOUS, Shape, make_inputs
-from benchmarks.static import BUDGETS
+from benchmarks import report
+from benchmarks.quality import bounded, distillation, distillation_step
+from benchmarks.speed import command as speed
+from benchmarks.speed import memory
+from benchmarks.static import cases
+from benchmarks.static.command import BUDGETS
+from benchmarks.suite import eager
+from benchmarks.suite.shapes import CONTIGUOUS, Shape, make_inputs
 from qalign.embedded import scenes
 from qalign_kernels import similarity_argmax
 from qalign_kernels.bench import measure
@@ -24,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 SMALL = Shape("small", 2, 4, 300, 40)
 COLUMNS = [
     "device", "torch", "triton", "op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "saved_mib", "ratio_to_sdpa",
-    "unique_fraction", "host_us", "host_bound", "layout", "commit",
+    "unique_fraction", "host_us", "host_bound", "layout", "commit", "graph_p20_ms", "graph_p50_ms", "graph_p80_ms", "graph_tflops",
+    "ceiling_tflops", "implementation", "output_mib", "asked_fraction", "layers", "gradient_difference",
 ]  # fmt: skip
 
 
@@ -88,7 +94,7 @@ def test_static_compiles_for_the_strides_of_measured_inputs():
     ("op", "head_dim", "count"),
     [("qalign_attention", 40, 2), ("qalign_attention", 64, 1), ("attention", 40, 1)],
 )
-def test_ops_that_fold_heads_are_measured_in_both_layouts(op, head_dim, count):
+def test_head_folding_ops_are_measured_in_both_layouts(op, head_dim, count):
     options = benchmarks_main.parser().parse_args(["speed", "--op", op, "--shape", "sd15", "sdxl"])
     items = speed.choose_items(options, "cuda")
     found = {
@@ -216,7 +222,7 @@ def test_memory_sees_the_scores_that_eager_holds():
     assert 0 < tiled < scores_mib
 
 
-def test_a_distillation_step_saves_its_output_log_sum_exp_and_signs():
+def test_distillation_step_saves_output_lse_and_signs():
     inputs = make_inputs(SMALL, False, torch.float32, "cpu")
     step = next(op for op in OPS if op.name == "distillation_step")
     elements, rows = inputs.query.numel(), inputs.query[..., 0].numel()
@@ -228,20 +234,20 @@ def test_a_distillation_step_saves_its_output_log_sum_exp_and_signs():
     assert peer == (elements * 4 + rows * 4 + elements * 4) / measure.MIB
 
 
-def test_an_optimisation_step_is_that_of_the_plain_pipeline():
+def test_optimisation_step_is_that_of_the_plain_pipeline():
     rows = distillation_step.measure(
         distillation_step.make("embedded", torch.float32, "cpu"), "embedded", "fp32", "cpu", rounds=2
     )
     ours, peer = rows
-    assert (ours["provider"], peer["provider"]) == ("tiled", "eager") and ours["shape"] == peer["shape"] == [
+    assert (ours.provider, peer.provider) == ("tiled", "eager") and ours.shape == peer.shape == [
         1,
         1,
         1024,
         32,
     ]
-    assert len(ours["layers"]) == 6 and 0 < ours["saved_mib"] < peer["saved_mib"]
-    assert ours["gradient_difference"] < 2e-5
-    assert all(row["p50_ms"] > 0 and row["op"] == "optimisation_step embedded" for row in rows)
+    assert len(ours.layers) == 6 and 0 < ours.saved_mib < peer.saved_mib
+    assert ours.gradient_difference < 2e-5
+    assert all(row.p50_ms > 0 and row.op == "optimisation_step embedded" for row in rows)
     assert "optimisation_step embedded" in distillation_step.table(rows)
 
 
@@ -390,9 +396,7 @@ def test_readme_without_markers_is_left_alone(results, tmp_path):
     assert readme.read_text() == "nothing to replace\n"
 
 
-def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings(
-    tmp_path, monkeypatch, capsys
-):
+def test_distillation_resumes_and_refuses_other_settings(tmp_path, monkeypatch, capsys):
     measured = []
 
     def measure(pair, name, **settings):
@@ -432,9 +436,7 @@ def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_set
         distillation.run(parser.parse_args(["--steps", "5", "--json", path]))
 
 
-def test_bounded_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings(
-    tmp_path, monkeypatch, capsys
-):
+def test_bounded_resumes_and_refuses_other_settings(tmp_path, monkeypatch, capsys):
     measured = []
 
     def measure(plan, layout, seed, name, **settings):

@@ -20,13 +20,14 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as benchmarks_line  # noqa: E402
-from benchmarks.method_report import MethodReport  # noqa: E402
+from benchmarks.quality.method_report import MethodReport  # noqa: E402
 from qalign import __main__ as qalign_line  # noqa: E402
 from qalign.commands import _shared  # noqa: E402
 from qalign.embedded import train  # noqa: E402
 from qalign.methods.qalign import QAlign  # noqa: E402
-from qalign_kernels import _command_line, _files, env, validate  # noqa: E402
+from qalign_kernels import _command_line, _files, env  # noqa: E402
 from qalign_kernels._files import Files, replacing  # noqa: E402
+from qalign_kernels.validation import command as validate  # noqa: E402
 from tests.processors import models  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -269,7 +270,7 @@ def test_a_read_only_file_is_refused(folder, monkeypatch):
         _files.check(Files(writes=[("--json", folder / "file")]))
 
 
-def test_a_missing_parent_is_made_by_the_writer_alone(tmp_path):
+def test_only_the_writer_makes_missing_parents(tmp_path):
     path = tmp_path / "one" / "two" / "o.txt"
     _files.check(Files(writes=[("--out", path)], folders=[("--cache", tmp_path / "cache")]))
     assert not list(tmp_path.iterdir())
@@ -418,7 +419,7 @@ def test_the_default_refinement_is_the_library_s():
 
 
 @pytest.mark.parametrize("refinement", _shared.REFINEMENTS)
-def test_a_setting_is_read_exactly_where_the_table_says(refinement):
+def test_settings_are_read_exactly_as_the_table_says(refinement):
     """By its effect on the op, with every other setting at its default."""
     op = importlib.import_module("qalign_kernels.qalign_attention").qalign_attention
     generator = torch.Generator().manual_seed(0)
@@ -511,7 +512,7 @@ def model(tmp_path_factory):
         ("--model {}/sd --steps 5000", "steps: expected fewer inference steps than the 1000"),
     ],
 )
-def test_models_devices_and_steps_are_refused_in_one_line(folder, model, options, message, capsys):
+def test_bad_models_devices_and_steps_give_one_line(folder, model, options, message, capsys):
     assert run(folder, f"{TRANSFER} --out {{}}/o.png {options.replace('{}', str(model))}") == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (folder / "o.png").exists()
@@ -625,7 +626,7 @@ def test_an_interrupted_validation_keeps_its_rows(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("arguments", ["qalign methods", "qalign_kernels.env"])
-def test_a_closed_pipe_ends_a_command_without_a_word(arguments):
+def test_closed_pipe_ends_a_command_silently(arguments):
     reading, writing = os.pipe()
     os.close(reading)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""Where the modules of `qalign` stand, and which way their imports run."""
+"""Where the modules of `qalign` and `benchmarks` stand, and which way their imports run."""
 
 import ast
 from collections.abc import Iterator
@@ -22,7 +22,19 @@ FLOORS = (  # each imports itself and those after it, and nothing else of the re
     "_checks",
     "qalign_kernels",
 )
-SHARED_BY_COMMANDS = ("__init__", "_shared", "_distillation")
+ROOMS_OF_BENCHMARKS = (  # each imports itself, those after it, `qalign` and `qalign_kernels`
+    "__main__",
+    "report",
+    "gpu",
+    "quality",
+    "tune",
+    "static",
+    "speed",
+    "suite",
+    "__init__",
+)
+OTHER_FILES = dict.fromkeys(("benchmarks/static/two.py", "tests/three.py"), "")
+SHARED_BY_COMMANDS = ("__init__", "_shared", "_distillation", "_leakage_tables")
 
 
 def imports(file: Path, root: Path) -> Iterator[Path]:
@@ -51,8 +63,9 @@ def _file(root: Path, name: tuple[str, ...]) -> Path | None:
 
 
 def wrong_arrows(root: Path) -> list[str]:
-    """The imports of `qalign` and `qalign_kernels` that run the wrong way, both files named."""
-    files = sorted([*(root / "qalign").rglob("*.py"), *(root / "qalign_kernels").rglob("*.py")])
+    """The imports of the three packages that run the wrong way, both files named."""
+    packages = ("benchmarks", "qalign", "qalign_kernels")
+    files = sorted(file for package in packages for file in (root / package).rglob("*.py"))
     arrows = [
         (file.relative_to(root), imported.relative_to(root))
         for file in files
@@ -64,15 +77,21 @@ def wrong_arrows(root: Path) -> list[str]:
 
 def _is_wrong(file: Path, imported: Path) -> bool:
     here, there = _floor(file), _floor(imported)
+    if file.parts[0] == "benchmarks":
+        if imported.parts[0] == "benchmarks":
+            return there not in ROOMS_OF_BENCHMARKS[ROOMS_OF_BENCHMARKS.index(here) :]
+        return imported.parts[0] not in ("qalign", "qalign_kernels")
+    if imported.parts[0] == "benchmarks":
+        return True
     if here == there == "commands":
         return imported.stem not in SHARED_BY_COMMANDS
     return there not in FLOORS[FLOORS.index(here) :]
 
 
 def _floor(file: Path) -> str:
-    """The folder or the module of `qalign` that a file belongs to; of others, the top folder."""
+    """The folder or the module of its package that a file belongs to; of `qalign_kernels`, the package."""
     parts = file.with_suffix("").parts
-    return parts[1] if parts[0] == "qalign" else parts[0]
+    return parts[1] if parts[0] in ("benchmarks", "qalign") else parts[0]
 
 
 def test_imports_run_down_the_floors():
@@ -86,6 +105,14 @@ def test_folders_of_qalign_are_the_floors():
     assert folders | modules == {*FLOORS} - {"qalign_kernels"}
 
 
+def test_rooms_of_benchmarks_are_seven():
+    package = ROOT / "benchmarks"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    modules = {path.stem for path in package.glob("*.py")}
+    assert folders | modules == {*ROOMS_OF_BENCHMARKS}
+    assert len((folders | modules) - {"__init__", "__main__"}) == 7
+
+
 @pytest.mark.parametrize(
     ("file", "line", "imported"),
     [
@@ -97,12 +124,30 @@ def test_folders_of_qalign_are_the_floors():
         ("qalign/_checks.py", "from .context import layout", "qalign/context/layout.py"),
         ("qalign/sampling/one.py", "from benchmarks import speed", "benchmarks/speed.py"),
         ("qalign_kernels/one.py", "from qalign.context import layout", "qalign/context/layout.py"),
+        ("benchmarks/suite/one.py", "from ..static import two", "benchmarks/static/two.py"),
+        ("benchmarks/report.py", "from tests import three", "tests/three.py"),
     ],
-    ids=["top", "function", "dotted", "package", "command", "leaf", "benchmarks", "kernels"],
+    ids=[
+        "top",
+        "function",
+        "dotted",
+        "package",
+        "command",
+        "leaf",
+        "benchmarks",
+        "kernels",
+        "rooms",
+        "tests",
+    ],
 )
 def test_a_wrong_import_is_found_with_both_files(file, line, imported, tmp_path):
     empty = ("sampling/two.py", "commands/three.py", "context/layout.py", "__init__.py")
-    texts = {**{f"qalign/{name}": "" for name in empty}, "benchmarks/speed.py": "", file: line + "\n"}
+    texts = {
+        **{f"qalign/{name}": "" for name in empty},
+        "benchmarks/speed.py": "",
+        **OTHER_FILES,
+        file: line + "\n",
+    }
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)

@@ -14,32 +14,24 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import candidates, evidence, providers, shapes, trials, tune
-from benchmarks.gpu import (
-    arguments,
-    command,
-    first_report,
-    forks,
-    measure,
-    must_show,
-    plan,
-    publishing,
-    report,
-    right,
-    sanitizer,
-    validation,
-    worker,
-)
-from benchmarks.gpu.joint_calls import JOINT_CALLS
-from benchmarks.gpu.journal import Journal
-from benchmarks.gpu.kernels import kernels, sdpa_implementation
+from benchmarks.gpu import command, first_report, must_show, plan, report
 from benchmarks.gpu.must_show import DEFAULT, EAGER, FASTEST, OURS, Bar, Line
 from benchmarks.gpu.plan import Group
-from benchmarks.gpu.stages import Outcome, Stage
-from benchmarks.shapes import Shape
-from qalign_kernels import _backends, validate
+from benchmarks.gpu.running import arguments, forks, publishing
+from benchmarks.gpu.running.journal import Journal
+from benchmarks.gpu.running.sequence import Outcome, Stage
+from benchmarks.gpu.stages import gluon_joint, measure, right, sanitizer, validation, worker
+from benchmarks.gpu.stages.joint_calls import JOINT_CALLS
+from benchmarks.gpu.stages.kernels import kernels, sdpa_implementation
+from benchmarks.suite import providers, rows, shapes
+from benchmarks.suite.rows import Row
+from benchmarks.suite.shapes import Shape
+from benchmarks.tune import candidates, trials
+from benchmarks.tune import command as tune
+from qalign_kernels import _backends
 from qalign_kernels._triton import _configs
 from qalign_kernels.bench import ops
+from qalign_kernels.validation import command as validate
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape("small", 1, 2, 300, 40)
@@ -58,7 +50,7 @@ def _alive(pid: int) -> bool:
     return state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_stages_that_fail_overrun_or_hang_do_not_stop_the_rest(tmp_path, capsys):
+def test_failing_or_hanging_stages_stop_nothing_else(tmp_path, capsys):
     pid_file = tmp_path / "pid"
     stages = [
         _stage("fails", FAILS, least_seconds=60),
@@ -167,21 +159,21 @@ def test_first_contact_fits_in_300_seconds(tmp_path):
     )
     assert command.FIRST_SECONDS < 300
     for stage in (*stages, *command.stages(tmp_path)):
-        assert (ROOT / "benchmarks" / "gpu" / f"{stage.command[3]}.py").is_file()
+        assert (ROOT / "benchmarks" / "gpu" / "stages" / f"{stage.command[3]}.py").is_file()
 
 
 def test_both_commands_together_write_eight_files():
     assert len({*command.FIRST.files, *command.WHOLE.files}) == 8
 
 
-def test_what_is_published_is_whole_and_follows_the_work(tmp_path):
+def test_published_files_are_whole_and_follow_progress(tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"
     (work / "logs").mkdir(parents=True)
     with publishing.Publisher(work, out, command.WHOLE) as publisher:
         publisher.show()
         assert not list(out.iterdir())
         arguments.write(work, "environment", device="Toy")
-        arguments.write_json(work / "speed.json", [1])
+        rows.write(work / "speed.json", [1])
         (work / "logs" / "speed.log").write_text("hello")
         publisher.show()
         assert json.loads((out / "run.json").read_text())["environment"]["device"] == "Toy"
@@ -189,43 +181,40 @@ def test_what_is_published_is_whole_and_follows_the_work(tmp_path):
     with tarfile.open(out / "logs.tar.gz") as archive:
         assert archive.extractfile("logs/speed.log").read() == b"hello"
     assert {file.name for file in out.iterdir()} == {"run.json", "speed.json", "logs.tar.gz"}
-    assert evidence.is_stage(json.loads((out / "run.json").read_text()))
+    assert rows.kind_of(json.loads((out / "run.json").read_text())) == rows.STAGE
 
 
 # -- verdicts
 
 
-def _row(op: str, provider: str, ms: float, graph_ms: float | None = None, **more: object) -> dict:
-    row = {
-        "op": op,
-        "provider": provider,
-        "shape": SMALL.size,
-        "asked_fraction": 0.55,
-        "unique_fraction": 0.5,
-        "p50_ms": ms,
-    }
-    row |= {
-        "layout": "processor",
-        "ceiling_tflops": 400.0,
-        "implementation": None,
-        "host_bound": False,
-        "host_us": 5.0,
-    }
-    row |= {
-        "graph_p50_ms": graph_ms,
-        "tflops": 100 / ms,
-        "graph_tflops": graph_ms and 100 / graph_ms,
-        "peak_mib": None,
-        "output_mib": None,
-    }
-    return row | more
+def _row(op: str, provider: str, ms: float, graph_ms: float | None = None, **more: object) -> Row:
+    return Row(
+        device="Toy",
+        torch="2",
+        triton="3",
+        op=op,
+        shape=SMALL.size,
+        dtype="bf16",
+        provider=provider,
+        p20_ms=ms,
+        p50_ms=ms,
+        p80_ms=ms,
+        tflops=100 / ms,
+        unique_fraction=0.5,
+        host_us=5.0,
+        layout="processor",
+        graph_p50_ms=graph_ms,
+        graph_tflops=graph_ms and 100 / graph_ms,
+        ceiling_tflops=400.0,
+        asked_fraction=0.55,
+    )._replace(**more)
 
 
 def _line(measure: str, must: Bar, *goals: Bar) -> Line:
     return Line("it", "qalign_attention", SMALL, measure, must, goals)
 
 
-def _judge(line: Line, *rows: dict) -> must_show.Verdict:
+def _judge(line: Line, *rows: Row) -> must_show.Verdict:
     return must_show.judge(line, rows)
 
 
@@ -246,10 +235,10 @@ def test_no_eager_time_stands_for_a_failed_capture():
     ):
         line = _line(measure_name, bar)
         assert _judge(line, mine, sdpa).measured[0] is not None
-        verdict = _judge(line, mine | {"graph_p50_ms": None, "graph_tflops": None}, sdpa)
+        verdict = _judge(line, mine._replace(graph_p50_ms=None, graph_tflops=None), sdpa)
         assert verdict.measured == (None,) and verdict.mode == verdict.text == "not captured"
     line = _line("time ratio", Bar(0.5, DEFAULT))
-    assert _judge(line, mine, sdpa | {"graph_p50_ms": None}).text == "not captured"
+    assert _judge(line, mine, sdpa._replace(graph_p50_ms=None)).text == "not captured"
 
 
 def test_fastest_peer_counts():
@@ -268,21 +257,21 @@ def test_fastest_peer_counts():
     assert _judge(line, rows[0]).text == _judge(line).text == "not measured"
 
 
-def test_rows_of_other_data_or_shapes_do_not_count():
+def test_rows_of_other_calls_do_not_count():
     line = _line("time ratio", Bar(1.0, DEFAULT))
     mine, sdpa = _row("qalign_attention", OURS, 1.0, 1.0), _row("attention", "sdpa", 2.0, 2.0)
     assert _judge(line, mine, sdpa).text == "goal"
-    assert _judge(line, mine | {"layout": "contiguous"}, sdpa).text == "not measured"
-    assert _judge(line, mine | {"asked_fraction": 1.0}, sdpa).text == "not measured"
-    assert _judge(line, mine | {"shape": [2, 2, 300, 40]}, sdpa).text == "not measured"
-    assert _judge(line, mine, sdpa | {"asked_fraction": None}).text == "not measured"
+    assert _judge(line, mine._replace(layout="contiguous"), sdpa).text == "not measured"
+    assert _judge(line, mine._replace(asked_fraction=1.0), sdpa).text == "not measured"
+    assert _judge(line, mine._replace(shape=[2, 2, 300, 40]), sdpa).text == "not measured"
+    assert _judge(line, mine, sdpa._replace(asked_fraction=None)).text == "not measured"
 
 
 def test_share_of_the_ceiling():
     line = _line("ceiling share", Bar(0.5), Bar(0.65))
     mine = _row("qalign_attention", OURS, 1.0, 0.5)
     assert _judge(line, mine).measured == (0.5, 0.5) and _judge(line, mine).text == "must"
-    verdicts = [_judge(line, mine | {"ceiling_tflops": ceiling}).text for ceiling in (300.0, 401.0)]
+    verdicts = [_judge(line, mine._replace(ceiling_tflops=ceiling)).text for ceiling in (300.0, 401.0)]
     assert verdicts == ["goal", "MISSED"]
 
 
@@ -297,7 +286,7 @@ def test_speed_up_and_time_under_a_graph():
     assert _judge(line, _row("qalign_attention", OURS, 0.01)).text == "not captured"
 
 
-def test_memory_beyond_output_and_rows_is_in_units_of_keys_and_values():
+def test_extra_memory_is_in_units_of_keys_values():
     mib = 2**20
     rows, keys_and_values = 2 * 300, 2 * 2 * 2 * 300 * 40
     peak_mib = 0.25 + (1.5 * keys_and_values + must_show.BYTES_PER_ROW * rows) / mib
@@ -316,6 +305,13 @@ def test_must_show_groups_hold_what_the_lines_need():
         visits = groups[line.shape, line.asked_fraction]
         assert (line.op, OURS) in visits
         assert all(visit in visits for bar in (line.must, *line.goals) for visit in bar.against)
+
+
+def test_shapes_of_plans_are_found_by_name():
+    names = {*plan.CORE_SHAPES, *gluon_joint.ATTENTION_SHAPES, *gluon_joint.JOINT_SHAPES}
+    assert all(shapes.shape_named(name).name == name for name in names)
+    with pytest.raises(ValueError, match="^name: expected one of sd15-mid, .*, got sd0$"):
+        shapes.shape_named("sd0")
 
 
 def test_plans_name_ops_and_providers_that_exist():
@@ -355,7 +351,7 @@ def test_first_contact_begins_with_core_ops_in_bfloat16(monkeypatch):
         "bfloat16"
     }
     tiles = [call for call in calls if call.tile]
-    assert ("attention counted softmax", _configs.Tile(128, 128, 8, 3)) in {
+    assert ("attention counted softmax", _configs.Tile(64, 128, 4, 3)) in {
         (call.name, call.tile) for call in tiles
     }
     assert {(call.name, call.dtype) for call in calls if not call.tile} == {
@@ -366,7 +362,7 @@ def test_first_contact_begins_with_core_ops_in_bfloat16(monkeypatch):
 
 
 @pytest.mark.parametrize("name", JOINT_CALLS)
-def test_joint_calls_take_what_is_right_and_see_one_wrong_match(name, device):
+def test_joint_checks_accept_right_and_see_wrong_matches(name, device):
     if problem := _backends.triton_problem():
         pytest.skip(problem)
     call = JOINT_CALLS[name]
@@ -431,9 +427,8 @@ def test_candidates_are_tiles_of_this_table_that_fit():
             key = _configs.Key(row["op"], row["mode"], "sm_90", "3.7", "bfloat16", 4096, head_dim)
             found = candidates.tiles(key)
             assert found and all(_configs.fits(tile, key, 2) for tile in found), (key, found)
-            assert set(found) - {_configs.look_up(key, 2)} <= set(
-                tune.candidate_tiles(key, _configs.look_up(key, 2))
-            )
+            shipped = tune.shipped_tile(key, 2)
+            assert set(found) - {shipped} <= set(tune.candidate_tiles(key, shipped))
 
 
 @pytest.mark.parametrize(
@@ -465,7 +460,7 @@ def _varlen_attention(query, key, value, start_q, start_k, max_q, max_k, *, scal
     return torch.cat(outputs)
 
 
-def test_kernels_are_those_of_one_call_without_the_flush(monkeypatch):
+def test_kernels_of_one_call_exclude_the_flush(monkeypatch):
     Event = namedtuple("Event", "key device_time_total count")
     events = [
         Event("short", 40.0, 20),
@@ -502,14 +497,14 @@ def test_sdpa_is_named_by_what_torch_chooses():
     assert providers.sdpa_implementation("triton", inputs) is None
 
 
-def test_first_report_names_what_is_wrong_and_what_is_missing(tmp_path):
+def test_first_report_names_wrong_and_missing_ops(tmp_path):
     row = {"op": "attention", "shape": [1, 2, 3, 4], "layout": "processor", "dtype": "bfloat16", "tile": None}
-    rows = [row | {"right": True, "same_bits": True}, row | {"error": "illegal address"}]
-    rows += [
+    judged = [row | {"right": True, "same_bits": True}, row | {"error": "illegal address"}]
+    judged += [
         row | {"right": True, "same_bits": False},
         row | {"right": False, "same_bits": True, "tile": [1, 2, 3, 4]},
     ]
-    arguments.write_json(tmp_path / "right.json", rows)
+    rows.write(tmp_path / "right.json", judged)
     text = first_report.text(tmp_path, [Outcome("right", "failed", 3.0, "")])
     assert "1 of 4 calls are right" in text and "bfloat16: illegal address" in text
     assert (
@@ -518,7 +513,7 @@ def test_first_report_names_what_is_wrong_and_what_is_missing(tmp_path):
 
 
 def test_what_json_has_no_word_for_is_null(tmp_path):
-    arguments.write_json(tmp_path / "rows.json", [{"error": float("inf"), "tile": (1, float("nan"))}])
+    rows.write(tmp_path / "rows.json", [{"error": float("inf"), "tile": (1, float("nan"))}])
     assert json.loads((tmp_path / "rows.json").read_text()) == [{"error": None, "tile": [1, None]}]
 
 
@@ -548,7 +543,7 @@ def _supervise(
     return measure.supervise(worker_command, journal, arguments.Clock(seconds), stall_seconds), journal
 
 
-def test_worker_that_dies_is_followed_by_one_that_leaves_out_the_visit(tmp_path):
+def test_next_worker_skips_the_visit_that_killed_one(tmp_path):
     code, journal = _supervise(tmp_path, BUSY, "exit 5")
     assert code == 0
     assert journal.texts("failure") == [f"{BUSY}: ended the process with exit code 5"]
@@ -611,19 +606,14 @@ def test_worker_measures_a_group(on_cpu, tmp_path):
     (tmp_path / "logs").mkdir()
     with torch.no_grad():
         worker.measure_groups([GROUP], where, arguments.Clock(600))
-    rows = {(row["op"], row["provider"]): row for row in json.loads(where.rows.read_text())}
-    assert list(rows) == [visit for visit in GROUP.visits if visit[1] != "fa3"]
-    mine, sdpa = rows["qalign_attention", "tiled"], rows["attention", "sdpa"]
+    found = {(row.op, row.provider): row for row in rows.read(where.rows)[1]}
+    assert list(found) == [visit for visit in GROUP.visits if visit[1] != "fa3"]
+    mine, sdpa = found["qalign_attention", "tiled"], found["attention", "sdpa"]
     assert (
-        abs(mine["unique_fraction"] - 0.35) < 0.02
-        and mine["asked_fraction"] == 0.35
-        and mine["shape"] == SMALL.size
+        abs(mine.unique_fraction - 0.35) < 0.02 and mine.asked_fraction == 0.35 and mine.shape == SMALL.size
     )
-    assert sdpa["ratio_to_sdpa"] == 1.0 and 0 < mine["p20_ms"] <= mine["p50_ms"] <= mine["p80_ms"]
-    assert (
-        mine["output_mib"] == pytest.approx(2 * 300 * 40 * 4 / 2**20, abs=1e-3)
-        and mine["graph_p50_ms"] is None
-    )
+    assert sdpa.ratio_to_sdpa == 1.0 and 0 < mine.p20_ms <= mine.p50_ms <= mine.p80_ms
+    assert mine.output_mib == pytest.approx(2 * 300 * 40 * 4 / 2**20, abs=1e-3) and mine.graph_p50_ms is None
     notes = where.journal.texts("note")
     assert any(
         note.startswith("attention fa3 [1, 2, 300, 40] U/N 0.35: ModuleNotFoundError")
@@ -632,15 +622,14 @@ def test_worker_measures_a_group(on_cpu, tmp_path):
     )
     assert any("no CUDA graph, RuntimeError: no graphs here" in note for note in notes)
     assert where.journal.texts("group") == [GROUP.name] and not where.journal.texts("failure")
-    assert mine["layout"] == "processor" and mine["ceiling_tflops"] > 0 and not mine["host_bound"]
-    text = report.speed_table([list(rows.values())])
-    assert f"| qalign_attention | {SMALL.size} | {mine['unique_fraction']:.3g} | tiled |" in text
+    assert mine.layout == "processor" and mine.ceiling_tflops > 0 and not mine.host_bound
+    text = report.speed_table([list(found.values())])
+    assert f"| qalign_attention | {SMALL.size} | {mine.unique_fraction:.3g} | tiled |" in text
     assert "| not captured |" in text
 
 
-def test_ratios_of_the_speed_table_stay_within_a_run():
-    more = {"p20_ms": 1.0, "p80_ms": 1.0}
-    more["ceiling_tflops"] = 200.0
+def test_speed_table_ratios_stay_within_one_run():
+    more = {"ceiling_tflops": 200.0}
     first = [_row("attention", OURS, 1.0, 1.0, **more), _row("attention", "sdpa", 2.0, 2.0, **more)]
     second = [_row("attention", OURS, 3.0, 3.0, **more)]
     lines = report.speed_table([first, second]).splitlines()[2:]
@@ -663,7 +652,7 @@ def test_worker_shows_no_figure_for_a_failed_check(on_cpu, tmp_path, monkeypatch
     assert journal.texts("failure") == [f"similarity_argmax tiled {SMALL.size} U/N by chance: check failed"]
 
 
-def test_lost_device_ends_the_worker_and_names_the_visit(on_cpu, tmp_path, monkeypatch):
+def test_lost_device_ends_worker_and_names_visit(on_cpu, tmp_path, monkeypatch):
     def lost():
         raise RuntimeError("CUDA error: an illegal memory access")
 
@@ -687,7 +676,7 @@ def test_worker_without_time_measures_nothing(on_cpu, tmp_path):
 # -- validation, sanitizer, rates
 
 
-def test_validation_merges_its_jobs_and_names_what_is_missing(tmp_path, capsys):
+def test_validation_merges_jobs_and_names_missing_ones(tmp_path, capsys):
     row = {
         "op": "attention",
         "backend": "triton",
@@ -709,7 +698,7 @@ def test_validation_merges_its_jobs_and_names_what_is_missing(tmp_path, capsys):
     assert "not ended: float16 attention, ended its process with exit code -11" in said
     assert "not ended: float32 attention, stopped" in said and "3 cases, 0 failed, 2 ops not ended" in said
     assert "not run for want of memory: attention, bfloat16, B=9" in said
-    assert evidence.is_validation(again.content)
+    assert rows.kind_of(again.content) == rows.VALIDATION
     text = report.text(tmp_path, [Outcome("validate", "failed", 0.1, "")])
     assert (
         "Not run for want of memory: attention, bfloat16, B=9." in text
@@ -752,7 +741,7 @@ RATES = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from benchmarks.gpu import instruction_rates as rates
+from benchmarks.gpu.stages import instruction_rates as rates
 names = rates.rate_kernel.arg_names
 types = ["*fp32", "*fp32", "*i64", "i32", "constexpr", "constexpr", "constexpr"]
 for name, mode in rates.MODES.items():
@@ -763,7 +752,7 @@ for name, mode in rates.MODES.items():
 """
 
 
-def test_loops_of_the_rate_kernel_hold_the_chain_and_nothing_else():
+def test_rate_kernel_loops_hold_only_the_chain():
     pytest.importorskip("triton")
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = inherited | {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -780,9 +769,9 @@ def test_loops_of_the_rate_kernel_hold_the_chain_and_nothing_else():
     assert loops["FMNMX and FFMA"]["FMNMX"] == loops["FMNMX and FFMA"]["FFMA"] == chain // 2
 
 
-def test_lanes_per_clock_counts_every_instruction_of_every_warp():
+def test_lanes_per_clock_counts_every_warps_instructions():
     pytest.importorskip("triton")
-    from benchmarks.gpu.instruction_rates import lanes_per_clock
+    from benchmarks.gpu.stages.instruction_rates import lanes_per_clock
 
     instructions = (
         1000 * 16 * 8 * 8 * 2

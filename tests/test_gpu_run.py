@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import command
-from benchmarks.stub_driver import missing
+from benchmarks.gpu.stub_driver import missing
 
 ROOT = Path(__file__).parents[1]
 MOST_FILES, MOST_SECONDS = 8, 300

@@ -9,7 +9,7 @@ from tests.stubbed import run_over_stub
 def rows(tmp_path_factory):
     return run_over_stub(
         """
-        from benchmarks import host
+        from benchmarks.gpu import host
         host.SHAPES = ((1, 2, 64, 16),)
         result = host.measure(["similarity_argmax"], 5, Path(sys.argv[1]))
         """,

@@ -22,7 +22,7 @@ def _shown(axes):
     return torch.tensor(numpy.asarray(axes.images[0].get_array()))
 
 
-def test_label_picture_keeps_the_labels_on_disk_and_gives_each_its_own_colour(tmp_path):
+def test_label_picture_keeps_labels_and_colours_each(tmp_path):
     labels = torch.arange(20).repeat(2, 1)
     images.label_picture(labels).save(tmp_path / "labels.png")
     with Image.open(tmp_path / "labels.png") as read:
@@ -56,7 +56,7 @@ def test_transfer_grid_refuses_rows_that_do_not_match(rows):
         plots.transfer_grid(rows)
 
 
-def test_contact_sheet_names_the_labels_that_occur_and_no_others():
+def test_contact_sheet_names_exactly_the_occurring_labels():
     labels = [torch.full((32, 32), 2), torch.full((32, 32), 0)]
     figure = plots.contact_sheet(
         [_picture(0, 32), _picture(1, 32)], labels, ["one", "two"], names=("sky", "ground", "water")
@@ -69,7 +69,7 @@ def test_contact_sheet_names_the_labels_that_occur_and_no_others():
     )
 
 
-def test_correspondence_lines_end_where_matches_do_in_the_colour_of_their_verdict():
+def test_correspondence_lines_end_at_matches_coloured_by_verdict():
     source, target = (
         torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
         torch.tensor([[7.0, 8.0], [9.0, 10.0], [11.0, 12.0]]),
@@ -106,7 +106,7 @@ def test_correspondence_curves_are_shares_within_a_distance():
     assert list(tolerance.get_xdata()) == [1.5, 1.5]
 
 
-def test_point_heat_maps_are_hot_where_the_map_is():
+def test_point_heat_maps_are_hot_at_the_maximum():
     heat = torch.zeros(1, 6, 8)
     heat[0, 4, 5] = 0.7
     figure = plots.point_heat_maps(
@@ -126,7 +126,7 @@ def test_point_heat_maps_are_hot_where_the_map_is():
     assert saturation[16:20, 20:24].min() > 0.1
 
 
-def test_leakage_by_layer_and_step_draws_each_method_in_each_layer():
+def test_leakage_plot_draws_each_method_and_layer():
     curves = {
         "Cross-Image": {"up.0": [(0, 0.9), (3, 0.8)], "up.1": [(0, 0.7), (3, 0.6)]},
         "Q-Align": {"up.0": [(0, 0.5), (3, 0.4)]},

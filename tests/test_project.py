@@ -155,7 +155,7 @@ def test_every_stem_stands_in_five_places(stem):
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_every_public_op_belongs_to_a_stem_is_documented_and_tested(name):
+def test_every_public_op_is_documented_and_tested(name):
     op = getattr(qalign_kernels, name)
     stem = op.__module__.removeprefix("qalign_kernels.")
     assert stem in STEMS
@@ -166,7 +166,7 @@ def test_every_public_op_belongs_to_a_stem_is_documented_and_tested(name):
             or "As `similarity_argmax`" in op.__doc__
         ), section
     assert f"{name}(" in _read(f"tests/kernels/test_{stem}.py")
-    assert name in _read("qalign_kernels/validate.py")
+    assert name in _read("qalign_kernels/validation/cases.py")
 
 
 def test_version_is_the_same_everywhere(packaging):
@@ -278,7 +278,7 @@ def test_make_demo_says_how_to_go_on(bare_copy, elsewhere):
     assert went.stdout == f"ran in {bare_copy.name}: {transfer.removeprefix('python ')}\n"
 
 
-def test_make_says_in_one_line_that_python_is_too_old(bare_copy):
+def test_make_refuses_old_python_in_one_line(bare_copy):
     old = bare_copy / "python2"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 2.7.18\nexit 1\n')
     old.chmod(0o755)

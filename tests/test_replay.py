@@ -168,7 +168,7 @@ def test_replay_launches_what_triton_launches(results, case):
     assert results[case] is None
 
 
-def test_tensor_maps_are_made_anew_for_the_hopper_kernels(results):
+def test_hopper_kernels_get_new_tensor_maps(results):
     """Eight warps multiply; the one that loads takes the place of four."""
     assert results["hopper_threads"].count(12 * 32) == 2  # argmax and attention
     assert results["hopper_attention_threads"] == [12 * 32]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine_code, static
-from benchmarks.machine_code import Loop
+from benchmarks.static import command as static
+from benchmarks.static import machine_code
+from benchmarks.static.machine_code import Loop
 
 ROOT = Path(__file__).parents[1]
 ONE = ["--target", "sm_90", "--dtype", "bf16", "--head-dim", "64"]
@@ -38,7 +39,7 @@ def test_shipped_kernels_keep_their_budgets():
 
 
 def test_every_case_is_driven():
-    from benchmarks.cases import CASES
+    from benchmarks.static.cases import CASES
 
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
@@ -171,7 +172,7 @@ SASS = """
 """
 
 
-def test_hot_loop_is_the_innermost_one_that_multiplies_matrices():
+def test_hot_loop_is_innermost_with_matrix_products():
     code = machine_code.MachineCode(8, 0, 0, 32, machine_code.parse_sass(SASS))
     assert code.hot_loop() == Loop(3, ["HMMA.16816.F32.BF16"])
     assert len(code.matrix()) == 2 and machine_code.matrix_family(code.matrix()) == "HMMA"
@@ -248,7 +249,7 @@ def test_both_descriptors_are_constant_on_every_path(predicate, stray):
 LOOP = ["UIADD3 UR4, UR4, 0x1, URZ", "UISETP.GE.AND UP0, UPT, UR4, UR5, UPT", "@!P0 BRA 0x10", "EXIT"]
 
 
-def test_registers_that_a_loop_carries_are_defined_before_it():
+def test_registers_carried_by_loops_are_defined_before():
     assert _code("LDCU.64 UR4, c[0x0][0x3a8]", *LOOP).undefined() == []
     assert _code("LDCU UR5, c[0x0][0x3a8]", *LOOP).undefined() == ["UR4"]
 

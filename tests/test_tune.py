@@ -6,17 +6,22 @@ import sys
 import pytest
 import torch
 
-from benchmarks import __main__, shapes, trials, tune
-from benchmarks.shapes import Shape
-from benchmarks.trials import TRIALS, Call
-from benchmarks.tune import Change, Sweep
+from benchmarks import __main__
+from benchmarks.suite import shapes
+from benchmarks.suite.rows import write
+from benchmarks.suite.shapes import Shape
+from benchmarks.tune import candidates, trials
+from benchmarks.tune import command as tune
+from benchmarks.tune.command import Change, Sweep
+from benchmarks.tune.trials import TRIALS, Call
 from qalign_kernels import _backends
 from qalign_kernels._triton import _configs
-from qalign_kernels._triton._configs import WORK, Key, Tile
+from qalign_kernels._triton._configs import LISTED_WORK, WORK, Key, Tile
 from qalign_kernels.bench import measure
 
 KEY = Key("attention", "softmax", "sm_90", "3.6", "bfloat16", 4096, 64)
 OTHER = KEY._replace(head_dim=128)
+LISTED = KEY._replace(mode="softmax hopper")  # of a kernel that serves only what a row names
 SLOW, FAST, FASTER = Tile(64, 32, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)
 
 
@@ -42,10 +47,10 @@ def _shipped():
     return _configs.look_up(KEY, 2)
 
 
-def _sweep(subject, *, late=lambda: False, settle=lambda: None, candidates=(SLOW, FAST, FASTER)):
+def _sweep(subject, *, key=KEY, late=lambda: False, settle=lambda: None, candidates=(SLOW, FAST, FASTER)):
     changes = []
     sweep = Sweep(lambda key: subject, late, changes.append, settle, lambda key, shipped: list(candidates))
-    sweep.run([KEY])
+    sweep.run([key])
     assert sweep.changes == changes
     return sweep
 
@@ -53,11 +58,26 @@ def _sweep(subject, *, late=lambda: False, settle=lambda: None, candidates=(SLOW
 @pytest.mark.parametrize(
     ("times", "chosen"), [((9.0, 0.99, 1.5), None), ((9.0, 0.97, 0.985), FAST), ((9.0, 0.97, 0.5), FASTER)]
 )
-def test_two_percent_replace_a_tile_and_less_does_not(times, chosen):
+def test_tile_is_replaced_from_two_percent_on(times, chosen):
     sweep = _sweep(Fake({_shipped(): 1.0, **dict(zip((SLOW, FAST, FASTER), times))}))
     assert (sweep.swept, sweep.timed, sweep.skipped, sweep.wrong, sweep.notes) == (1, 4, 0, 0, [])
     expected = [] if chosen is None else [Change(KEY, _shipped(), chosen, min(times))]
     assert sweep.changes == expected
+
+
+def test_general_kernel_replaces_a_slower_listed_one():
+    shipped = tune.shipped_tile(LISTED, 2)
+    assert shipped == Tile(128, 128, 8, 4)
+    sweep = _sweep(Fake({shipped: 1.0, None: 0.9, FAST: 0.95}), key=LISTED, candidates=(FAST, None))
+    assert sweep.changes == [Change(LISTED, shipped, None, 0.9)]
+    assert "the general kernel instead of 128x128 warps 8 stages 4, 0.900" in str(sweep.changes[0])
+
+
+def test_listed_tile_replaces_the_general_kernel():
+    key = LISTED._replace(triton="9.9")
+    assert tune.shipped_tile(key, 2) is None
+    sweep = _sweep(Fake({None: 1.0, FAST: 0.9}), key=key, candidates=(FAST,))
+    assert sweep.changes == [Change(key, None, FAST, 0.9)]
 
 
 def test_wrong_unserving_and_failing_tiles_are_passed_over():
@@ -83,7 +103,7 @@ def test_luck_in_the_screening_is_not_enough():
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_a_shipped_tile_that_fails_is_named_and_replaced(wrong):
+def test_failing_shipped_tile_is_named_and_replaced(wrong):
     subject = Fake({FAST: 5.0} | ({_shipped(): 0.1} if wrong else {}), wrong=(_shipped(),))
     sweep = _sweep(subject, candidates=(FAST,))
     assert sweep.changes == [Change(KEY, _shipped(), FAST, 0.0)]
@@ -138,6 +158,29 @@ def test_neighbours(op, mode, head_dim):
     )
 
 
+@pytest.mark.parametrize("trial", [trial for trial in TRIALS if trial.listed], ids=lambda trial: trial.name)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_listed_candidates_fit_and_keep_rows(trial, head_dim):
+    key = Key(trial.op, trial.mode, "sm_90", "3.6", "bfloat16", 4096, head_dim)
+    shipped = tune.shipped_tile(key, 2)
+    tiles = tune.candidate_tiles(key, shipped)
+    assert shipped not in tiles and len(set(tiles)) == len(tiles)
+    assert (None in tiles) == (shipped is not None)
+    for tile in filter(None, tiles):
+        assert _configs.fits(tile, key, 2) and (tile.block_m, tile.num_warps) == (128, 8)
+        assert trial.serves("sm_90", head_dim)
+
+
+def test_rows_of_several_keys_keep_the_others():
+    shipped, half = json.loads(_configs.FILE.read_text()), LISTED._replace(dtype="float16")
+    before = _configs.expand(shipped)
+    assert before[LISTED] == before[half] == Tile(128, 128, 8, 4)
+    changed = _configs.expand(tune.replace(shipped, [Change(LISTED, before[LISTED], FAST, 0.5)]))
+    assert changed == {**before, LISTED: FAST}
+    removed = _configs.expand(tune.replace(shipped, [Change(LISTED, before[LISTED], None, 0.5)]))
+    assert removed == {key: tile for key, tile in before.items() if key != LISTED}
+
+
 def test_rows_are_replaced_and_others_stay(tmp_path):
     shipped = json.loads(_configs.FILE.read_text())
     first = [
@@ -149,17 +192,17 @@ def test_rows_are_replaced_and_others_stay(tmp_path):
     table = _configs.expand(rows)
     assert [row for row in rows if row["triton"] is None] == [row for row in shipped if row["triton"] is None]
     assert (table[KEY], table[OTHER], table[first[2].key]) == (FASTER, FAST, FAST)
-    tune.write(rows, tmp_path / "tiles.json")
+    write(tmp_path / "tiles.json", rows)
     assert json.loads((tmp_path / "tiles.json").read_text()) == rows and len(list(tmp_path.iterdir())) == 1
-    tune.write(shipped, tmp_path / "tiles.json")
+    write(tmp_path / "tiles.json", shipped)
     assert (tmp_path / "tiles.json").read_text() == _configs.FILE.read_text()
 
 
-def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
+def test_unwritable_table_leaves_the_old_one(tmp_path):
     file = tmp_path / "tiles.json"
     file.write_text("old")
     with pytest.raises(TypeError):
-        tune.write([{"tile": object()}], file)
+        write(file, [{"tile": object()}])
     assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -193,15 +236,14 @@ def test_what_was_found_is_kept_at_once(interrupted, tmp_path, monkeypatch, caps
     )
 
 
-def test_what_matters_most_is_first_and_everything_is_there():
+def test_everything_is_there_most_important_first():
     chosen = tune.choose_keys(None, "sm_90", "3.6")
     keys = [key for _, key in chosen]
-    assert (
-        len(set(keys))
-        == len(keys)
-        == len(WORK) * len(tune.DTYPES) * len(_configs.TOKEN_BUCKETS) * len(trials.HEADS)
-    )
-    assert {(key.op, key.mode) for key in keys} == set(WORK)
+    widths = len(WORK) * len(trials.HEADS) + sum(map(len, trials.LISTED_HEAD_DIMS.values()))
+    assert len(set(keys)) == len(keys) == widths * len(tune.DTYPES) * len(_configs.TOKEN_BUCKETS)
+    assert {(key.op, key.mode) for key in keys} == {*WORK, *LISTED_WORK}
+    elsewhere = {(key.op, key.mode) for _, key in tune.choose_keys(None, "sm_100", "3.6")}
+    assert elsewhere == set(WORK)
     assert set(trials.USUAL_TOKENS) == set(_configs.TOKEN_BUCKETS)
     named = [f"{trial.name} {key.head_dim}" for trial, key in chosen[:8]]
     assert named[0] == "similarity joint 64"
@@ -218,7 +260,7 @@ CALLS = [(trial, call) for trial in TRIALS for call in (trial.timed, *trial.othe
 
 
 @pytest.mark.parametrize(("trial", "call"), CALLS, ids=lambda value: getattr(value, "name", ""))
-def test_checks_take_what_is_right_and_see_one_wrong_row(trial, call):
+def test_checks_accept_right_and_see_wrong_rows(trial, call):
     inputs = shapes.make_inputs(Shape("", 2, 4, 300, 40), True, torch.float32, "cpu")
     ragged = trials.make_ragged(inputs, KEY)
     for x in (inputs, ragged):
@@ -229,9 +271,30 @@ def test_checks_take_what_is_right_and_see_one_wrong_row(trial, call):
     assert not call.check(inputs, result, "tiled")
 
 
+@pytest.mark.parametrize("trial", [trial for trial in TRIALS if trial.listed], ids=lambda trial: trial.name)
+def test_listed_calls_launch_the_tile_that_is_tried(trial):
+    if problem := _backends.triton_problem():
+        pytest.skip(problem)
+    from qalign_kernels._triton._launch import recording
+
+    key = Key(trial.op, trial.mode, "sm_90", _configs.triton_minor(), "float16", 1024, 64)
+    inputs = trials.make_inputs(key, "cpu")
+    for call in (trial.timed, *trial.others):
+        for tile in (*candidates.tiles(key), None):
+            with _configs.trying(key, tile), recording("sm_90") as launches:
+                call.run(inputs, "triton")
+            rings = [launch.arguments for launch in launches if "BUFFERS" in launch.arguments]
+            found = {(ring["BLOCK_N"], ring["BUFFERS"]) for ring in rings}
+            assert (
+                ((tile.block_n, tile.num_stages) in found) if tile else not found or call is not trial.timed
+            )
+
+
 @pytest.mark.parametrize("head_dim", [64, 40])
-@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
-def test_every_call_launches_with_the_tile_that_is_tried(trial, head_dim, device):
+@pytest.mark.parametrize(
+    "trial", [trial for trial in TRIALS if not trial.listed], ids=lambda trial: trial.name
+)
+def test_every_call_launches_with_the_tried_tile(trial, head_dim, device):
     if problem := _backends.triton_problem():
         pytest.skip(problem)
     from qalign_kernels._triton._launch import recording

@@ -1,5 +1,6 @@
 """What a type checker says of a user's script."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import qalign
 import qalign_kernels
+from qalign.methods import _names
 
 pytest.importorskip("mypy")
 
@@ -74,6 +76,12 @@ def reveal(tmp_path):
 
 def test_types_are_those_of_the_library(reveal) -> None:
     assert dict(zip(TYPES, reveal(TYPES))) == TYPES
+
+
+def test_classes_for_the_type_checker_are_those_of_the_table() -> None:
+    tree = ast.parse((ROOT / "qalign/methods/_classes.py").read_text())
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    assert {each.name: node.module for node in found for each in node.names} == _names.MODULES
 
 
 def test_every_public_name_has_a_type(reveal) -> None:

@@ -4,13 +4,13 @@ import importlib
 import os
 import sys
 
-from . import processes
+from .running import processes
 
 
 def main() -> int:
     """Run the stage of the module that the first argument names; it ends when what started it does."""
     processes.end_with_parent(int(os.environ.get(processes.PARENT, os.getppid())))
-    return importlib.import_module(f"benchmarks.gpu.{sys.argv.pop(1)}").main()
+    return importlib.import_module(f"benchmarks.gpu.stages.{sys.argv.pop(1)}").main()
 
 
 if __name__ == "__main__":

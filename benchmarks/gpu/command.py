@@ -13,8 +13,8 @@ from typing import NoReturn
 from qalign_kernels import _command_line
 from qalign_kernels._files import Files, replacing
 
-from .publishing import Layout, Publisher
-from .stages import Outcome, Stage, run_all
+from .running.publishing import Layout, Publisher
+from .running.sequence import Outcome, Stage, run_all
 
 MINUTES = 7.0
 LEAST_MINUTES = 1.0

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from qalign_kernels.bench.measure import markdown
 
-from .must_show import DEFAULT, Row, ratio
-from .report import read_stage, stage_table
-from .stages import Outcome
+from ..suite.rows import Row, parse
+from .must_show import DEFAULT, ratio
+from .report import Content, read_stage, stage_table
+from .running.sequence import Outcome
 
 SHOWN_PROBLEMS = 25
 SHOWN_KERNELS = 6  # of each shape
@@ -20,7 +21,7 @@ def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
     parts = [
         stage_table(outcomes),
         f"## Right?\n\n{right_text(right)}",
-        f"## Main ops, graph times\n\n{core_table(core)}",
+        f"## Main ops, graph times\n\n{core_table(parse(core))}",
         f"## Kernels of one call, µs\n\n{kernel_table(kernels)}",
         f"## Tiles, time over the shipped one's\n\n{tile_table(tiles)}",
         f"## Ceilings, and what failed\n\n{other_lines([*kernels, *tiles])}",
@@ -29,7 +30,7 @@ def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def right_text(rows: Sequence[Row]) -> str:
+def right_text(rows: Sequence[Content]) -> str:
     """Count the calls that are right, and name those that are not shown to be."""
     wrong = [row for row in rows if not (row.get("right") and row.get("same_bits"))]
     lines = [f"{len(rows) - len(wrong)} of {len(rows)} calls are right and repeat bit by bit."]
@@ -44,26 +45,23 @@ def right_text(rows: Sequence[Row]) -> str:
 
 def core_table(rows: Sequence[Row]) -> str:
     """Lay out the main ops beside SDPA, with the share of the matmul timed between the same rounds."""
-    yardsticks = {tuple(row["shape"]): row for row in rows if (row["op"], row["provider"]) == DEFAULT[0]}
+    yardsticks = {tuple(row.shape): row for row in rows if (row.op, row.provider) == DEFAULT[0]}
     lines = []
     for row in rows:
-        sdpa = yardsticks.get(tuple(row["shape"]))
+        sdpa = yardsticks.get(tuple(row.shape))
         of_sdpa = ratio(row, sdpa) if sdpa else None
-        share = row["graph_tflops"] and row["graph_tflops"] / row["ceiling_tflops"]
-        time = "not captured" if row["graph_p50_ms"] is None else f"{1e3 * row['graph_p50_ms']:.1f}"
-        provider = (
-            f"{row['provider']} ({row['implementation']})" if row["implementation"] else row["provider"]
-        )
-        figures = ("-" if value is None else f"{value:.2f}" for value in (of_sdpa, share))
-        host = "-" if row["host_us"] is None else f"{row['host_us']:.0f}"
-        lines.append((row["op"], str(row["shape"]), provider, time, *figures, host))
+        time = "not captured" if row.graph_p50_ms is None else f"{1e3 * row.graph_p50_ms:.1f}"
+        provider = f"{row.provider} ({row.implementation})" if row.implementation else row.provider
+        figures = ("-" if value is None else f"{value:.2f}" for value in (of_sdpa, row.ceiling_share))
+        host = "-" if row.host_us is None else f"{row.host_us:.0f}"
+        lines.append((row.op, str(row.shape), provider, time, *figures, host))
     head = ("op", "[B, H, N, D]", "provider", "graph µs", "x SDPA", "of matmul", "host µs")
     return markdown(head, lines) if lines else "Not measured."
 
 
-def kernel_table(rows: Sequence[Row]) -> str:
+def kernel_table(rows: Sequence[Content]) -> str:
     """Lay out the longest kernels of each shape."""
-    groups: dict[tuple, list[Row]] = {}
+    groups: dict[tuple, list[Content]] = {}
     for row in rows:
         if row["what"] == "kernel":
             groups.setdefault((row["op"], row["provider"], *row["shape"]), []).append(row)
@@ -76,7 +74,7 @@ def kernel_table(rows: Sequence[Row]) -> str:
     return markdown(head, lines) if lines else "Not measured."
 
 
-def tile_table(rows: Sequence[Row]) -> str:
+def tile_table(rows: Sequence[Content]) -> str:
     """Lay out the tiles of each trial and shape, the fastest first."""
     found = [row for row in rows if row["what"] == "tile" and "us" in row]
     order = {
@@ -90,11 +88,11 @@ def tile_table(rows: Sequence[Row]) -> str:
     return markdown(("op", "[B, H, N, D]", "tile", "µs", "of shipped"), lines) if lines else "Not measured."
 
 
-def _relative(row: Row) -> str:
+def _relative(row: Content) -> str:
     return "shipped" if row["shipped"] else "-" if row["of_shipped"] is None else f"{row['of_shipped']:.3f}"
 
 
-def other_lines(rows: Sequence[Row]) -> str:
+def other_lines(rows: Sequence[Content]) -> str:
     """List the ceilings and the steps that failed."""
     lines = [
         f"- {row['name']}: {row['value']:.0f} {row['unit']}"
@@ -109,7 +107,7 @@ def other_lines(rows: Sequence[Row]) -> str:
     return "\n".join(lines) or "Not measured."
 
 
-def gluon_lines(rows: Sequence[Row]) -> str:
+def gluon_lines(rows: Sequence[Content]) -> str:
     """List the general kernel and the one for Hopper at each shape."""
     lines = []
     for row in rows:
@@ -122,6 +120,6 @@ def gluon_lines(rows: Sequence[Row]) -> str:
     return "\n".join(lines) or "Not run."
 
 
-def _gluon_result(row: Row) -> str:
+def _gluon_result(row: Content) -> str:
     word = "" if row["right"] is None else "right, " if row["right"] else "WRONG, "
     return f"{word}{row['us']:.1f} µs, its kernel {row['kernel_us']:.1f} µs, {row['tflops']:.0f} TFLOP/s"

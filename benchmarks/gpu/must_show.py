@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..shapes import PROCESSOR, SHAPES, UNIQUE_FRACTION, Shape
+from ..suite.rows import Row
+from ..suite.shapes import PROCESSOR, UNIQUE_FRACTION, Shape, shape_named
 
-Row = dict[str, Any]
 Visit = tuple[str, str]  # op, provider
 OURS = "triton"
 DEFAULT: tuple[Visit, ...] = (("attention", "sdpa"),)
@@ -52,12 +52,8 @@ MEASURES = {
 }
 
 
-def _shape(name: str) -> Shape:
-    return next(shape for shape in SHAPES if shape.name == name)
-
-
 def _lines(what: str, op: str, names: str, measure: str, must: Bar, *goals: Bar, **how: Any) -> list[Line]:
-    return [Line(what, op, _shape(name), measure, must, goals, **how) for name in names.split()]
+    return [Line(what, op, shape_named(name), measure, must, goals, **how) for name in names.split()]
 
 
 def _against_sdpa(what: str, op: str, names: str, must: float, goal: float, **how: Any) -> list[Line]:
@@ -172,9 +168,7 @@ def judge(line: Line, rows: Sequence[Row]) -> Verdict:
     """Hold the rows of inputs as attention processors have them against a line."""
     place = line.shape.size, line.asked_fraction, PROCESSOR
     found = {
-        (row["op"], row["provider"]): row
-        for row in rows
-        if (row["shape"], row["asked_fraction"], row["layout"]) == place
+        (row.op, row.provider): row for row in rows if (row.shape, row.asked_fraction, row.layout) == place
     }
     mine = found.get((line.op, OURS))
     if mine is None:
@@ -185,7 +179,7 @@ def judge(line: Line, rows: Sequence[Row]) -> Verdict:
     )
     word = modes[0] if modes[0] == NOT_CAPTURED else _word(line, measured)
     text = f"{word}; without {', '.join(absent)}" if absent and measured[0] is not None else word
-    return Verdict(measured, modes[0], mine["unique_fraction"], text)
+    return Verdict(measured, modes[0], mine.unique_fraction, text)
 
 
 def _measure(line: Line, bar: Bar, mine: Row, found: dict[Visit, Row]) -> tuple[float | None, str]:
@@ -195,29 +189,29 @@ def _measure(line: Line, bar: Bar, mine: Row, found: dict[Visit, Row]) -> tuple[
     peers = [found[visit] for visit in bar.against if visit in found]
     if bar.against and not peers:
         return None, "-"
-    if any(row["graph_p50_ms"] is None for row in (mine, *peers)):
+    if mine.graph_p50_ms is None or any(row.graph_p50_ms is None for row in peers):
         return None, NOT_CAPTURED
     if line.measure == "graph µs":
-        return 1e3 * mine["graph_p50_ms"], "graph"
+        return 1e3 * mine.graph_p50_ms, "graph"
     if line.measure == "ceiling share":
-        return mine["graph_tflops"] / mine["ceiling_tflops"], "graph"
-    value = max(mine["graph_p50_ms"] / peer["graph_p50_ms"] for peer in peers)  # to the fastest peer
+        return mine.ceiling_share, "graph"
+    value = max(filter(None, (ratio(mine, peer) for peer in peers)))  # to the fastest peer
     return (1 / value if line.measure == "speed-up" else value), "graph"
 
 
 def ratio(mine: Row, other: Row) -> float | None:
     """Divide times of graphs; None where one was not captured, since the host's time is no measure of a kernel."""
-    if mine["graph_p50_ms"] is None or other["graph_p50_ms"] is None:
+    if mine.graph_p50_ms is None or other.graph_p50_ms is None:
         return None
-    return mine["graph_p50_ms"] / other["graph_p50_ms"]
+    return mine.graph_p50_ms / other.graph_p50_ms
 
 
 def memory_ratio(shape: Shape, row: Row) -> float | None:
     """Peak memory beyond inputs, output and BYTES_PER_ROW for each head of each token, over the size of K and V (two bytes a number)."""
-    if row["peak_mib"] is None or row["output_mib"] is None:
+    if row.peak_mib is None or row.output_mib is None:
         return None
     rows = shape.batch * shape.heads * shape.tokens
-    extra_bytes = (row["peak_mib"] - row["output_mib"]) * 2**20 - BYTES_PER_ROW * rows
+    extra_bytes = (row.peak_mib - row.output_mib) * 2**20 - BYTES_PER_ROW * rows
     return max(0.0, extra_bytes) / (2 * 2 * rows * shape.head_dim)
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from qalign_kernels.bench.ops import OPS
 
-from ..providers import CHANNEL_PEERS, EAGER_SDPA, FLEX_FLASH, FLEX_OPS, MAIN_OPS
-from ..shapes import CONTIGUOUS, PROCESSOR, SHAPES, Shape, layouts
+from ..suite.providers import CHANNEL_PEERS, EAGER_SDPA, FLEX_FLASH, FLEX_OPS, MAIN_OPS
+from ..suite.shapes import CONTIGUOUS, PROCESSOR, SHAPES, Shape, layouts, shape_named
 from .must_show import DEFAULT, LINES, OURS, Visit
 
 FRACTIONS = (0.35, 0.55, 0.63, 1.0)
@@ -52,7 +52,7 @@ def core_groups() -> list[Group]:
 
 def core_shapes() -> list[Shape]:
     """Look up CORE_SHAPES, in their order."""
-    return [next(shape for shape in SHAPES if shape.name == name) for name in CORE_SHAPES]
+    return [shape_named(name) for name in CORE_SHAPES]
 
 
 def must_show_groups() -> list[Group]:

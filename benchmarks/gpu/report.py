@@ -7,12 +7,14 @@ from typing import Any
 
 from qalign_kernels.bench.measure import markdown
 
-from .. import evidence
-from ..shapes import PROCESSOR
-from .journal import Journal
-from .must_show import LINES, NOT_CAPTURED, Line, Row, Verdict, describe, judge, ratio
-from .stages import Outcome
+from ..static import evidence
+from ..suite.rows import Row, parse
+from ..suite.shapes import PROCESSOR
+from .must_show import LINES, NOT_CAPTURED, Line, Verdict, describe, judge, ratio
+from .running.journal import Journal
+from .running.sequence import Outcome
 
+Content = dict[str, Any]
 PLANS = ("must_show", "speed")
 PEERS = (
     ("attention", "sdpa"),
@@ -35,7 +37,7 @@ def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
         read_stage(folder / "environment.json", {}),
         read_stage(folder / "ceilings.json", {}),
     )
-    must_rows, rows = (read_stage(folder / f"{plan}.json", []) for plan in PLANS)
+    must_rows, rows = (parse(read_stage(folder / f"{plan}.json", [])) for plan in PLANS)
     parts = [
         f"# {_heading(environment)}",
         stage_table(outcomes),
@@ -59,7 +61,7 @@ def read_stage(file: Path, otherwise: Any) -> Any:
         return otherwise
 
 
-def _heading(environment: Row) -> str:
+def _heading(environment: Content) -> str:
     if not environment:
         return "GPU run, machine unknown"
     return "{device}, {capability}, PyTorch {torch}, Triton {triton}, commit {commit}".format(**environment)
@@ -71,7 +73,7 @@ def stage_table(outcomes: Sequence[Outcome]) -> str:
     )
 
 
-def ceiling_table(ceilings: Row) -> str:
+def ceiling_table(ceilings: Content) -> str:
     rows = ceilings.get("rows", [])
     if not rows:
         return "Not measured."
@@ -84,7 +86,7 @@ def ceiling_table(ceilings: Row) -> str:
     )
 
 
-def _clock(row: Row) -> str:
+def _clock(row: Content) -> str:
     if row.get("sm_mhz"):
         return f"{row['sm_mhz']:.0f}"
     return " ".join(f"{value:.0f}" for value in row.get("sm_mhz_while_running") or []) or "-"
@@ -130,12 +132,12 @@ def speed_table(runs: Sequence[Sequence[Row]]) -> str:
     groups: dict[tuple, list[Row]] = {}
     for number, rows in enumerate(runs):
         for row in rows:
-            groups.setdefault((number, *row["shape"], row["asked_fraction"], row["layout"]), []).append(row)
+            groups.setdefault((number, *row.shape, row.asked_fraction, row.layout), []).append(row)
     if not groups:
         return "Not measured."
     cells = []
     for group in groups.values():
-        yardsticks = {(row["op"], row["provider"]): row for row in group}
+        yardsticks = {(row.op, row.provider): row for row in group}
         cells += [_speed_cells(row, yardsticks) for row in group]
     head = (
         "op",
@@ -157,17 +159,15 @@ def _peer_names() -> list[str]:
 
 
 def _speed_cells(row: Row, yardsticks: dict[tuple[str, str], Row]) -> tuple[str, ...]:
-    tflops = row["graph_tflops"]
-    share = tflops / row["ceiling_tflops"] if tflops else None
     ratios = [ratio(row, yardsticks[peer]) if peer in yardsticks else None for peer in PEERS]
-    fraction = row["unique_fraction"] if row["unique_fraction"] is not None else row["asked_fraction"]
-    eager = " ".join(_figure(row[name]) for name in ("p20_ms", "p50_ms", "p80_ms"))
-    eager += " host-bound" if row["host_bound"] else ""
-    graph = NOT_CAPTURED if row["graph_p50_ms"] is None else _figure(row["graph_p50_ms"])
-    figures = (_figure(x) for x in (tflops, share, *ratios, row["peak_mib"]))
-    op = row["op"] if row["layout"] == PROCESSOR else f"{row['op']} {row['layout']}"
-    provider = f"{row['provider']} ({row['implementation']})" if row["implementation"] else row["provider"]
-    return op, str(row["shape"]), _figure(fraction), provider, eager, graph, *figures
+    fraction = row.unique_fraction if row.unique_fraction is not None else row.asked_fraction
+    eager = " ".join(_figure(value) for value in (row.p20_ms, row.p50_ms, row.p80_ms))
+    eager += " host-bound" if row.host_bound else ""
+    graph = NOT_CAPTURED if row.graph_p50_ms is None else _figure(row.graph_p50_ms)
+    figures = (_figure(x) for x in (row.graph_tflops, row.ceiling_share, *ratios, row.peak_mib))
+    op = row.op if row.layout == PROCESSOR else f"{row.op} {row.layout}"
+    provider = f"{row.provider} ({row.implementation})" if row.implementation else row.provider
+    return op, str(row.shape), _figure(fraction), provider, eager, graph, *figures
 
 
 def _figure(value: float | None) -> str:
@@ -179,14 +179,14 @@ def memory_table(rows: Sequence[Row]) -> str:
     shown = [
         row
         for row in rows
-        if row["op"] in ("qalign_attention", "attention")
-        and row["peak_mib"] is not None
-        and (row["asked_fraction"], row["layout"]) == (None, PROCESSOR)
+        if row.op in ("qalign_attention", "attention")
+        and row.peak_mib is not None
+        and (row.asked_fraction, row.layout) == (None, PROCESSOR)
     ]
-    columns = list(dict.fromkeys((row["op"], row["provider"]) for row in shown))
-    groups: dict[tuple, dict[tuple, float]] = {}
-    for row in sorted(shown, key=lambda row: (row["shape"][3], row["shape"][1], row["shape"][2])):
-        groups.setdefault(tuple(row["shape"]), {})[row["op"], row["provider"]] = row["peak_mib"]
+    columns = list(dict.fromkeys((row.op, row.provider) for row in shown))
+    groups: dict[tuple, dict[tuple, float | None]] = {}
+    for row in sorted(shown, key=lambda row: (row.shape[3], row.shape[1], row.shape[2])):
+        groups.setdefault(tuple(row.shape), {})[row.op, row.provider] = row.peak_mib
     if not groups:
         return "Not measured."
     head = ("[B, H, N, D]", *(f"{op} {provider}" for op, provider in columns))
@@ -215,7 +215,7 @@ def _accuracy(folder: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _sanitizer(content: Row) -> str:
+def _sanitizer(content: Content) -> str:
     if not content.get("rows"):
         return f"{content.get('note', 'not run')}."
     cells = [

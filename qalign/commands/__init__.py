@@ -20,5 +20,5 @@ def _load_without_torch(name: str) -> None:
     spec.loader.exec_module(module)  # type: ignore[union-attr]
 
 
-for _name in ("qalign_kernels._files", "qalign_kernels._command_line"):
+for _name in ("qalign_kernels._choices", "qalign_kernels._files", "qalign_kernels._command_line"):
     _load_without_torch(_name)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qalign_kernels._choices import REFINEMENTS
 from qalign_kernels._command_line import (
     Parser,
     Reading,
@@ -23,18 +24,23 @@ from qalign_kernels._command_line import (
 )
 from qalign_kernels._files import Files, replacing
 
+from ..methods._names import ALIGNED, TRANSFERS
+
 __all__ = [
+    "ALIGNED", "REFINEMENTS",
     "Files", "Parser", "Reading", "add_command", "count", "fraction", "main", "number", "positive", "replacing", "require_device", "seed", "whole",
 ]  # fmt: skip
 
 MULTIPLE = 8  # pixels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = ("float32", "float16", "bfloat16")
-COMPARED = {"cross_image": "Cross-Image", "qalign": "Q-Align"}  # by demo and leakage
+COMPARED = {
+    "cross_image": "Cross-Image",
+    "qalign": "Q-Align",
+    "qalign_warp": "QAlignWarp",
+}  # by demo and leakage
 SIDE = 16  # of the token grid that demo and correspond show where no layer is named
-REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")  # of qalign
-ALIGNED = ("both", "output", "structure")  # of qalign
-DEFAULT_REFINEMENT = "warped_output"
+DEFAULT_REFINEMENT = "rearranged"
 READ_BY_REFINEMENT = {  # the settings of qalign, by the refinements that read them
     "aligned": REFINEMENTS,
     "similarity": REFINEMENTS,
@@ -43,20 +49,7 @@ READ_BY_REFINEMENT = {  # the settings of qalign, by the refinements that read t
     "strength": ("guided", "soft"),
     "contrast": ("rearranged", "guided", "topk", "warped_values", "soft"),
 }
-METHODS = {
-    **COMPARED,
-    "eye_for_an_eye": "Eye-for-an-eye",
-    "masactrl": "MasaCtrl",
-    "style_aligned": "StyleAligned",
-    "visual_style": "Visual style prompting",
-    "style_id": "StyleID",
-    "z_star": "Z-STAR",
-    "ctrl_x": "Ctrl-X",
-    "seal": "SeAl",
-    "reference_only": "Reference-only",
-    "free_custom": "FreeCustom",
-    "dream_matcher": "DreamMatcher",
-}
+METHODS = tuple(TRANSFERS)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +75,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep only the network that runs on the device, for little memory",
     )
+
+
+def title_of(method: str) -> str:
+    """A method as the field calls it, by its name in `METHODS`."""
+    from ..methods import METHODS as KINDS
+
+    return KINDS[method].card.title  # type: ignore[attr-defined]
 
 
 def refinement_of(options: argparse.Namespace) -> str:

@@ -30,6 +30,7 @@ from ._shared import (
     say,
     seed,
     size,
+    title_of,
     write,
 )
 
@@ -147,12 +148,12 @@ def table(compared: "dict[str, Compared]") -> list[str]:
             f"{each.peak_mib:.0f}",
             *map(_figure, (each.own_part_mass, each.object_background_leakage, each.colour_ratio)),
         )
-        lines.append("".join([f"{METHODS[name]:<24}", *(f"{cell:>15}" for cell in cells)]))
+        lines.append("".join([f"{title_of(name):<24}", *(f"{cell:>15}" for cell in cells)]))
     return lines
 
 
 def caption_of(name: str, each: "Compared") -> str:
-    lines = [METHODS[name], f"{each.time_s:.1f} s, {each.peak_mib:.0f} MiB"]
+    lines = [title_of(name), f"{each.time_s:.1f} s, {each.peak_mib:.0f} MiB"]
     if not math.isnan(each.colour_ratio):
         lines.append(f"own part {_figure(each.own_part_mass)}, colour error {_figure(each.colour_ratio)}")
     return "\n".join(lines)
@@ -163,4 +164,4 @@ def _figure(value: float) -> str:
 
 
 def _tell(name: str) -> None:
-    sys.stderr.write(f"compare: {METHODS[name]}\n")
+    sys.stderr.write(f"compare: {title_of(name)}\n")

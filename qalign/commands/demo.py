@@ -326,20 +326,21 @@ def committed() -> dict[str, Any]:
 
 def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Reports of leakage side by side."""
-    from ..evaluation.leakage import TITLES
+    from ._leakage_tables import TITLES
 
+    shown = {
+        title: [name for name in COMPARED if name in report["methods"]] for title, report in reports.items()
+    }
     columns = [
-        (title, COMPARED[name], report["methods"][name])
-        for title, report in reports.items()
-        for name in COMPARED
+        (COMPARED[name], reports[title]["methods"][name]) for title, names in shown.items() for name in names
     ]
-    heads = "".join(f"{title:>30}" for title in reports)
+    heads = "".join(f"{title:>{15 * len(names)}}" for title, names in shown.items())
     lines = [
         f"{'attention leakage':<38}{heads}",
-        f"{'':<38}" + "".join(f"{name:>15}" for _, name, _ in columns),
+        f"{'':<38}" + "".join(f"{name:>15}" for name, _ in columns),
     ]
     for figure in FIGURES:
-        cells = [_cell(entry.get(figure)) for _, _, entry in columns]
+        cells = [_cell(entry.get(figure)) for _, entry in columns]
         lines.append(
             f"{TITLES.get(figure, figure.replace('_', ' ')):<38}" + "".join(f"{cell:>15}" for cell in cells)
         )

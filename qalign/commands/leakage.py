@@ -18,11 +18,12 @@ examples:
 import argparse
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ._leakage_tables import ablation_table, leakage_table
 from ._shared import (
     ALIGNED,
     READ_BY_REFINEMENT,
@@ -40,6 +41,11 @@ from ._shared import (
     seed,
     write,
 )
+
+if TYPE_CHECKING:
+    from ..evaluation.leakage import Settings
+    from ..evaluation.resuming import KeptResults
+    from ..methods import CrossImage
 
 CHOSEN = ("refinement", "aligned", "topk", "strength", "contrast")
 NEEDS = ("diffusers", "transformers", "PIL", "accelerate")
@@ -96,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--aligned",
         choices=ALIGNED,
-        help="of qalign: whose queries are aligned with the appearance's (default: both)",
+        help="of qalign: whose queries are aligned with the appearance's (default: output)",
     )
     method.add_argument("--topk", type=count, metavar="K", help="of qalign: reference tokens per query")
     method.add_argument(
@@ -136,48 +142,20 @@ def partial_of(report: Path) -> Path:
 
 
 def run(options: argparse.Namespace) -> int:
-    from qalign_kernels import __version__
-
-    from ..evaluation import ablation, leakage
     from ..evaluation.processes import leave, processes
-    from ..evaluation.resuming import KeptResults
-    from ..methods import CrossImage, QAlign
 
-    chosen = {
-        name: getattr(options, name)
-        for name in ("steps", "layers", "every", "seed", "threshold")
-        if getattr(options, name) is not None
-    }
-    settings = leakage.Settings(adain=None if options.adain == "none" else options.adain, **chosen)
-    given = {name: getattr(options, name) for name in CHOSEN if getattr(options, name) is not None}
-    contrast = {name: value for name, value in given.items() if name == "contrast"}
-    methods = {"cross_image": CrossImage(**contrast), "qalign": QAlign(**given)}
-    kept = None
-    if options.json is not None:
-        decisive = {name: value for name, value in asdict(settings).items() if name != "threshold"}
-        decisive |= {"model": options.model, "dtype": options.dtype, "version": __version__}
-        decisive["methods"] = (
-            "ablation" if options.ablation else [repr(method) for method in methods.values()]
-        )
-        kept = KeptResults(partial_of(options.json), decisive)
+    methods, settings = compared(options), settings_of(options)
+    kept = None if options.json is None else _kept(options, methods, settings)
     state = processes()
     options.device = options.device or str(state.device)
     pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
-    common: dict[str, Any] = {"pairs": options.pairs, "settings": settings, "kept": kept}
     try:
-        with _progress(state.is_main_process) as common["progress"]:
-            if options.ablation:
-                report = ablation.run(pipe, transfers=min(options.transfers, options.pairs), **common)
-                text = ablation.render_report(report)
-            else:
-                report = leakage.run(pipe, methods=methods, **common)
-                text = leakage.render_report(report)
+        with _progress(state.is_main_process) as progress:
+            report, text = _measure(options, pipe, methods, settings=settings, kept=kept, progress=progress)
     except KeyboardInterrupt:
-        what_stays = (
-            "" if kept is None else f"{len(kept)} results are kept in {kept.folder}, the same command goes on"
-        )
-        raise KeyboardInterrupt(what_stays) from None
+        advice = f"{len(kept)} results are kept in {kept.folder}, the same command continues" if kept else ""
+        raise KeyboardInterrupt(advice) from None
     if state.is_main_process:
         say(text)
         if options.json is not None:
@@ -186,6 +164,56 @@ def run(options: argparse.Namespace) -> int:
     if kept is not None and state.is_main_process:
         kept.remove()
     return 0
+
+
+def settings_of(options: argparse.Namespace) -> "Settings":
+    from ..evaluation.leakage import Settings
+
+    names = ("steps", "layers", "every", "seed", "threshold")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return Settings(adain=None if options.adain == "none" else options.adain, **given)
+
+
+def compared(options: argparse.Namespace) -> "dict[str, CrossImage]":
+    """The methods to compare: Q-Align with the settings that were given, the others with the contrast alone."""
+    from dataclasses import replace
+
+    from ..evaluation.leakage import compared_methods
+
+    methods = compared_methods()
+    given = {name: value for name in CHOSEN if (value := getattr(options, name)) is not None}
+    if "contrast" in given:
+        methods["cross_image"] = replace(methods["cross_image"], contrast=given["contrast"])
+    methods["qalign"] = replace(methods["qalign"], **given)
+    return methods
+
+
+def _kept(
+    options: argparse.Namespace, methods: "Mapping[str, CrossImage]", settings: "Settings"
+) -> "KeptResults":
+    """The results that an earlier call of the same settings has left."""
+    from qalign_kernels import __version__
+
+    from ..evaluation.resuming import KeptResults
+
+    decisive = {name: value for name, value in asdict(settings).items() if name != "threshold"}
+    decisive |= {"model": options.model, "dtype": options.dtype, "version": __version__}
+    decisive["methods"] = "ablation" if options.ablation else [repr(method) for method in methods.values()]
+    return KeptResults(partial_of(options.json), decisive)
+
+
+def _measure(
+    options: argparse.Namespace, pipe: Any, methods: "Mapping[str, CrossImage]", **common: Any
+) -> tuple[dict[str, Any], str]:
+    """The report of the measurement, and its tables."""
+    from ..evaluation import ablation, leakage
+
+    if options.ablation:
+        transfers = min(options.transfers, options.pairs)
+        report = ablation.run(pipe, pairs=options.pairs, transfers=transfers, **common)
+        return report, ablation_table(report)
+    report = leakage.run(pipe, pairs=options.pairs, methods=methods, **common)
+    return report, leakage_table(report)
 
 
 @contextlib.contextmanager

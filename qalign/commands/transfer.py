@@ -7,7 +7,7 @@ examples:
   python -m qalign transfer --appearance zebra.png --structure horse.png --size 128 --out out.png --grid grid.png
   python -m qalign transfer --appearance a.png --structure b.png c.png --method cross_image --steps 50 --out out.png
   python -m qalign transfer --appearance a.png --structure b.png --method qalign --refinement topk --topk 4 --out out.png
-  python -m qalign transfer --appearance a.png --structure b.png --refinement rearranged --aligned output --out out.png  # the paper's reading
+  python -m qalign transfer --appearance a.png --structure b.png --method qalign_warp --out out.png  # this library's variant
   python -m qalign transfer --appearance a.png --structure b.png --prompt "a bird" --regions self --out out.png
   python -m qalign transfer --appearance a.png --structure b.png --regions a-labels.png b-labels.png --out out.png
   python -m qalign transfer --model ./stable-diffusion-v1-5 --dtype float16 --size 512 --prompt "a photo of a zebra" --noun zebra \\
@@ -46,16 +46,19 @@ OPTION_NEEDS = {"grid": ("matplotlib",)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "refinement": {
         "choices": REFINEMENTS,
-        "help": "of qalign: how attention follows the alignment (default: the method's own, as below)",
+        "help": "of qalign: how attention follows the alignment (default: rearranged, as in the paper)",
     },
     "aligned": {
         "choices": ALIGNED,
-        "help": "of qalign: whose queries are aligned with the appearance's (default: both)",
+        "help": "of qalign and qalign_warp: whose queries are aligned with the appearance's (default: the method's own)",
     },
-    "similarity": {"choices": ("cosine", "dot"), "help": "of qalign: by which queries are aligned"},
+    "similarity": {
+        "choices": ("cosine", "dot"),
+        "help": "of qalign and qalign_warp: by which queries are aligned",
+    },
     "heads": {
         "choices": ("joint", "per_head"),
-        "help": "of qalign: one alignment for all heads, or one for each",
+        "help": "of qalign and qalign_warp: one alignment for all heads, or one for each",
     },
     "topk": {
         "type": count,
@@ -87,9 +90,9 @@ def _reads(name: str, *methods: str) -> Reading:
 
 READINGS = (
     Reading(("refinement",), lambda options: options.method == "qalign", "with --method qalign"),
-    _reads("aligned"),
-    _reads("similarity"),
-    _reads("heads", "seal"),
+    _reads("aligned", "qalign_warp"),
+    _reads("similarity", "qalign_warp"),
+    _reads("heads", "qalign_warp", "seal"),
     _reads("topk", "seal"),
     _reads("strength"),
     _reads("contrast", "cross_image"),
@@ -279,7 +282,7 @@ def run(options: argparse.Namespace) -> int:
         from ..evaluation.plots import transfer_grid
 
         rows = [
-            {"structure": structure, "appearance": appearance, METHODS[options.method]: image}
+            {"structure": structure, "appearance": appearance, method.card.title: image}
             for structure, image in zip(structures, images)
         ]
         write("grid", transfer_grid(rows), options.grid)

@@ -1,7 +1,8 @@
-"""What the alignment is made of, varied: the signal that matches tokens, and how attention reads the matches.
+"""Vary the parts of the alignment: the signal that matches tokens, and how attention uses the matches.
 
-Match and attention are measured on the decoder's queries and keys of two noised scenes in one stock pass, so that all variants see the same
-features; the definitions are those of `qalign.evaluation.leakage`. What a variant does to the picture is measured by transfers.
+Matches and attention are measured on the decoder's queries and keys of two noised scenes in one pass without
+edits, so all variants see the same features. The figures are those of `qalign.evaluation.leakage`. The effect
+of a variant on the picture is measured by transfers.
 """
 
 import itertools
@@ -14,34 +15,18 @@ from torch import Tensor
 
 from qalign_kernels import match_counts, similarity_argmax
 
-from ..context.layer_call import take
-from ..context.layers import picture_size, short_name, token_grid
+from ..context.layer_call import Site, take
+from ..context.layers import picture_size, token_grid
 from ..embedded.scenes import PARTS, ScenePair, held_out_pairs, render, token_labels
 from ..methods import CrossImage, QAlign
-from .leakage import (
-    PairResult,
-    Settings,
-    Tallies,
-    by_layer_and_step,
-    cell,
-    check_steps,
-    estimate,
-    figures,
-    layers_of,
-    measure,
-    measure_pair,
-    noise_seed,
-    resample,
-    row,
-    stacked,
-    summarise,
-    tally,
-)
+from .attention_tally import Tallies, by_layer_and_step, figures, layers_of, measure, stacked, tally
+from .bootstrap import estimate, resample
+from .leakage import PairResult, Settings, check_steps, compared_methods, measure_pair, noise_seed, summarise
 from .noised_features import noised_features
 from .processes import Progress, gathered
 from .resuming import KeptResults, keeping
 
-NOISE = (0.2, 0.4, 0.6)  # of the training timesteps
+NOISE = (0.2, 0.4, 0.6)  # noise levels, as fractions of the training timesteps
 SIGNALS = {
     f"query_{compared} {similarity} {heads}": (compared, similarity, heads)
     for compared, similarity, heads in itertools.product(
@@ -52,31 +37,34 @@ ATTENTION = ("own_part_mass", "object_background_leakage", "cross_region_mass")
 
 
 def refinements() -> dict[str, CrossImage]:
-    """Cross-Image, then every reading of the alignment with its strengths."""
-    variants: dict[str, CrossImage] = {"cross_image": CrossImage()}
-    variants |= {
-        name: QAlign(refinement=name) for name in ("warped_output", "rearranged", "warped_values", "none")
-    }
-    for aligned in ("output", "structure"):
-        variants |= {
-            f"{name}, {aligned} aligned": QAlign(refinement=name, aligned=aligned)
-            for name in ("warped_output", "rearranged")
-        }
-    variants |= {f"topk {k}": QAlign(refinement="topk", topk=k) for k in (1, 4, 8, 16)}
-    variants |= {
-        f"guided {strength}": QAlign(refinement="guided", strength=float(strength))
-        for strength in (5, 10, 20, 40)
-    }
+    """The compared methods, then Q-Align with one setting changed: the refinement, its strength, or the
+    alignment.
+
+    `QAlignWarp` is "warped_output" with both queries aligned.
+    """
+    variants = compared_methods()
+    variants |= {name: QAlign(refinement=name) for name in ("warped_output", "warped_values", "none")}
+    for name, aligned in (
+        ("rearranged", "structure"),
+        ("rearranged", "both"),
+        ("warped_output", "structure"),
+    ):
+        variants[f"{name}, {aligned} aligned"] = QAlign(refinement=name, aligned=aligned)
+    for k in (1, 4, 8, 16):
+        variants[f"topk {k}"] = QAlign(refinement="topk", topk=k)
+    for strength in (5.0, 10.0, 20.0, 40.0):
+        variants[f"guided {strength:g}"] = QAlign(refinement="guided", strength=strength)
     return variants | {"soft 20": QAlign(refinement="soft", strength=20.0)}
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """What one pair gave.
+    """The measurements of one pair without transfers.
 
     Attributes:
-        tallies: by variant, by signal ("query_query cosine joint"), and of "self_attention"; of every decoder layer and timestep.
-        matched: U/N, the share of the reference tokens that are anybody's match, by signal.
+        tallies: of every decoder layer and timestep, by variant, by signal ("query_query cosine joint"), and
+            of "self_attention".
+        matched: U/N, the fraction of the reference tokens that some query matches, by signal.
     """
 
     tallies: dict[str, Tallies]
@@ -85,7 +73,7 @@ class Probe:
 
 @torch.inference_mode()
 def probe(pipe: Any, pair: ScenePair, variants: Mapping[str, CrossImage], settings: Settings) -> Probe:
-    """Match and attend one scene's queries to the other's keys in every decoder layer, at every level of `NOISE`."""
+    """Let one scene's queries match and attend the other's keys, in every decoder layer and noise level."""
     scenes = render([pair.structure, pair.appearance], picture_size(pipe))
     levels = [int(level * pipe.scheduler.config.num_train_timesteps) for level in NOISE]
     count = len(levels)
@@ -94,36 +82,52 @@ def probe(pipe: Any, pair: ScenePair, variants: Mapping[str, CrossImage], settin
     kept = noised_features(
         pipe, pictures, torch.tensor(levels * 2), prompt, seeds=range(seed, seed + 2 * count)
     )
-    output, reference = torch.arange(2 * count, dtype=torch.int32, device=pipe.unet.device).chunk(2)
-    found = Probe(
+    result = Probe(
         {name: {} for name in ("self_attention", *SIGNALS, *variants)}, {name: {} for name in SIGNALS}
     )
     for layer, (q, k, site) in kept.items():
-        labels = (
-            token_labels(scenes.labels, token_grid(scenes.labels.shape[1:], q.shape[2]))
-            .long()
-            .to(q.device)
-            .repeat_interleave(count, 0)
-        )
+        grid = token_grid(scenes.labels.shape[1:], q.shape[2])
+        labels = token_labels(scenes.labels, grid).long().to(q.device).repeat_interleave(count, 0)
         keys = [(layer, level) for level in levels]
+        for name, tallies in _layer_tallies(q, k, labels, variants, site).items():
+            result.tallies[name].update(zip(keys, tallies.cpu()))
+        for name, (tallies, matched) in _layer_signals(q, k, labels).items():
+            result.tallies[name].update(zip(keys, tallies.cpu()))
+            result.matched[name].update(zip(keys, matched))
+    return result
 
-        def keep(name: str, tallies: Tensor, keys: Sequence[tuple[str, int]] = keys) -> None:
-            found.tallies[name].update(zip(keys, tallies.cpu()))
 
-        keep("self_attention", measure(CrossImage(), q, k, labels, output, output, site))
-        for name, method in variants.items():
-            keep(name, measure(method, q, k, labels, output, reference, site))
-        for name, (features_of, similarity, heads) in SIGNALS.items():
-            compared = q if features_of == "query" else k
-            index = similarity_argmax(
-                take(q, output), compared, similarity=similarity, heads=heads, batch_index=reference
-            ).index
-            nowhere = q.new_zeros(1, 1, 1, len(PARTS)).expand(count, 1, q.shape[2], -1)
-            keep(name, tally(index, nowhere, labels[:count], labels[count:]))
-            found.matched[name].update(
-                zip(keys, (match_counts(index, k.shape[2]) > 0).double().mean((1, 2)).tolist())
-            )
-    return found
+def _layer_tallies(
+    q: Tensor, k: Tensor, labels: Tensor, variants: Mapping[str, CrossImage], site: Site
+) -> dict[str, Tensor]:
+    """Tallies of the first half of the rows: over themselves, then over the second half by every variant."""
+    output, reference = _halves(q)
+    result = {"self_attention": measure(CrossImage(), q, k, labels, output, output, site)}
+    for name, method in variants.items():
+        result[name] = measure(method, q, k, labels, output, reference, site)
+    return result
+
+
+def _layer_signals(q: Tensor, k: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, list[float]]]:
+    """The matches of every signal as tallies without mass, and the fraction of the keys that are matched."""
+    output, reference = _halves(q)
+    count, tokens = len(output), k.shape[2]
+    nowhere = q.new_zeros(1, 1, 1, len(PARTS)).expand(count, 1, tokens, -1)
+    result = {}
+    for name, (features_of, similarity, heads) in SIGNALS.items():
+        compared = q if features_of == "query" else k
+        index = similarity_argmax(
+            take(q, output), compared, similarity=similarity, heads=heads, batch_index=reference
+        ).index
+        matched = (match_counts(index, tokens) > 0).double().mean((1, 2)).tolist()
+        result[name] = tally(index, nowhere, labels[:count], labels[count:]), matched
+    return result
+
+
+def _halves(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Row numbers int32 of the first and of the second half of a batch."""
+    first, second = torch.arange(len(q), dtype=torch.int32, device=q.device).chunk(2)
+    return first, second
 
 
 def run(
@@ -135,13 +139,21 @@ def run(
     progress: Progress = iter,
     kept: KeptResults | None = None,
 ) -> dict[str, Any]:
-    """Matches, attention and pictures of every variant: plain numbers, ready for JSON; shared out over processes as in `leakage.run`.
+    """Measure matches, attention and pictures of every variant.
 
-    Figures are averaged over noise levels and over the layers that Cross-Image edits; `best_layer` is of all decoder layers.
+    Figures are means over noise levels and over the layers that Cross-Image edits. `best_layer` is the best
+    of all decoder layers. Processes share the work as in `leakage.run`.
 
     Args:
-        pairs, transfers: how many held-out pairs are probed, and how many of these are transferred with every refinement.
-        kept: as `leakage.run`.
+        pipe: an `AppearanceTransferPipeline`.
+        pairs: number of held-out pairs that are probed.
+        transfers: number of these that are transferred by every variant.
+        settings: how the transfers run.
+        progress: as in `leakage.run`.
+        kept: as in `leakage.run`.
+
+    Returns:
+        Plain numbers and lists, ready for JSON.
     """
     chosen, variants = held_out_pairs(pairs, settings.seed), refinements()
     check_steps(variants, settings)
@@ -165,16 +177,15 @@ def run(
 
 
 def _match_figures(probes: Sequence[Probe], name: str) -> dict[str, Any]:
-    table = stacked([found.tallies[name] for found in probes])
+    table = stacked([each.tallies[name] for each in probes])
     layers = layers_of(probes[0].tallies[name])
     by_layer = figures(table)["part_agreement"].nanmean((0, 2))
     edited = _edited(layers)
     matched = torch.tensor(
-        [[share for (layer, _), share in found.matched[name].items() if layer in edited] for found in probes]
+        [[share for (layer, _), share in each.matched[name].items() if layer in edited] for each in probes]
     )
-    agreement = (
-        figures(table[:, [layers.index(layer) for layer in edited]])["part_agreement"].flatten(1).nanmean(1)
-    )
+    of_edited = figures(table[:, [layers.index(layer) for layer in edited]])
+    agreement = of_edited["part_agreement"].flatten(1).nanmean(1)
     return {
         "part_agreement": estimate(resample({"": agreement})[""]),
         "matched_fraction": matched.mean().item(),
@@ -186,7 +197,7 @@ def _match_figures(probes: Sequence[Probe], name: str) -> dict[str, Any]:
 
 
 def _masses(probes: Sequence[Probe], name: str) -> dict[str, Any]:
-    table = stacked([found.tallies[name] for found in probes])
+    table = stacked([each.tallies[name] for each in probes])
     layers = layers_of(probes[0].tallies[name])
     edited = figures(table[:, [layers.index(layer) for layer in _edited(layers)]])
     means = resample({figure: edited[figure].flatten(1).nanmean(1) for figure in ATTENTION})
@@ -200,37 +211,6 @@ def _edited(layers: list[str]) -> list[str]:
 
 
 def _picture(transferred: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What `leakage.summarise` says of a method, but its long tables."""
-    return {
-        figure: value
-        for figure, value in transferred["methods"][name].items()
-        if not figure.startswith("by_")
-    }
-
-
-def render_report(report: Mapping[str, Any]) -> str:
-    """The report as tables."""
-    probed = f"{report['pairs']} pairs, one stock pass at noise levels {', '.join(f'{level:g}' for level in NOISE)}"
-    lines = [f"matches, {probed}", row("", ["part agreement", "U/N", "in the best layer", "best layer"])]
-    for name, found in report["matches"].items():
-        best = [f"{found['best_layer_agreement']:.3f}", short_name(found["best_layer"])]
-        lines.append(row(name, [cell(**found["part_agreement"]), f"{found['matched_fraction']:.2f}", *best]))
-    lines += ["", f"object attention, {probed}", row("", ["own part", "on background", "across regions"])]
-    for name, found in {"self_attention": report["self_attention"], **report["refinements"]}.items():
-        lines.append(row(name, [cell(**found[figure]) for figure in ATTENTION]))
-    transfers = report["transfers"]
-    lines += [
-        "",
-        f"pictures, {transfers['pairs']} pairs",
-        row("", ["colour error / untouched", "part IoU", "across regions", "leaking, improved"]),
-    ]
-    for name, found in report["refinements"].items():
-        picture, intervals = found["picture"], found["picture"]["intervals"]
-        cells = [
-            cell(picture[figure], intervals[figure])
-            for figure in ("colour_ratio", "layout_iou", "cross_region_mass")
-        ]
-        lines.append(
-            row(name, [*cells, f"{picture['leaking_pairs']}, {picture.get('leaking_pairs_improved', '-')}"])
-        )
-    return "\n".join(lines)
+    """The summary of a method without its long tables."""
+    summary = transferred["methods"][name]
+    return {figure: value for figure, value in summary.items() if not figure.startswith("by_")}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..methods import CtrlX, EyeForAnEye, Method
 from ..pipelines import METHODS
-from . import leakage
+from .attention_tally import Measured, figures
 from .peak_memory import PeakMemory
 from .picture_metrics import OBJECT, colour_error
 
@@ -111,9 +111,9 @@ def attention_figures(
         "structure": of_structure,
         "appearance": of_appearance,
     }
-    measured = leakage.Measured(method, rows, every=3)
+    measured = Measured(method, rows, every=3)
     pipe(None, None, prompt, method=measured, **options)
     if not measured.tallies:  # so few steps that no measured one is edited
         return math.nan, math.nan
-    found = leakage.figures(torch.stack(list(measured.tallies.values())))
+    found = figures(torch.stack(list(measured.tallies.values())))
     return found["own_part_mass"].nanmean().item(), found["object_background_leakage"].nanmean().item()

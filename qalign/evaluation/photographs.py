@@ -36,7 +36,7 @@ HEADS = 8
 TIMESTEP = 301
 CROPS_APART = 120
 SOME_QUERIES = 512
-PAPER = QAlign(refinement="rearranged")
+PAPER = QAlign()
 LAYERS = "up"
 VARIANTS = ("stock", "materialised", "shipped")
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,30 @@ from ..context.layer_call import Site
 from ..context.layers import decoder_layers
 
 Hook = Callable[[nn.Module, Tensor, Tensor, Site], Tensor]  # (module, its input, its output, site) -> output
+
+
+class Method(Protocol):
+    """Frozen settings with one function on [B, H, N, D] tensors, and what `attach` asks of them.
+
+    What a method may have besides:
+        default_steps: a (start, stop) for `attach` where the user gives none.
+        prepare(hidden, project, site): what it makes of the hidden states [B, N, C] before `project` gives queries, keys and values of them.
+        hooks(model): by module name, what it makes of the output [B, ...] of modules that are no attention; `site.replace` puts the edited
+            rows in place.
+        cross_layers(names), attend_cross(q, k, v, site): which cross-attention layers it acts on, and their attention output; keys and values are
+            the prompt's.
+        start(latents, appearance), change_clean(clean, appearance, timestep): in `AppearanceTransferPipeline`, what the outputs' first latents
+            [outputs, C, h, w] become beside the appearance's [1, C, h, w]; and likewise their x̂_0 in a step.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """The attention output of every row of the batch, [B, H, N, D]."""
+
+    def default_layers(self, names: Sequence[str]) -> list[str]:
+        """Which of a denoiser's self-attention layers the method edits where the user names none."""
+
+    def takes_structure(self, step: int, total: int) -> bool:
+        """Whether keys and values come from the structure at this step."""
 
 
 class Card(NamedTuple):

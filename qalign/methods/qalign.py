@@ -1,6 +1,6 @@
-"""Q-Align: keys and values of the reference, re-aligned by query-query similarity before they are attended."""
+"""Q-Align: keys and values of the reference, rearranged by query-query similarity before they are attended."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -11,31 +11,46 @@ from qalign_kernels.rearrange import take_rows
 
 from ..context.layer_call import Site, take
 from ._editing import Card
+from ._names import ALIGNED
 from .cross_image import CrossImage
-
-ALIGNED = ("both", "output", "structure")
 
 
 @dataclass(frozen=True, kw_only=True)
 class QAlign(CrossImage):
-    """Appearance transfer by Q-Align: Cross-Image attention with its keys and values rearranged to follow the output's queries.
+    """Transfer appearance by Q-Align, as the paper states it.
 
-    S = similarity(Q_align, Q_app), π(i) = argmax_j S_ij; what is read by π is the refinement's, see `qalign_kernels.qalign_attention`. The
-    default, "warped_output", gives each query what the appearance's own attention made of its match, softmax(s Q_app[π] K_appᵀ) V_app; that row
-    is computed in any case, so the layer costs the alignment and a gather.
+    S = similarity(Q_align, Q_app),  π(i) = argmax_j S_ij,
+    output rows: contrasted softmax(s Q_out K_app[π]ᵀ) V_app[π]. All other rows are stock attention.
 
-    The paper's method section is not available to this project: it builds on Cross-Image attention, so contrast, structure steps and
-    layers are kept from there (each can be switched off), and similarity, heads and refinement are inferred (each can be chosen).
-    At a structure step the alignment, too, is with the structure. As far as the paper is known, it aligns Q_out ("output"), which starts as
-    Q_str, and refines by attention over rearranged keys and values ("rearranged"). The defaults make the best pictures of the embedded model, by
-    part colours and by layout; attention that leaks least is that of "topk" and "none" (CHANGELOG, benchmarks/results).
+    The paper has three steps, and the defaults are these steps: the output's queries are aligned with the
+    appearance's queries, the alignment rearranges keys and values, and attention reads the rearranged keys
+    and values. One call of `qalign_kernels.qalign_attention` computes all three.
+
+    The paper's method section is not available to this project. It builds on Cross-Image attention, so the
+    layers, the contrast and the structure steps are Cross-Image's. Cosine similarity over all heads is
+    inferred. At a structure step the method aligns with the structure and reads it. `QAlignWarp` is this
+    library's own variant.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, QAlign, Site
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)  # three rows, two heads, 16 tokens, eight channels
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> QAlign().attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Args:
-        aligned: whose queries are aligned with the appearance's: "output"; "structure"; or "both", by the sum of the two similarities. Without a
-            structure row it is the output.
-        similarity, heads, refinement, topk, strength: as `qalign_kernels.qalign_attention`; a layer of fewer tokens takes a smaller k.
-        contrast: as `CrossImage`, for the refinements that have a softmax of their own: all but "none" and "warped_output".
+        aligned: which queries Q_align are: "output", "structure", or "both" for the mean of the two
+            similarities. A layout without a structure row aligns the output's.
+        similarity: "cosine" or "dot".
+        heads: "joint" for one alignment of all heads, "per_head" for one of each.
+        refinement: how attention uses the alignment. `qalign_kernels.qalign_attention` lists the readings.
+        topk: the number of reference tokens for each query in "topk". A layer with fewer tokens takes all.
+        strength: the weight of the alignment in "guided" and "soft".
+        contrast: as `CrossImage`. The refinements "none" and "warped_output" do not use it.
         structure_every, structure_until: as `CrossImage`.
+
+    Raises:
+        ValueError: `aligned` is none of these.
 
     Source: Q-Align, arXiv 2508.21090.
     """
@@ -43,17 +58,17 @@ class QAlign(CrossImage):
     card: ClassVar[Card] = Card(
         "Q-Align",
         "2508.21090",
-        "what appearance made of the token aligned by queries",
+        "K, V <- appearance, rearranged by query alignment, contrast",
         "last two decoder blocks",
         "12 to 68 of 68",
-        "similarity_argmax, gather",
-        0.5,
+        "similarity_argmax, attention (counts, contrast)",
+        2.0,
     )
 
-    aligned: str = "both"
+    aligned: str = "output"
     similarity: str = "cosine"
     heads: str = "joint"
-    refinement: str = "warped_output"
+    refinement: str = "rearranged"
     topk: int = 8
     strength: float = 20.0
 
@@ -61,23 +76,10 @@ class QAlign(CrossImage):
         if self.aligned not in ALIGNED:
             raise ValueError(f"aligned: expected one of {', '.join(ALIGNED)}, got {self.aligned!r}")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        shared = (
-            self.refinement == "warped_output"
-            and site.regions is None
-            and site.mask is None
-            and not site.layout.unread
-        )
-        if not shared or site.idle:
-            return super().attend(q, k, v, site)
-        output, reference = site.output_rows(q), site.reference_rows(q)
-        index = self.match(q, output, reference, site).index
-        return site.merge(q, k, v, lambda attended: take_rows(take(attended, reference), index))
-
     def match(self, q: Tensor, output: Tensor, reference: Tensor, site: Site) -> Match:
         """π of the rows `output` in the rows `reference`: index [rows, 1 or H, N], and how alike they are."""
         return similarity_argmax(
-            self.asking(q, output, site),
+            self.alignment_query(q, output, site),
             q,
             similarity=self.similarity,
             heads=self.heads,
@@ -86,7 +88,7 @@ class QAlign(CrossImage):
             batch_index=reference,
         )
 
-    def asking(self, q: Tensor, output: Tensor, site: Site) -> Tensor:
+    def alignment_query(self, q: Tensor, output: Tensor, site: Site) -> Tensor:
         """Q_align [rows, H, N, D]: its similarity with any query is the mean of those of the queries that are aligned."""
         own = take(q, output)
         if self.aligned == "output" or "structure" not in site.layout.roles:
@@ -110,7 +112,7 @@ class QAlign(CrossImage):
             q,
             k,
             v,
-            match_query=self.asking(q, output, site),
+            match_query=self.alignment_query(q, output, site),
             similarity=self.similarity,
             heads=self.heads,
             refinement=self.refinement,
@@ -123,3 +125,61 @@ class QAlign(CrossImage):
             ref_labels=site.key_labels(k, reference),
             batch_index=reference,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QAlignWarp(QAlign):
+    """Transfer appearance by Q-Align's alignment and the appearance's own attention: our variant.
+
+    S = (similarity(Q_out, Q_app) + similarity(Q_str, Q_app)) / 2,  π(i) = argmax_j S_ij,
+    output rows: O_app[π] with O_app = softmax(s Q_app K_appᵀ) V_app. All other rows are stock attention.
+
+    The paper's part is the alignment of queries with the appearance's queries. Two things are ours: the
+    structure's queries take part in the alignment, and a query gets what the appearance's own attention gave
+    to the matched token, where the paper attends rearranged keys and values. The appearance row computes
+    O_app in any case, so a layer costs the alignment and a gather.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, QAlignWarp, Site
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> QAlignWarp().attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
+
+    Args:
+        aligned, similarity, heads: as `QAlign`; `aligned` is "both" by default.
+        structure_every, structure_until: as `CrossImage`.
+
+    The refinement is always "warped_output". It has no attention map of its own, so there is no contrast.
+
+    Source: this library, after Q-Align, arXiv 2508.21090.
+    """
+
+    card: ClassVar[Card] = Card(
+        "QAlignWarp",
+        "this library",
+        "the appearance's own attention output at the token aligned by queries",
+        "last two decoder blocks",
+        "12 to 68 of 68",
+        "similarity_argmax, gather",
+        0.5,
+    )
+
+    aligned: str = "both"
+    refinement: str = field(default="warped_output", init=False)
+    topk: int = field(default=8, init=False, repr=False)
+    strength: float = field(default=20.0, init=False, repr=False)
+    contrast: float = field(default=1.0, init=False, repr=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """The attention output of every row. Output rows gather from the appearance's row where it can be shared.
+
+        The appearance's row is not the one to read where labels or a mask restrict what the output reads, and
+        there is no such row where a bank holds the reference: `edit` computes it then.
+        """
+        restricted = site.regions is not None or site.mask is not None or site.layout.unread
+        if restricted or site.idle:
+            return super().attend(q, k, v, site)
+        output, reference = site.output_rows(q), site.reference_rows(q)
+        index = self.match(q, output, reference, site).index
+        return site.merge(q, k, v, lambda attended: take_rows(take(attended, reference), index))

@@ -17,8 +17,7 @@ from ..context.adain import adain as adain_latents
 from ..context.clock import Clock
 from ..context.layout import BatchLayout
 from ..context.regions import Regions
-from ..methods import METHODS as ALL_METHODS
-from ..methods import Method, QAlign
+from ..methods import TRANSFERS, Method, QAlign
 from ..processors.attach import Control, attach, find_unet
 from ..processors.feature_bank import FeatureBank
 from ..sampling.freeu import cross_image_freeu
@@ -36,10 +35,7 @@ from ..sampling.object_masks import (
 from .base import Condition, LatentDiffusion, XLConditions, check_output
 from .pictures import choose_size, cover, to_tensors
 
-WITHOUT_APPEARANCE = ("bounded", "story_diffusion", "consistory")
-METHODS: dict[str, Callable[[], Method]] = {
-    name: kind for name, kind in ALL_METHODS.items() if name not in WITHOUT_APPEARANCE
-}
+METHODS = TRANSFERS
 PUBLISHED_STEPS = (11 / 68, 1.0)
 ADAIN = ("masked", "whole", None)
 SELF = "self"  # regions that the UNet's own attention tells

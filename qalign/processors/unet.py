@@ -115,8 +115,9 @@ class QAlignAttnProcessor(UNetAttnProcessor):
     The last line restores what was there; `set_default_attn_processor` refuses processors that it does not
     know. `qalign.attach` restores by itself, and says where `latents` come from.
 
-    Edits the output rows of every self-attention layer at every step, reading the appearance row; structure steps need the clock of
-    `qalign.attach`, which also selects layers and steps.
+    It edits the output rows of every self-attention layer at every step: they read the appearance row. The
+    method is `QAlign()`, as the paper states it. `UNetAttnProcessor(QAlignWarp())` is the same with this
+    library's variant. Structure steps need the clock of `qalign.attach`, which also selects layers and steps.
     """
 
     def __init__(self, *, method: QAlign | None = _QALIGN, layout: BatchLayout = DEFAULT_LAYOUT) -> None:

@@ -1,14 +1,19 @@
-"""Attention on Hopper, in Gluon: one warp loads, two warp groups multiply, each its own queries.
+"""Attention on Hopper, in Gluon: one warp loads, two warp groups multiply, each for its own queries.
 
-`attention._hopper_tile` says which calls take it. The producer copies the queries once, then tiles of keys and
-values, with the bulk copy engine into a ring of buffers. A consumer multiplies the next tile of keys before
-it weighs the values of this one, so that exponentials and products overlap. The last tile of keys comes
-first: it alone may be incomplete. What the engine reads beyond the tensor is zero.
+N_Q queries, N_K keys, D channels. Tensors are [B, H, N, D]. `_attention_choice.py` says which calls take it.
 
-If FIXED, the largest score of that tile serves for all tiles, which saves the running maximum. Where this was
-too far from the largest of all, both consumers meet all keys again with a running maximum.
+1. The producer copies the queries once. Then it copies tiles of keys and values into a ring of buffers, with the
+   bulk copy engine. What the engine reads beyond the tensor is zero. The last tile of keys comes first: no other
+   tile may be incomplete.
+2. A consumer multiplies its queries and the next tile of keys before it multiplies the weights and values of the
+   current tile. In this way exponentials and products overlap.
+3. If FIXED, the largest score of the first tile serves as the maximum of all tiles, which saves the running
+   maximum. If it was too far from the true maximum of a query, both consumers walk over all keys again, with a
+   running maximum.
+4. A consumer divides by the sum of the weights and writes its output through shared memory.
 
-N_Q queries, N_K keys, D channels. Tensors are [B, H, N, D].
+Why this file has more than 400 lines: `tests/gluon_on_cpu.py` runs the kernel on the CPU from the source of one
+file, so producer, consumer and what they share stand in it.
 """
 
 from typing import Any, NamedTuple

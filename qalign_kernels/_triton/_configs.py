@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,12 +205,19 @@ def trying(key: Key, tile: Tile | None) -> Iterator[None]:
             put(one, old)
 
 
-@functools.cache
-def triton_minor() -> str:
-    """ "3.6" for Triton 3.6.0."""
-    import triton
+def version_numbers(version: str) -> tuple[int, ...]:
+    """(3, 7) for "3.7.1" or "3.7.0+git1234": the two numbers that name a minor version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
-    return ".".join(triton.__version__.split(".")[:2])
+
+@functools.cache
+def triton_minor(version: str | None = None) -> str:
+    """ "3.6" for version 3.6.0 of Triton; without an argument for the installed one."""
+    if version is None:
+        import triton
+
+        version = triton.__version__
+    return ".".join(map(str, version_numbers(version)))
 
 
 def token_bucket(tokens: int) -> int:

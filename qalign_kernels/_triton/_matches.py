@@ -10,6 +10,23 @@ from ._labels import Labels
 from ._tile import FAR, Features, pack_match, unpack_match
 
 
+class Matching(NamedTuple):
+    """What is matched with what: features [B, H, N, D], label sets [B or 1, N], and the rows of the reference."""
+
+    query: Tensor
+    reference: Tensor
+    similarity: str
+    joint: bool
+    query_labels: Tensor | None = None
+    reference_labels: Tensor | None = None
+    batch_index: Tensor | None = None
+
+    @property
+    def maps(self) -> int:
+        """G, the number of maps of a batch row: one for all heads, or one for each."""
+        return 1 if self.joint else self.query.shape[1]
+
+
 class Pair(NamedTuple):
     """What the kernels read of queries and reference; None where a call has none."""
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from ._configs import split_head_dim
 
 FAR = tl.constexpr(0x7FFFFFFF)  # beyond every index, and NaN where scores are `ordered`
+NOTHING = tl.constexpr(-0x7F800001)  # -inf as `ordered` gives it
 
 
 class Features(NamedTuple):

@@ -1,21 +1,39 @@
 """attention on Triton. B batch rows, H heads, N_Q queries, N_K keys of a segment, D and D_V channels.
 
-A program has one tile of queries and walks over the keys of all segments, tile after tile, with a running
-maximum (online softmax): `attention_kernel` → `_attend` → `_attend_segment` → `_attend_tile`. In a FIXED
-kernel `_attend_fixed` first tries the maximum of the first tile for all of them, which saves the rescaling.
+A program has one tile of queries. It walks over the keys of all segments, tile after tile (online softmax):
+
+1. `attention_kernel` loads the queries, their labels and the settings of the contrast.
+2. `_attend_keys` walks over all keys. If FIXED, it tries the largest logit of the first key tile as the maximum of
+   all tiles, which saves the rescaling. It walks again with a running maximum where this overflowed.
+3. `_attend` takes one segment after the other, `_attend_segment` one tile of its keys after the other, and
+   `_attend_tile` (in `_attend_tile.py`) makes weights of the scores and adds the weighted values.
+4. `attention_kernel` divides by the sum of the weights and writes the output and the log-sum-exp.
+
+`_attention_choice.py` says which calls take which kernel.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import Tile, choose_tile, listed_tile, split_head_dim
+from ._attend_tile import (
+    PARTS,
+    Contrast,
+    State,
+    Variant,
+    _attend_last_tile,
+    _attend_tile,
+    _empty_state,
+    _tile_max,
+)
+from ._attention_choice import AttentionCall, choose, launch_hopper
+from ._comparison import _compare_parts
 from ._labels import compared_slots, free_slot, label_class, sort_queries, visible_spans
-from ._launch import launch, target_of
+from ._launch import launch
 from ._segments import (
     LOG2_E,
     KeyTile,
@@ -25,71 +43,15 @@ from ._segments import (
     open_segment,
     opposite,
     query_arguments,
-    score_tile,
     segment_arguments,
-    unsigned,
     walked,
 )
-from ._tile import (
-    Parts,
-    accumulate,
-    features,
-    load,
-    load_parts,
-    load_rows,
-    open_tile,
-    rows_of,
-    scale_rows,
-    store_parts,
-    unpack_match,
-    width,
-    zeros,
-)
+from ._tile import features, load_parts, open_tile, rows_of, store_parts, unpack_match, width
 from .attention_backward import attention_backward as attention_backward
 
-LN_2 = 0.6931471805599453
-FIXED_TARGETS = ("sm_90", "interpreter")
-LOOP_TARGETS = ("sm_90", "interpreter")  # see `_loop_once`; the interpreter, so that tests run these loops
-# head dims up to which the kernel with both loops is known not to spill there
-FIXED_WIDTHS = {"plain": 128, "counts": 128, "distance": 64}
-PARTS = tl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
 ONCE_STAGES = tl.constexpr(2)  # of a loop that runs once at most: the least that is pipelined
 # of a row sum, and of its inverse, with the maximum of the first tile: beyond it, weights may overflow
 FIXED_LIMIT = tl.constexpr(2.0**64)
-COPY_ALIGNMENT = 16  # of rows that the bulk copy engine reads, in bytes
-
-
-class State(NamedTuple):
-    """What a tile of queries has gathered: maximum logit, sum of the weights, weighted sum of the values."""
-
-    running_max: Any
-    row_sum: Any
-    output: Parts
-
-
-class Contrast(NamedTuple):
-    """Weights are clamp(amount · probability + floor, 0, 1), probabilities by the `known` log2-sum-exp."""
-
-    known: Any
-    amount: Any
-    floor: Any
-
-
-class Variant(NamedTuple):
-    """What is constexpr. KNOWN_LSE with a contrast, EXACT_WEIGHTS where weights are not rounded.
-
-    LOOP_ONCE where even what happens once is to be in a loop: see `_loop_once`.
-    """
-
-    SEGMENTS: Any
-    HAS_VALUES: Any
-    KNOWN_LSE: Any
-    EXACT_WEIGHTS: Any
-    KEY_WIDTH: Any
-    VALUE_WIDTH: Any
-    BLOCK_M: Any
-    BLOCK_N: Any
-    LOOP_ONCE: Any
 
 
 def attention(
@@ -116,294 +78,54 @@ def attention(
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32) if need_lse else None
     shared: dict[str, Any] = {"query_labels": query_labels, "query_order": query_order, "guide": guide}
     known = None if contrast == 1.0 else log2_sum_exp(query, arguments, **shared)
-    launch_attention(query, arguments, output=output, lse=lse, contrast=contrast, known=known, **shared)
+    launch_attention(AttentionCall(query, arguments, output, lse, contrast=contrast, known=known, **shared))
     return output, lse
 
 
-def log2_sum_exp(query: Tensor, segments: Sequence[SegmentArguments], **shared: Any) -> Tensor:
-    """log2 of the sum of the exponentials of the logits, fp32 [B, H, N_Q]; `shared` goes to the launch."""
+def log2_sum_exp(query: Tensor, segments: Sequence[SegmentArguments], **settings: Any) -> Tensor:
+    """log2 of the sum of the exponentials of the logits, fp32 [B, H, N_Q]; `settings` are those of the call."""
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
-    launch_attention(query, segments, output=None, lse=lse, lse_unit=1.0, **shared)
+    launch_attention(AttentionCall(query, segments, lse=lse, lse_unit=1.0, **settings))
     return lse
 
 
-def launch_attention(
-    query: Tensor,
-    segments: Sequence[SegmentArguments],
-    *,
-    output: Tensor | None,
-    lse: Tensor | None,
-    lse_unit: float = LN_2,
-    query_labels: Tensor | None = None,
-    query_order: Tensor | None = None,
-    guide: Any = None,
-    contrast: float = 1.0,
-    known: Tensor | None = None,
-    exact_weights: bool = False,
-    match: Tensor | None = None,
-    distance: Tensor | None = None,
-    signs: Tensor | None = None,
-) -> None:
-    """Launch attention, contrasted if the log2-sum-exp is `known`; without `output`, its log-sum-exp only.
-
-    Args:
-        output: [B, H, N_Q, D_V], written, contiguous; with a `distance` read and compared, any strides.
-        lse: float32 [B, H, N_Q], in `lse_unit`: ln 2 for natural logarithms, 1 for base 2.
-        query_order: int32 [B or 1, 1, N_Q], by which tiles take queries where segments are sorted by label.
-        match: int64 [B, G, N_Q] as `_tile.pack_match` has it, of the maps of the first segment's counts.
-            Queries whose match has score NaN give NaN.
-        distance: float32 [B, H, N_Q], the mean of |output - attention| over the channels of each query.
-        signs: int8 [B, H, N_Q, D_V], contiguous, the signs of output - attention.
-    """
-    (batch, heads, tokens, dim), value_dim = query.shape, 16 if output is None else output.shape[3]
-    mode = _tile_mode(segments, output, guide, known, exact_weights, distance)
-    fixed = _fixed(query, segments, output, known, exact_weights, distance)
-    hopper_tile = _hopper_tile(query, segments, output, mode)
-    if hopper_tile is not None and output is not None:
-        _launch_hopper(query, segments[0], output, lse, lse_unit, match, fixed, hopper_tile)
+def launch_attention(call: AttentionCall) -> None:
+    choice = choose(call)
+    if choice.hopper:
+        launch_hopper(call, choice)
         return
-    tile = choose_tile("attention", mode, target_of(query.device), max(dim, value_dim), query.dtype, tokens)
+    (batch, heads, tokens, dim), tile, output = call.query.shape, choice.tile, call.output
+    order, guide, compared = call.query_order, call.guide, call.distance is not None
     launch(
         attention_kernel,
         (triton.cdiv(tokens, tile.block_m) * batch * heads,),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **query_arguments(query, query_labels),
-        query_order_ptr=query_order,
-        query_order_stride_b=0 if query_order is None or query_order.shape[0] == 1 else tokens,
+        **query_arguments(call.query, call.query_labels),
+        query_order_ptr=order,
+        query_order_stride_b=0 if order is None or order.shape[0] == 1 else tokens,
         guide_query=None if guide is None else features(guide.query),
         guide_strength=0.0 if guide is None else guide.strength * LOG2_E.value,
-        segments=walked(segments, tile.block_n),
-        output_ptr=output if distance is None else None,
-        lse_ptr=lse,
-        lse_unit=lse_unit,
-        known_ptr=known,
-        contrast=contrast,
-        match_ptr=match,
-        compared=None if output is None or distance is None else features(output),
-        distance_ptr=distance,
-        signs_ptr=signs,
-        SEGMENTS=len(segments),
-        FIXED=fixed,
+        segments=walked(call.segments, tile.block_n),
+        output_ptr=None if compared else output,
+        lse_ptr=call.lse,
+        lse_unit=call.lse_unit,
+        known_ptr=call.known,
+        contrast=call.contrast,
+        match_ptr=call.match,
+        compared=features(output) if compared and output is not None else None,
+        distance_ptr=call.distance,
+        signs_ptr=call.signs,
+        SEGMENTS=len(call.segments),
+        FIXED=choice.fixed,
         HAS_VALUES=output is not None,
-        KNOWN_LSE=known is not None,
-        EXACT_WEIGHTS=exact_weights,
+        KNOWN_LSE=call.known is not None,
+        EXACT_WEIGHTS=call.exact_weights,
         KEY_WIDTH=width(dim),
-        VALUE_WIDTH=width(value_dim),
+        VALUE_WIDTH=width(call.value_dim),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        LOOP_ONCE=_loop_once(target_of(query.device), (dim,) if output is None else (dim, value_dim)),
-    )
-
-
-def _loop_once(target: str, dims: tuple[int, ...]) -> bool:
-    """Whether every product is to be in a pipelined loop, those that are computed once as well.
-
-    With parts of fewer than 64 channels, the ptxas 12.8 of Triton 3.6 and 3.7 reads the operands of others from
-    wrong addresses on sm_90 (`stray_descriptors` in benchmarks/machine_code.py). Wider parts are faster without.
-    """
-    return target in LOOP_TARGETS and min(part for dim in dims for part in split_head_dim(dim) if part) < 64
-
-
-def _tile_mode(
-    segments: Sequence[SegmentArguments],
-    output: Tensor | None,
-    guide: Any,
-    known: Tensor | None,
-    exact_weights: bool,
-    distance: Tensor | None,
-) -> str:
-    if guide is not None or exact_weights:
-        return "guided" if guide is not None else "exact"
-    if output is None:
-        return "lse"
-    counted = any(s.weights_ptr is not None for s in segments)
-    busy = (
-        any(s.labels is not None for s in segments) or (counted and len(segments) > 1) or distance is not None
-    )
-    if known is not None:
-        return "busy contrast" if busy else "contrast"
-    return "busy softmax" if busy else "counted softmax" if counted else "softmax"
-
-
-def _fixed(
-    query: Tensor,
-    segments: Sequence[SegmentArguments],
-    output: Tensor | None,
-    known: Tensor | None,
-    exact_weights: bool,
-    distance: Tensor | None,
-) -> bool:
-    """Whether the maximum of the first tile may serve for all tiles.
-
-    Weights must have the range of float32, and every query must see a key there.
-    """
-    unsorted = any(s.labels is not None and s.starts_ptr is None for s in segments)
-    if known is not None or exact_weights or query.dtype == torch.float16 or unsorted:
-        return False
-    kind = "distance" if distance is not None else "plain" if segments[0].weights_ptr is None else "counts"
-    narrow = output is None or max(query.shape[3], output.shape[3]) <= FIXED_WIDTHS[kind]
-    return narrow and (output is None or len(segments) == 1) and target_of(query.device) in FIXED_TARGETS
-
-
-def _hopper_tile(
-    query: Tensor, segments: Sequence[SegmentArguments], output: Tensor | None, mode: str
-) -> Tile | None:
-    """The tile with which `_attention_hopper` serves a call, or None: it takes one segment and no labels."""
-    (segment, *others), dim = segments, query.shape[3]
-    if mode not in ("softmax", "counted softmax") or others or segment.order_ptr is not None:
-        return None
-    target, tokens = target_of(query.device), query.shape[2]
-    tile = listed_tile("attention", f"{mode} hopper", target, dim, query.dtype, tokens)
-    if tile is None or output is None or output.shape[3] != dim or segment.N_K < tile.block_n:
-        return None
-    return tile if all(map(_is_copied, (query, *_copied(segment)))) else None
-
-
-def _copied(segment: SegmentArguments) -> list[Tensor]:
-    """The keys and the values of a segment."""
-    return [x.pointer for x in (segment.key, segment.value) if x is not None]
-
-
-def _is_copied(x: Tensor) -> bool:
-    """Whether the bulk copy engine reads tiles of these features."""
-    *apart, step = (stride for stride, size in zip(x.stride(), x.shape) if size > 1)
-    addresses = (x.data_ptr(), *(stride * x.element_size() for stride in apart))
-    return step == 1 and all(apart) and not any(address % COPY_ALIGNMENT for address in addresses)
-
-
-def _launch_hopper(
-    query: Tensor,
-    segment: SegmentArguments,
-    output: Tensor,
-    lse: Tensor | None,
-    lse_unit: float,
-    match: Tensor | None,
-    fixed: bool,
-    tile: Tile,
-) -> None:
-    from . import _attention_hopper  # Gluon, which no other call needs
-
-    key, value = _copied(segment)
-    launch(
-        _attention_hopper.attention_hopper_kernel,
-        (triton.cdiv(query.shape[2], tile.block_m) * query.shape[0] * query.shape[1],),
-        num_warps=tile.num_warps // _attention_hopper.CONSUMERS.value,
-        num_stages=1,
-        segment=unsigned(segment),
-        output_ptr=output,
-        lse_ptr=lse,
-        lse_unit=lse_unit,
-        match_ptr=match,
-        H=query.shape[1],
-        N_Q=query.shape[2],
-        FIXED=fixed,
-        **_attention_hopper.arguments(query, key, value, tile),
-    )
-
-
-@triton.jit
-def _empty_state(variant):
-    """No key met yet."""
-    running_max = tl.full((variant.BLOCK_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((variant.BLOCK_M,), tl.float32)
-    return State(running_max, row_sum, zeros(variant.BLOCK_M, variant.VALUE_WIDTH))
-
-
-@triton.jit
-def _attend_tile(
-    state,
-    query,
-    segment,
-    row,
-    keys,
-    common_max,
-    contrast,
-    variant,
-    FIXED: tl.constexpr,
-    MASKED: tl.constexpr,
-    COMPARED: tl.constexpr,
-):
-    """One query tile meets one key tile.
-
-    MASKED where some keys may not be present, COMPARED where labels may differ, FIXED where the maximum
-    stays. With counts a FIXED maximum is the same one, `common_max`, for all queries: shift and count then
-    cost an addition for a key, not one for a score.
-    """
-    running_max, row_sum, output = state
-    tile = score_tile(query, segment, row, keys, variant.KEY_WIDTH, MASKED, COMPARED, variant.BLOCK_N)
-    if variant.KNOWN_LSE:
-        weights = tl.math.exp2(tl.fma(tile.scores, tile.factor, (segment.shift - contrast.known)[:, None]))
-        weights = tl.clamp(tl.fma(weights, contrast.amount, contrast.floor), 0.0, 1.0)
-        if MASKED or COMPARED:
-            weights = tl.where(tile.seen, weights, 0.0)
-    elif FIXED:
-        if segment.weights_ptr is None:
-            shift = (segment.shift - running_max)[:, None]
-        else:
-            log_weights = load(row.log_weights_ptr + keys.columns, keys.present, MASKED)
-            shift = (log_weights + (segment.shift - common_max))[None, :]
-        weights = tl.math.exp2(tl.fma(tile.scores, tile.factor, shift))
-    else:
-        new_max = tl.maximum(
-            running_max, tl.max(tile.scores, 1) * tile.factor + (segment.shift + row.headroom)
-        )
-        stabiliser = new_max
-        if MASKED or COMPARED:
-            stabiliser = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.math.exp2(tl.fma(tile.scores, tile.factor, (segment.shift - stabiliser)[:, None]))
-        rescale = tl.math.exp2(running_max - stabiliser)
-        running_max = new_max
-    if segment.weights_ptr is not None and not FIXED:
-        weights *= load(row.weights_ptr + keys.columns, keys.present, MASKED)[None, :]
-
-    if FIXED:
-        parts = tl.reshape(weights, (variant.BLOCK_M, variant.BLOCK_N // PARTS, PARTS))
-        row_sum += tl.sum(parts, 1)
-    elif not variant.KNOWN_LSE:
-        row_sum = tl.fma(row_sum, rescale, tl.sum(weights, 1))
-        if variant.HAS_VALUES:
-            output = scale_rows(output, rescale, variant.VALUE_WIDTH)
-    if variant.HAS_VALUES:
-        if variant.EXACT_WEIGHTS:
-            output = _accumulate_exactly(output, weights, tile, keys.present, variant.VALUE_WIDTH, MASKED)
-        else:
-            output = accumulate(
-                output, weights, tile.value, tile.tokens, keys.present, variant.VALUE_WIDTH, MASKED
-            )
-    return State(running_max, row_sum, output)
-
-
-@triton.jit
-def _accumulate_exactly(output, weights, tile, present, width, MASKED: tl.constexpr):
-    """As `accumulate`, with weights in three bfloat16 parts, which hold their 24 bits. There is no tail."""
-    value = load_rows(tile.value, tile.tokens, present, width.D, 0, width.MAIN, MASKED)
-    main = output.main
-    for _ in tl.static_range(3):
-        part = weights.to(value.dtype)
-        main = tl.dot(part, value, main)
-        weights -= part.to(tl.float32)
-    return Parts(main, output.tail)
-
-
-@triton.jit
-def _attend_last_tile(
-    state,
-    query,
-    segment,
-    row,
-    start,
-    common_max,
-    contrast,
-    variant,
-    FIXED: tl.constexpr,
-    COMPARED: tl.constexpr,
-):
-    """One query tile meets the last key tile, of which some keys are not present."""
-    columns = start + tl.arange(0, variant.BLOCK_N)
-    keys = KeyTile(start, columns, columns < row.limit)
-    return _attend_tile(
-        state, query, segment, row, keys, common_max, contrast, variant, FIXED, True, COMPARED
+        LOOP_ONCE=choice.loop_once,
     )
 
 
@@ -491,19 +213,6 @@ def _first_max(query, segment, batch, head, variant):
 
 
 @triton.jit
-def _tile_max(query, segment, row, start, variant):
-    """The largest logit of each query among the tile of keys at `start`."""
-    columns = start + tl.arange(0, variant.BLOCK_N)
-    present = columns < row.limit
-    if segment.starts_ptr is not None:
-        spans = visible_spans(row.starts_ptr, query.lowest_class, query.highest_class, variant.BLOCK_N)
-        columns += free_slot(0, spans)
-    keys = KeyTile(start, columns, present)
-    tile = score_tile(query, segment, row, keys, variant.KEY_WIDTH, segment.RAGGED, False, variant.BLOCK_N)
-    return tl.max(tile.scores, 1) * tile.factor + segment.shift
-
-
-@triton.jit
 def _attend_fixed(query, segments, batch, head, contrast, variant):
     """One query tile meets every key, with the maximum of the first key tile; row sums are inf without."""
     empty = _empty_state(variant)
@@ -537,34 +246,6 @@ def _attend_keys(query, segments, batch, head, inside, contrast, variant, FIXED:
     if not FIXED or _may_have_overflowed(state.row_sum, inside):
         state = _attend(_empty_state(variant), query, segments, batch, head, contrast, variant, False)
     return state
-
-
-@triton.jit
-def _compare_channels(
-    compared, signs_ptrs, ideal, queries, inside, D_V: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Sum of |output - ideal| over some channels, the ideal rounded as the output is; write the signs."""
-    output = load_rows(compared, queries, inside, D_V, FIRST, WIDTH, True)
-    difference = output.to(tl.float32) - ideal.to(output.dtype).to(tl.float32)
-    if signs_ptrs is not None:
-        channels = FIRST + tl.arange(0, WIDTH)
-        sign = (difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)
-        mask = inside[:, None] & (channels < D_V)[None, :]
-        tl.store(signs_ptrs[:, None] + channels[None, :], sign, mask=mask)
-    return tl.sum(tl.abs(difference), 1)
-
-
-@triton.jit
-def _compare_parts(compared, signs_ptrs, parts, factors, queries, inside, width):
-    """The sum over all channels, where the ideal is `parts` times the factor of each row."""
-    main = parts.main * factors
-    total = _compare_channels(compared, signs_ptrs, main, queries, inside, width.D, 0, width.MAIN)
-    if width.TAIL > 0:
-        tail = parts.tail * factors
-        total += _compare_channels(
-            compared, signs_ptrs, tail, queries, inside, width.D, width.MAIN, width.TAIL
-        )
-    return total
 
 
 @triton.jit

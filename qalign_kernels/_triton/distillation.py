@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._attention_choice import AttentionCall
 from ._labels import sort_queries
 from ._segments import segment_arguments
 from .attention import launch_attention
@@ -27,14 +28,6 @@ def distillation_loss(
         segment_arguments(s.key, s.value, scale, labels=s.labels, by_label=query_order is not None)
         for s in segments
     ]
-    launch_attention(
-        query,
-        arguments,
-        output=output,
-        lse=None,
-        query_labels=query_labels,
-        query_order=query_order,
-        distance=distance,
-        signs=signs,
-    )
+    labels: dict[str, Any] = {"query_labels": query_labels, "query_order": query_order}
+    launch_attention(AttentionCall(query, arguments, output, distance=distance, signs=signs, **labels))
     return distance.mean(), signs

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ._attention_choice import AttentionCall
 from ._configs import choose_tile
 from ._launch import launch, target_of
 from ._segments import LOG2_E, segment_arguments
@@ -22,13 +23,8 @@ def label_mass(query, key, key_labels, num_labels, *, scale, counts) -> Tensor:
     exact = torch.float32 if interpreted else torch.bfloat16
     members = _indicator(key, key_labels, num_labels, exact)
     mass = torch.empty((*query.shape[:3], members.shape[3]), device=query.device, dtype=torch.float32)
-    launch_attention(
-        query,
-        [segment_arguments(key, members, scale, counts=counts)],
-        output=mass,
-        lse=None,
-        exact_weights=True,
-    )
+    segment = segment_arguments(key, members, scale, counts=counts)
+    launch_attention(AttentionCall(query, [segment], mass, exact_weights=True))
     return mass[..., :num_labels].contiguous()
 
 
@@ -41,7 +37,7 @@ def label_mass_backward(
     absent = members.shape[3] - num_labels
     grad_output, output = pad(grad_mass, (0, absent)).to(query.dtype), pad(mass, (0, absent))
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
-    launch_attention(query, [segment_arguments(key, None, scale, counts=counts)], output=None, lse=lse)
+    launch_attention(AttentionCall(query, [segment_arguments(key, None, scale, counts=counts)], lse=lse))
     segment = SimpleNamespace(
         key=key, value=members, counts=counts, labels=None, batch_index=None, logit_scale=1.0, logit_shift=0.0
     )

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attention_choice import AttentionCall
 from ._configs import choose_tile
 from ._labels import sort_queries
 from ._launch import launch, target_of
@@ -73,10 +74,10 @@ def rearranged_attention(
         by_label=query_order is not None,
     )
     output = torch.empty((*query.shape[:3], ref_value.shape[3]), device=query.device, dtype=query.dtype)
-    shared = {"query_labels": query_labels, "query_order": query_order}
-    known = None if contrast == 1.0 else log2_sum_exp(query, [segment], **shared)
+    labels: dict[str, Any] = {"query_labels": query_labels, "query_order": query_order}
+    known = None if contrast == 1.0 else log2_sum_exp(query, [segment], **labels)
     launch_attention(
-        query, [segment], output=output, lse=None, contrast=contrast, known=known, match=match, **shared
+        AttentionCall(query, [segment], output, contrast=contrast, known=known, match=match, **labels)
     )
     return output
 

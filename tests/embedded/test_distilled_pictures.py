@@ -75,7 +75,7 @@ def change(found, content):
     )
 
 
-def test_style_transfer_takes_the_style_and_keeps_the_content():
+def test_style_transfer_takes_style_and_keeps_content():
     style, content = (latents(each) for each in scenes().image)
     kept, free = (
         make(*scenes().image, method=AttentionDistillation(content_weight=weight)) for weight in (0.25, 0.0)
@@ -84,7 +84,7 @@ def test_style_transfer_takes_the_style_and_keeps_the_content():
     assert change(kept, content) < 0.85 * change(free, content)
 
 
-def test_appearance_transfer_gives_each_part_the_colour_that_it_has_in_the_appearance():
+def test_appearance_transfer_gives_each_part_its_own_colour():
     (appearance, structure), (of_appearance, of_structure) = scenes().image, scenes().labels
 
     def error(shown):
@@ -103,7 +103,7 @@ def test_a_texture_is_made_of_noise():
     assert distance(make(style, steps=15), latents(style)) < 0.7 * distance(noise, latents(style))
 
 
-def test_an_expanded_texture_is_the_style_s_in_every_window():
+def test_every_window_of_an_expanded_texture_matches():
     style = scenes().image[0]
     options = {"window": GRID, "stride": GRID // 2, "num_inference_steps": 6, "output_type": "latent"}
     plain, drawn = (
@@ -131,7 +131,7 @@ def test_a_masked_texture_draws_from_its_own_label():
     assert masked < 0.92 * plain
 
 
-def test_an_expanded_masked_texture_draws_from_its_own_label_in_every_window():
+def test_expanded_masked_texture_draws_from_its_own_label():
     style, labels = two_textures(), TOP_BOTTOM.repeat(1, 2)[:, : 3 * GRID // 2]
     options = {
         "window": GRID,

@@ -16,28 +16,30 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-from qalign import BatchLayout, CrossImage, QAlign, embedded  # noqa: E402
+from qalign import BatchLayout, CrossImage, QAlign, QAlignWarp, embedded  # noqa: E402
 from qalign import __main__ as command_line  # noqa: E402
 from qalign.commands import leakage as command  # noqa: E402
+from qalign.commands._leakage_tables import leakage_table  # noqa: E402
 from qalign.context.clock import Clock  # noqa: E402
 from qalign.context.layer_call import Site  # noqa: E402
 from qalign.context.layers import picture_size  # noqa: E402
 from qalign.context.layout import ROLES  # noqa: E402
 from qalign.embedded.scenes import BACKGROUNDS, PARTS, ScenePair, held_out_pairs, render, token_labels  # noqa: E402
-from qalign.evaluation import ablation, leakage, picture_metrics  # noqa: E402
-from qalign.evaluation.leakage import Measured, PairResult, Settings  # noqa: E402
+from qalign.evaluation import ablation, attention_tally, bootstrap, leakage, picture_metrics  # noqa: E402
+from qalign.evaluation.attention_tally import Measured  # noqa: E402
+from qalign.evaluation.leakage import PairResult, Settings  # noqa: E402
 from qalign.evaluation.noised_features import noised_features  # noqa: E402
 from qalign.evaluation.processes import leave, processes  # noqa: E402
 from qalign.pipelines import AppearanceTransferPipeline  # noqa: E402
 from qalign.pipelines.appearance_transfer import edited_steps  # noqa: E402
 from qalign_kernels import label_mass, match_counts, similarity_argmax  # noqa: E402
+from qalign_kernels._choices import REFINEMENTS  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
 from tests.processors.models import pipe_of  # noqa: E402
 
 TRIPLE = BatchLayout("output", "appearance", "structure")
 PAIR = BatchLayout("output", "appearance")
 QUICK = Settings(steps=4, adain=None, every=1)
-REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
 REFINED = [QAlign(refinement=name) for name in REFINEMENTS]
 BODY, HEAD, LIMB, TAIL = (PARTS.index(name) for name in ("body", "head", "limb", "tail"))
 METHODS = {"cross_image": CrossImage(), "qalign": QAlign()}
@@ -77,8 +79,8 @@ def features_of(labels: torch.Tensor, heads: int, norm: float) -> torch.Tensor:
 def test_perfect_features_agree_and_do_not_leak(method):
     labels = random_labels(2, 64, seed=0)
     q = features_of(labels, heads=2, norm=12.0)
-    tallies = leakage.measure(method, q, q, labels, rows(0), rows(1), Site(PAIR))
-    found = leakage.figures(tallies)
+    tallies = attention_tally.measure(method, q, q, labels, rows(0), rows(1), Site(PAIR))
+    found = attention_tally.figures(tallies)
     assert found["part_agreement"].item() == 1
     assert found["own_part_mass"].item() == pytest.approx(1, abs=1e-6)
     assert found["object_background_leakage"].item() == pytest.approx(0, abs=1e-6)
@@ -86,11 +88,11 @@ def test_perfect_features_agree_and_do_not_leak(method):
 
 
 @pytest.mark.parametrize("method", [CrossImage(), *REFINED], ids=repr)
-def test_features_that_take_every_part_for_the_next_always_leak(method):
+def test_features_that_confuse_every_part_always_leak(method):
     labels = random_labels(2, 96, seed=1)
     q = features_of(torch.stack([(labels[0] + 1) % len(PARTS), labels[1]]), heads=2, norm=12.0)
-    tallies = leakage.measure(method, q, q, labels, rows(0), rows(1), Site(PAIR))
-    found = leakage.figures(tallies)
+    tallies = attention_tally.measure(method, q, q, labels, rows(0), rows(1), Site(PAIR))
+    found = attention_tally.figures(tallies)
     assert found["part_agreement"].item() == 0
     assert found["cross_region_mass"].item() == pytest.approx(1, abs=1e-6)
     eyes = (labels[0] == PARTS.index("eye")).sum() / (
@@ -99,31 +101,41 @@ def test_features_that_take_every_part_for_the_next_always_leak(method):
     assert found["object_background_leakage"].item() == pytest.approx(eyes.item(), abs=1e-6)
 
 
-def test_mass_is_label_mass_and_counts_keys_as_often_as_they_are_matched():
+def test_mass_is_label_mass_with_matched_counts():
     q, k = random_features(2, 3, 50, 16, seed=2), random_features(2, 3, 50, 16, seed=3)
     labels = random_labels(2, 50, seed=4)
     counts = match_counts(similarity_argmax(q[:1], q[1:]).index, 50)
     for method, weight in ((CrossImage(), None), (QAlign(refinement="rearranged"), counts)):
         expected = label_mass(q[:1], k[1:], labels[1:].int(), len(PARTS), counts=weight)
         torch.testing.assert_close(
-            leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR)), expected
+            attention_tally.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR)), expected
         )
 
 
 @pytest.mark.parametrize("method", [CrossImage(), *REFINED, QAlign(refinement="topk", topk=1)], ids=repr)
-def test_mass_of_every_reading_sums_to_one_whatever_the_contrast(method):
+def test_mass_sums_to_one_at_every_contrast(method):
     q, k = random_features(2, 3, 50, 16, seed=5), random_features(2, 3, 50, 16, seed=6)
     labels = random_labels(2, 50, seed=7)
     assert method.contrast != 1
-    mass = leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR))
+    mass = attention_tally.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR))
     torch.testing.assert_close(mass.sum(-1), torch.ones(1, 3, 50))
 
 
-def test_the_mass_of_one_candidate_is_where_the_match_is():
+def test_mass_of_the_warp_is_the_appearance_row():
+    """Each query has the mass of the token that it matched, in the appearance's own attention."""
+    q, k = random_features(2, 3, 50, 16, seed=26), random_features(2, 3, 50, 16, seed=27)
+    labels = random_labels(2, 50, seed=28)
+    index = similarity_argmax(q[:1], q[1:]).index[0, 0].long()
+    own = label_mass(q[1:], k[1:], labels[1:].int(), len(PARTS))
+    mass = attention_tally.attention_mass(QAlignWarp(), q, k, labels, rows(0), rows(1), Site(PAIR))
+    torch.testing.assert_close(mass, own[:, :, index])
+
+
+def test_mass_of_one_candidate_is_at_its_match():
     q, k = random_features(2, 3, 50, 16, seed=8), random_features(2, 3, 50, 16, seed=9)
     labels = random_labels(2, 50, seed=10)
     for method in (QAlign(refinement="none"), QAlign(refinement="topk", topk=1)):
-        tokens, counterparts, right, own, background = leakage.measure(
+        tokens, counterparts, right, own, background = attention_tally.measure(
             method, q, k, labels, rows(0), rows(1), Site(PAIR)
         )[0].T
         torch.testing.assert_close(own, right)
@@ -136,7 +148,8 @@ def test_all_candidates_are_cross_image():
     labels = random_labels(2, 50, seed=13)
     methods = (CrossImage(), QAlign(refinement="topk", topk=50))
     masses = [
-        leakage.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR)) for method in methods
+        attention_tally.attention_mass(method, q, k, labels, rows(0), rows(1), Site(PAIR))
+        for method in methods
     ]
     torch.testing.assert_close(*masses)
 
@@ -147,9 +160,11 @@ def test_match_follows_the_signal_of_the_method():
     dot = (whole[0][0] @ whole[1][1].T).argmax(-1)
     cosine = torch.cosine_similarity(whole[0][0].unsqueeze(1), whole[0][1].unsqueeze(0), dim=-1).argmax(-1)
     site = Site(PAIR)
-    assert leakage.match(CrossImage(), q, k, rows(0), rows(1), site).flatten().tolist() == dot.tolist()
-    assert leakage.match(QAlign(), q, k, rows(0), rows(1), site).flatten().tolist() == cosine.tolist()
-    assert leakage.match(QAlign(heads="per_head"), q, k, rows(0), rows(1), site).shape == (1, 3, 50)
+    assert (
+        attention_tally.match(CrossImage(), q, k, rows(0), rows(1), site).flatten().tolist() == dot.tolist()
+    )
+    assert attention_tally.match(QAlign(), q, k, rows(0), rows(1), site).flatten().tolist() == cosine.tolist()
+    assert attention_tally.match(QAlign(heads="per_head"), q, k, rows(0), rows(1), site).shape == (1, 3, 50)
 
 
 def test_tally_is_the_sum_written_out():
@@ -157,7 +172,7 @@ def test_tally_is_the_sum_written_out():
     index = torch.randint(20, (2, 3, 30), generator=generator, dtype=torch.int32)
     mass = torch.rand(2, 3, 30, len(PARTS), generator=generator)
     query_labels, key_labels = random_labels(2, 30, seed=17), random_labels(2, 20, seed=18)
-    expected = torch.zeros(2, len(PARTS), len(leakage.TALLIED), dtype=torch.float64)
+    expected = torch.zeros(2, len(PARTS), len(attention_tally.TALLIED), dtype=torch.float64)
     for row in range(2):
         for token, label in enumerate(query_labels[row].tolist()):
             right = sum(key_labels[row, index[row, head, token]] == label for head in range(3)) / 3
@@ -169,17 +184,17 @@ def test_tally_is_the_sum_written_out():
                 [1, label in key_labels[row].tolist(), right, own, background], dtype=torch.float64
             )
     torch.testing.assert_close(
-        leakage.tally(index, mass, query_labels, key_labels), expected, rtol=1e-5, atol=1e-5
+        attention_tally.tally(index, mass, query_labels, key_labels), expected, rtol=1e-5, atol=1e-5
     )
 
 
-def test_agreement_is_averaged_over_parts_and_mass_over_queries():
-    tallies = torch.zeros(len(PARTS), len(leakage.TALLIED), dtype=torch.float64)
+def test_agreement_averages_over_parts_mass_over_queries():
+    tallies = torch.zeros(len(PARTS), len(attention_tally.TALLIED), dtype=torch.float64)
     tallies[0] = torch.tensor([50, 50, 0, 0, 50])  # a background: no query of the object
     tallies[BODY] = torch.tensor([8, 8, 8, 6, 1])
     tallies[HEAD] = torch.tensor([2, 2, 0, 1, 1])
     tallies[TAIL] = torch.tensor([10, 0, 0, 0, 3])  # out of view in the appearance
-    found = {figure: value.item() for figure, value in leakage.figures(tallies).items()}
+    found = {figure: value.item() for figure, value in attention_tally.figures(tallies).items()}
     expected = {
         "part_agreement": 0.5,
         "token_agreement": 0.8,
@@ -188,7 +203,7 @@ def test_agreement_is_averaged_over_parts_and_mass_over_queries():
         "cross_region_mass": 0.3,
     }
     assert found == pytest.approx(expected)
-    assert all(math.isnan(value) for value in leakage.figures(torch.zeros_like(tallies)).values())
+    assert all(math.isnan(value) for value in attention_tally.figures(torch.zeros_like(tallies)).values())
 
 
 def small_labels(size: int = 32) -> dict[str, torch.Tensor]:
@@ -196,7 +211,7 @@ def small_labels(size: int = 32) -> dict[str, torch.Tensor]:
     return {"output": structure, "plain": structure, "structure": structure, "appearance": appearance}
 
 
-def test_measured_changes_nothing_and_reads_the_roles_from_the_layout():
+def test_measured_changes_nothing_and_takes_roles_from_layout():
     q, k, v = (random_features(4, 2, 64, 16, seed=seed) for seed in (19, 20, 21))
     layout, labels = BatchLayout(*ROLES), small_labels()
     output, appearance = ROLES.index("output"), ROLES.index("appearance")
@@ -206,11 +221,11 @@ def test_measured_changes_nothing_and_reads_the_roles_from_the_layout():
         assert torch.equal(measured.attend(q, k, v, site), method.attend(q, k, v, site))
         (key, found), *more = measured.tallies.items()
         assert key == ("", 0) and not more
-        expected = leakage.measure(method, q, k, tokens, rows(output), rows(appearance), site)[0]
+        expected = attention_tally.measure(method, q, k, tokens, rows(output), rows(appearance), site)[0]
         assert torch.equal(found, expected)
 
 
-def test_measured_skips_idle_steps_structure_steps_and_what_is_between():
+def test_measured_skips_idle_steps_and_structure_steps():
     q, k, v = (random_features(3, 2, 64, 16, seed=seed) for seed in (22, 23, 24))
     measured = Measured(CrossImage(structure_every=5, structure_until=1.0), small_labels(), every=2)
     clock = Clock((0.3, 1.0), measured.takes_structure)
@@ -253,18 +268,18 @@ def test_part_iou_of_overlapping_layouts():
     )
 
 
-def test_resampled_means_are_paired_and_their_spread_is_the_standard_error():
+def test_spread_of_paired_resampled_means_is_standard_error():
     values = torch.randn(400, generator=torch.Generator().manual_seed(26), dtype=torch.float64)
     holes = values.masked_fill(torch.arange(400) % 3 == 0, torch.nan)
-    means = leakage.resample({"a": values, "b": values + 0.25, "c": holes}, seed=1)
-    assert leakage.estimate(means["a"])["value"] == pytest.approx(values.mean().item())
-    assert leakage.estimate(means["c"])["value"] == pytest.approx(holes.nanmean().item())
-    assert leakage.estimate(means["b"] - means["a"])["interval"] == pytest.approx([0.25, 0.25])
-    low, high = leakage.estimate(means["a"])["interval"]
+    means = bootstrap.resample({"a": values, "b": values + 0.25, "c": holes}, seed=1)
+    assert bootstrap.estimate(means["a"])["value"] == pytest.approx(values.mean().item())
+    assert bootstrap.estimate(means["c"])["value"] == pytest.approx(holes.nanmean().item())
+    assert bootstrap.estimate(means["b"] - means["a"])["interval"] == pytest.approx([0.25, 0.25])
+    low, high = bootstrap.estimate(means["a"])["interval"]
     assert (high - low) / 2 == pytest.approx(1.96 * values.std().item() / 20, rel=0.05)
-    again = leakage.resample({"c": holes, "a": values}, seed=1)
+    again = bootstrap.resample({"c": holes, "a": values}, seed=1)
     torch.testing.assert_close([again["a"], again["c"]], [means["a"], means["c"]], rtol=1e-12, atol=1e-12)
-    assert leakage.estimate(leakage.resample({"a": torch.full((3,), torch.nan)})["a"]) == {
+    assert bootstrap.estimate(bootstrap.resample({"a": torch.full((3,), torch.nan)})["a"]) == {
         "value": None,
         "interval": None,
     }
@@ -272,7 +287,9 @@ def test_resampled_means_are_paired_and_their_spread_is_the_standard_error():
 
 def made_up(own: dict[str, float], colour: float) -> PairResult:
     """A pair whose only object part is the body, of which `own` stays in place."""
-    tallies = {name: torch.zeros(len(PARTS), len(leakage.TALLIED), dtype=torch.float64) for name in own}
+    tallies = {
+        name: torch.zeros(len(PARTS), len(attention_tally.TALLIED), dtype=torch.float64) for name in own
+    }
     for name, mass in own.items():
         tallies[name][BODY] = torch.tensor([4, 4, 4 * mass, 4 * mass, 4 * (1 - mass)])
     errors = {
@@ -318,14 +335,14 @@ def test_summary_counts_leaking_pairs_and_those_that_improve():
         cross_image["by_part"]["body"]["own_part_mass"] == pytest.approx(0.42)
         and cross_image["by_part"]["sky"]["own_part_mass"] is None
     )
-    assert "2 of 3 (66.7%)" in leakage.render_report(report)
+    assert "2 of 3 (66.7%)" in leakage_table(report)
 
 
 def test_layers_and_steps_are_not_mixed_up():
     result = made_up({"cross_image": 0.5}, 0.4)
     for (layer, step), tally in result.tallies["cross_image"].copy().items():
         tally = tally.clone()
-        tally[BODY, leakage.TALLIED.index("own")] = 4 * (step / 10 + (layer == "up_blocks.1") / 100)
+        tally[BODY, attention_tally.TALLIED.index("own")] = 4 * (step / 10 + (layer == "up_blocks.1") / 100)
         result.tallies["cross_image"][layer, step] = tally
     report = leakage.summarise([result, result], Settings(), {"cross_image": ""})
     own = report["methods"]["cross_image"]["by_layer_and_step"]["own_part_mass"]
@@ -333,7 +350,7 @@ def test_layers_and_steps_are_not_mixed_up():
     assert report["methods"]["cross_image"]["own_part_mass"] == pytest.approx(0.455)
 
 
-def test_features_of_a_row_depend_on_that_row_alone(pipe):
+def test_features_of_a_row_depend_on_it_alone(pipe):
     pictures, timesteps = render([1, 3, 5], picture_size(pipe)).image, torch.tensor([100, 400, 700])
     together = noised_features(pipe, pictures, timesteps, "a fish", seeds=[1, 2, 3])
     alone = noised_features(pipe, pictures[1:2], timesteps[1:2], "a fish", seeds=[2])
@@ -359,7 +376,7 @@ def test_layouts_are_read_from_what_pictures_show(pipe):
     assert picture_metrics.read_layouts(pipe, {"any": scenes.image[0]}, blank, "a fish", seed=7) == {"any": 1}
 
 
-def test_parts_are_those_of_the_nearest_token_in_the_known_scenes(pipe):
+def test_parts_come_from_the_nearest_known_token(pipe):
     known, others = render([1, 3, 5], picture_size(pipe)), render([7, 9], picture_size(pipe))
     read = picture_metrics.read_parts(pipe, others.image, known, "a fish", seed=7)
     rows, timesteps = torch.cat([others.image, known.image]), torch.full((5,), 400)
@@ -395,14 +412,14 @@ def test_a_pair_is_measured_alike_in_any_company(pipe, report):
             )
 
 
-def test_a_scene_transferred_to_itself_has_its_own_colours(pipe):
+def test_scene_transferred_to_itself_keeps_its_colours(pipe):
     result = leakage.measure_pair(pipe, ScenePair(21, 21), {"cross_image": CrossImage()}, QUICK)
     assert result.colour["untouched"].nanmean() == 0
     assert result.layout["appearance"] == result.layout["untouched"]
     assert result.colour["cross_image"].nanmean() > 0
 
 
-def test_the_matches_of_a_pair_are_those_of_the_transfer_itself(pipe):
+def test_matches_of_a_pair_are_the_transfers_own(pipe):
     """Wrapped for measuring or not, the pipeline paints the same picture."""
     scenes = render([31, 33], picture_size(pipe))
     inversion = pipe.invert(
@@ -424,7 +441,7 @@ def test_run_that_measures_no_step_is_refused_early(pipe, monkeypatch):
 @pytest.mark.parametrize("steps", [4, 10, 20])
 def test_edited_steps_are_those_that_are_measured(pipe, steps):
     (pair,) = held_out_pairs(1, 0)
-    methods = {"cross_image": CrossImage(), "qalign": QAlign()}
+    methods = {"cross_image": CrossImage(), "qalign": QAlign(), "qalign_warp": QAlignWarp()}
     result = leakage.measure_pair(pipe, pair, methods, Settings(steps=steps, every=1, adain=None))
     for name, method in methods.items():
         assert sorted({step for _, step in result.tallies[name]}) == edited_steps(method, steps)
@@ -434,11 +451,11 @@ def test_the_best_layer_is_named_below_its_agreement():
     result = made_up({"cross_image": 0.5}, 0.4)
     for key, tally in result.tallies["cross_image"].items():
         result.tallies["cross_image"][key] = tally.clone()
-    result.tallies["cross_image"]["up_blocks.1", 6][BODY, leakage.TALLIED.index("right")] = 4
-    lines = leakage.render_report(
-        leakage.summarise([result, result], Settings(), {"cross_image": ""})
-    ).splitlines()
-    assert [line.split()[-1] for line in lines if line.startswith(("agreement in", "  which is"))] == [
+    result.tallies["cross_image"]["up_blocks.1", 6][BODY, attention_tally.TALLIED.index("right")] = 4
+    lines = leakage_table(leakage.summarise([result, result], Settings(), {"cross_image": ""})).splitlines()
+    assert [
+        line.split()[-1] for line in lines if line.startswith(("right matches in", "  the best layer"))
+    ] == [
         "0.750",
         "up_blocks.1",
     ]
@@ -452,7 +469,7 @@ def stub(monkeypatch, pipe):
     monkeypatch.setattr(command, "load_pipeline", lambda options: pipe)
 
 
-def test_the_command_prints_the_table_and_writes_the_figures(stub, tmp_path, capsys):
+def test_command_prints_the_table_and_writes_figures(stub, tmp_path, capsys):
     file = tmp_path / "new" / "leakage.json"
     arguments = [
         "leakage",
@@ -472,12 +489,13 @@ def test_the_command_prints_the_table_and_writes_the_figures(stub, tmp_path, cap
     arguments += ["--aligned", "output"]
     assert command_line.main([*arguments, "--threshold", "0.9", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
-    assert report["pairs"] == 2 and set(report["methods"]) == {"cross_image", "qalign"}
+    assert report["pairs"] == 2 and list(report["methods"]) == ["cross_image", "qalign", "qalign_warp"]
     assert REQUIRED <= set(report["methods"]["cross_image"]) and REQUIRED | {"leaking_pairs_improved"} <= set(
         report["methods"]["qalign"]
     )
     assert report["settings"]["threshold"] == 0.9
     assert report["methods"]["qalign"]["method"] == repr(QAlign(refinement="topk", topk=3, aligned="output"))
+    assert report["methods"]["qalign_warp"]["method"] == repr(QAlignWarp())
     said = capsys.readouterr().out
     assert str(file) in said and "2 held-out pairs" in said
 
@@ -515,14 +533,14 @@ def test_the_command_compares_variants(stub, monkeypatch, tmp_path, capsys):
     assert none["picture"]["colour_error"] == pytest.approx(single["picture"]["colour_error"], rel=1e-3)
 
 
-def test_the_ablation_sees_the_signals_that_the_methods_use(pipe):
+def test_ablation_sees_the_signals_that_methods_use(pipe):
     found = ablation.probe(
         pipe,
         ScenePair(41, 43),
         {"cross_image": CrossImage(), "rearranged": QAlign(refinement="rearranged")},
         QUICK,
     )
-    right = leakage.TALLIED.index("right")
+    right = attention_tally.TALLIED.index("right")
     for signal, variant in (
         ("query_key dot joint", "cross_image"),
         ("query_query cosine joint", "rearranged"),
@@ -530,7 +548,7 @@ def test_the_ablation_sees_the_signals_that_the_methods_use(pipe):
         for key, tally in found.tallies[signal].items():
             assert torch.equal(tally[:, right], found.tallies[variant][key][:, right])
             assert 0 < found.matched[signal][key] <= 1
-    counterparts = leakage.TALLIED.index("counterparts")
+    counterparts = attention_tally.TALLIED.index("counterparts")
     assert all(
         torch.equal(tally[:, 0], tally[:, counterparts]) for tally in found.tallies["self_attention"].values()
     )  # every part meets itself
@@ -539,11 +557,11 @@ def test_the_ablation_sees_the_signals_that_the_methods_use(pipe):
 @pytest.mark.skipif(
     not (embedded.FOLDER / "model_index.json").exists(), reason="the embedded model's weights are not here"
 )
-def test_query_query_matches_agree_far_more_often_in_the_embedded_model():
+def test_query_matches_agree_more_in_the_embedded_model():
     trained = AppearanceTransferPipeline.embedded()
     probes = [ablation.probe(trained, pair, {}, Settings()) for pair in held_out_pairs(4)]
     agreement = {
-        signal: leakage.figures(leakage.stacked([found.tallies[signal] for found in probes]))[
+        signal: attention_tally.figures(attention_tally.stacked([found.tallies[signal] for found in probes]))[
             "part_agreement"
         ].nanmean()
         for signal in ("query_query cosine joint", "query_key dot joint")
@@ -592,7 +610,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(small, tmp_path, capsys, re
     small.stop = 2
     assert command_line.main([*LEAKAGE, "3", "--json", str(file)]) == 130
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"leakage: interrupted; 2 results are kept in {partial}, the same command goes on"
+    assert error == f"leakage: interrupted; 2 results are kept in {partial}, the same command continues"
     small.stop = None
     assert command_line.main([*LEAKAGE, "3", "--json", str(file)]) == 0
     assert len(small.measured) == len(set(small.measured)) == 3

@@ -18,7 +18,7 @@ def pipe():
     return quiet(embedded.load())
 
 
-def test_all_weights_take_at_most_12_mib_and_are_half_precision():
+def test_weights_are_half_precision_within_12_mib():
     files = list(embedded.FOLDER.rglob("*.safetensors"))
     assert len(files) == 3 and sum(file.stat().st_size for file in files) <= 12 * MIB
     for file in files:
@@ -82,7 +82,7 @@ def test_it_denoises_scenes_far_better_than_their_mean(pipe):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_every_network_has_the_dtype_that_was_asked_for(dtype, recwarn):
+def test_every_network_has_the_requested_dtype(dtype, recwarn):
     loaded = embedded.load(dtype)
     found = {
         parameter.dtype

@@ -48,7 +48,7 @@ def test_values_and_shapes(scenes):
     assert set(scenes.plans) == set(PLANS)
 
 
-def test_every_part_occurs_and_the_creature_is_in_view(scenes):
+def test_every_part_occurs_and_creature_is_visible(scenes):
     assert set(scenes.labels.unique().tolist()) == set(range(len(PARTS)))
     creature = (scenes.labels >= len(BACKGROUNDS)).float().mean((1, 2))
     assert creature.min() > 0.05 and 0.15 < creature.mean() < 0.5

@@ -5,20 +5,18 @@ import json
 import pytest
 import torch
 
-from qalign.embedded.scenes import COLOURS, PLANS, TEXTURES, held_out_seed, render
-from qalign.embedded.train import (
+from qalign.embedded.losses import NEIGHBOURS, neighbours_loss
+from qalign.embedded.networks import (
     LOG_VARIANCE,
     MAX_TOKENS,
-    NEIGHBOURS,
     PART_SCALE,
-    Pool,
-    Settings,
-    Training,
-    _neighbours_loss,
     build_autoencoder,
     build_tokenizer,
-    main,
 )
+from qalign.embedded.pool import Pool
+from qalign.embedded.scenes import COLOURS, PLANS, TEXTURES, held_out_seed, render
+from qalign.embedded.train import main
+from qalign.embedded.training import Settings, Training
 
 TINY = {
     "autoencoder_steps": 3,
@@ -112,7 +110,7 @@ def test_words_of_captions_are_single_tokens():
     assert len(spelled) > 1 and tokenizer.unk_token_id not in spelled
 
 
-def test_command_stops_in_time_and_says_how_to_go_on(tmp_path, capsys):
+def test_command_stops_in_time_and_explains_resuming(tmp_path, capsys):
     arguments = [
         "--work",
         str(tmp_path / "work"),
@@ -130,7 +128,7 @@ def test_command_stops_in_time_and_says_how_to_go_on(tmp_path, capsys):
         )
         == 1
     )
-    assert "goes on from" in capsys.readouterr().out
+    assert "continues from" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
@@ -152,17 +150,17 @@ def _features_and_labels(parts, seed=0):
     return lengths * torch.eye(12)[labels], labels, generator
 
 
-def test_neighbours_of_one_part_cost_nothing_and_of_another_much():
+def test_neighbours_cost_only_across_different_parts():
     features, labels, generator = _features_and_labels([[0, 4], [0, 5], [4, 5]])
     weight = torch.ones(12)
-    alike = _neighbours_loss(features, labels, weight, generator)
-    mixed = _neighbours_loss(features.flip(1), labels, weight, generator)
+    alike = neighbours_loss(features, labels, weight, generator)
+    mixed = neighbours_loss(features.flip(1), labels, weight, generator)
     assert alike < 1e-4 < 10 < mixed
 
 
 def test_neighbours_are_sought_in_other_pictures_only():
     features, labels, generator = _features_and_labels([[0, 4], [1, 5], [2, 6]])
-    assert _neighbours_loss(features, labels, torch.ones(12), generator) == 0
+    assert neighbours_loss(features, labels, torch.ones(12), generator) == 0
 
 
 def test_neighbours_are_drawn_part_by_part():
@@ -170,5 +168,5 @@ def test_neighbours_are_drawn_part_by_part():
     labels = torch.where(torch.arange(1024) < 1022, 0, 4).repeat(3, 1)
     features = torch.eye(12)[labels]
     features[1, 1022:] = features[0, 0]  # in one picture the rare part looks like the other
-    loss = _neighbours_loss(features, labels, torch.ones(12), torch.Generator().manual_seed(0))
+    loss = neighbours_loss(features, labels, torch.ones(12), torch.Generator().manual_seed(0))
     assert loss > 2 * PART_SCALE / (3 * NEIGHBOURS)

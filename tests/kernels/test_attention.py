@@ -38,7 +38,7 @@ def test_neutral_settings_are_sdpa(precision, head_dim, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tiled_on_the_cpu_is_sdpa_bit_by_bit(dtype):
+def test_tiled_on_cpu_is_sdpa_bit_by_bit(dtype):
     query, key, value = (random_features(2, 3, n, 40, seed=n, dtype=dtype) for n in (50, 77, 78))
     assert torch.equal(
         attention(query, Segment(key, value[:, :, 1:]), backend="tiled"), sdpa(query, key, value[:, :, 1:])
@@ -168,7 +168,7 @@ def test_counts_of_each_head(backend, qkv):
         assert judge_formula(output[:, head : head + 1], alone, *one_head, reduction=40).passed
 
 
-def test_a_head_that_counts_all_keys_beside_one_that_does_not(backend, qkv):
+def test_heads_may_count_different_numbers_of_keys(backend, qkv):
     query, key, value = qkv
     counts = random_integers(1, 3, 2, 2, 37, seed=4, device=query.device)
     counts[:, 1, ::3] = 0
@@ -247,7 +247,7 @@ def test_no_key_to_see_gives_zeros(backend, how, contrast, qkv):
     assert torch.equal(lse, torch.full_like(lse, float("-inf")))
 
 
-def test_a_segment_without_a_key_to_see_is_absent(backend, qkv):
+def test_segment_without_visible_keys_is_absent(backend, qkv):
     query, key, value = qkv
     nothing = Segment(
         key,
@@ -457,7 +457,7 @@ def test_gradients_against_float64(backend, case, head_dim, device):
 
 
 @pytest.mark.parametrize("contrast", [1.0, 1.67])
-def test_a_second_derivative_is_refused_but_by_the_reference(backend, contrast, qkv):
+def test_only_the_reference_has_a_second_derivative(backend, contrast, qkv):
     if backend == "triton" and contrast != 1.0:
         pytest.skip("no gradient at all")
     query, key, value = (x.requires_grad_() for x in qkv)

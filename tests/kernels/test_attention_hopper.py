@@ -18,6 +18,7 @@ if problem := _backends.triton_problem():
     pytest.skip(problem, allow_module_level=True)
 
 from qalign_kernels._triton import _configs, attention
+from qalign_kernels._triton._attention_choice import AttentionCall
 from qalign_kernels._triton._launch import recording
 from qalign_kernels._triton._segments import LOG2_E, segment_arguments
 from tests.gluon_on_cpu import Descriptor, Kernels, Pointer
@@ -27,8 +28,8 @@ from tests.stubbed import run_over_stub
 HOPPER, OTHER = "attention_hopper_kernel", "attention_kernel"
 ROWS, BLOCK_N = 128, 64
 COMPILED = """
-    from benchmarks import static
-    from benchmarks.cases import CASES
+    from benchmarks.static import command as static
+    from benchmarks.static.cases import CASES
 
     jobs, result = [], []
     for dtype in ("bf16", "fp16"):
@@ -133,14 +134,14 @@ def test_no_keys_give_zeros():
     assert (output == 0).all() and (lse == -math.inf).all()
 
 
-def test_a_maximum_far_from_the_first_is_met_again():
+def test_late_maximum_far_above_the_first_is_exact():
     call = Call(256, 320)
     call.key[:, :, 3] = 40 * call.query[:, :, 100]
     _close(call)
     assert call.expected()[1].max() > 128 * math.log(2)  # beyond float32 with the first tile's maximum
 
 
-def test_keys_come_from_the_batch_row_that_is_named():
+def test_keys_come_from_the_named_batch_row():
     _close(Call(128, 128), rows=torch.tensor([1, 0]))
 
 
@@ -203,7 +204,7 @@ def _launched(query: Tensor, **settings: Any) -> set[str]:
     """The kernel of a launch with such settings."""
     settings = {"output": torch.empty(query.shape, dtype=query.dtype), "lse": None, **settings}
     with recording("sm_90") as launches:
-        attention.launch_attention(query, [segment_arguments(query, query, 0.125)], **settings)
+        attention.launch_attention(AttentionCall(query, [segment_arguments(query, query, 0.125)], **settings))
     return {launch.kernel.fn.__name__ for launch in launches}
 
 

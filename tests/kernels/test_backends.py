@@ -14,8 +14,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import qalign_kernels
-from qalign_kernels import Segment, _backends, attention, env, similarity_argmax, use_backend, validate
+from qalign_kernels import Segment, _backends, attention, env, similarity_argmax, use_backend
 from qalign_kernels.testing import random_features
+from qalign_kernels.validation import command as validate
 
 PACKAGE = Path(qalign_kernels.__file__).parent
 ROOT = PACKAGE.parent
@@ -80,7 +81,7 @@ def test_everything_but_triton_works_without_it(how):
     assert any(line.split()[:3] == ["similarity_argmax", "float32", "tiled"] for line in report)
 
 
-def test_import_takes_torch_only_and_the_environment_gives_the_default():
+def test_import_needs_torch_only_and_environment_sets_default():
     code = """
 import sys, torch
 before = set(sys.modules)
@@ -116,7 +117,7 @@ def test_implementations_never_import_each_other():
                     assert module.startswith(f"qalign_kernels.{own}"), f"{path.name} imports {module}"
 
 
-def test_the_kernels_know_neither_diffusers_nor_the_layer_above():
+def test_kernels_import_neither_diffusers_nor_qalign():
     for path in PACKAGE.rglob("*.py"):
         tops = {module.split(".")[0] for module in imported_modules(path)}
         assert not tops & {"diffusers", "transformers", "qalign", "numpy"}, path
@@ -330,7 +331,7 @@ NOT_REPORTED = {
 }
 
 
-def test_the_environment_report_says_what_auto_takes_on_a_gpu(monkeypatch):
+def test_env_says_what_auto_takes_on_a_gpu(monkeypatch):
     monkeypatch.setattr(_backends, "interpreted", lambda: False)
     monkeypatch.setattr(_backends, "triton_problem", lambda: None)
     with FakeTensorMode():

@@ -68,7 +68,7 @@ def test_two_rows_for_a_key_are_refused():
 
 
 @pytest.mark.parametrize("target", FAMILIES)
-def test_known_architectures_have_a_row_for_everything_that_is_served(target, monkeypatch):
+def test_known_architectures_have_rows_for_everything_served(target, monkeypatch):
     monkeypatch.setattr(_configs, "fit", None)
     for op, mode in WORK:
         for dtype in DTYPES:
@@ -161,14 +161,14 @@ def test_an_unknown_architecture_gets_a_tile_that_fits(target):
 
 
 @pytest.mark.parametrize("target", (*FAMILIES, *STRANGERS))
-def test_a_wider_head_dim_gets_a_tile_that_fits(target):
+def test_wider_head_dim_gets_a_fitting_tile(target):
     for op, mode in WORK:
         for head_dim in (192, 256):
             key = Key(op, mode, target, "3.6", "bfloat16", 4096, head_dim)
             assert _configs.fits(_look_up(key), key, 2), key
 
 
-def test_own_rows_of_a_stranger_are_taken_as_they_are(table):
+def test_rows_of_an_unknown_architecture_are_used_unchanged(table):
     crowded = Tile(256, 256, 4, 5)
     for architecture in ("sm_80", "ampere", "sm_75"):
         table[SOFTMAX._replace(architecture=architecture, triton=None, tokens=None)] = crowded
@@ -221,7 +221,9 @@ def test_an_unknown_mode_is_named():
 
 
 def test_limits_are_those_of_the_static_gate():
-    for target, limit in json.loads((BENCHMARKS / "budgets.json").read_text())["shared_memory_kib"].items():
+    for target, limit in json.loads((BENCHMARKS / "static" / "budgets.json").read_text())[
+        "shared_memory_kib"
+    ].items():
         assert _configs.SHARED_MEMORY_KIB[target] == limit and (
             target in FAMILIES or target == "sm_103"
         )  # which has no rows of its own
@@ -262,7 +264,7 @@ def _key(row: dict) -> Key | None:
 
 
 @pytest.mark.parametrize("file", STATIC, ids=lambda file: file.stem)
-def test_compiled_kernels_take_no_more_shared_memory_than_the_estimate(file):
+def test_compiled_shared_memory_stays_within_the_estimate(file):
     compared = 0
     for row in json.loads(file.read_text()):
         key = _key(row)

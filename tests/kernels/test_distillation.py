@@ -145,7 +145,7 @@ def test_labels_of_one_image_of_two(backend, tensors):
     assert judge_formula(loss, lambda *x: formula(*x, bias=bias), *tensors, reduction=40).passed
 
 
-def test_a_label_that_no_key_has_gives_ideal_zero(backend, tensors):
+def test_label_without_keys_gives_ideal_zero(backend, tensors):
     output, query, key, value = tensors
     query_labels, ref_labels = label_sets(output.device)
     output = output.clone()
@@ -221,7 +221,7 @@ def test_gradcheck(backend):
     assert gradcheck(lambda x: distillation_loss(x, *others, backend=backend), output.requires_grad_())
 
 
-def test_a_second_derivative_is_refused_but_by_the_reference(backend, tensors):
+def test_only_the_reference_has_a_second_derivative(backend, tensors):
     output = tensors[0].requires_grad_()
     loss = distillation_loss(*tensors, backend=backend)
     (gradient,) = torch.autograd.grad(loss.square(), output, create_graph=True)

@@ -405,7 +405,7 @@ def test_message(call, error, message):
         assert text == message
 
 
-def test_a_long_or_manifold_value_is_shortened_to_one_line():
+def test_long_values_are_shortened_to_one_line():
     with pytest.raises(TypeError) as caught:
         attend(key=torch.zeros(50, 50).numpy())
     text = str(caught.value)
@@ -506,6 +506,6 @@ def test_a_bad_environment_default_is_named(monkeypatch):
     assert str(caught.value) == "QALIGN_BACKEND: expected one of auto, triton, tiled, reference, got 'gpu'"
 
 
-def test_an_unserved_head_dim_takes_the_tiled_path_under_auto():
+def test_auto_takes_tiled_for_unserved_head_dims():
     query, key = Q[..., :24], K[..., :24]
     assert attention(query, Segment(key, key)).shape == query.shape

@@ -19,8 +19,8 @@ from tests.stubbed import run_over_stub
 
 HOPPER, OTHER = "joint_argmax_hopper_kernel", "_similarity_argmax_kernel"
 COMPILED = """
-    from benchmarks import static
-    from benchmarks.cases import CASES
+    from benchmarks.static import command as static
+    from benchmarks.static.cases import CASES
 
     jobs, result = [], []
     for dtype in ("bf16", "fp16"):
@@ -108,7 +108,7 @@ def test_not_taken_for_other_features(query):
     assert _launched(query) == {OTHER}
 
 
-def test_not_taken_where_batch_rows_are_no_rows_of_one_matrix():
+def test_not_taken_where_batch_is_no_single_matrix():
     flat = torch.empty(2 * 1024 * 128 + 64, dtype=torch.bfloat16)
     apart = flat.as_strided((2, 2, 1024, 64), (1024 * 128 + 64, 64, 128, 1))
     assert _launched(apart) == {OTHER} and _launched(apart[:1]) == {HOPPER}
@@ -166,7 +166,7 @@ def test_it_compiles_without_spills(tmp_path):
     assert all(row[1:] == [0, "HGMMA", []] for row in rows), rows
 
 
-def test_queries_are_read_as_rows_of_all_batch_rows():
+def test_queries_are_read_as_rows_across_the_batch():
     from qalign_kernels._triton import _joint_hopper
 
     made = _joint_hopper.descriptor(_features(1000, batch=3, more=64), 128)

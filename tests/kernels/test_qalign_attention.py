@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from qalign_kernels import Segment, attention, match_counts, qalign_attention, rearrange_kv, similarity_argmax
-from qalign_kernels.qalign_attention import REFINEMENTS
+from qalign_kernels._choices import REFINEMENTS
 from qalign_kernels.testing import (
     judge,
     judge_exact,
@@ -180,7 +180,7 @@ def test_soft_without_strength_is_the_mean_value(backend, device):
     ).passed
 
 
-def test_guided_adds_the_per_head_similarity_to_the_logits(backend, device):
+def test_guided_adds_per_head_similarity_to_logits(backend, device):
     features, _ = draw(device)
     output = qalign_attention(
         *features, refinement="guided", strength=7.0, heads="joint", scale=0.3, backend=backend
@@ -204,7 +204,7 @@ def test_warped_values_keep_the_own_map(backend, device):
     assert judge_formula(output, formula, *features, own_key, reduction=80).passed
 
 
-def test_warped_output_is_the_references_own_attention_where_it_matched(backend, device):
+def test_warped_output_is_reference_self_attention_at_matches(backend, device):
     features, index = draw(device, value_dim=48)
     output = qalign_attention(*features, refinement="warped_output", contrast=1.67, backend=backend)
 
@@ -230,7 +230,7 @@ def test_another_query_may_ask(backend, refinement, device):
     assert not torch.allclose(output, own, atol=1e-3)  # asking by itself, it would have found others
 
 
-def test_the_query_that_asks_is_its_own_by_default(backend, device):
+def test_alignment_query_defaults_to_the_query(backend, device):
     features, _ = draw(device)
     for refinement in REFINEMENTS:
         settings = options(refinement, features)
@@ -315,7 +315,7 @@ def test_a_nan_query_gives_nan_in_its_row(backend, refinement, device):
 
 
 @pytest.mark.parametrize("refinement", REFINEMENTS)
-def test_a_nan_in_the_reference_queries_gives_nan_where_it_was_compared(backend, refinement, device):
+def test_nan_reference_query_gives_nan_where_compared(backend, refinement, device):
     features, _ = draw(device)
     settings = options(refinement, features)
     features[1] = features[1].clone()

@@ -35,7 +35,7 @@ def test_counts_do_not_depend_on_order(backend, device):
     )
 
 
-def test_counts_of_a_permutation_are_ones_and_of_no_match_zeros(backend, device):
+def test_counts_of_permutations_are_ones_without_matches_zeros(backend, device):
     index = torch.randperm(65, generator=torch.Generator().manual_seed(3)).int().view(1, 1, 65).to(device)
     assert torch.equal(match_counts(index, 65, backend=backend), torch.ones_like(index))
     assert torch.equal(match_counts(torch.full_like(index, -1), 65, backend=backend), torch.zeros_like(index))
@@ -104,7 +104,7 @@ def test_nan_and_infinity_are_copied(backend, device):
     assert torch.equal(result.isnan(), key[:, :, [2, 1]].isnan()) and result[0, 0, 0, 1] == float("-inf")
 
 
-def test_gradient_adds_up_over_the_tokens_that_chose_a_key(device):
+def test_gradient_sums_over_tokens_that_chose_a_key(device):
     key, value = (random_features(2, 2, 30, 40, seed=s, device=device).requires_grad_() for s in (13, 14))
     index = random_integers(-1, 30, 2, 1, 80, seed=15, device=device)
     weights = [random_features(2, 2, 80, 40, seed=s, device=device) for s in (16, 17)]

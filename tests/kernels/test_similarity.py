@@ -122,7 +122,7 @@ def test_joint_is_per_head_over_concatenated_heads(backend, pair):
     assert judged(similarity_argmax(query, reference, backend=backend), *joined, "cosine", "joint").passed
 
 
-def test_cosine_ignores_the_norm_of_a_key_and_dot_does_not(backend, pair):
+def test_only_cosine_ignores_the_norm_of_keys(backend, pair):
     query, reference = pair
     scaled = reference * torch.linspace(0.1, 10, 41, device=query.device).unsqueeze(-1)
     assert judged(
@@ -278,7 +278,7 @@ def test_repeats_are_equal_in_every_bit(backend, pair):
 
 
 @pytest.mark.parametrize(("similarity", "heads"), SETTINGS)
-def test_the_gradient_of_the_score_is_that_of_the_matched_pair(similarity, heads, pair):
+def test_score_gradient_is_that_of_the_matched_pair(similarity, heads, pair):
     query, reference = pair
     index = similarity_argmax(
         query, reference, similarity=similarity, heads=heads, backend="tiled"

@@ -12,9 +12,8 @@ import qalign_kernels as qk
 from qalign_kernels.attention import Guide, guided_attention
 from qalign_kernels.qalign_attention import topk_attention
 from qalign_kernels.testing import judge, judge_exact, random_features, random_integers
-from qalign_kernels.tiled import _blocks
+from qalign_kernels.tiled import _blocks, _fused, _masses
 from qalign_kernels.tiled import _labels as tiled_labels
-from qalign_kernels.tiled import attention as tiled_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BLOCK_BYTES = [
@@ -36,7 +35,7 @@ def block_bytes(request, monkeypatch):
 def route(request, monkeypatch):
     """The device route, which never reads a value, runs on the CPU as well."""
     if request.param == "device":
-        for module in (_blocks, tiled_attention, tiled_labels):
+        for module in (_blocks, _fused, _masses, tiled_labels):
             monkeypatch.setattr(module, "on_host", lambda x: False)
 
 
@@ -442,12 +441,12 @@ def test_queries_of_one_label_set_go_together(monkeypatch):
 def test_two_equal_labels_cost_half(monkeypatch):
     query, key, value = features((1, 2, 512, 16), (1, 2, 512, 16), (1, 2, 512, 16), dtype=torch.float32)
     labels = 1 + (torch.arange(512) * 7 // 3 % 2 == 0).int().unsqueeze(0)
-    scores, attend = [], tiled_attention.scaled_dot_product_attention
+    scores, attend = [], _fused.scaled_dot_product_attention
 
     def count(query, key, *arguments, **settings):
         scores.append(query.shape[2] * key.shape[2])
         return attend(query, key, *arguments, **settings)
 
-    monkeypatch.setattr(tiled_attention, "scaled_dot_product_attention", count)
+    monkeypatch.setattr(_fused, "scaled_dot_product_attention", count)
     qk.attention(query, qk.Segment(key, value, labels=labels), query_labels=labels, backend="tiled")
     assert len(scores) == 2 and sum(scores) < 0.52 * 512**2

@@ -8,6 +8,7 @@ import torch
 
 from qalign_kernels import testing
 from qalign_kernels._triton import attention as kernels
+from qalign_kernels._triton._attention_choice import loop_once
 from qalign_kernels.attention import Guide, Segment
 from qalign_kernels.reference.attention import attention as reference
 
@@ -246,5 +247,5 @@ def test_query_far_below_those_of_its_tile(below):
     [((64,), False), ((128, 64), False), ((40,), True), ((96, 96), True), ((64, 16), True), ((160,), True)],
 )
 def test_narrow_parts_are_multiplied_in_loops(dims, looped):
-    assert kernels._loop_once("sm_90", dims) == looped
-    assert not kernels._loop_once("sm_100", dims)
+    assert loop_once("sm_90", dims) == looped
+    assert not loop_once("sm_100", dims)

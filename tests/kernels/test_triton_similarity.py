@@ -228,7 +228,7 @@ def test_counted_argmax(similarity_kind, joint, rows, tokens):
 
 
 @pytest.mark.parametrize("rising", [True, False])
-def test_a_better_split_takes_its_count_from_the_one_before(rising):
+def test_counted_argmax_holds_when_later_splits_are_better(rising):
     """Five splits of negative scores, each better than all before or worse, and a tie between two of them."""
     keys = torch.arange(-150.0, 0.0) if rising else -torch.arange(1.0, 151.0)
     keys[70] = keys[149 if rising else 0] = -0.5

@@ -5,7 +5,7 @@ import torch
 
 from qalign_kernels import testing
 from qalign_kernels._triton.qalign_attention import unit_features
-from qalign_kernels.qalign_attention import unit
+from qalign_kernels.unit_features import unit
 
 
 @pytest.fixture(autouse=True)

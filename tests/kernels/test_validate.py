@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from qalign_kernels import validate
 from qalign_kernels.reference.similarity import scores, similarity_argmax
 from qalign_kernels.testing import (
     error_budget,
@@ -20,6 +19,7 @@ from qalign_kernels.testing import (
     random_integers,
     worst_error,
 )
+from qalign_kernels.validation import command as validate
 
 
 def test_worst_error_knows_nan_and_infinity():
@@ -36,7 +36,7 @@ def test_worst_error_knows_nan_and_infinity():
     assert worst_error(torch.ones(2), torch.ones(3)) == math.inf
 
 
-def test_the_budget_grows_with_the_dtype_and_the_reduction():
+def test_budget_grows_with_dtype_and_reduction():
     truth = torch.linspace(-4, 4, 50).double()
     budgets = [
         error_budget(truth.to(dtype), truth, 100) for dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -45,7 +45,7 @@ def test_the_budget_grows_with_the_dtype_and_the_reduction():
     assert error_budget(truth.float(), truth, 10000) > budgets[0]
 
 
-def test_judge_tells_a_right_answer_from_a_wrong_one():
+def test_judge_tells_right_answers_from_wrong_ones():
     query, key = (random_features(1, 2, n, 40, seed=n) for n in (9, 13))
     formula = lambda q, k: (q @ k.mT).softmax(-1)  # noqa: E731
     right = formula(query, key)
@@ -105,7 +105,7 @@ def test_random_data_are_the_same_in_every_dtype():
     assert drawn.dtype == torch.int32 and int(drawn.min()) == -1 and int(drawn.max()) == 3
 
 
-def test_poisoned_memory_fills_what_is_not_written_and_is_restored():
+def test_poisoned_memory_fills_unwritten_parts_then_is_restored():
     mode = torch.get_deterministic_debug_mode()
     with pytest.raises(KeyError), poisoned_memory():
         like = torch.zeros(3, dtype=torch.bfloat16)
@@ -181,7 +181,7 @@ def test_the_table_and_the_file(tmp_path, capsys):
     assert sum(" ok " in line for line in lines) == len(rows)
 
 
-def test_a_wrong_op_fails_and_its_case_is_shown(monkeypatch, capsys):
+def test_wrong_op_fails_and_shows_its_case(monkeypatch, capsys):
     from qalign_kernels.tiled import rearrange
 
     monkeypatch.setattr(
@@ -252,7 +252,7 @@ def test_every_public_op_has_its_rows():
     assert all(f"{name} gradient" in validate.OPS for name in learned)
 
 
-def test_triton_runs_in_its_interpreter_where_there_is_no_gpu(capsys):
+def test_triton_runs_in_its_interpreter_without_a_gpu(capsys):
     from qalign_kernels import _backends
 
     if _backends.triton_problem() or not _backends.interpreted():

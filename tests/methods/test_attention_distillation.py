@@ -68,7 +68,7 @@ def test_losses_are_their_formulas(styles, scale):
     assert losses.total.item() == pytest.approx(distilled + 0.3 * kept, rel=2e-6)
 
 
-def test_masks_have_the_output_in_rows_and_the_style_in_columns():
+def test_mask_rows_are_output_and_columns_style():
     own, style = features(2, 0), features(1, 100)
     small = {
         name: labels[1::2, 1::2].flatten() for name, labels in LABELS.items()
@@ -107,7 +107,7 @@ def test_each_row_may_have_labels_of_its_own():
     assert abs(apart[1] - apart[0]) > 1e-3 * apart[0]
 
 
-def test_a_label_that_the_style_lacks_sees_all_of_it():
+def test_label_missing_in_the_style_sees_everything():
     own, style = features(2, 0), features(1, 100)
     regions = Regions(
         appearance=torch.zeros(GRID, dtype=torch.long), structure=torch.ones(GRID, dtype=torch.long)

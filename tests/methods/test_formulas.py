@@ -263,7 +263,7 @@ def test_seal_moves_between_the_ends_of_its_schedules():
     [SeAl(strength=(0.0, 0.0)), SeAl(threshold=(2.0, 2.0)), CtrlX(structure_layers=(), appearance_layers=())],
     ids=repr,
 )
-def test_neutral_settings_are_the_untouched_layer_bit_for_bit(method):
+def test_neutral_settings_are_stock_bit_for_bit(method):
     attn, hidden = make_attention(2, 40)
     stock = attn(hidden)
     attn.set_processor(UNetAttnProcessor(method, LAYOUT))
@@ -272,7 +272,7 @@ def test_neutral_settings_are_the_untouched_layer_bit_for_bit(method):
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
-def test_rows_that_are_not_output_and_steps_outside_the_window_are_stock_bit_for_bit(case):
+def test_other_rows_and_idle_steps_are_bitwise_stock(case):
     method = CASES[case][0]
     attn, hidden = make_attention(2, 40)
     stock = attn(hidden)
@@ -291,7 +291,7 @@ def test_rows_that_are_not_output_and_steps_outside_the_window_are_stock_bit_for
 
 
 @torch.no_grad()
-def test_trap_style_aligned_scales_the_reference_but_not_the_own_copy():
+def test_trap_style_aligned_scales_only_the_reference_copy():
     """With a = 0 the reference's logits are all b: a shift so low that it vanishes leaves attention to the own keys, after AdaIN."""
     attn, hidden = make_attention(2, 40)
     attn.set_processor(
@@ -305,7 +305,7 @@ def test_trap_style_aligned_scales_the_reference_but_not_the_own_copy():
 
 
 @torch.no_grad()
-def test_trap_a_shift_of_ln_2_is_the_reference_twice():
+def test_trap_shift_ln_2_is_the_reference_twice():
     attn, hidden = make_attention(2, 40)
     settings = {"adain_queries": False, "adain_keys": False}
     attn.set_processor(UNetAttnProcessor(StyleAligned(shared_score_shift=math.log(2), **settings), LAYOUT))
@@ -317,7 +317,7 @@ def test_trap_a_shift_of_ln_2_is_the_reference_twice():
 
 
 @torch.no_grad()
-def test_trap_masactrl_without_foreground_in_the_source_attends_all_of_it():
+def test_trap_masactrl_without_source_foreground_attends_everything():
     """The published fill with the lowest number gives uniform attention there; not NaN, and here not uniform either."""
     attn, hidden = make_attention(2, 40)
     nothing, everything = torch.zeros(GRID, dtype=torch.long), torch.ones(GRID, dtype=torch.long)
@@ -341,7 +341,7 @@ def test_trap_ctrl_x_adds_nothing_to_the_deviation():
 
 
 @torch.no_grad()
-def test_trap_seal_with_one_key_gathers_its_value_without_a_softmax():
+def test_trap_seal_with_one_key_has_no_softmax():
     attn, hidden = make_attention(2, 40)
     attn.set_processor(
         UNetAttnProcessor(SeAl(threshold=(-1.0, -1.0), strength=(1e9, 1e9), heads="per_head"), LAYOUT)
@@ -369,7 +369,7 @@ def test_reference_only_blends_the_unconditional_half_alone():
 
 
 @torch.no_grad()
-def test_story_diffusion_sees_all_of_its_own_and_the_drawn_tokens_of_the_others():
+def test_story_diffusion_sees_own_and_others_drawn_tokens():
     attn, hidden = make_attention(2, 40)
     method = StoryDiffusion(skip=(0.0, 0.0), rate=0.4, seed=3)
     attn.set_processor(UNetAttnProcessor(method, BatchLayout("output", "output", "output")))
@@ -395,7 +395,7 @@ def test_story_diffusion_sees_all_of_its_own_and_the_drawn_tokens_of_the_others(
 
 
 @torch.no_grad()
-def test_story_diffusion_leaves_layers_out_as_often_as_asked_and_draws_anew_at_each_step():
+def test_story_diffusion_skips_layers_and_redraws_each_step():
     method = StoryDiffusion()
     skipped = [
         method._draw(1, step, f"up_blocks.{layer}").item() < 0.3 for step in range(40) for layer in range(25)

@@ -30,7 +30,7 @@ def project(hidden):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", METHODS)
-def test_a_layer_takes_a_few_times_its_queries_keys_and_values(name):
+def test_layer_memory_is_a_few_times_its_inputs(name):
     method = METHODS[name]()
     generator = torch.Generator().manual_seed(0)
     q, k, v = (

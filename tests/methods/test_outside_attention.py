@@ -73,7 +73,7 @@ def test_everything_is_restored_after_an_exception(method):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", OUTSIDE, ids=repr)
-def test_steps_outside_the_window_are_stock_bit_for_bit(method):
+def test_steps_outside_the_window_are_bitwise_stock(method):
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     stock = unet(**inputs).sample
     with attach(
@@ -87,7 +87,7 @@ def test_steps_outside_the_window_are_stock_bit_for_bit(method):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", COMPILED, ids=repr)
-def test_a_compiled_unet_is_one_graph_for_all_steps(method):
+def test_compiled_unet_is_one_graph_across_steps(method):
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     timesteps, graphs = torch.tensor([900, 500, 100]), []
     runs = []
@@ -118,7 +118,7 @@ def test_a_bank_refuses_what_it_cannot_serve():
                 attach(unet, wrapped, layers="up")
 
 
-def test_a_method_without_any_of_it_installs_no_hook():
+def test_method_that_edits_attention_alone_installs_no_hook():
     unet = make_unet("small")
     hooks = state_of(unet)[1]
     with attach(unet, QAlign()):
@@ -129,7 +129,7 @@ def test_a_method_without_any_of_it_installs_no_hook():
 
 
 @torch.no_grad()
-def test_the_convolution_features_of_the_output_are_the_structures_for_the_first_steps():
+def test_early_convolution_features_are_those_of_the_structure():
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     timesteps = list(range(10))
     stock = outputs_of(unet, "up_blocks.0.resnets.0")
@@ -167,7 +167,7 @@ def test_hooks_name_modules_that_are_there():
 
 
 @torch.no_grad()
-def test_every_group_norm_is_shared_over_output_and_reference():
+def test_every_group_norm_spans_output_and_reference():
     """Those of residual blocks and conv_norm_out included, each held against the formula on what it is given."""
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     norms = {name: module for name, module in unet.named_modules() if isinstance(module, torch.nn.GroupNorm)}
@@ -192,7 +192,7 @@ def test_every_group_norm_is_shared_over_output_and_reference():
 
 
 @torch.no_grad()
-def test_the_reference_of_a_full_share_without_one_is_the_first_output():
+def test_full_share_defaults_to_the_first_output():
     unet, x = make_unet("small"), unet_inputs(make_unet("small"), batch=6)["sample"].repeat(1, 8, 1, 1)
     norm = unet.conv_norm_out
     with attach(
@@ -216,7 +216,7 @@ def test_the_reference_of_a_full_share_without_one_is_the_first_output():
         ("small", StyleAligned(share_group_norm=False), False),
     ],
 )
-def test_group_norms_are_shared_where_they_are_as_published(family, method, shared):
+def test_group_norms_are_shared_at_the_published_places(family, method, shared):
     assert bool(attach(make_unet(family), method).hooks) == shared
 
 
@@ -293,7 +293,7 @@ def test_bounded_attention_of_a_unet_over_several_steps():
 
 
 @torch.no_grad()
-def test_trap_bounded_masks_both_halves_of_self_attention_and_only_the_conditional_one_of_cross_attention(
+def test_trap_bounded_leaves_unconditional_cross_attention_unmasked(
     cross_layer,
 ):
     attn, hidden, prompts = cross_layer
@@ -349,7 +349,7 @@ def test_bounded_settings_that_are_refused(make, message):
         make()
 
 
-def test_bounded_prompts_and_regions_that_do_not_fit_are_refused(cross_layer):
+def test_bounded_refuses_prompts_and_regions_that_mismatch(cross_layer):
     attn, hidden, prompts = cross_layer
     for regions, tokens, message in (
         (None, 7, r"regions: expected Regions\(structure=...\) for BoundedAttention, got None"),
@@ -472,7 +472,7 @@ def test_automatic_masks_are_made_anew_in_each_call():
 
 
 @torch.no_grad()
-def test_without_maps_of_that_size_there_are_no_masks():
+def test_masks_need_maps_of_their_size():
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     samples = []
     for method in (MasaCtrl(), dataclasses.replace(AUTOMATIC, map_tokens=64), AUTOMATIC):
@@ -507,7 +507,7 @@ def test_trap_masactrl_adds_one_to_binary_masks_alone():
 
 
 @torch.no_grad()
-def test_a_source_that_lacks_a_side_is_attended_whole():
+def test_source_lacking_a_side_is_attended_whole():
     """One whose only background token falls away on a coarser grid, where the published code attends uniformly."""
     attn, hidden = make_attention(2, 40)
     height, width = GRID
@@ -566,7 +566,7 @@ def test_masactrl_settings_that_are_refused(settings, message):
         MasaCtrl(**settings)
 
 
-def test_token_indices_and_regions_that_do_not_fit_are_refused():
+def test_mismatched_token_indices_and_regions_are_refused():
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     far = MasaCtrl(ref_token_idx=(1,), cur_token_idx=(7,))
     both = {"regions": Regions(appearance=LABELS, structure=LABELS)}

@@ -79,7 +79,7 @@ def test_own_method_reads_its_regions_only() -> None:
         torch.testing.assert_close(found[:, tokens], alone)
 
 
-def test_own_method_runs_in_a_pipeline_and_a_bank() -> None:
+def test_own_method_runs_in_pipeline_and_bank() -> None:
     pipe, bank = make_pipe("sd15"), FeatureBank("appearance")
     stock = generate(pipe)
     with attach(pipe, Blend(), layers="up"):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from qalign import BatchLayout, UNetAttnProcessor, attach
 from qalign.context.regions import EVERYTHING, Regions
-from qalign.methods import BoundedAttention, CrossImage, MasaCtrl, QAlign
+from qalign.methods import BoundedAttention, CrossImage, MasaCtrl, QAlign, QAlignWarp
 from tests.methods.test_formulas import GRID, LAYOUT, make_attention
 from tests.processors.models import make_unet, unet_inputs
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @torch.no_grad()
 @pytest.mark.parametrize(
     "method",
-    [CrossImage(), QAlign(refinement="rearranged"), QAlign(), QAlign(refinement="guided"), MasaCtrl()],
+    [CrossImage(), QAlign(), QAlignWarp(), QAlign(refinement="guided"), MasaCtrl()],
     ids=repr,
 )
 def test_a_token_reads_its_own_region_alone(method):
@@ -49,7 +49,7 @@ def test_the_background_sees_and_is_seen():
     assert regions.keys("structure", 4, CPU).tolist() == [[EVERYTHING, 2, 4, 1 << 30]]
 
 
-def test_labels_are_those_in_the_middle_of_each_token():
+def test_labels_are_taken_at_each_tokens_middle():
     labels = torch.arange(8).repeat_interleave(2).repeat(16, 1)
     regions = Regions(structure=labels)
     assert regions.keys("structure", 64, CPU).view(8, 8)[0].tolist() == [1 << n for n in range(8)]

@@ -10,7 +10,7 @@ from qalign import BatchLayout, FeatureBank, UNetAttnProcessor, attach
 from qalign.context.clock import Clock
 from qalign.context.layer_call import Site
 from qalign.context.regions import Regions
-from qalign.evaluation.leakage import attention_mass
+from qalign.evaluation.attention_tally import attention_mass
 from qalign.methods import METHODS, ConsiStory, CtrlX, DreamMatcher, FreeCustom, ReferenceOnly, SeAl
 from qalign.methods._editing import uniform
 from tests.methods import literal
@@ -57,7 +57,7 @@ def test_free_custom_without_guidance_sees_its_references(hidden):
     assert relative_error(actual[:1], truth(literal.free_custom, hidden[:3], weights=(3.0, 3.0))) < 2e-6
 
 
-def test_trap_free_custom_adds_its_weight_and_does_not_multiply(hidden):
+def test_trap_free_custom_adds_weights_instead_of_multiplying(hidden):
     """A weight of ln 2 is every key of the subject twice."""
     actual = run(
         FreeCustom(style_fidelity=0.0, mask_weights=math.log(2)),
@@ -72,7 +72,7 @@ def test_trap_free_custom_adds_its_weight_and_does_not_multiply(hidden):
     assert relative_error(actual[:1], truth(twice, hidden[:2])) < 2e-6
 
 
-def test_trap_free_custom_hides_what_is_not_the_subject(hidden):
+def test_trap_free_custom_hides_all_but_the_subject(hidden):
     """Another background of a reference changes nothing, another subject does; references without any subject leave the own keys."""
     regions, method = Regions(appearance=MASKS), FreeCustom(style_fidelity=0.0)
     before = run(method, hidden, regions=regions)[0]
@@ -108,7 +108,7 @@ def test_trap_a_weight_belongs_to_its_reference(hidden):
     ],
     ids=lambda x: type(x).__name__,
 )
-def test_keys_that_an_attention_mask_hides_are_seen_in_no_row(method, layout, hidden):
+def test_masked_keys_are_hidden_in_every_row(method, layout, hidden):
     mask = torch.zeros(3, 1, TOKENS)
     mask[:, :, TOKENS // 2 :] = -10000.0
     changed = hidden[:3].clone()
@@ -158,7 +158,7 @@ def test_a_bank_keeps_several_references():
 # -- DreamMatcher
 
 
-def test_trap_dream_matcher_leaves_the_layout_to_the_output(hidden):
+def test_trap_dream_matcher_keeps_the_outputs_layout(hidden):
     """An appearance that is the output, its tokens in another order, gives back the values that the output has: only Q and K place them."""
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1))
     rows = torch.stack([hidden[0], hidden[0, order], hidden[2]])
@@ -167,7 +167,7 @@ def test_trap_dream_matcher_leaves_the_layout_to_the_output(hidden):
     )
 
 
-def test_trap_dream_matcher_takes_no_value_where_the_match_does_not_return(hidden):
+def test_trap_dream_matcher_skips_matches_without_return(hidden):
     """No round trip is shorter than a threshold of 0; every one is shorter than one beyond the diagonal."""
     torch.testing.assert_close(
         run(DreamMatcher(size=GRID, consistency=0.0), hidden, TRIPLET), run(None, hidden), rtol=0, atol=2e-6
@@ -182,7 +182,7 @@ def test_trap_dream_matcher_takes_no_value_where_the_match_does_not_return(hidde
     assert relative_error(anywhere[:1], truth(warped, hidden[:3])) < 2e-6
 
 
-def test_trap_dream_matcher_allows_less_where_the_foreground_is_small(hidden):
+def test_trap_dream_matcher_allows_less_for_small_foregrounds(hidden):
     """One token of foreground: the threshold is below one token, so only exact returns count."""
     returns, some, stock = [], range(0, TOKENS, 6), run(None, hidden[:3])[0]
     for token in some:
@@ -212,7 +212,7 @@ def test_dream_matcher_on_a_grid_that_nobody_told(hidden):
 
 
 @pytest.mark.parametrize("anchors", [None, 1])
-def test_consistory_sees_the_kept_tokens_of_the_others_subjects(hidden, anchors):
+def test_consistory_sees_kept_tokens_of_other_subjects(hidden, anchors):
     masks = [(torch.arange(TOKENS).view(GRID) * step % 7 > 2).long() for step in (2, 3, 5)]
     clock = Clock()
     clock.set(4, 10)
@@ -240,7 +240,7 @@ def test_consistory_sees_the_kept_tokens_of_the_others_subjects(hidden, anchors)
             assert relative_error(actual[part + row][None], truth(consistent, hidden[part : part + 3])) < 2e-6
 
 
-def test_consistory_drops_as_often_as_asked_and_anew_for_each_picture_and_step():
+def test_consistory_redraws_dropout_for_each_picture_and_step():
     draws = {
         (step, picture): uniform(1024, 0, step, picture) >= 0.5 for step in range(8) for picture in range(3)
     }

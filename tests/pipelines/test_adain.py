@@ -47,7 +47,7 @@ def test_is_the_formula(content_masked, style_masked) -> None:
     torch.testing.assert_close(actual, literal(content, style, inside, model), rtol=1e-10, atol=1e-10)
 
 
-def test_the_result_has_the_styles_statistics_inside_and_the_contents_outside() -> None:
+def test_style_statistics_inside_the_mask_content_statistics_outside() -> None:
     content, style, inside, model = make_latents(), make_latents(seed=1), make_mask(), make_mask(seed=10)
     result = adain(content, style, content_mask=inside, style_mask=model, eps=0)
     for row in range(3):
@@ -57,7 +57,7 @@ def test_the_result_has_the_styles_statistics_inside_and_the_contents_outside() 
         assert torch.equal(result[row][:, ~inside[row]], content[row][:, ~inside[row]])
 
 
-def test_variance_is_unbiased_and_eps_is_added_to_it() -> None:
+def test_variance_is_unbiased_with_eps_added() -> None:
     content = torch.tensor([0.0, 2.0]).view(1, 1, 1, 2).double()  # unbiased variance 2, biased 1
     style = torch.tensor([10.0, 10.0, 10.0]).view(1, 1, 1, 3).double()  # variance 0
     result = adain(content, style, eps=0.5)
@@ -69,7 +69,7 @@ def test_variance_is_unbiased_and_eps_is_added_to_it() -> None:
     torch.testing.assert_close(result.flatten(), torch.tensor([4 - 8**0.5, 4 + 8**0.5]).double())
 
 
-def test_itself_as_style_changes_nothing_and_twice_is_once() -> None:
+def test_adain_to_itself_is_identity_and_idempotent() -> None:
     content, style = make_latents(), make_latents(seed=1)
     torch.testing.assert_close(adain(content, content), content)
     once = adain(content, style, eps=0)

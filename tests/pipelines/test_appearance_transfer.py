@@ -32,9 +32,7 @@ class Recording(CrossImage):
 @pytest.mark.parametrize(
     ("family", "prediction_type"), [("sd15", "epsilon"), ("sd21", "v_prediction"), ("sdxl", "epsilon")]
 )
-def test_without_an_edit_the_output_is_the_structure_and_the_inversion_is_walked_back(
-    family, prediction_type
-) -> None:
+def test_without_edit_the_output_is_the_structure(family, prediction_type) -> None:
     pipe = make(family)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction_type)
     options = {"method": None, "adain": None, "inversion_guidance_scale": 1.0}
@@ -94,7 +92,7 @@ def test_rows_of_one_call(small, monkeypatch) -> None:
     assert [len(sample) for sample in samples] == [5] * 4
 
 
-def test_one_call_with_plain_rows_is_two_calls_with_and_without_the_edit(monkeypatch) -> None:
+def test_plain_rows_equal_a_call_without_edit(monkeypatch) -> None:
     pipe, scale = make("sd15"), 2.0
     inverted = pipe.invert(
         pictures(1)[0], pictures(1, seed=1), PROMPT, num_inference_steps=4, generator=seeded()
@@ -231,7 +229,7 @@ def test_masks_are_those_of_the_pictures_own_attention(family) -> None:
     assert torch.equal(masks, object_masks(collector.maps(), noun_tokens(pipe.tokenizer, PROMPT, "zebra")))
 
 
-def test_without_a_prompt_the_whole_picture_is_the_object(small) -> None:
+def test_without_prompt_the_whole_picture_is_object(small) -> None:
     masked = transfer(small, prompt="", adain="masked")
     assert masked.masks.all()
     torch.testing.assert_close(masked.images, transfer(small, prompt="").images)
@@ -263,7 +261,7 @@ def test_layers_and_a_window_without_steps() -> None:
     torch.testing.assert_close(nothing.images[0], nothing.reconstructions[1], rtol=1e-5, atol=1e-5)
 
 
-def test_freeu_is_on_in_inversion_and_denoising_and_off_afterwards(small) -> None:
+def test_freeu_acts_throughout_and_is_off_afterwards(small) -> None:
     before = transfer(small, method=None, adain=None)
     with_freeu = transfer(small, method=None, adain=None, freeu=True, inversion_guidance_scale=1.0)
     clean = small.invert(pictures(1)[0], pictures(1, seed=1), num_inference_steps=1).latents[-1]

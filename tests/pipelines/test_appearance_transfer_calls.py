@@ -84,7 +84,7 @@ def test_without_a_generator_any_cached_noise_serves(small, tmp_path) -> None:
     assert not torch.equal(*(transfer(small, generator=None).images for _ in range(2)))
 
 
-def test_a_spoilt_cache_file_is_made_again_with_one_warning(small, tmp_path, caplog) -> None:
+def test_spoilt_cache_file_is_remade_with_one_warning(small, tmp_path, caplog) -> None:
     smooth = {"cache": tmp_path, "method": "cross_image"}  # rounding changes no choice of tokens
     first = transfer(small, **smooth)
     spoilt = min(tmp_path.iterdir())
@@ -97,7 +97,7 @@ def test_a_spoilt_cache_file_is_made_again_with_one_warning(small, tmp_path, cap
     assert len([message for message in caplog.messages if message.startswith("cache:")]) == 1
 
 
-def test_digest_tells_values_dtypes_of_settings_and_order_apart() -> None:
+def test_digest_depends_on_values_dtypes_and_order() -> None:
     tensor = torch.arange(6.0)
     different = [
         digest(tensor),
@@ -116,7 +116,7 @@ def test_digest_tells_values_dtypes_of_settings_and_order_apart() -> None:
 # callbacks, interrupts, what stays behind
 
 
-def test_callbacks_see_every_step_and_may_replace_the_latents(small, pair) -> None:
+def test_callbacks_see_steps_and_may_replace_latents(small, pair) -> None:
     seen = []
 
     def zero(pipe, step, timestep, given):
@@ -165,7 +165,7 @@ def test_progress_bars_count_the_inversion_and_the_loop(small, monkeypatch) -> N
     assert [(bar.total, bar.done) for bar in bars] == [(6, 6), (4, 4)] * 2
 
 
-def test_everything_is_as_before_after_a_call_and_after_an_exception(small) -> None:
+def test_calls_and_exceptions_leave_everything_as_before(small) -> None:
     def state():
         hooks = Counter(
             name
@@ -207,7 +207,7 @@ def test_offloading_hooks_run_in_order_and_are_freed(monkeypatch) -> None:
 # a noise-free pass
 
 
-def test_a_noise_free_appearance_is_its_clean_latents_at_every_step(pair) -> None:
+def test_noise_free_appearance_is_always_its_clean_latents(pair) -> None:
     """As if the appearance's row were its clean latents whenever the UNet is called."""
     pipe = make("sd15")
     clean = pair.latents[-1, 0]
@@ -231,7 +231,7 @@ def test_a_noise_free_appearance_is_its_clean_latents_at_every_step(pair) -> Non
     )
 
 
-def test_a_noise_free_pass_refuses_what_is_no_method_and_other_banks(small, pair) -> None:
+def test_noise_free_refuses_non_methods_and_other_banks(small, pair) -> None:
     for method, bank in ((None, None), ("seal", FeatureBank("structure"))):
         with pytest.raises(
             ValueError, match="method, bank: expected a method and a bank of the appearance, got"

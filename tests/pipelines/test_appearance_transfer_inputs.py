@@ -31,7 +31,7 @@ def test_sizes_that_are_not_square(height, width) -> None:
     assert result.masks.shape == (2, height // 2, width // 2)
 
 
-def test_pictures_of_another_size_cover_that_of_the_first_structure(small) -> None:
+def test_pictures_are_scaled_to_cover_the_first_structure(small) -> None:
     wide = pictures(1, 64, 96)[0]
     inverted = small.invert(
         wide, [pictures(1, seed=1)[0], pictures(1, 40, 64)[0]], num_inference_steps=2, generator=seeded()
@@ -144,7 +144,7 @@ def test_sdxl_is_told_the_size(monkeypatch) -> None:
 # from_pipe
 
 
-def test_from_pipe_shares_everything_and_takes_the_class_of_the_model() -> None:
+def test_from_pipe_shares_parts_and_picks_the_class() -> None:
     for family, kind in (("sd15", AppearanceTransferPipeline), ("sdxl", AppearanceTransferXLPipeline)):
         source = make_pipe(family)
         pipe = AppearanceTransferPipeline.from_pipe(source)
@@ -284,7 +284,7 @@ def test_nan_says_where_and_what_to_change(part) -> None:
     )
 
 
-def test_a_half_precision_vae_that_overflows_works_in_float32(monkeypatch) -> None:
+def test_overflowing_half_precision_vae_works_in_float32(monkeypatch) -> None:
     pipe, dtypes = own(make()), []
     pipe.vae.to(torch.float16)
     pipe.unet.to(torch.float16)

@@ -85,7 +85,7 @@ def literal(found, cross, labels=BOXES):
     )
 
 
-def test_the_loss_is_its_formula_and_so_is_its_gradient():
+def test_loss_and_gradient_are_those_of_the_formula():
     found, cross = (
         {name: LayerFeatures(*(x.requires_grad_() for x in layer[:4]), None) for name, layer in some.items()}
         for some in (features(), features(tokens=9, seed=50))
@@ -97,7 +97,7 @@ def test_the_loss_is_its_formula_and_so_is_its_gradient():
         assert (gradient - expected).norm() <= 2e-6 * expected.norm()
 
 
-def test_each_part_has_its_weight_and_self_attention_may_be_alone():
+def test_parts_are_weighted_and_self_attention_suffices():
     found, cross = features(), features(tokens=9, seed=50)
     alone = BoundedGuidance().loss(found, REGIONS)
     assert torch.equal(alone, BoundedGuidance(cross_weight=0.0).loss(found, REGIONS, cross, METHOD))
@@ -110,7 +110,7 @@ def test_each_part_has_its_weight_and_self_attention_may_be_alone():
     ).item() == pytest.approx(2 * words.item(), rel=1e-6)
 
 
-def test_the_loss_is_of_the_labels_and_of_the_words():
+def test_loss_depends_on_labels_and_words():
     loss, found, cross = BoundedGuidance().loss, features(), features(tokens=9, seed=50)
     here = loss(found, REGIONS, cross, METHOD)
     assert (
@@ -180,7 +180,7 @@ def test_default_layers_are_the_published_ones():
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_maps_are_those_of_bounded_attention_in_the_last_row(rows):
+def test_maps_are_the_last_rows_bounded_attention(rows):
     layer = LayerFeatures(*(random_features(rows, 3, 64, 40, seed=seed) for seed in range(4)), None)
     bits = REGIONS.keys("structure", 64, torch.device("cpu"))[0]
     expected = self_maps(layer, BOXES).mean(0)
@@ -243,7 +243,7 @@ def planted(refiner, groups, words):
     refiner.cross_map[:, [2, 5]] = torch.tensor(words)[groups]
 
 
-def test_masks_follow_the_subjects_and_begin_anew_where_they_are_lost():
+def test_masks_follow_subjects_and_restart_where_lost():
     refiner, halves = (
         MaskRefiner(REGIONS, {3: 2, 7: 5}, clusters=2),
         torch.arange(64) % 8 // 2,

@@ -107,7 +107,7 @@ def test_words_are_found_in_the_prompt():
     assert bounded_attention._method(make().tokenizer, PROMPT, ["ox", "fox"], ["an", "by", "a"]) == METHOD
 
 
-def test_without_guidance_it_is_a_stock_pipeline_under_the_method():
+def test_without_guidance_it_is_stock_under_the_method():
     found = call(make(), guidance=BLIND, guidance_scale=5.0)
     expected = stock(noise())
     assert (found.images - expected).norm() <= 2e-5 * expected.norm()
@@ -118,7 +118,7 @@ def test_without_guidance_it_is_a_stock_pipeline_under_the_method():
     assert (plain - expected).norm() > 1e-3 * expected.norm()
 
 
-def test_a_guided_step_descends_the_loss_of_both_kinds_of_attention():
+def test_guided_step_descends_both_attention_losses():
     pipe, guidance = (
         make(),
         BoundedGuidance(rates=(300.0, 300.0), until=0.25, iterations=1, enough=0.0, refine_every=0),
@@ -151,7 +151,7 @@ def test_a_guided_step_descends_the_loss_of_both_kinds_of_attention():
     assert (found.images - stock(noise())).norm() > 1e-3 * expected.norm()
 
 
-def test_guidance_lowers_the_loss_and_ends_with_its_steps():
+def test_guidance_lowers_the_loss_within_its_steps():
     pipe = make()
     before = processors(pipe)
     guidance = BoundedGuidance(rates=(400.0, 400.0), until=0.5, iterations=4, enough=0.0)
@@ -167,7 +167,7 @@ def test_guidance_lowers_the_loss_and_ends_with_its_steps():
     )
 
 
-def test_trap_the_end_of_the_prompt_is_open_to_the_background_while_latents_are_guided_alone(monkeypatch):
+def test_trap_background_reads_prompt_end_during_guidance(monkeypatch):
     seen, real = [], BoundedAttention.attend_cross
 
     def watch(self, q, k, v, site):
@@ -181,7 +181,7 @@ def test_trap_the_end_of_the_prompt_is_open_to_the_background_while_latents_are_
     assert 3 <= read < layers and seen == [(True, 1)] * read + [(False, 2)] * 2 * layers
 
 
-def test_masks_take_the_place_of_boxes_after_the_guided_steps(monkeypatch):
+def test_masks_replace_boxes_after_the_guided_steps(monkeypatch):
     added, refined, read, predicting = [], [], [], []
     real_add, real_refine, real_loss = MaskRefiner.add, MaskRefiner.refine, BoundedGuidance.loss
     monkeypatch.setattr(
@@ -249,7 +249,7 @@ def test_sdxl_has_the_published_settings(monkeypatch):
     )
 
 
-def test_the_reader_gives_the_output_of_a_whole_pass_and_keeps_the_method_everywhere():
+def test_reader_gives_whole_output_under_the_method():
     pipe = make()
     latents, timestep, condition = (
         noise().expand(2, -1, -1, -1),
@@ -272,7 +272,7 @@ def test_the_reader_gives_the_output_of_a_whole_pass_and_keeps_the_method_everyw
     assert all(torch.equal(a, b) for layer in alone for a, b in zip(alone[layer][:4], features[layer][:4]))
 
 
-def test_interrupted_it_returns_the_last_estimate_of_the_clean_picture():
+def test_interrupted_run_returns_its_last_clean_estimate():
     class Stop:
         def __init__(self, error):
             self.error, self.steps = error, []

@@ -47,7 +47,7 @@ def call(pipe, **options):
     )
 
 
-def test_a_scene_is_reproduced_better_and_the_weights_are_as_before():
+def test_tuning_reproduces_better_and_restores_weights():
     pipe, scene = embedded_pipe(AttentionDistillationPipeline), render([held_out_seed(1)], 64).image
     before, latents = state(pipe), pipe.encode(scene).detach()
 
@@ -63,7 +63,7 @@ def test_a_scene_is_reproduced_better_and_the_weights_are_as_before():
     assert_same(state(pipe), before)
 
 
-def test_it_is_adam_on_the_l1_of_the_pictures_by_the_decoder_alone(pipe):
+def test_tuning_is_adam_on_the_decoders_l1(pipe):
     shown, vae = pictures(2), copy.deepcopy(pipe.vae)
     optimiser, expected = torch.optim.Adam(vae.decoder.parameters(), lr=1e-3), []
     latents = vae.encode(2 * shown - 1).latent_dist.mode().detach()
@@ -132,7 +132,7 @@ def test_a_vae_in_half_is_tuned_in_float32():
     assert call(pipe, tune_decoder=2).images.isfinite().all()
 
 
-def test_a_call_decodes_the_same_latents_with_the_tuned_decoder(pipe):
+def test_call_decodes_same_latents_with_tuned_decoder(pipe):
     style = pictures(1)[0]
     for make_picture in (
         lambda **options: call(pipe, **options),
@@ -155,7 +155,7 @@ def test_a_call_decodes_the_same_latents_with_the_tuned_decoder(pipe):
         )
 
 
-def test_an_interrupt_while_the_decoder_is_tuned_leaves_the_stock_picture(pipe, monkeypatch):
+def test_interrupted_tuning_leaves_the_stock_picture(pipe, monkeypatch):
     plain, decode, calls = call(pipe), pipe.vae.decode, []
 
     def interrupt(*args, **options):

@@ -56,7 +56,7 @@ def processors(pipe):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_features_are_those_of_a_whole_pass_that_ends_at_the_last_layer(family):
+def test_features_equal_a_whole_pass_that_ends_early(family):
     pipe = make(family)
     latents, timestep, condition = (
         torch.randn(2, 4, 16, 16, generator=seeded()),
@@ -241,7 +241,7 @@ def test_both_modes_are_the_published_loops(mode, family):
     assert (result.images - latents).abs().mean() < 1e-3 * (latents - content).abs().mean()
 
 
-def test_an_annealed_rate_falls_in_equal_steps_to_nothing(small, monkeypatch):
+def test_annealed_rate_falls_linearly_to_zero(small, monkeypatch):
     rates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(
         torch.optim.Adam,
@@ -437,7 +437,7 @@ def runs(pipe):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_every_kind_of_run_is_the_same_with_gradient_checkpointing(family):
+def test_gradient_checkpointing_changes_no_kind_of_run(family):
     pipe, again = make(family), make(family)
     again.unet.enable_gradient_checkpointing()
     again.unet.train()
@@ -585,7 +585,7 @@ def test_windows_have_the_labels_of_their_place(small, scale):
     assert all(torch.equal(one, other) for one, other in zip(sum(batches, []), expected * 3))
 
 
-def test_a_masked_texture_of_one_window_is_a_masked_sample(small):
+def test_one_window_masked_texture_is_a_masked_sample(small):
     options = {
         "iterations": 2,
         "learning_rate": 0.03,
@@ -600,7 +600,7 @@ def test_a_masked_texture_of_one_window_is_a_masked_sample(small):
     assert torch.equal(one.losses, sampled.losses)
 
 
-def test_windows_whose_labels_the_style_lacks_see_all_of_it(small):
+def test_windows_with_missing_labels_see_everything(small):
     labels = torch.zeros(16, 48, dtype=torch.long)
     labels[:, 24:] = 9
     options = {
@@ -622,7 +622,7 @@ def test_windows_whose_labels_the_style_lacks_see_all_of_it(small):
 
 
 @pytest.mark.parametrize("mode", ["optimise", "sample"])
-def test_a_masked_texture_has_the_size_of_its_labels(small, mode):
+def test_masked_texture_has_the_size_of_labels(small, mode):
     labels = (torch.arange(12 * 20).view(12, 20) // 3 % 2).long()
     found = []
     for scale in (1, 2):  # latents and pixels

@@ -29,11 +29,11 @@ def test_rounding_does_not_move_the_start() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0, -2.0])
-def test_a_scale_of_one_or_less_is_no_guidance(scale) -> None:
+def test_scale_up_to_one_is_no_guidance(scale) -> None:
     assert swap_scales(20, scale, start=0).tolist() == [1.0] * 20
 
 
-def test_the_ramp_ends_at_half_the_scale_but_not_below_one() -> None:
+def test_ramp_ends_at_half_scale_above_one() -> None:
     assert swap_scales(5, 8.0, start=0).tolist() == [8, 7, 6, 5, 4]
     assert swap_scales(5, 1.5, start=0).tolist() == [1.5, 1.375, 1.25, 1.125, 1.0]
     assert swap_scales(0).tolist() == []
@@ -82,7 +82,7 @@ def test_delta_bridge_is_its_formula(kernel, count) -> None:
     )
 
 
-def test_delta_bridge_is_plain_guidance_without_strength_or_difference() -> None:
+def test_delta_bridge_without_effect_is_plain_guidance() -> None:
     empty, generated, appearance = predictions()
     plain = empty + 7.5 * (generated - empty)
     assert torch.equal(delta_bridge(empty, generated, appearance, 7.5, 0.0), plain)
@@ -97,7 +97,7 @@ def test_low_pass_keeps_constants_and_smooths() -> None:
     assert low_pass(noise).var() < 0.3 * noise.var() and torch.equal(low_pass(noise, kernel=1), noise)
 
 
-def test_the_bridge_s_strength_holds_then_falls_to_nothing() -> None:
+def test_bridge_strength_holds_then_falls_to_zero() -> None:
     assert delta_bridge_strengths(11, 2.0, hold=0.4, end=0.8).tolist() == pytest.approx(
         [2, 2, 2, 2, 2, 1.5, 1, 0.5, 0, 0, 0], abs=1e-6
     )

@@ -210,7 +210,7 @@ def test_half_precision_inputs_are_computed_in_float32() -> None:
     )
 
 
-def test_the_drawn_noise_is_normal_and_new_at_every_timestep() -> None:
+def test_noise_is_normal_and_new_every_timestep() -> None:
     scheduler, clean = make_scheduler(), make_clean(2)
     found = invert_ddpm(cheap_predict, scheduler, clean, steps=STEPS, generator=seeded(4))
     alpha = scheduler.alphas_cumprod[found.timesteps].view(-1, 1, 1, 1, 1)
@@ -236,7 +236,7 @@ def test_batch_size_and_company_do_not_matter() -> None:
     torch.testing.assert_close(each.latents[:, 1:2], second.latents, rtol=0, atol=1e-5)
 
 
-def test_predictions_come_in_whole_timesteps_with_images_in_order() -> None:
+def test_predictions_keep_timesteps_whole_and_images_ordered() -> None:
     calls, done, clean = [], [], make_clean(2)
 
     def predict(latents, timesteps):
@@ -251,7 +251,7 @@ def test_predictions_come_in_whole_timesteps_with_images_in_order() -> None:
     assert done == [1, 2, 2]
 
 
-def test_ddim_inversion_of_a_constant_model_is_undone_exactly() -> None:
+def test_ddim_inversion_of_constant_models_undoes_exactly() -> None:
     constant = torch.randn(1, 4, 8, 12, generator=seeded(6))
     for final_is_one in (True, False):
         scheduler = make_scheduler("epsilon", final_is_one)
@@ -277,7 +277,7 @@ def test_latents_are_never_clipped(invert) -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_ddim_inversion_leads_back_and_nearer_with_more_steps(kind) -> None:
+def test_ddim_inversion_gets_nearer_with_more_steps(kind) -> None:
     predict, scheduler, quality = make_predict(), make_scheduler(kind), {}
     for steps in (10, 60):
         found = invert_ddim(predict, scheduler, make_clean(1), steps=steps)
@@ -332,7 +332,7 @@ def test_a_model_that_overflows_is_named_with_advice(invert) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_require_finite_passes_what_is_finite_and_counts_what_is_not() -> None:
+def test_require_finite_counts_values_that_are_not() -> None:
     good, bad = torch.zeros(2, 3), torch.tensor([0.0, math.nan, math.inf, -math.inf])
     assert require_finite(good, "latents", torch.float32) is good
     with pytest.raises(FloatingPointError, match=r"^latents: expected finite values, got 3 of 4 .*weights"):

@@ -29,7 +29,7 @@ def literal_adain(x, y, eps=0.0):
     return result
 
 
-def test_style_id_starts_in_the_statistics_of_the_style() -> None:
+def test_style_id_starts_in_the_styles_statistics() -> None:
     started = StyleID().start(LATENTS[:2], LATENTS[2:])
     expected = torch.stack([literal_adain(row, LATENTS[2]) for row in LATENTS[:2].double()])
     assert (started - expected).norm() < 2e-6 * expected.norm()
@@ -89,7 +89,7 @@ def test_a_step_with_another_clean_estimate_keeps_epsilon(kind, eta) -> None:
     )
 
 
-def test_calibration_gives_the_clean_estimate_the_colours_of_the_appearance() -> None:
+def test_calibration_recolours_the_clean_estimate_like_the_appearance() -> None:
     method, (one, two) = VisualStylePrompting(), (LATENTS[:2], LATENTS[2:])
     expected = torch.stack([literal_adain(row, LATENTS[2], 1e-8) for row in one.double()])
     for timestep in (101, 149):
@@ -130,7 +130,7 @@ def test_early_scales() -> None:
 
 
 @pytest.mark.parametrize("family", ["small", "sdxl"])
-def test_a_stock_pipeline_takes_a_scale_for_each_step(family) -> None:
+def test_stock_pipeline_takes_one_scale_per_step(family) -> None:
     """Each step is the DDIM step of ε(∅) + w (ε(c) - ε(∅)) with its own w, also while a method is attached."""
     pipe, predicted, latents = make_pipe(family), [], []
     pipe.unet.register_forward_hook(lambda module, args, output: predicted.append(output[0]))

@@ -173,7 +173,7 @@ def assert_same(actual: Tensor, truth: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_literal_attention_without_the_edit_is_that_of_diffusers(short: Case) -> None:
+def test_literal_attention_without_edit_is_that_of_diffusers(short: Case) -> None:
     unet, run = (
         copy.deepcopy(short.pipe.unet).double(),
         literal.Run(literal.Numbers(edit=EDITED), step=30, enable_edit=True),
@@ -186,7 +186,7 @@ def test_literal_attention_without_the_edit_is_that_of_diffusers(short: Case) ->
 
 
 @torch.no_grad()
-def test_literal_noise_leads_from_each_latent_to_the_next(short: Case) -> None:
+def test_literal_noise_leads_to_the_next_latent(short: Case) -> None:
     unet, scheduler, text = (
         copy.deepcopy(short.pipe.unet).double(),
         short.pipe.scheduler,
@@ -221,9 +221,7 @@ def test_cross_image_as_published(prediction: str) -> None:
 def test_qalign_with_keys_rearranged_in_memory(short: Case) -> None:
     truth, run = short.literal(shortened(17, rearranged=True, masked=False))
     assert run.margin > 2e-5  # no best match that rounding could change
-    assert_same(
-        short.pipeline(method=QAlign(refinement="rearranged", aligned="output"), adain="whole")[0], truth
-    )
+    assert_same(short.pipeline(method=QAlign(), adain="whole")[0], truth)
 
 
 def test_freeu_as_published() -> None:
@@ -346,7 +344,7 @@ def test_cross_image_on_the_embedded_model(held_out: Case) -> None:
 
 def test_qalign_on_the_embedded_model(held_out: Case) -> None:
     """By the mean: among this many tokens rounding may change a best match, though hardly what it brings."""
-    actual, _ = held_out.pipeline(method=QAlign(refinement="rearranged", aligned="output"), adain="whole")
+    actual, _ = held_out.pipeline(method=QAlign(), adain="whole")
     truth, _ = held_out.literal(shortened(9, EMBEDDED, rearranged=True, masked=False), double=False)
     effect = (truth[:, literal.OUT] - truth[:, literal.STRUCT]).abs().mean()
     assert (actual - truth).abs().mean() < 1e-3 * effect
@@ -387,11 +385,11 @@ def watched() -> dict[str, list[tuple]]:
     return {**calls, "attend": method.seen}
 
 
-def test_one_unet_call_a_step_over_output_plain_appearance_and_structure(watched) -> None:
+def test_each_step_is_one_unet_call_over_four(watched) -> None:
     assert [(i, len(sample)) for i, sample, *_ in watched["unet"]] == [(i, 4) for i in range(68)]
 
 
-def test_trap_1_contrast_is_not_renormalised_and_of_the_output_row_only(watched) -> None:
+def test_trap_1_output_contrast_is_not_renormalised(watched) -> None:
     for step, active, from_structure, q, k, sums in watched["attend"]:
         p = (q[0] @ k[3 if from_structure else 2].mT / q.shape[-1] ** 0.5).softmax(-1)
         contrasted = ((p - 1 / k.shape[2]) * 1.67 + 1 / k.shape[2]).clip(0, 1).sum(-1)
@@ -400,18 +398,18 @@ def test_trap_1_contrast_is_not_renormalised_and_of_the_output_row_only(watched)
         assert not active or contrasted.max() > 1.2
 
 
-def test_trap_2_edits_run_one_step_late_and_to_the_end(watched) -> None:
+def test_trap_2_edits_start_late_and_never_stop(watched) -> None:
     assert Counter(step for step, active, *_ in watched["attend"] if active) == dict.fromkeys(
         range(11, 68), 4
     )
 
 
-def test_trap_3_structure_keys_when_the_late_step_is_10_15_to_35(watched) -> None:
+def test_trap_3_every_fifth_late_step_reads_structure(watched) -> None:
     steps = [step for step, active, from_structure, *_ in watched["attend"] if active and from_structure]
     assert Counter(steps) == dict.fromkeys([late + 1 for late in (10, 15, 20, 25, 30, 35)], 4)
 
 
-def test_guidance_falls_from_the_first_executed_step_and_counts_from_10(watched) -> None:
+def test_guidance_falls_from_step_10_on(watched) -> None:
     scales = [float(scale) for *_, scale, _ in watched["swap_guided"]]
     assert scales == pytest.approx([1.0] * 10 + [3.5 - 1.75 * i / 67 for i in range(10, 68)], abs=1e-6)
 
@@ -436,13 +434,13 @@ class Shuffled(QAlign):
         return ((p - 1 / len(match)) * self.contrast + 1 / len(match)).clip(0, 1) @ values
 
 
-def test_trap_10_the_order_of_rearranged_keys_means_nothing(short: Case) -> None:
-    methods = QAlign(refinement="rearranged", aligned="output"), Shuffled(refinement="rearranged")
+def test_trap_10_order_of_rearranged_keys_is_irrelevant(short: Case) -> None:
+    methods = QAlign(), Shuffled()
     counted, gathered = (short.pipeline(method=method, adain="whole")[0] for method in methods)
     assert_same(counted, gathered.double())
 
 
-def test_trap_11_adain_has_unbiased_variance_and_eps_inside_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trap_11_adain_variance_unbiased_eps_inside_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where latents are nearly flat, every other convention is seen: the UNet predicts nothing and the inversion is faint."""
     case = make_case("v_prediction", 13)
     torch.nn.init.zeros_(case.pipe.unet.conv_out.weight)

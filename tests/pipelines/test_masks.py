@@ -124,7 +124,7 @@ def test_maps_are_those_of_materialised_attention(family, size, average) -> None
         assert not torch.allclose(actual, other, atol=1e-5)
 
 
-def test_averaging_goes_on_over_calls_and_leaves_what_was_read() -> None:
+def test_averaging_continues_over_calls_without_changing_results() -> None:
     unet = make_unet("small")
     with MapCollector(unet, average=True, self_tokens=256, cross_tokens=256) as collector:
         run(unet)
@@ -168,7 +168,7 @@ def test_fine_grids_are_left_out_unless_asked_for() -> None:
     assert (many.maps().grid, many.maps().cross_grid) == ((32, 48), (16, 24))
 
 
-def test_cross_attention_on_the_same_grid_where_no_layer_has_half() -> None:
+def test_cross_attention_falls_back_to_the_same_grid() -> None:
     unet = make_unet("small")
     with MapCollector(unet) as collector:
         run(unet)
@@ -176,7 +176,7 @@ def test_cross_attention_on_the_same_grid_where_no_layer_has_half() -> None:
 
 
 @pytest.mark.parametrize("edited", [False, True])
-def test_results_are_bit_for_bit_what_they_are_without_it(edited) -> None:
+def test_collecting_leaves_results_bit_for_bit(edited) -> None:
     unet = make_unet("sd15")
     with MapCollector(unet, rows=(1, 2)) as plain:
         stock = run(unet)
@@ -191,7 +191,7 @@ def test_results_are_bit_for_bit_what_they_are_without_it(edited) -> None:
         assert torch.equal(stock, run(unet))
 
 
-def test_nothing_remains_after_the_block_nor_after_an_exception() -> None:
+def test_block_and_exception_leave_nothing_behind() -> None:
     unet = make_unet("sd15")
     processors = dict(unet.attn_processors)
 

@@ -33,7 +33,7 @@ def iou(one, other):
     return ((one & other).sum() / (one | other).sum()).item()
 
 
-def test_object_masks_of_the_embedded_model_fit_their_own_scene(pipe) -> None:
+def test_embedded_models_object_masks_fit_their_scene(pipe) -> None:
     """Against the object's own share of the picture, which a mask of everything scores, and against the objects of other scenes."""
     masks, truths = [], []
     for pair in held_out_pairs(12, seed=1):
@@ -95,7 +95,7 @@ def test_maps_are_the_mean_over_noised_pictures(small, monkeypatch) -> None:
         )
 
 
-def test_masks_become_two_regions_that_do_not_see_each_other() -> None:
+def test_masks_become_two_mutually_hidden_regions() -> None:
     regions = object_regions(torch.stack([LEFT, ~LEFT]))
     assert torch.equal(regions.appearance, LEFT.long()) and torch.equal(regions.structure, 1 - LEFT.long())
     assert not (
@@ -177,6 +177,6 @@ def test_other_words_are_refused(small) -> None:
         transfer(small, regions="parts")
 
 
-def test_a_label_map_is_seen_by_the_other_size_of_layers(small) -> None:
+def test_label_map_reaches_layers_of_other_size(small) -> None:
     regions = object_regions(F.interpolate(torch.stack([LEFT, LEFT])[None].float(), (16, 16))[0].bool())
     assert regions.keys("structure", 64, torch.device("cpu")).unique().tolist() == [1, 2]

@@ -12,6 +12,7 @@ from qalign import (
     EyeForAnEye,
     FeatureBank,
     QAlign,
+    QAlignWarp,
     SeAl,
     StyleAligned,
     StyleID,
@@ -24,6 +25,7 @@ PREFIXES = ("down_blocks", "mid_block", "up_blocks")
 METHODS = [
     CrossImage(structure_every=0),
     QAlign(),
+    QAlignWarp(),
     StyleAligned(share_group_norm=False),
     CtrlX(structure_layers=(), appearance_layers=PREFIXES, structure_convolutions=()),
     EyeForAnEye(structure_every=0),
@@ -67,7 +69,7 @@ def test_structure_rows_come_from_a_bank_too():
     torch.testing.assert_close(served, batched[:1], rtol=0, atol=2e-5)
 
 
-def test_one_reference_serves_both_guidance_parts_and_several_images():
+def test_one_reference_serves_guidance_parts_and_images():
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=4)
     bank = FeatureBank("appearance")
     run(unet, bank.record(QAlign()), BatchLayout("output"), rows_of(inputs, [3]))
@@ -109,7 +111,7 @@ def test_steps_outside_the_window_need_no_features():
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", [SeAl(), SeAl(topk=3, blend="keys_values", strength=(1.0, 3.0))], ids=repr)
-def test_a_noise_free_pass_is_the_clean_latents_at_each_timestep(method):
+def test_noise_free_pass_is_always_clean_latents(method):
     """As if the appearance's row were set back to its clean latents before each step."""
     unet, inputs = make_unet("sd15"), unet_inputs(make_unet("sd15"), batch=2)
     clean, sample = 0.5 * inputs["sample"][1:], inputs["sample"][:1]
@@ -133,7 +135,7 @@ def test_a_noise_free_pass_is_the_clean_latents_at_each_timestep(method):
     )
 
 
-def test_what_a_pipeline_asks_of_the_method_it_asks_through_the_bank():
+def test_bank_forwards_pipeline_requests_to_its_method():
     served = FeatureBank("appearance").serve(StyleID())
     x, y = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for each in (served, copy.copy(served)):

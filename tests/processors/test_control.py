@@ -89,7 +89,7 @@ def test_layers_by_name(layers, expected) -> None:
     assert set(control.layers) == {name for name in self_attention(unet) if name.startswith(tuple(expected))}
 
 
-def test_default_layers_are_the_last_two_decoder_blocks_with_attention() -> None:
+def test_default_layers_are_the_last_two_attention_blocks() -> None:
     assert {name[:12] for name in attach(make_unet("sdxl"), CrossImage()).layers} == {
         "up_blocks.0.",
         "up_blocks.1.",
@@ -127,7 +127,7 @@ def test_everything_is_restored_after_an_exception() -> None:
         generate(pipe)
 
 
-def test_a_scheduler_that_was_wrapped_before_keeps_its_wrapping() -> None:
+def test_wrapped_scheduler_keeps_its_earlier_wrapping() -> None:
     pipe = make_pipe("sd15")
     original = pipe.scheduler.step
     pipe.scheduler.step = mine = lambda *args, **kwargs: original(*args, **kwargs)
@@ -166,7 +166,7 @@ def test_steps_of_schedulers_that_repeat_timesteps(scheduler) -> None:
     ]
 
 
-def test_steps_of_image_to_image_count_the_loop_that_runs() -> None:
+def test_image_to_image_counts_only_executed_steps() -> None:
     pipe = quiet(
         StableDiffusionImg2ImgPipeline(**make_pipe("sd15").components, requires_safety_checker=False)
     )
@@ -219,7 +219,7 @@ def test_structure_steps_read_the_structure() -> None:
     )
     context = unet_inputs(pipe.unet)["encoder_hidden_states"]
     structure["encoder_hidden_states"] = context[[0, 2, 1]]
-    with torch.no_grad(), attach(pipe.unet, QAlign(aligned="output")) as control:
+    with torch.no_grad(), attach(pipe.unet, QAlign()) as control:
         control.clock.set(0, 10)
         assert control.clock.from_structure
         at_structure_step = pipe.unet(**appearance).sample[0]
@@ -320,7 +320,7 @@ def test_attaching_twice_is_refused() -> None:
         pass
 
 
-def test_two_methods_on_layers_of_their_own_follow_the_same_steps() -> None:
+def test_two_methods_on_own_layers_share_steps() -> None:
     pipe = make_pipe("sd15")
     stock, processors, attributes = generate(pipe), dict(pipe.unet.attn_processors), set(vars(pipe.scheduler))
     with attach(pipe, CrossImage(), layers="mid", steps=(0.5, 1.0)):
@@ -403,7 +403,7 @@ def test_a_replaced_scheduler_is_reported(caplog) -> None:
     ]
 
 
-def test_a_clock_that_moved_in_inference_mode_can_be_set_outside() -> None:
+def test_clock_moved_in_inference_mode_is_settable() -> None:
     clock = Clock()
     with torch.inference_mode():
         clock.set(0, 2, torch.device("meta"))

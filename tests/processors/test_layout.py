@@ -86,7 +86,7 @@ def test_a_batch_of_outputs_has_no_other_rows() -> None:
     assert BatchLayout("output", "output").index("other", 2, torch.device("cpu")).shape == (0,)
 
 
-def test_index_is_made_on_the_device_without_the_host() -> None:
+def test_index_is_built_without_the_host() -> None:
     index = BatchLayout(*TRIPLET).index("appearance", 6, torch.device("meta"))
     assert index.device.type == "meta" and index.shape == (2,)
 

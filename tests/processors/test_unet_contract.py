@@ -1,4 +1,7 @@
-"""The drop-in contract of diffusers' attention processors, one row a line: every processor passes every row on every family of UNets."""
+"""The drop-in contract of diffusers' attention processors, one test for each promise.
+
+Every processor keeps every promise on every family of UNets.
+"""
 
 import inspect
 import logging
@@ -41,7 +44,6 @@ from tests.processors.models import (
 )
 
 PROCESSORS = {"qalign": (QAlignAttnProcessor, QAlign), "cross_image": (CrossImageAttnProcessor, CrossImage)}
-LINES: dict[str, Callable] = {}
 
 
 @dataclass
@@ -57,9 +59,13 @@ class Case:
         return torch.randn(batch, tokens, channels, generator=self.seed)
 
 
-def line(function: Callable[[Case], None]) -> Callable[[Case], None]:
-    LINES[function.__name__] = function
-    return function
+@pytest.fixture(params=[f"{name}-{family}" for name in PROCESSORS for family in FAMILIES])
+def case(request: pytest.FixtureRequest) -> Case:
+    name, family = request.param.split("-")
+    return Case(*PROCESSORS[name], family)
+
+
+ANY_FAMILY = pytest.mark.parametrize("case", [f"{name}-sd15" for name in PROCESSORS], indirect=True)
 
 
 def run(unet: nn.Module, **changes) -> Tensor:
@@ -109,8 +115,7 @@ AROUND_THE_CORE = {
 }
 
 
-@line
-def line_01_reproduces_stock_around_the_core(case: Case) -> None:
+def test_stock_is_reproduced_around_the_core(case: Case) -> None:
     for name, settings in AROUND_THE_CORE.items():
         attn = make_attention(**settings)
         four = torch.randn(3, 32, 8, 8, generator=case.seed)
@@ -129,8 +134,8 @@ def line_01_reproduces_stock_around_the_core(case: Case) -> None:
     assert torch.equal(generate(pipe), stock)
 
 
-@line
-def line_02_scale_and_upcast(case: Case) -> None:
+@ANY_FAMILY
+def test_scale_and_upcast_are_those_of_the_layer(case: Case) -> None:
     unscaled = make_attention(scale_qk=False)
     hidden = case.tokens()
     formula, ours = compare(unscaled, AttnProcessor(), case.processor(method=None), hidden)
@@ -153,8 +158,8 @@ def line_02_scale_and_upcast(case: Case) -> None:
         )
 
 
-@line
-def line_03_attention_mask(case: Case) -> None:
+@ANY_FAMILY
+def test_attention_mask_hides_reference_keys_too(case: Case) -> None:
     attn, hidden = make_attention(), case.tokens()
     mask = torch.zeros(3, 1, 64)
     mask[:, :, 48:] = -10000.0
@@ -191,8 +196,7 @@ def line_03_attention_mask(case: Case) -> None:
     assert seen == [(2, 1, 1, 64)]
 
 
-@line
-def line_04_keyword_arguments(case: Case) -> None:
+def test_signature_is_stock_and_draws_no_warning(case: Case) -> None:
     parameters = inspect.signature(case.processor.__call__).parameters
     assert list(parameters) == [
         "self",
@@ -217,8 +221,7 @@ def line_04_keyword_arguments(case: Case) -> None:
     assert not warnings
 
 
-@line
-def line_05_ip_adapter_recreates_processors(case: Case) -> None:
+def test_ip_adapter_may_recreate_the_processors(case: Case) -> None:
     assert type(case.processor()) is case.processor
     pipe = make_pipe(case.family)
     before = generate(pipe)
@@ -277,8 +280,7 @@ def ip_adapter_weights(unet: nn.Module) -> dict:
     return {"image_proj": image, "ip_adapter": weights}
 
 
-@line
-def line_06_replaced_processors_are_named(case: Case) -> None:
+def test_replaced_processors_are_named(case: Case) -> None:
     replacements = {
         "SlicedAttnProcessor on \\d+: attach after attention slicing": lambda pipe: (
             pipe.enable_attention_slicing()
@@ -310,8 +312,7 @@ def line_06_replaced_processors_are_named(case: Case) -> None:
     assert pipe.unet.attn_processors == mine
 
 
-@line
-def line_07_fused_and_adapted_projections(case: Case) -> None:
+def test_fused_and_adapted_projections_are_used(case: Case) -> None:
     pipe = make_pipe(case.family)
     pipe.fuse_qkv_projections()
     stock = generate(pipe)
@@ -351,16 +352,14 @@ class Adapter(nn.Module):
         return self.base_layer(x) + self.up(self.down(x))
 
 
-@line
-def line_08_no_parameters(case: Case) -> None:
+def test_processors_have_no_parameters(case: Case) -> None:
     unet = make_unet(case.family)
     keys = list(unet.state_dict())
     unet.set_attn_processor(case.processor())
     assert list(unet.state_dict()) == keys and not isinstance(case.processor(), nn.Module)
 
 
-@line
-def line_09_compiled_layers_are_not_recompiled(case: Case) -> None:
+def test_compiled_layers_are_not_recompiled(case: Case) -> None:
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 
@@ -386,8 +385,7 @@ def line_09_compiled_layers_are_not_recompiled(case: Case) -> None:
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
-@line
-def line_10_gradient_checkpointing(case: Case) -> None:
+def test_gradient_checkpointing_changes_no_gradient(case: Case) -> None:
     gradients = []
     for checkpointing in (False, True):
         unet = make_unet(case.family).train()
@@ -400,8 +398,7 @@ def line_10_gradient_checkpointing(case: Case) -> None:
         assert plain.abs().max() > 0 and torch.equal(plain, checkpointed)
 
 
-@line
-def line_11_offload_hooks(case: Case) -> None:
+def test_offload_hooks_change_no_result(case: Case) -> None:
     unet = make_unet(case.family)
     unet.set_attn_processor(case.processor())
     resident = run(unet)
@@ -427,8 +424,7 @@ class Dtypes(TorchDispatchMode):
         return result
 
 
-@line
-def line_12_dtypes_and_non_finite_values(case: Case) -> None:
+def test_dtypes_are_kept_and_nan_stays_local(case: Case) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         unet = make_unet(case.family).to(dtype)
         unet.set_attn_processor(case.processor())
@@ -441,8 +437,7 @@ def line_12_dtypes_and_non_finite_values(case: Case) -> None:
     assert edited[:2].isnan().any(-1).all() and edited[2].isfinite().all()
 
 
-@line
-def line_13_guidance_and_images_per_prompt(case: Case) -> None:
+def test_every_guidance_half_edits_only_its_outputs(case: Case) -> None:
     pipe = make_pipe(case.family)
     for guidance_scale, images in ((1.0, 1), (5.0, 1), (1.0, 2), (5.0, 2)):
         layout = BatchLayout("output", "appearance", "structure", images_per_prompt=images)
@@ -461,8 +456,7 @@ def line_13_guidance_and_images_per_prompt(case: Case) -> None:
         run(pipe.unet, **unet_inputs(pipe.unet, batch=4))
 
 
-@line
-def line_14_only_the_denoiser(case: Case) -> None:
+def test_only_the_denoiser_is_edited(case: Case) -> None:
     pipe = make_pipe(case.family)
     vae = dict(pipe.vae.attn_processors)
     with attach(pipe, case.method(), layers="*") as control:
@@ -472,10 +466,3 @@ def line_14_only_the_denoiser(case: Case) -> None:
         }
         images = pipe(PROMPTS, num_inference_steps=1, output_type="np").images
     assert images.shape[0] == 3
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", PROCESSORS)
-@pytest.mark.parametrize("row", LINES)
-def test_contract(row: str, name: str, family: str) -> None:
-    LINES[row](Case(*PROCESSORS[name], family))

@@ -11,6 +11,7 @@ from qalign import (
     CrossImageAttnProcessor,
     QAlign,
     QAlignAttnProcessor,
+    QAlignWarp,
     UNetAttnProcessor,
 )
 from qalign.context.layer_call import Site
@@ -21,15 +22,26 @@ from tests.processors.models import make_pipe, make_unet, self_attention, unet_i
 TOKENS = 96
 SHAPES = {"sd15": (8, 40), "sd21": (2, 64), "sdxl": (4, 64), "coarse": (2, 160)}
 PAPER = [
-    QAlign(refinement="rearranged", aligned="output", **settings)
+    QAlign(
+        **{
+            "refinement": "rearranged",
+            "aligned": "output",
+            "similarity": "cosine",
+            "heads": "joint",
+            **settings,
+        }
+    )
     for settings in ({}, {"contrast": 1.0}, {"similarity": "dot"})
 ]
 ALIGNED = [
-    QAlign(),
-    QAlign(aligned="output"),
     QAlign(aligned="structure"),
-    QAlign(similarity="dot"),
-    QAlign(heads="per_head", refinement="none"),
+    QAlign(aligned="both"),
+    QAlign(aligned="both", heads="per_head", refinement="none"),
+    QAlign(aligned="both", refinement="warped_output"),
+    QAlignWarp(),
+    QAlignWarp(aligned="output"),
+    QAlignWarp(aligned="structure"),
+    QAlignWarp(similarity="dot"),
 ]
 
 
@@ -47,9 +59,9 @@ def formula(attn: Attention, hidden: Tensor, method: CrossImage, row: int, refer
     }
     q, k, v = split["q"][row], split["k"][reference], split["v"][reference]
     if isinstance(method, QAlign):
-        asking = {"output": [row], "structure": [row + 2], "both": [row, row + 2]}[method.aligned]
+        aligned = {"output": [row], "structure": [row + 2], "both": [row, row + 2]}[method.aligned]
         match = (
-            sum(similarity(split["q"][one], split["q"][reference], method) for one in asking)
+            sum(similarity(split["q"][one], split["q"][reference], method) for one in aligned)
             .argmax(-1)
             .expand(attn.heads, -1)
         )
@@ -100,7 +112,7 @@ def test_output_rows_are_the_formula(method, shape) -> None:
 )
 def test_every_refinement_passes_through(refinement) -> None:
     attn, hidden = make_attention(2, 40)
-    attn.set_processor(QAlignAttnProcessor(method=QAlign(refinement=refinement)))
+    attn.set_processor(QAlignAttnProcessor(method=QAlign(refinement=refinement, aligned="both")))
     actual = attn(hidden)
     with use_backend("reference"):
         same, truth = attn(hidden), attn.double()(hidden.double())
@@ -109,8 +121,32 @@ def test_every_refinement_passes_through(refinement) -> None:
     assert not torch.allclose(attn(hidden)[0], actual[0], atol=1e-4)
 
 
+def test_qalign_by_default_is_the_paper() -> None:
+    assert QAlign() == PAPER[0]
+    assert QAlignAttnProcessor().method == PAPER[0]
+    assert UNetAttnProcessor(QAlignWarp()).method.aligned == "both"
+
+
 @torch.no_grad()
-def test_an_output_that_reads_a_copy_of_itself_is_stock_under_neutral_settings() -> None:
+@pytest.mark.parametrize("aligned", ["output", "structure", "both"])
+def test_warp_shares_the_appearance_row(aligned, monkeypatch) -> None:
+    """The gathered row is what the op computes anew, and the op is not called for it."""
+    attn, hidden = make_attention(2, 40)
+    attn.set_processor(UNetAttnProcessor(QAlign(refinement="warped_output", aligned=aligned)))
+    anew = attn(hidden)
+    monkeypatch.setattr("qalign.methods.qalign.qalign_attention", None)
+    attn.set_processor(UNetAttnProcessor(QAlignWarp(aligned=aligned)))
+    torch.testing.assert_close(attn(hidden), anew)
+
+
+@pytest.mark.parametrize("setting", ["refinement", "topk", "strength", "contrast"])
+def test_warp_has_no_setting_that_changes_nothing(setting) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
+        QAlignWarp(**{setting: getattr(QAlign(), setting)})
+
+
+@torch.no_grad()
+def test_reading_a_self_copy_neutrally_is_stock() -> None:
     attn, hidden = make_attention(2, 40)
     hidden[1] = hidden[0]
     stock, truth = attn(hidden[:3]), attn.double()(hidden[:3].double())
@@ -167,7 +203,7 @@ def test_an_attached_layer_leaves_the_others_alone() -> None:
         assert torch.equal(stock[1:], edited[1:])
 
 
-def test_a_compiled_unet_is_one_graph_for_all_steps() -> None:
+def test_compiled_unet_is_one_graph_across_steps() -> None:
     from qalign import attach
     from tests.processors.models import generate
 

@@ -1,6 +1,6 @@
 """Python reads this when it starts, where the tests put this folder on its path: a GPU that does nothing.
 
-Triton launches on `benchmarks.stub_driver`, "cuda" is the CPU, memory is zero, every check passes, the lists of
+Triton launches on `benchmarks.gpu.stub_driver`, "cuda" is the CPU, memory is zero, every check passes, the lists of
 what is measured are short, and no package can be imported that a machine with a GPU may lack.
 """
 
@@ -45,7 +45,7 @@ def stand_in() -> None:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    from benchmarks.stub_driver import stub_driver
+    from benchmarks.gpu.stub_driver import stub_driver
 
     class OnCpu(TorchFunctionMode):
         def __torch_function__(self, function, types, arguments=(), options=None):
@@ -107,11 +107,13 @@ def shorten() -> None:
         op._replace(check=lambda inputs, result, backend: True) for op in ops.OPS
     ]  # before any copy
 
-    from benchmarks import candidates, shapes
-    from benchmarks.gpu import ceilings, details, must_show, plan, right, sanitizer, validation
+    from benchmarks.gpu import must_show, plan
     from benchmarks.gpu.must_show import DEFAULT, Bar, Line
-    from benchmarks.shapes import Shape
-    from qalign_kernels import validate
+    from benchmarks.gpu.stages import ceilings, details, right, sanitizer, validation
+    from benchmarks.suite import shapes
+    from benchmarks.suite.shapes import Shape
+    from benchmarks.tune import candidates
+    from qalign_kernels.validation import command as validate
 
     small = Shape("small", 1, 2, 64, 64)
     shapes.SHAPES[:] = [small]
@@ -128,14 +130,13 @@ def shorten() -> None:
     right.CORE_OPS, right.USUAL, right.RAGGED = plan.CORE_OPS, (small,), ()
     right.joint_calls = list
     right.OPS = [op for op in ops.OPS if op.name in plan.CORE_OPS]
+    places = (("similarity", "packed", [64, 128, 4, 3]), ("similarity", "joint hopper", [128, 256, 8, 4]))
+    places += tuple(
+        ("attention", f"{mode} hopper", [128, 128, 8, 4]) for mode in ("softmax", "counted softmax")
+    )
     candidates.rows = lambda: [
-        {
-            "op": "similarity",
-            "mode": "packed",
-            "family": "hopper",
-            "head_dims": [64],
-            "tiles": [[64, 128, 4, 3]],
-        }
+        {"op": op, "mode": mode, "family": "hopper", "head_dims": [64], "tiles": [tile]}
+        for op, mode, tile in places
     ]
     validate.OPS = {name: validate.OPS[name] for name in ("match_counts", "rearrange_kv")}
     validation.CORE = ("match_counts",)
@@ -144,14 +145,11 @@ def shorten() -> None:
 
 
 def shorten_gluon() -> None:
-    from benchmarks.gpu import gluon_joint
-    from benchmarks.shapes import Shape
+    from benchmarks.gpu.stages import gluon_joint
+    from benchmarks.suite import shapes
 
-    gluon_joint.SHAPES = gluon_joint.ATTENTION_SHAPES = (Shape("", 1, 2, 300, 64),)
-    gluon_joint.TILES, gluon_joint.ATTENTION_TILES = (
-        gluon_joint.TILES[:1],
-        {64: gluon_joint.ATTENTION_TILES[64][:1]},
-    )
+    shapes.SHAPES.append(shapes.Shape("gluon", 1, 2, 300, 64))
+    gluon_joint.JOINT_SHAPES = gluon_joint.ATTENTION_SHAPES = ("gluon",)
 
 
 if "STUB_DRIVER" in os.environ and "resource_tracker" not in " ".join(sys.orig_argv):

@@ -1,0 +1,1 @@
+"""Every op, on every backend and dtype of this machine, against float64."""
