@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _contracts
+from . import _contracts, reference
 from ._triton._configs import version_numbers
 
 BACKENDS = ("auto", "triton", "tiled", "reference")
@@ -152,10 +152,15 @@ def require_gradient(op: str, backend: str, tensor: Tensor, head_dims: tuple[int
         )
 
 
-@functools.cache
 def implementation(backend: str, stem: str) -> Any:
-    """The functions that implement `stem` for "triton", "tiled" or "reference"; those of Triton launch again what they launched before."""
-    package = {"triton": "_triton", "tiled": "tiled", "reference": "reference"}[backend]
+    """The functions that implement `stem` for "triton", "tiled" or "reference"."""
+    return getattr(reference, stem) if backend == "reference" else _imported(backend, stem)
+
+
+@functools.cache
+def _imported(backend: str, stem: str) -> Any:
+    """Triton is imported where it is needed; its functions launch again what they launched before."""
+    package = {"triton": "_triton", "tiled": "tiled"}[backend]
     module = importlib.import_module(f"qalign_kernels.{package}.{stem}")
     if backend != "triton":
         return module

@@ -38,6 +38,11 @@ def no_second_derivative(op: str, reason: str) -> dict[str, Callable]:
     return {"setup_context": lambda ctx, inputs, output: None, "backward": refuse}
 
 
+def scale_of(query: torch.Tensor, scale: float | None) -> float:
+    """`scale`, or 1/sqrt(D); torch.compile takes the head dim for constant, as the kernels do."""
+    return int(query.shape[3]) ** -0.5 if scale is None else float(scale)
+
+
 def accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
     """In what scores, sums, log-sum-exps and probes are held: float32, or float64 for float64 input."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

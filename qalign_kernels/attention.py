@@ -132,7 +132,7 @@ def _attend(
         _contracts.fail("segments", "a Segment or a sequence of them", segments, error=TypeError)
     segments = (segments,) if isinstance(segments, Segment) else tuple(segments)
     _check(query, segments, scale, contrast, query_labels)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _library.scale_of(query, scale)
     backend = _backends.requested(backend)
     if backend == "reference":
         module = _backends.implementation("reference", "attention")

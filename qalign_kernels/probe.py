@@ -96,10 +96,9 @@ def _check(query: Tensor, key: Tensor) -> None:
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
-    if scale is None:
-        return query.shape[-1] ** -0.5
-    _contracts.check_number("scale", scale)
-    return float(scale)
+    if scale is not None:
+        _contracts.check_number("scale", scale)
+    return _library.scale_of(query, scale)
 
 
 def _label_mass_implementation(query, key, key_labels, num_labels, scale, counts, backend):
@@ -142,7 +141,7 @@ def _label_mass_backward_fake(
 
 _label_mass_backward_op = _library.register(
     "label_mass_backward",
-    "(Tensor grad_mass, Tensor mass, Tensor query, Tensor key, Tensor key_labels, int num_labels, float scale, Tensor? counts, bool[] needs, "
+    "(Tensor grad_mass, Tensor mass, Tensor query, Tensor key, Tensor key_labels, SymInt num_labels, float scale, Tensor? counts, bool[] needs, "
     "str backend) -> Tensor[]",
     _label_mass_backward_implementation,
     _label_mass_backward_fake,
@@ -165,7 +164,7 @@ def _label_mass_backward(ctx, grad_mass):
 
 _label_mass_op = _library.register(
     "label_mass",
-    "(Tensor query, Tensor key, Tensor key_labels, int num_labels, float scale, Tensor? counts, str backend) -> Tensor",
+    "(Tensor query, Tensor key, Tensor key_labels, SymInt num_labels, float scale, Tensor? counts, str backend) -> Tensor",
     _label_mass_implementation,
     _label_mass_fake,
     setup_context=_setup_context,

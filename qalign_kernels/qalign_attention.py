@@ -89,7 +89,7 @@ def qalign_attention(
     if _backends.requested(backend) == "reference":
         return _backends.implementation("reference", "qalign_attention").qalign_attention(
             query, ref_query, ref_key, ref_value, similarity=similarity, heads=heads, refinement=refinement, match_query=match_query,
-            own_key=own_key, topk=topk, strength=strength, scale=query.shape[3] ** -0.5 if scale is None else scale, contrast=contrast,
+            own_key=own_key, topk=topk, strength=strength, scale=_library.scale_of(query, scale), contrast=contrast,
             query_labels=query_labels, ref_labels=ref_labels, batch_index=batch_index,
         )  # fmt: skip
     alignment_query = query if match_query is None else match_query
@@ -102,7 +102,7 @@ def qalign_attention(
         return _soft(query, alignment_query, ref_query, reference, similarity, strength, query_labels, refine)
 
     if refinement == "rearranged":
-        scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+        scale = _library.scale_of(query, scale)
         call = _Rearranged(
             query, alignment_query.detach(), ref_query.detach(), ref_key, ref_value,
             similarity, heads, scale, float(contrast), query_labels, ref_labels, batch_index,

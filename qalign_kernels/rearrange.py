@@ -28,12 +28,12 @@ def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) 
     """
     if not isinstance(index, Tensor):
         _contracts.fail("index", "int32 [B, 1 or H, N_q]", index, error=TypeError)
-    if index.dim() != 3 or 0 in index.shape:
+    if index.dim() != 3 or any(size == 0 for size in index.shape):
         _contracts.fail("index", "int32 [B, 1 or H, N_q] with every size at least 1", index)
     _contracts.check_integers(
         "index",
         index,
-        [(f"{name}={size}", (size,)) for name, size in zip(("B", "G", "N_q"), index.shape)],
+        [(f"{name}={{}}", size) for name, size in zip(("B", "G", "N_q"), index.shape)],
         index.device,
     )
     _contracts.check_count("num_tokens", num_tokens)
@@ -72,7 +72,7 @@ def rearrange_kv(
     _contracts.check_sizes("value", value, batch=key.shape[0], heads=key.shape[1], tokens=key.shape[2])
     batch, heads = key.shape[:2]
     tokens = index.shape[-1] if isinstance(index, Tensor) and index.dim() == 3 else 0
-    sizes = [(f"B={batch}", (batch,)), (f"1 or H={heads}", (1, heads)), ("N_q", (tokens,) if tokens else ())]
+    sizes = [("B={}", batch), ("1 or H={}", heads), ("N_q", tokens or -1)]
     _contracts.check_integers("index", index, sizes, key.device)
     if _backends.requested(backend) == "reference":
         return _backends.implementation("reference", "rearrange").rearrange_kv(key, value, index)
@@ -134,7 +134,7 @@ _take_rows_backward_op = _library.register(
 )
 _counts_op = _library.register(
     "match_counts",
-    "(Tensor index, int num_tokens, str backend) -> Tensor",
+    "(Tensor index, SymInt num_tokens, str backend) -> Tensor",
     _counts_implementation,
     _counts_fake,
 )

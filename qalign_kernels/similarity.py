@@ -208,7 +208,7 @@ _argmax_op = _library.register(
 )
 _topk_op = _library.register(
     "similarity_topk",
-    "(Tensor query, Tensor reference, int k, str similarity, bool joint, Tensor? query_labels, Tensor? reference_labels, "
+    "(Tensor query, Tensor reference, SymInt k, str similarity, bool joint, Tensor? query_labels, Tensor? reference_labels, "
     "Tensor? batch_index, str backend) -> (Tensor, Tensor)",
     _topk_implementation,
     _topk_fake,

@@ -23,7 +23,7 @@ def topk_attention(
 
     Shapes: query [B, H, N_q, D], key [B_r, H, N_k, D], value [B_r, H, N_k, D_v], index int32 [B, 1 or H, N_q, k]. Memory O(N k).
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _library.scale_of(query, scale)
     backend = _backends.requested(backend)
     if backend == "reference":
         module = _backends.implementation("reference", "qalign_attention")
