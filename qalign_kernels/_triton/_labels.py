@@ -48,6 +48,15 @@ class Spans(NamedTuple):
     compared_first: Any
 
 
+class SortedTokens(NamedTuple):
+    """Tokens in the order of their classes."""
+
+    order: Tensor  # int32 [B_l, 1, N], or as the order of a multiplicity
+    weights: Tensor | None  # float32, the counts in this order
+    log_weights: Tensor | None  # float32, log2 of the counts
+    starts: Tensor  # int32 [..., 36], where each class starts; the last entry is the number of tokens
+
+
 def label_arguments(labels: Tensor | None) -> Labels | None:
     """Labels as kernels take them."""
     if labels is None:
@@ -55,15 +64,8 @@ def label_arguments(labels: Tensor | None) -> Labels | None:
     return Labels(labels, labels.stride(0) if labels.shape[0] > 1 else 0, labels.stride(1))
 
 
-def sort_tokens(
-    labels: Tensor, multiplicity: Multiplicity | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Sort the tokens of each row, or those that a multiplicity chose, by the class of their labels [B_l, N].
-
-    Returns:
-        Their order int32 [B_l, 1, N] or as that of the multiplicity, its weights and their logarithms in this
-        order, and where each class starts, int32 [..., 36]: the last entry is the number of tokens.
-    """
+def sort_tokens(labels: Tensor, multiplicity: Multiplicity | None = None) -> SortedTokens:
+    """Sort the tokens of each row by the class of their labels [B_l, N]: all, or those that a multiplicity chose."""
     tokens = labels.shape[1]
     shape = (labels.shape[0], 1, tokens) if multiplicity is None else multiplicity.weights.shape
     order = torch.empty(shape, device=labels.device, dtype=torch.int32)
@@ -95,7 +97,7 @@ def sort_tokens(
         N=tokens,
         BLOCK=SORT_BLOCK,
     )
-    return order, weights, log_weights, starts
+    return SortedTokens(order, weights, log_weights, starts)
 
 
 def sort_queries(query_labels: Tensor | None, key_labels: Iterable[Tensor | None]) -> Tensor | None:
@@ -104,7 +106,7 @@ def sort_queries(query_labels: Tensor | None, key_labels: Iterable[Tensor | None
         return None
     if all(labels is None or labels.shape[1] < SORTED_FROM for labels in key_labels):
         return None
-    return sort_tokens(query_labels)[0]
+    return sort_tokens(query_labels).order
 
 
 @triton.jit

@@ -91,6 +91,22 @@ class Step(NamedTuple):
     arguments: Arguments
 
 
+class Launched(NamedTuple):
+    """A launch as the watched call did it."""
+
+    kernel: Any
+    grid: Any  # one to three numbers
+    arguments: dict[str, Any]
+    compiled: Any
+
+
+class Watched(NamedTuple):
+    """The result of a watched call, and how the call is replayed, or None."""
+
+    result: Any
+    plan: "Plan | None"
+
+
 class Plan(NamedTuple):
     """A call as it is replayed. Pointers are numbered: the call's tensors, its outputs, its intermediates."""
 
@@ -242,7 +258,7 @@ class _Watch(TorchDispatchMode):
         self.device = device
         self.unfit = False
         self.allocated: list[Tensor] = []  # kept, so that no address comes twice
-        self.launched: list[tuple[Any, ...]] = []
+        self.launched: list[Launched] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -255,12 +271,11 @@ class _Watch(TorchDispatchMode):
 
 def _watched(
     function: Callable, arguments: Any, settings: dict[str, Any], device: torch.device, pointers: list[int]
-) -> tuple[Any, Plan | None]:
-    """The result of the call, and how it is replayed, or None."""
+) -> Watched:
     watch = _Watch(device)
-    with _launch.watching(lambda *launched: watch.launched.append(launched)), watch:
+    with _launch.watching(lambda *launched: watch.launched.append(Launched(*launched))), watch:
         result = function(*arguments, **settings)
-    return result, None if watch.unfit else _plan(watch, result, pointers)
+    return Watched(result, None if watch.unfit else _plan(watch, result, pointers))
 
 
 def _plan(watch: _Watch, result: Any, pointers: list[int]) -> Plan | None:
@@ -303,7 +318,7 @@ def _bytes(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _step(launched: tuple[Any, ...], known: dict[int, int]) -> Step:
+def _step(launched: Launched, known: dict[int, int]) -> Step:
     kernel, grid, arguments, compiled = launched
     defaults = {name: parameter.default for name, parameter in kernel.signature.parameters.items()}
     values = [arguments.get(name, default) for name, default in defaults.items()]

@@ -44,8 +44,9 @@ def group_queries(
     return groups
 
 
-def _meeting(labels: Tensor, asked: Tensor) -> Tensor | None:
-    kept = ((labels & asked) != 0).nonzero().squeeze(1)
+def _meeting(labels: Tensor, own: Tensor) -> Tensor | None:
+    """The keys that share a label with a set; None for all keys."""
+    kept = ((labels & own) != 0).nonzero().squeeze(1)
     return None if kept.numel() == labels.numel() else kept
 
 

@@ -52,10 +52,10 @@ def similarity_topk(
         seen = reference[rows] if kept is None else reference[rows].index_select(2, kept)
         if seen.shape[2]:
             few = min(k, seen.shape[2])
-            found, best = _topk(group.of(query), seen, few, similarity, joint, None, None, left)
+            matched, best = _topk(group.of(query), seen, few, similarity, joint, None, None, left)
             if kept is not None:
-                found = torch.where(found < 0, found, kept.int()[found.clamp(min=0).long()])
-            index[group.batch, :, :, :few].index_copy_(2, group.queries, found)
+                matched = torch.where(matched < 0, matched, kept.int()[matched.clamp(min=0).long()])
+            index[group.batch, :, :, :few].index_copy_(2, group.queries, matched)
             score[group.batch, :, :, :few].index_copy_(2, group.queries, best)
     return index, score
 
