@@ -118,7 +118,7 @@ def _warped_values(call: Call) -> Tensor:
 
 
 def _rearranged(call: Call) -> Tensor:
-    """Softmax over the rearranged keys. A rearranged key carries the label set of the token it was taken from."""
+    """Softmax over the rearranged keys. Each carries the label set of the token it was taken from."""
     index, score = similarity_argmax(*call.alignment)
     key, value = rearrange_kv(call.key, call.value, index)
     matched = index >= 0
@@ -152,7 +152,7 @@ def _segment(
 
 
 def _strengthened(table: Tensor, strength: float) -> Tensor:
-    """strength · S, inadmissible pairs still -inf."""
+    """strength · S; pairs whose labels do not meet stay -inf."""
     return (strength * table).masked_fill(table == float("-inf"), float("-inf"))
 
 
@@ -171,7 +171,7 @@ def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _weigh(logits: Tensor, value: Tensor, contrast: float, total: Tensor | None = None) -> Tensor:
-    """softmax (contrasted, N = `total` keys) of the logits times the values; a row of -inf gives zeros."""
+    """Softmax of the logits, contrasted with N = `total`, times the values. A row of -inf gives zeros."""
     lse = logits.logsumexp(-1, keepdim=True)
     unseen = logits == float("-inf")
     weights = (logits - lse.masked_fill(lse == float("-inf"), 0)).exp()
@@ -202,7 +202,7 @@ def topk_attention(query, key, value, index, *, scale, contrast=1.0, batch_index
 
 
 def _weigh_rows(logits: Tensor, contrast: float) -> Tensor:
-    """softmax over the k candidates (contrasted with N = k); absent candidates weigh nothing."""
+    """Softmax over the k candidates, contrasted with N = k. Absent candidates have weight 0."""
     absent = logits == float("-inf")
     probabilities = logits.softmax(-1).masked_fill(absent.all(-1, keepdim=True), 0)
     if contrast != 1.0:
