@@ -79,8 +79,7 @@ def _attend_tile(
     """One query tile meets one key tile.
 
     MASKED if some keys may not be present, COMPARED if labels may differ, FIXED if the maximum stays. With
-    counts, all queries have the same FIXED maximum, `common_max`: shift and count then cost one addition for
-    a key, not one for a score.
+    counts all queries have one FIXED maximum, `common_max`: shift and count cost one addition for a key.
     """
     running_max, row_sum, output = state
     tile = score_tile(query, segment, row, keys, variant.KEY_WIDTH, MASKED, COMPARED, variant.BLOCK_N)

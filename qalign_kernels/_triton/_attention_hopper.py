@@ -248,7 +248,10 @@ def _sum(weights, FIXED: gl.constexpr):
 
 @gluon.jit
 def _attend(ring, segment, place, step, PART: gl.constexpr, FIXED: gl.constexpr, LAYOUT: gl.constexpr):
-    """The queries of a consumer meet all keys. If FIXED, the maximum is that of the first tile."""
+    """The queries of a consumer meet all keys. If FIXED, the maximum is that of the first tile.
+
+    It stays in one piece because a product starts in one pass of the loop and is awaited in the next.
+    """
     ROWS: gl.constexpr = ring.query_tiles.shape[3]
     BLOCK_N: gl.constexpr = ring.key_tiles.shape[3]
     D: gl.constexpr = ring.value_tiles.shape[4]
@@ -374,7 +377,10 @@ def attention_hopper_kernel(
     BLOCK_N: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
-    """BLOCK_M queries for each consumer, of one batch row and head, against every key."""
+    """BLOCK_M queries for each consumer, of one batch row and head, against every key.
+
+    It is long because all shared memory and all barriers of the partitions are made here.
+    """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     D: gl.constexpr = query.block_type.shape[3]
     ring = Ring(

@@ -283,7 +283,11 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     LOOP_ONCE: tl.constexpr,
 ):
-    """One tile of queries of one batch row and head against every key of every segment."""
+    """One tile of queries of one batch row and head against every key of every segment.
+
+    It is long because it holds both ends of the algorithm: all that is loaded before the walk over the keys,
+    and all that is written after it.
+    """
     row, batch, head, queries, inside = open_tile(N_Q, H, BLOCK_M)
     if query_order_ptr is not None:  # beyond the end comes the last query again, for its class
         order_ptr = query_order_ptr + batch * query_order_stride_b

@@ -234,6 +234,8 @@ def _topk_attention_kernel(
     1. With a contrast, a first walk gives the sum of the weights.
     2. Each candidate's weight comes from the running maximum, or from the contrast of its probability.
     3. Its value is added with this weight.
+
+    Both walks stand in one function because they share the running maximum and the running sum.
     """
     row_tiles = tl.cdiv(N_Q, BLOCK_M)
     row = (tl.program_id(0) // row_tiles).to(tl.int64)

@@ -65,6 +65,7 @@ def qalign_attention(
     ref_labels,
     batch_index,
 ) -> Tensor:
+    """Its parameters are those of the public op, so that both can be compared."""
     if batch_index is not None:
         ref_query, ref_key, ref_value = (x[batch_index.long()] for x in (ref_query, ref_key, ref_value))
     joint = heads == "joint" and refinement not in ("guided", "soft")
