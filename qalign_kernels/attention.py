@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,13 +137,11 @@ def _attend(
         return module.attention(
             query, segments, scale=scale, contrast=contrast, query_labels=query_labels, guide=guide
         )
-    keys, values = [s.key for s in segments], [s.value for s in segments]
-    guide_tensors = [] if guide is None else [guide.query, guide.key]
-    return _attention_op(
+    call = _Call(
         query,
-        keys,
-        values,
-        guide_tensors,
+        [s.key for s in segments],
+        [s.value for s in segments],
+        [] if guide is None else [guide.query, guide.key],
         [_or_absent(s.counts, query) for s in segments],
         [_or_absent(s.labels, query) for s in segments],
         [_or_absent(s.batch_index, query) for s in segments],
@@ -153,10 +151,9 @@ def _attend(
         0.0 if guide is None else float(guide.strength),
         scale,
         float(contrast),
-        need_lse,
-        _library.wants_gradient(query, *keys, *values, *guide_tensors),
-        backend,
     )
+    differentiable = _library.wants_gradient(query, *call.keys, *call.values, *call.guide_tensors)
+    return _attention_op(*call, need_lse, differentiable, backend)
 
 
 def _check(query, segments, scale, contrast, query_labels) -> None:
@@ -203,7 +200,67 @@ def _check_segment(name: str, segment: Segment, query: Tensor) -> None:
     _contracts.check_number(f"{name}logit_shift", segment.logit_shift)
 
 
-# A registered op takes no list of optional tensors with gradients: an absent entry travels as an empty tensor.
+class _Call(NamedTuple):
+    """What the registered op and its gradient both take, in the order of their schemas.
+
+    A schema has no list of optional tensors, so an empty tensor stands for an absent one.
+    """
+
+    query: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    guide_tensors: list[Tensor]
+    counts: list[Tensor]
+    labels: list[Tensor]
+    batch_index: list[Tensor]
+    query_labels: Tensor | None
+    logit_scale: list[float]
+    logit_shift: list[float]
+    guide_strength: float
+    scale: float
+    contrast: float
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        return self.query.shape[3], self.values[0].shape[3]
+
+    @property
+    def uses_saved_output(self) -> bool:
+        """Whether the gradient is computed from the output and its log-sum-exp."""
+        return self.contrast == 1.0 and not self.guide_tensors
+
+    def segments(self) -> tuple[Segment, ...]:
+        parts = zip(
+            self.keys,
+            self.values,
+            *([_or_none(x) for x in tensors] for tensors in (self.counts, self.labels, self.batch_index)),
+            self.logit_scale,
+            self.logit_shift,
+        )
+        return tuple(
+            Segment(
+                key,
+                value,
+                counts=counts,
+                labels=labels,
+                batch_index=rows,
+                logit_scale=logit_scale,
+                logit_shift=logit_shift,
+            )
+            for key, value, counts, labels, rows, logit_scale, logit_shift in parts
+        )
+
+    def settings(self) -> dict[str, Any]:
+        guide = None
+        if self.guide_tensors:
+            query, key = self.guide_tensors
+            guide = Guide(query, key, self.guide_strength)
+        return {
+            "scale": self.scale,
+            "contrast": self.contrast,
+            "query_labels": self.query_labels,
+            "guide": guide,
+        }
 
 
 def _or_absent(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -214,113 +271,60 @@ def _or_none(tensor: Tensor) -> Tensor | None:
     return None if tensor.numel() == 0 else tensor
 
 
-def _rebuild(
-    keys, values, guide_tensors, counts, labels, batch_index, logit_scale, logit_shift, guide_strength
-):
-    segments = tuple(
-        Segment(
-            key,
-            value,
-            counts=_or_none(c),
-            labels=_or_none(lb),
-            batch_index=_or_none(row),
-            logit_scale=a,
-            logit_shift=b,
-        )
-        for key, value, c, lb, row, a, b in zip(
-            keys, values, counts, labels, batch_index, logit_scale, logit_shift
-        )
+def _implementation(*arguments) -> tuple[Tensor, Tensor]:
+    *shared, need_lse, differentiable, backend = arguments
+    call = _Call(*shared)
+    saved = differentiable and call.uses_saved_output
+    chosen = _backends.select(
+        "attention", backend, call.query, call.head_dims, differentiable=differentiable and not saved
     )
-    return segments, Guide(*guide_tensors, guide_strength) if guide_tensors else None
-
-
-def _implementation(
-    query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, logit_scale, logit_shift, guide_strength,
-    scale, contrast, need_lse, differentiable, backend,
-):  # fmt: skip
-    segments, guide = _rebuild(
-        keys, values, guide_tensors, counts, labels, batch_index, logit_scale, logit_shift, guide_strength
-    )
-    dims = (query.shape[3], values[0].shape[3])
-    kept = differentiable and _keeps_lse(contrast, guide_tensors)
-    chosen = _backends.select("attention", backend, query, dims, differentiable=differentiable and not kept)
     output, lse = _backends.implementation(chosen, "attention").attention(
-        query,
-        segments,
-        scale=scale,
-        contrast=contrast,
-        query_labels=query_labels,
-        guide=guide,
-        need_lse=need_lse or kept,
+        call.query, call.segments(), **call.settings(), need_lse=need_lse or saved
     )
-    return output, _absent_lse(query) if lse is None else lse
-
-
-def _keeps_lse(contrast, guide_tensors) -> bool:
-    """Whether the gradient is made of the output and its log-sum-exp: not with a contrast, nor with a guide."""
-    return contrast == 1.0 and not guide_tensors
+    return output, _absent_lse(call.query) if lse is None else lse
 
 
 def _absent_lse(query: Tensor) -> Tensor:
     return query.new_empty(0, dtype=_library.accumulate_dtype(query))
 
 
-def _fake(
-    query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, logit_scale, logit_shift, guide_strength,
-    scale, contrast, need_lse, differentiable, backend,
-):  # fmt: skip
-    lse = _absent_lse(query)
-    present = need_lse or (differentiable and _keeps_lse(contrast, guide_tensors))
-    return query.new_empty((*query.shape[:3], values[0].shape[3])), lse.new_empty(
-        query.shape[:3]
-    ) if present else lse
+def _fake(*arguments) -> tuple[Tensor, Tensor]:
+    *shared, need_lse, differentiable, _ = arguments
+    call = _Call(*shared)
+    shape, lse = call.query.shape[:3], _absent_lse(call.query)
+    present = need_lse or (differentiable and call.uses_saved_output)
+    return call.query.new_empty((*shape, call.head_dims[1])), lse.new_empty(shape) if present else lse
 
 
-def _backward_implementation(
-    grad_output, grad_lse, output, lse, query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, logit_scale, logit_shift,
-    guide_strength, scale, contrast, needs, backend,
-):  # fmt: skip
-    segments, guide = _rebuild(
-        keys, values, guide_tensors, counts, labels, batch_index, logit_scale, logit_shift, guide_strength
-    )
-    dims = (query.shape[3], values[0].shape[3])
+def _backward_implementation(grad_output, grad_lse, output, lse, *arguments) -> list[Tensor]:
+    *shared, needs, backend = arguments
+    call = _Call(*shared)
     chosen = _backends.select(
-        "attention", backend, query, dims, differentiable=not _keeps_lse(contrast, guide_tensors)
+        "attention", backend, call.query, call.head_dims, differentiable=not call.uses_saved_output
     )
     grads = _backends.implementation(chosen, "attention").attention_backward(
-        grad_output,
-        grad_lse,
-        output,
-        lse,
-        query,
-        segments,
-        scale=scale,
-        contrast=contrast,
-        query_labels=query_labels,
-        guide=guide,
-        needs=needs,
+        grad_output, grad_lse, output, lse, call.query, call.segments(), **call.settings(), needs=needs
     )
-    return [query.new_empty(0) if grad is None else grad for grad in grads]
+    return [call.query.new_empty(0) if grad is None else grad for grad in grads]
 
 
-def _backward_fake(
-    grad_output, grad_lse, output, lse, query, keys, values, guide_tensors, counts, labels, batch_index, query_labels, logit_scale, logit_shift,
-    guide_strength, scale, contrast, needs, backend,
-):  # fmt: skip
-    return [
-        x.new_empty(x.shape if needed else 0)
-        for x, needed in zip((query, *keys, *values, *guide_tensors), needs)
-    ]
+def _backward_fake(grad_output, grad_lse, output, lse, *arguments) -> list[Tensor]:
+    *shared, needs, _ = arguments
+    call = _Call(*shared)
+    inputs = (call.query, *call.keys, *call.values, *call.guide_tensors)
+    return [x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, needs)]
 
 
 _SEGMENT_SCHEMA = (
-    "Tensor query, Tensor[] keys, Tensor[] values, Tensor[] guide_tensors, Tensor[] counts, Tensor[] labels, Tensor[] batch_index, "
-    "Tensor? query_labels, float[] logit_scale, float[] logit_shift, float guide_strength, float scale, float contrast"
+    "Tensor query, Tensor[] keys, Tensor[] values, Tensor[] guide_tensors, Tensor[] counts, Tensor[] labels, "
+    "Tensor[] batch_index, Tensor? query_labels, float[] logit_scale, float[] logit_shift, "
+    "float guide_strength, float scale, float contrast"
 )
 
 _backward_op = _library.register(
     "attention_backward",
-    f"(Tensor grad_output, Tensor? grad_lse, Tensor? output, Tensor? lse, {_SEGMENT_SCHEMA}, bool[] needs, str backend) -> Tensor[]",
+    f"(Tensor grad_output, Tensor? grad_lse, Tensor? output, Tensor? lse, {_SEGMENT_SCHEMA}, "
+    "bool[] needs, str backend) -> Tensor[]",
     _backward_implementation,
     _backward_fake,
     **_library.no_second_derivative("attention", "only backend='reference' has every derivative"),
@@ -328,46 +332,25 @@ _backward_op = _library.register(
 
 
 def _setup_context(ctx, inputs, output):
-    (
-        query,
-        keys,
-        values,
-        guide_tensors,
-        counts,
-        labels,
-        batch_index,
-        query_labels,
-        *numbers,
-        need_lse,
-        _,
-        backend,
-    ) = inputs
-    ctx.segments, ctx.guided, ctx.numbers, ctx.need_lse, ctx.backend = (
-        len(keys),
-        len(guide_tensors),
-        numbers,
-        need_lse,
-        backend,
-    )
-    results = output if _keeps_lse(numbers[-1], guide_tensors) else (None, None)
-    ctx.save_for_backward(
-        *results, query_labels, query, *keys, *values, *guide_tensors, *counts, *labels, *batch_index
-    )
+    *shared, ctx.need_lse, _, ctx.backend = inputs
+    call = _Call(*shared)
+    ctx.segments, ctx.guided, ctx.numbers = len(call.keys), len(call.guide_tensors), call[8:]
+    results = output if call.uses_saved_output else (None, None)
+    lists = chain(call.keys, call.values, call.guide_tensors, call.counts, call.labels, call.batch_index)
+    ctx.save_for_backward(*results, call.query_labels, call.query, *lists)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_output, grad_lse):
     (output, lse, query_labels, query, *saved), n = ctx.saved_tensors, ctx.segments
     lists = [list(islice(part, size)) for part in [iter(saved)] for size in (n, n, ctx.guided, n, n, n)]
+    call = _Call(query, *lists, query_labels, *ctx.numbers)
     wanted, *needed = ctx.needs_input_grad[:4]
     needs = [wanted, *chain(*needed)]
-    values = lists[1]
-    grad_output = (
-        query.new_zeros((*query.shape[:3], values[0].shape[3])) if grad_output is None else grad_output
-    )
-    grads = _backward_op(
-        grad_output, grad_lse if ctx.need_lse else None, output, lse, query, *lists, query_labels, *ctx.numbers, needs, ctx.backend
-    )  # fmt: skip
+    if grad_output is None:
+        grad_output = query.new_zeros((*query.shape[:3], call.head_dims[1]))
+    grad_lse = grad_lse if ctx.need_lse else None
+    grads = _backward_op(grad_output, grad_lse, output, lse, *call, needs, ctx.backend)
     each = iter([grad if needed else None for grad, needed in zip(grads, needs)])
     return (
         next(each),

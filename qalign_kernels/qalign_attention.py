@@ -1,7 +1,7 @@
 """Q-Align's three steps in one call: align queries, rearrange keys and values, refine by attention."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,25 +92,24 @@ def qalign_attention(
             own_key=own_key, topk=topk, strength=strength, scale=query.shape[3] ** -0.5 if scale is None else scale, contrast=contrast,
             query_labels=query_labels, ref_labels=ref_labels, batch_index=batch_index,
         )  # fmt: skip
-    asking = query if match_query is None else match_query
+    alignment_query = query if match_query is None else match_query
     refine: dict[str, Any] = {"scale": scale, "contrast": contrast, "backend": backend}
     reference = Segment(ref_key, ref_value, labels=ref_labels, batch_index=batch_index)
     if refinement == "guided":
-        guide = Guide(*alignment_features(asking, ref_query, similarity, backend), strength)
+        guide = Guide(*alignment_features(alignment_query, ref_query, similarity, backend), strength)
         return guided_attention(query, reference, guide, query_labels=query_labels, **refine)
     if refinement == "soft":
-        return _soft(query, asking, ref_query, reference, similarity, strength, query_labels, refine)
+        return _soft(query, alignment_query, ref_query, reference, similarity, strength, query_labels, refine)
 
     if refinement == "rearranged":
         scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-        arguments = (
-            query, asking.detach(), ref_query.detach(), ref_key, ref_value, similarity, heads, scale, float(contrast), query_labels, ref_labels,
-            batch_index,
+        call = _Rearranged(
+            query, alignment_query.detach(), ref_query.detach(), ref_key, ref_value,
+            similarity, heads, scale, float(contrast), query_labels, ref_labels, batch_index,
         )  # fmt: skip
-        differentiable = _library.wants_gradient(query, ref_key, ref_value)
-        return (_rearranged if differentiable else _rearranged_attention_op)(
-            *arguments, _backends.requested(backend)
-        )
+        if _library.wants_gradient(query, ref_key, ref_value):
+            return _match_count_attend(call, _backends.requested(backend))
+        return _rearranged_attention_op(*call, _backends.requested(backend))
     matching: dict[str, Any] = {
         "similarity": similarity,
         "heads": heads,
@@ -119,12 +118,16 @@ def qalign_attention(
         "batch_index": batch_index,
     }
     if refinement == "topk":
-        index, score = similarity_topk(asking.detach(), ref_query.detach(), topk, **matching, backend=backend)
+        index, score = similarity_topk(
+            alignment_query.detach(), ref_query.detach(), topk, **matching, backend=backend
+        )
         return _unmatchable_to_nan(
             topk_attention(query, ref_key, ref_value, index, batch_index=batch_index, **refine),
             score.select(-1, 0),
         )
-    index, score = similarity_argmax(asking.detach(), ref_query.detach(), **matching, backend=backend)
+    index, score = similarity_argmax(
+        alignment_query.detach(), ref_query.detach(), **matching, backend=backend
+    )
     if refinement == "warped_output":
         own = ref_query if batch_index is None else ref_query.index_select(0, batch_index)
         output = attention(own, reference, scale=scale, query_labels=ref_labels, backend=backend)
@@ -137,30 +140,49 @@ def qalign_attention(
     return attention(query, Segment(own_key, value, counts=(index >= 0).int()), **refine)
 
 
-def _rearranged(
-    query,
-    asking,
-    ref_query,
-    ref_key,
-    ref_value,
-    similarity,
-    heads,
-    scale,
-    contrast,
-    query_labels,
-    ref_labels,
-    batch_index,
-    backend,
-) -> Tensor:
-    """Match, count, attend: differentiable, one op each."""
+class _Rearranged(NamedTuple):
+    """What the "rearranged" refinement takes, in the order of the op's schema."""
+
+    query: Tensor
+    alignment_query: Tensor
+    ref_query: Tensor
+    ref_key: Tensor
+    ref_value: Tensor
+    similarity: str
+    heads: str
+    scale: float
+    contrast: float
+    query_labels: Tensor | None
+    ref_labels: Tensor | None
+    batch_index: Tensor | None
+
+
+def _match_count_attend(call: _Rearranged, backend: str) -> Tensor:
+    """Compute the "rearranged" refinement from three differentiable ops."""
     index, score = similarity_argmax(
-        asking, ref_query, similarity=similarity, heads=heads, query_labels=query_labels, reference_labels=ref_labels,
-        batch_index=batch_index, backend=backend,
-    )  # fmt: skip
-    counts = match_counts(index, ref_key.shape[2], backend=backend)
-    segment = Segment(ref_key, ref_value, counts=counts, labels=ref_labels, batch_index=batch_index)
+        call.alignment_query,
+        call.ref_query,
+        similarity=call.similarity,
+        heads=call.heads,
+        query_labels=call.query_labels,
+        reference_labels=call.ref_labels,
+        batch_index=call.batch_index,
+        backend=backend,
+    )
+    segment = Segment(
+        call.ref_key,
+        call.ref_value,
+        counts=match_counts(index, call.ref_key.shape[2], backend=backend),
+        labels=call.ref_labels,
+        batch_index=call.batch_index,
+    )
     output = attention(
-        query, segment, scale=scale, contrast=contrast, query_labels=query_labels, backend=backend
+        call.query,
+        segment,
+        scale=call.scale,
+        contrast=call.contrast,
+        query_labels=call.query_labels,
+        backend=backend,
     )
     return _unmatchable_to_nan(output, score)
 
@@ -175,7 +197,7 @@ def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
 
 def _soft(
     query: Tensor,
-    asking: Tensor,
+    alignment_query: Tensor,
     ref_query: Tensor,
     reference: Segment,
     similarity: str,
@@ -183,7 +205,7 @@ def _soft(
     query_labels: Tensor | None,
     refine: dict[str, Any],
 ) -> Tensor:
-    features, ref_features = alignment_features(asking, ref_query, similarity, refine["backend"])
+    features, ref_features = alignment_features(alignment_query, ref_query, similarity, refine["backend"])
     key, value = (
         attention(
             features,
@@ -267,61 +289,35 @@ def _check_refinement(
             _contracts.check_sizes(name, tensor, batch=batch, heads=heads, tokens=tokens, head_dim=head_dim)
 
 
-def _rearranged_attention_implementation(
-    query,
-    asking,
-    ref_query,
-    ref_key,
-    ref_value,
-    similarity,
-    heads,
-    scale,
-    contrast,
-    query_labels,
-    ref_labels,
-    batch_index,
-    backend,
-):
-    chosen = _backends.select("qalign_attention", backend, query, (query.shape[3], ref_value.shape[3]))
-    settings = {
-        "scale": scale,
-        "contrast": contrast,
-        "query_labels": query_labels,
-        "ref_labels": ref_labels,
-        "batch_index": batch_index,
-    }
-    if chosen == "triton":
-        module = _backends.implementation("triton", "qalign_attention")
-        return module.rearranged_attention(
-            query, asking, ref_query, ref_key, ref_value, similarity, heads == "joint", **settings
-        )
-    return _rearranged(
-        query, asking, ref_query, ref_key, ref_value, similarity, heads, **settings, backend=chosen
+def _rearranged_attention_implementation(*arguments) -> Tensor:
+    *inputs, backend = arguments
+    call = _Rearranged(*inputs)
+    head_dims = (call.query.shape[3], call.ref_value.shape[3])
+    chosen = _backends.select("qalign_attention", backend, call.query, head_dims)
+    if chosen == "tiled":
+        return _match_count_attend(call, chosen)
+    return _backends.implementation("triton", "qalign_attention").rearranged_attention(
+        *call[:6],
+        call.heads == "joint",
+        scale=call.scale,
+        contrast=call.contrast,
+        query_labels=call.query_labels,
+        ref_labels=call.ref_labels,
+        batch_index=call.batch_index,
     )
 
 
-def _rearranged_attention_fake(
-    query,
-    asking,
-    ref_query,
-    ref_key,
-    ref_value,
-    similarity,
-    heads,
-    scale,
-    contrast,
-    query_labels,
-    ref_labels,
-    batch_index,
-    backend,
-):
-    return query.new_empty((*query.shape[:3], ref_value.shape[3]))
+def _rearranged_attention_fake(*arguments) -> Tensor:
+    *inputs, _ = arguments
+    call = _Rearranged(*inputs)
+    return call.query.new_empty((*call.query.shape[:3], call.ref_value.shape[3]))
 
 
 _rearranged_attention_op = _library.register(
     "rearranged_attention",
-    "(Tensor query, Tensor asking, Tensor ref_query, Tensor ref_key, Tensor ref_value, str similarity, str heads, float scale, float contrast, "
-    "Tensor? query_labels, Tensor? ref_labels, Tensor? batch_index, str backend) -> Tensor",
+    "(Tensor query, Tensor alignment_query, Tensor ref_query, Tensor ref_key, Tensor ref_value, "
+    "str similarity, str heads, float scale, float contrast, Tensor? query_labels, Tensor? ref_labels, "
+    "Tensor? batch_index, str backend) -> Tensor",
     _rearranged_attention_implementation,
     _rearranged_attention_fake,
 )
