@@ -81,7 +81,7 @@ def title_of(method: str) -> str:
     """A method as the field calls it, by its name in `METHODS`."""
     from ..methods import METHODS as KINDS
 
-    return KINDS[method].card.title  # type: ignore[attr-defined]
+    return KINDS[method].card.title
 
 
 def refinement_of(options: argparse.Namespace) -> str:

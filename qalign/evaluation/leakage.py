@@ -33,7 +33,7 @@ from ..context.layer_call import Site, take
 from ..context.layers import picture_size, short_name, token_grid
 from ..context.layout import BatchLayout
 from ..embedded.scenes import BACKGROUNDS, PARTS, ScenePair, held_out_pairs, render, token_labels
-from ..methods import CrossImage, QAlign, QAlignWarp
+from ..methods import CrossImage, QAlign, QAlignWarp, Wrapped
 from ..methods._editing import Editing
 from .picture_metrics import OBJECT, colour_error, read_layouts
 from .processes import Progress, gathered
@@ -93,7 +93,7 @@ class PairResult:
     layout: dict[str, float]
 
 
-class Measured:
+class Measured(Wrapped):
     """A method that tallies where its matches and its attention go; what it computes is unchanged.
 
     Args:
@@ -102,8 +102,11 @@ class Measured:
         every: measure the steps that are multiples of this, save those that read the structure.
     """
 
+    method: Editing
+
     def __init__(self, method: Editing, labels: Mapping[str, Tensor], *, every: int = 1) -> None:
-        self.method, self.labels, self.every = method, labels, every
+        super().__init__(method)
+        self.labels, self.every = labels, every
         self.tallies: Tallies = {}
         self._tokens: dict[int, dict[str, Tensor]] = {}
 
@@ -114,9 +117,6 @@ class Measured:
             counts = measure(self.method, q, k, labels, site.output_rows(q), site.reference_rows(q), site)
             self.tallies[site.layer, site.step] = counts.sum(0).cpu()
         return self.method.attend(q, k, v, site)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.method, name)  # layers, steps and whatever else the method is asked
 
     def _row_labels(self, q: Tensor, layout: BatchLayout) -> Tensor:
         """int64 [B, N]."""

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from ._editing import Editing as Editing
     from ._editing import Hook as Hook
     from ._editing import Method as Method
+    from ._editing import Project as Project
+    from ._editing import Wrapped as Wrapped
     from ._editing import require_method as require_method
 
 _MODULES = {
     **_names.MODULES,
-    **dict.fromkeys(("Card", "Editing", "Hook", "Method", "require_method"), "_editing"),
+    **dict.fromkeys(
+        ("Card", "Editing", "Hook", "Method", "Project", "Wrapped", "require_method"), "_editing"
+    ),
 }
 
 
