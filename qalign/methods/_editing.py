@@ -53,13 +53,18 @@ class Method:
     True
 
     Attributes:
-        card: the entry in `python -m qalign methods`. Only the methods of this package need one.
+        card: the entry in `python -m qalign methods`. Only the methods of this package have one.
         default_steps: the fractions (start, stop) of the denoising loop in which the method edits when the
             user names none. None is the whole loop.
     """
 
-    card: ClassVar[Card]
+    card: ClassVar[Card | None] = None
     default_steps: ClassVar[tuple[float, float] | None] = None
+
+    @classmethod
+    def title(cls) -> str:
+        """Return the name that tables and pictures show: that of the card, or the name of the class."""
+        return cls.__name__ if cls.card is None else cls.card.title
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Return the self-attention output [B, H, N, D] of every row; here stock attention."""

@@ -17,7 +17,7 @@ from ..context.adain import adain as adain_latents
 from ..context.clock import Clock
 from ..context.layout import BatchLayout
 from ..context.regions import Regions
-from ..methods import TRANSFERS, Method, QAlign
+from ..methods import TRANSFERS, Method, QAlign, find_method
 from ..processors.attach import Control, attach, find_unet
 from ..processors.feature_bank import FeatureBank
 from ..sampling.freeu import cross_image_freeu
@@ -499,9 +499,7 @@ def _check(
 
 def _method(method: Method | str | None) -> Method | None:
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"method: expected a method or one of {', '.join(METHODS)}, got {method!r}")
-        return METHODS[method]()
+        return find_method(method, METHODS)()
     return method
 
 
