@@ -122,7 +122,7 @@ def test_help_has_examples_that_parse(command, capsys):
         ),
         (
             "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method masa",
-            "invalid choice: 'masa'",
+            "dream_matcher, got 'masa'",
         ),
         (
             "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method cross_image --topk 3",
@@ -192,7 +192,7 @@ def test_help_has_examples_that_parse(command, capsys):
         ("scenes --count 0 --out {}/s", "expected a number above zero"),
         ("scenes --seed -1 --out {}/s", "expected a whole number, got '-1'"),
         ("compare --structure {}/a.png", "expected either --structure and --appearance, or --scenes"),
-        ("compare --scenes 0 --method bounded", "invalid choice: 'bounded'"),
+        ("compare --scenes 0 --method bounded", "dream_matcher, got 'bounded'"),
         ("distill --content {}/a.png --out {}/o.png", "required: --style"),
         (
             "distill --style {}/a.png --content {}/none.png --out {}/o.png",

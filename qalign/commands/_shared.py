@@ -77,11 +77,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def title_of(method: str) -> str:
-    """A method as the field calls it, by its name in `METHODS`."""
-    from ..methods import METHODS as KINDS
+def method_name(text: str) -> str:
+    """A method's name, or package.module:Class for a method outside this package, which is imported later."""
+    if text not in METHODS and ":" not in text:
+        raise argparse.ArgumentTypeError(
+            f"expected package.module:Class or one of {', '.join(METHODS)}, got {text!r}"
+        )
+    return text
 
-    return KINDS[method].card.title  # type: ignore[attr-defined]
+
+def title_of(method: str) -> str:
+    """A method as the field calls it, by its name in `METHODS` or as package.module:Class."""
+    from ..methods import find_method
+
+    return find_method(method).title()
 
 
 def refinement_of(options: argparse.Namespace) -> str:

@@ -24,6 +24,7 @@ from ._shared import (
     count,
     given_files,
     load_pipeline,
+    method_name,
     picture_path,
     read_pictures,
     require_pair,
@@ -71,7 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run = parser.add_argument_group("transfer")
     run.add_argument(
-        "--method", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)} (default: all)"
+        "--method",
+        nargs="+",
+        type=method_name,
+        metavar="NAME",
+        help=f"{', '.join(METHODS)}, or package.module:Class for a method of your own (default: all)",
     )
     run.add_argument("--prompt", default="", help="what the pictures show")
     run.add_argument(
@@ -91,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     from ..evaluation.match_figures import held_out_scenes
     from ..evaluation.method_comparison import compare_methods
     from ..evaluation.plots import comparison_grid
-    from ..pipelines import METHODS as KINDS
+    from ..methods import TRANSFERS, find_method
     from ..pipelines.pictures import to_tensors
 
     prompt, labels = options.prompt, None
@@ -108,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
         )
         labels, prompt = (of_appearance, of_structure), prompt or caption
     pipe.set_progress_bar_config(disable=True)
-    methods = {name: KINDS[name]() for name in options.method or METHODS}
+    methods = {name: find_method(name, TRANSFERS)() for name in options.method or METHODS}
     compared = compare_methods(
         pipe,
         appearance,

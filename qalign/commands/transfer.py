@@ -31,6 +31,7 @@ from ._shared import (
     fraction,
     given_files,
     load_pipeline,
+    method_name,
     number,
     picture_path,
     positive,
@@ -143,7 +144,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=METHODS, default="qalign", help="default: %(default)s")
+    method.add_argument(
+        "--method",
+        type=method_name,
+        default="qalign",
+        metavar="NAME",
+        help=f"{', '.join(METHODS)}, or package.module:Class for a method of your own (default: %(default)s)",
+    )
     for name, options in SETTINGS.items():
         method.add_argument(f"--{name}", **options)
     method.add_argument(
@@ -218,9 +225,9 @@ def pictures_out(options: argparse.Namespace) -> list[Path]:
 
 def make_method(options: argparse.Namespace) -> Any:
     """The method with the settings that were given."""
-    from ..pipelines import METHODS as KINDS
+    from ..methods import TRANSFERS, find_method
 
-    return KINDS[options.method](
+    return find_method(options.method, TRANSFERS)(
         **{name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
     )
 
@@ -282,7 +289,7 @@ def run(options: argparse.Namespace) -> int:
         from ..evaluation.plots import transfer_grid
 
         rows = [
-            {"structure": structure, "appearance": appearance, method.card.title: image}
+            {"structure": structure, "appearance": appearance, method.title(): image}
             for structure, image in zip(structures, images)
         ]
         write("grid", transfer_grid(rows), options.grid)

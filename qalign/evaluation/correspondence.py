@@ -11,7 +11,7 @@ from torch import Tensor
 from qalign_kernels import Match, mean_attention_map, similarity_argmax
 
 from ..context.layer_call import Site
-from ..methods import Method
+from ..methods import Method, Wrapped
 from .noised_features import noised_features
 
 SIGNALS = {"query_query": "query-query (Q-Align)", "query_key": "query-key (Cross-Image)"}
@@ -52,7 +52,7 @@ class Capture:
 
 
 @dataclass(frozen=True)
-class Recording:
+class Recording(Wrapped):
     """A method, and the queries and keys that it was given in each layer."""
 
     method: Method
@@ -62,12 +62,6 @@ class Recording:
         output, reference = site.output_rows(q), site.reference_rows(q)
         self.captures.append(Capture(site.layer, q[output], q[reference], k[reference]))
         return self.method.attend(q, k, v, site)
-
-    def default_layers(self, names: Sequence[str]) -> list[str]:
-        return self.method.default_layers(names)
-
-    def takes_structure(self, step: int, total: int) -> bool:
-        return self.method.takes_structure(step, total)
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..context.layer_call import Site
 from ..context.layers import decoder_layers
 from ..context.layout import BatchLayout
+from ..methods import Method
 from ..processors.attach import attach
 
 
@@ -20,7 +21,7 @@ class Features(NamedTuple):
     site: Site
 
 
-class _Kept:
+class _Kept(Method):
     """Stock attention that keeps what each layer attends."""
 
     def __init__(self) -> None:
@@ -32,9 +33,6 @@ class _Kept:
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         return decoder_layers(names)
-
-    def takes_structure(self, step: int, total: int) -> bool:
-        return False
 
 
 @torch.inference_mode()

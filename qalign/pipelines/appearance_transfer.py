@@ -17,7 +17,7 @@ from ..context.adain import adain as adain_latents
 from ..context.clock import Clock
 from ..context.layout import BatchLayout
 from ..context.regions import Regions
-from ..methods import TRANSFERS, Method, QAlign
+from ..methods import TRANSFERS, Method, QAlign, find_method
 from ..processors.attach import Control, attach, find_unet
 from ..processors.feature_bank import FeatureBank
 from ..sampling.freeu import cross_image_freeu
@@ -321,11 +321,11 @@ class AppearanceTransfer(LatentDiffusion):
             )[0],
             scales=scales,
             blend=blend,
-            change=getattr(method, "change_clean", None),
+            change=None if method is None else method.change_clean,
         )
-        latents, start = known.latents[skipped, rows].to(device), getattr(method, "start", None)
-        if start is not None:
-            latents[:outputs] = start(latents[:outputs], latents[outputs : outputs + 1])
+        latents = known.latents[skipped, rows].to(device)
+        if method is not None:
+            latents[:outputs] = method.start(latents[:outputs], latents[outputs : outputs + 1])
         with self._freeu(freeu):
             latents, masks = loop.run(
                 latents, control, callback_on_step_end, callback_on_step_end_tensor_inputs
@@ -499,14 +499,12 @@ def _check(
 
 def _method(method: Method | str | None) -> Method | None:
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"method: expected a method or one of {', '.join(METHODS)}, got {method!r}")
-        return METHODS[method]()
+        return find_method(method, METHODS)()
     return method
 
 
 def _active(method: Method, edit_steps: tuple[float, float] | None) -> tuple[float, float]:
-    return edit_steps or getattr(method, "default_steps", None) or PUBLISHED_STEPS
+    return edit_steps or method.default_steps or PUBLISHED_STEPS
 
 
 def edited_steps(method: Method, num_inference_steps: int, *, skip: float = 0.32) -> list[int]:

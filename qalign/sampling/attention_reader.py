@@ -23,7 +23,7 @@ class _AllRead(Exception):
     """Every layer that was wanted has been read: the rest of the UNet is not needed."""
 
 
-class AttentionReader:
+class AttentionReader(Method):
     """Queries, keys, values and outputs of self-attention, in one pass of the UNet that ends at the last layer that is wanted.
 
     >>> with AttentionReader(pipe) as read:
@@ -50,7 +50,7 @@ class AttentionReader:
         regions: Regions | None = None,
         cross: bool = False,
     ) -> None:
-        self._pipe, self._method = pipe, method
+        self._pipe, self._method = pipe, method or Method()
         self._found: dict[str, LayerFeatures] = {}
         self._reading = self._ending = False
         unet = find_unet(pipe)
@@ -93,14 +93,11 @@ class AttentionReader:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The method's attention, or stock attention, and a note of it."""
-        return self._note(
-            q, k, v, site, site.plain(q, k, v) if self._method is None else self._method.attend(q, k, v, site)
-        )
+        return self._note(q, k, v, site, self._method.attend(q, k, v, site))
 
     def attend_cross(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Likewise of cross-attention."""
-        edited = getattr(self._method, "attend_cross", None)
-        return self._note(q, k, v, site, edited(q, k, v, site) if edited else site.plain(q, k, v))
+        return self._note(q, k, v, site, self._method.attend_cross(q, k, v, site))
 
     def _note(self, q: Tensor, k: Tensor, v: Tensor, site: Site, output: Tensor) -> Tensor:
         if self._reading and site.layer in self.layers and site.layer not in self._found:
@@ -113,11 +110,8 @@ class AttentionReader:
         return list(names)
 
     def cross_layers(self, names: Sequence[str]) -> list[str]:
-        edited = self._method.cross_layers(names) if hasattr(self._method, "cross_layers") else []  # type: ignore[union-attr]
+        edited = self._method.cross_layers(names)
         return [name for name in names if name in edited or name in self.layers]
-
-    def takes_structure(self, step: int, total: int) -> bool:
-        return False
 
 
 @contextlib.contextmanager

@@ -198,7 +198,10 @@ def test_embedded_reconstructs_and_transfers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "qaling"}, f"method: expected a method or one of {', '.join(METHODS)}, got 'qaling'"),
+        (
+            {"method": "qaling"},
+            f"method: expected a method, 'package.module:Class' or one of {', '.join(METHODS)}, got 'qaling'",
+        ),
         ({"method": QAlign}, "method: expected an instance, got the class QAlign: write QAlign()"),
         ({"adain": "mask"}, "adain: expected 'masked', 'whole' or None, got 'mask'"),
         ({"skip": 1.0}, "skip: expected a fraction that leaves at least one of 6 steps, got 1.0"),
