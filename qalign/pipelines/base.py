@@ -1,8 +1,8 @@
 """What the pipelines share: the networks of a Stable Diffusion pipeline, asked for latents, predictions and pictures."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
@@ -15,6 +15,21 @@ from .pictures import choose_size, to_tensors
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Condition = dict[str, Any]  # keyword arguments of the UNet for one row
+OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]  # callback_on_step_end
+
+
+class StepCallback(NamedTuple):
+    """`callback_on_step_end` of a call, and `callback_on_step_end_tensor_inputs`."""
+
+    function: OnStepEnd | None
+    names: tuple[str, ...]
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, latents: Tensor) -> Tensor | None:
+        """The latents that the function returns; None where it returns none, or there is no function."""
+        if self.function is None:
+            return None
+        returned = self.function(pipe, step, timestep, {name: latents for name in self.names}) or {}
+        return returned.get("latents")
 
 
 class LatentDiffusion:
@@ -124,6 +139,10 @@ class LatentDiffusion:
             latents.to(self.unet.dtype), timesteps.to(latents.device), return_dict=False, **options
         )[0]
         return require_finite(output, "UNet output", self.unet.dtype).float()
+
+    def _size(self: Any, latents: Tensor) -> list[int]:
+        """[height, width] of the pictures of these latents, in pixels."""
+        return [side * self.vae_scale_factor for side in latents.shape[-2:]]
 
     def _guided(self: Any, condition: Condition, unconditional: Condition, scale: float) -> Predict:
         """The prediction with classifier-free guidance; one call of the UNet is enough where both conditions are the same."""

@@ -60,7 +60,7 @@ def guidance_by_step(scales: Sequence[float] | Tensor) -> Callable[[Any, int, An
     if not values or min(values) <= 1:
         raise ValueError(f"scales: expected one or more above 1, got {min(values, default=None)!r}")
 
-    def told(pipe: Any, step: int, timestep: Any, given: dict) -> dict:
+    def callback(pipe: Any, step: int, timestep: Any, given: dict) -> dict:
         if step == 0 and abs(pipe.guidance_scale - values[0]) > 1e-6 * values[0]:
             raise ValueError(
                 f"guidance_scale: expected {values[0]:g}, the first of the scales, got {pipe.guidance_scale!r}"
@@ -68,7 +68,7 @@ def guidance_by_step(scales: Sequence[float] | Tensor) -> Callable[[Any, int, An
         pipe._guidance_scale = values[min(step + 1, len(values) - 1)]
         return given
 
-    return told
+    return callback
 
 
 def delta_bridge(

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from qalign import CrossImage, QAlign
-from qalign.pipelines import appearance_transfer
+from qalign.pipelines import transfer_loop
 from qalign.pipelines.base import expand_condition
 from qalign.sampling.object_masks import MapCollector, noun_tokens, object_masks
 from tests.pipelines.transfers import PIXELS, PROMPT, make, pictures, seeded, trajectory, transfer, watch
@@ -187,7 +187,7 @@ def test_steps_of_the_edit(small, steps, skip, edited, structure) -> None:
 def test_adain_inside_masks_from_its_step_on(small, pair, monkeypatch) -> None:
     masks = torch.zeros(2, 16, 16, dtype=torch.bool)
     masks[0, :6], masks[1, 9:] = True, True
-    monkeypatch.setattr(appearance_transfer, "object_masks", lambda maps, noun: masks)
+    monkeypatch.setattr(transfer_loop, "object_masks", lambda maps, noun: masks)
     without, masked, whole = (
         trajectory(small, inversion=pair, adain=adain) for adain in (None, "masked", "whole")
     )

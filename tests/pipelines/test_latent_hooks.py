@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qalign import BatchLayout, FeatureBank, StyleID, VisualStylePrompting, attach
-from qalign.pipelines import appearance_transfer
+from qalign.pipelines import transfer_loop
 from qalign.sampling.guidance import early_scales, guidance_by_step
 from qalign.sampling.inversion import denoise_step
 from tests.pipelines.test_inversion import make_scheduler
@@ -107,7 +107,7 @@ def test_a_transfer_is_calibrated_at_its_timesteps_alone(small, pair, monkeypatc
         steps.append((output, int(timestep), sample))
         return denoise_step(scheduler, output, timestep, sample, **options)
 
-    monkeypatch.setattr(appearance_transfer, "denoise_step", record)
+    monkeypatch.setattr(transfer_loop, "denoise_step", record)
     options = {"inversion": pair, "adain": None, "structures": pictures(1, seed=1)}
     without = trajectory(small, method=VisualStylePrompting(calibration=None), **options)
     steps.clear()
@@ -136,11 +136,11 @@ def test_a_stock_pipeline_takes_a_scale_for_each_step(family) -> None:
     pipe.unet.register_forward_hook(lambda module, args, output: predicted.append(output[0]))
     noise = torch.randn(2, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     scales = early_scales(4, 3.0, early=20.0, count=2)
-    told = guidance_by_step(scales)
+    callback = guidance_by_step(scales)
 
     def step_end(pipe, step, timestep, given):
         latents.append(given["latents"])
-        return told(pipe, step, timestep, given)
+        return callback(pipe, step, timestep, given)
 
     options = {
         "latents": noise,

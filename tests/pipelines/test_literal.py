@@ -19,7 +19,7 @@ from torch import Tensor
 from qalign import AppearanceTransferPipeline, CrossImage, QAlign
 from qalign.context.layer_call import Site
 from qalign.embedded.scenes import held_out_pairs, render
-from qalign.pipelines import appearance_transfer
+from qalign.pipelines import AppearanceTransferOutput, transfer_loop
 from qalign.sampling.inversion import Inversion
 from qalign.sampling.object_masks import segment
 from qalign_kernels.testing import judge
@@ -119,7 +119,7 @@ class Case:
 
     def pipeline(
         self, trajectory: list[Tensor] | None = None, **settings
-    ) -> tuple[Tensor, appearance_transfer.AppearanceTransferOutput]:
+    ) -> tuple[Tensor, AppearanceTransferOutput]:
         """[steps, 3, C, h, w], which grows in `trajectory`, and the result."""
         trajectory = [] if trajectory is None else trajectory
 
@@ -381,7 +381,7 @@ def watched() -> dict[str, list[tuple]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("MapCollector", "object_masks", "adain_latents", "swap_guided"):
-            patch.setattr(appearance_transfer, name, noted(name, getattr(appearance_transfer, name)))
+            patch.setattr(transfer_loop, name, noted(name, getattr(transfer_loop, name)))
         patch.setattr(case.pipe.unet, "forward", noted("unet", case.pipe.unet.forward))
         case.pipeline(ends, method=method, noun=case.noun)
     return {**calls, "attend": method.seen}

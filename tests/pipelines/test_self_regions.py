@@ -8,7 +8,7 @@ pytest.importorskip("sklearn")
 
 from qalign import AppearanceTransferPipeline, Regions  # noqa: E402
 from qalign.embedded.scenes import BACKGROUNDS, held_out_pairs, render, token_labels  # noqa: E402
-from qalign.pipelines import appearance_transfer  # noqa: E402
+from qalign.pipelines import self_regions  # noqa: E402
 from qalign.sampling.object_masks import MapCollector, noun_map, noun_tokens, object_regions, segment  # noqa: E402
 from tests.pipelines.transfers import PROMPT, pictures, seeded, transfer  # noqa: E402
 from tests.processors.models import embedded_pipe
@@ -146,7 +146,7 @@ def test_sizes_that_are_not_square(small) -> None:
 def test_a_noun_may_be_named(small, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(
-        appearance_transfer,
+        self_regions,
         "object_masks",
         lambda maps, places, **_: asked.append(places) or LEFT.expand(2, 4, 6),
     )
@@ -167,7 +167,7 @@ def test_a_noun_may_be_named(small, monkeypatch) -> None:
     ],
 )
 def test_refusals_come_before_any_work(small, monkeypatch, options, message) -> None:
-    monkeypatch.setattr(small, "invert", None)
+    monkeypatch.setattr(small, "_invert", None)
     with pytest.raises(ValueError, match=message):
         transfer(small, regions="self", **options)
 

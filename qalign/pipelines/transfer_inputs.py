@@ -1,0 +1,98 @@
+"""The arguments of an appearance transfer: checks, methods by name, counted steps, pictures of one size."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..context.clock import Clock
+from ..methods import METHODS as ALL_METHODS
+from ..methods import Method
+from ..sampling.inversion import Inversion
+from .base import check_output
+from .pictures import choose_size, cover, to_tensors
+
+WITHOUT_APPEARANCE = ("bounded", "story_diffusion", "consistory")
+METHODS: dict[str, Callable[[], Method]] = {
+    name: kind for name, kind in ALL_METHODS.items() if name not in WITHOUT_APPEARANCE
+}
+PUBLISHED_STEPS = (11 / 68, 1.0)
+ADAIN = ("masked", "whole", None)
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def check_options(
+    adain: str | None, edit_steps: tuple[float, float] | None, output_type: str, names: Sequence[str]
+) -> None:
+    if adain not in ADAIN:
+        raise ValueError(f"adain: expected 'masked', 'whole' or None, got {adain!r}")
+    if edit_steps is not None and not (len(edit_steps) == 2 and 0 <= edit_steps[0] < edit_steps[1] <= 1):
+        raise ValueError(
+            f"edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got {edit_steps!r}"
+        )
+    check_output(output_type, names)
+
+
+def find_method(method: Method | str | None) -> Method | None:
+    """The method itself, or a new one of that name with its default settings."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"method: expected a method or one of {', '.join(METHODS)}, got {method!r}")
+        return METHODS[method]()
+    return method
+
+
+def active_steps(method: Method, edit_steps: tuple[float, float] | None) -> tuple[float, float]:
+    """(start, stop) of the edit, as fractions of the steps that run."""
+    return edit_steps or getattr(method, "default_steps", None) or PUBLISHED_STEPS
+
+
+def edited_steps(method: Method, num_inference_steps: int, *, skip: float = 0.32) -> list[int]:
+    """The steps of a transfer, counted from the first that `skip` leaves, at which `method` edits and reads the appearance."""
+    total = num_inference_steps - count_skipped(skip, num_inference_steps)
+    clock = Clock(active_steps(method, None), method.takes_structure)
+    found = []
+    for step in range(total):
+        clock.set(step, total)
+        if not clock.idle and not clock.from_structure:
+            found.append(step)
+    return found
+
+
+def count_structures(inversion: Inversion) -> int:
+    rows = inversion.latents.shape[1]
+    if rows < 2:
+        raise ValueError(f"inversion: expected rows for [appearance, structures...], got {rows}")
+    return rows - 1
+
+
+def count_skipped(skip: float, steps: int) -> int:
+    """How many of `steps` the fraction `skip` leaves out."""
+    if not 0 <= skip < 1 or round(skip * steps) >= steps:
+        raise ValueError(f"skip: expected a fraction that leaves at least one of {steps} steps, got {skip!r}")
+    return round(skip * steps)
+
+
+def stack_pictures(appearance: Any, structure: Any, height: int | None, width: int | None) -> Tensor:
+    """float32 [1 + n, 3, H, W] in [0, 1], on the CPU: the appearance, then the structures."""
+    appearances, structures = to_tensors(appearance, "appearance"), to_tensors(structure, "structure")
+    if len(appearances) != 1:
+        raise ValueError(f"appearance: expected one picture, got {len(appearances)}")
+    size = choose_size(structures[0], height, width, "structure")
+    return torch.stack([cover(picture, size).cpu() for picture in appearances + structures])
+
+
+def make_generators(generator: Generators, pictures: int) -> list[torch.Generator]:
+    """One generator for each picture. A single generator seeds two: one for the appearance, one that every structure copies."""
+    if generator is None or isinstance(generator, torch.Generator):
+        seeds = torch.randint(
+            2**62, (2,), generator=generator, device=generator.device if generator else "cpu"
+        ).tolist()
+        return [torch.Generator().manual_seed(seed) for seed in [seeds[0]] + [seeds[1]] * (pictures - 1)]
+    if len(generator) != pictures:
+        raise ValueError(
+            f"generator: expected one, or one for each of {pictures} pictures, got {len(generator)}"
+        )
+    return list(generator)
