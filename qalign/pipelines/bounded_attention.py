@@ -1,7 +1,7 @@
 """Bounded attention: several subjects in boxes of one picture, none of which leaks into another."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,15 @@ from ..sampling.attention_reader import AttentionReader, frozen, gradient
 from ..sampling.bounded_guidance import BoundedGuidance, MaskRefiner
 from ..sampling.inversion import set_steps
 from ..sampling.object_masks import noun_tokens
-from .base import Condition, LatentDiffusion, XLConditions, check_output, concatenate_conditions
+from .base import (
+    Condition,
+    LatentDiffusion,
+    OnStepEnd,
+    StepCallback,
+    XLConditions,
+    check_output,
+    concatenate_conditions,
+)
 from .pictures import MULTIPLE
 
 # the closed classes that the published tagger filters: conjunctions, cardinals, determiners, prepositions, and words of place
@@ -79,7 +87,7 @@ class BoundedAttentionMixin(LatentDiffusion):
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> BoundedAttentionOutput:
         """A picture with each subject in its box.
@@ -132,8 +140,9 @@ class BoundedAttentionMixin(LatentDiffusion):
             raise ValueError(f"latents: expected {list(shape)}, got {list(latents.shape)}")
         words, boxes = [word for word, _ in subjects], [box for _, box in subjects]
         method = _method(self.tokenizer, prompt, words, filter_words)
-        run = _Run(self, guidance, method, Regions.from_boxes(boxes, *shape[-2:]), layers, mask_layers)
-        run.told = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
+        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
+        regions = Regions.from_boxes(boxes, *shape[-2:])
+        run = _Run(self, guidance, method, regions, layers, mask_layers, callback)
         scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False)
         set_steps(scheduler, num_inference_steps)
         latents = run.walk(
@@ -148,9 +157,8 @@ class BoundedAttentionMixin(LatentDiffusion):
         result = BoundedAttentionOutput(
             images, run.regions, torch.tensor(run.losses).view(-1, 2), run.interrupted
         )
-        if not return_dict:
-            return result.images, result.regions  # type: ignore[return-value]
-        return result
+        both: Any = (images, run.regions)
+        return result if return_dict else both
 
 
 class BoundedAttentionPipeline(BoundedAttentionMixin, StableDiffusionPipeline):
@@ -178,9 +186,12 @@ class _Run:
         boxes: Regions,
         layers: str | Sequence[str] | None,
         mask_layers: str | Sequence[str] | None,
+        callback: StepCallback,
     ) -> None:
-        self.pipe, self.guidance, self.method, self.boxes, self.regions = pipe, guidance, method, boxes, boxes
-        found = list(select_layers(find_unet(pipe), layers, guidance))  # type: ignore[arg-type]
+        self.pipe, self.guidance, self.method, self.callback = pipe, guidance, method, callback
+        self.boxes = self.regions = boxes
+        chooser: Any = guidance  # of the default layers, as a method is
+        found = list(select_layers(find_unet(pipe), layers, chooser))
         decoder = decoder_layers(found)
         if mask_layers is None and not decoder:
             raise ValueError(
@@ -194,7 +205,6 @@ class _Run:
             pipe, found, method=replace(method, optimized=True), regions=boxes, cross=True
         )
         self.predicting = self._reader()
-        self.told: tuple[Callable | None, Sequence[str]] = (None, ())
         self.losses: list[tuple[float, float]] = []
         self.interrupted = False
 
@@ -202,7 +212,7 @@ class _Run:
         self, latents: Tensor, scheduler: DDIMScheduler, conditions: tuple[Condition, Condition], scale: float
     ) -> Tensor:
         """The latents after the last timestep, or the last estimate of the clean ones where something ended it early."""
-        pipe, best, total, (callback, names) = self.pipe, latents, len(scheduler.timesteps), self.told
+        pipe, best, total = self.pipe, latents, len(scheduler.timesteps)
         condition, unconditional = conditions
         both = concatenate_conditions(unconditional, condition)
         pipe._interrupt, pipe._num_timesteps = False, total
@@ -217,9 +227,8 @@ class _Run:
                     stepped = scheduler.step(base + scale * (output - base), timestep, latents)
                     latents, best = stepped.prev_sample, stepped.pred_original_sample
                     bar.update()
-                    if callback is not None:
-                        returned = callback(pipe, step, timestep, {name: latents for name in names}) or {}
-                        latents = returned.get("latents", latents)
+                    changed = self.callback(pipe, step, timestep, latents)
+                    latents = latents if changed is None else changed
                     if pipe.interrupt and step + 1 < total:
                         self.interrupted = True
                         break

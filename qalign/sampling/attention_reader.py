@@ -54,7 +54,8 @@ class AttentionReader:
         self._found: dict[str, LayerFeatures] = {}
         self._reading = self._ending = False
         unet = find_unet(pipe)
-        chosen = list(select_layers(unet, layers, method or AttentionDistillation()))  # type: ignore[arg-type]
+        chooser: Any = method or AttentionDistillation()  # of the default layers
+        chosen = list(select_layers(unet, layers, chooser))
         self.layers = chosen + [name.removesuffix("attn1") + "attn2" for name in chosen if cross]
         edited = chosen if method is None else [*chosen, *select_layers(unet, None, method)]
         self._control = attach(unet, self, layout=BatchLayout("output"), layers=edited, regions=regions)

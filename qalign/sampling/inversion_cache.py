@@ -82,7 +82,8 @@ def digest(*parts: Any) -> str:
     whole = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
-            part = digest(dict(part.config), *_samples(part))  # type: ignore[arg-type]
+            config: Any = part.config
+            part = digest(dict(config), *_samples(part))
         elif isinstance(part, Tensor):
             part = hashlib.sha256(
                 f"{list(part.shape)}".encode() + part.detach().float().cpu().numpy().tobytes()

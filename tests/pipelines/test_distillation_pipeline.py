@@ -11,7 +11,7 @@ from qalign.context.regions import Regions
 from qalign.embedded.scenes import BACKGROUNDS, held_out_pairs, render
 from qalign.methods.attention_distillation import AttentionDistillation, Losses
 from qalign.pipelines import AppearanceTransferPipeline, AttentionDistillationPipeline
-from qalign.pipelines.attention_distillation import windows
+from qalign.pipelines.distillation_run import windows
 from qalign.sampling.attention_reader import AttentionReader, descend, frozen, gradient
 from tests.pipelines.transfers import pictures, seeded
 from tests.processors.models import embedded_pipe, make_pipe, pipe_of, quiet, self_attention
@@ -96,7 +96,7 @@ def test_gradient_checkpointing_changes_nothing():
         if checkpointed:
             pipe.unet.enable_gradient_checkpointing()
             pipe.unet.train()
-        null = {name: each.detach() for name, each in pipe.conditions("", 32, 32)[0].items()}
+        null_condition = {name: each.detach() for name, each in pipe.conditions("", 32, 32)[0].items()}
         latents = torch.randn(1, 4, 16, 16, generator=seeded()).requires_grad_()
         target = torch.randn(1, 4, 16, 16, generator=seeded(1))
         forwards = []
@@ -104,10 +104,11 @@ def test_gradient_checkpointing_changes_nothing():
         block.attn1.to_q.register_forward_hook(lambda *_, forwards=forwards: forwards.append(True))
         with frozen(pipe.unet), AttentionReader(pipe) as read:
             with torch.no_grad():
-                style = read(target, torch.tensor(301), null)
+                style = read(target, torch.tensor(301), null_condition)
             del forwards[:]
             (grad,) = torch.autograd.grad(
-                AttentionDistillation().loss(read(latents, torch.tensor(301), null), style).total, latents
+                AttentionDistillation().loss(read(latents, torch.tensor(301), null_condition), style).total,
+                latents,
             )
             assert len(forwards) == 1 + checkpointed
             saved = (
@@ -143,7 +144,7 @@ class Literal:
     def __init__(self, pipe, weight=0.2):
         self.pipe, self.weight, self.losses = pipe, weight, []
         self.layers = list(self_attention(pipe.unet, "up_blocks").values())[-6:]
-        self.null, self.unconditional = pipe.conditions("", 32, 32)  # of SDXL the latter is zeros
+        self.null_condition, self.unconditional = pipe.conditions("", 32, 32)  # of SDXL the latter is zeros
         self.alphas = pipe.scheduler.alphas_cumprod.double()
 
     def features(self, latents, timestep):
@@ -157,7 +158,7 @@ class Literal:
                     lambda _, x, key=(layer, "out"): kept.__setitem__(key, x[0])
                 )
             )
-        self.pipe.unet(latents, timestep, **self.null)
+        self.pipe.unet(latents, timestep, **self.null_condition)
         for hook in hooks:
             hook.remove()
         names = ("to_q", "to_k", "to_v", "out")
@@ -202,7 +203,7 @@ class Literal:
             with torch.no_grad():
                 base, epsilon = (
                     self.pipe.unet(latents, timestep, **each).sample
-                    for each in (self.unconditional, self.null)
+                    for each in (self.unconditional, self.null_condition)
                 )
                 epsilon = base + 7.5 * (epsilon - base)
             before, after = self.alphas[timestep], int(timestep) - 1000 // steps
@@ -320,15 +321,17 @@ def test_several_contents_are_as_many_calls(small):
 def test_the_loss_of_a_scene_falls():
     pipe, image = embedded(), scenes().image
     with torch.no_grad():
-        clean, null = pipe.encode(image), pipe.conditions("", 128, 128)[0]
+        clean, null_condition = pipe.encode(image), pipe.conditions("", 128, 128)[0]
     latents = clean[1:].clone().requires_grad_()
     adam, method = torch.optim.Adam([latents], lr=0.05), AttentionDistillation(content_weight=0.0)
     with frozen(pipe.unet), AttentionReader(pipe) as read:
         timestep = torch.tensor(301)
         with torch.no_grad():
-            style = read(clean[:1], timestep, null)
+            style = read(clean[:1], timestep, null_condition)
         losses = [
-            descend(latents, adam, lambda moved: method.loss(read(moved, timestep, null), style)).total.item()
+            descend(
+                latents, adam, lambda moved: method.loss(read(moved, timestep, null_condition), style)
+            ).total.item()
             for _ in range(20)
         ]
     assert losses[-1] < losses[0] / 2
@@ -355,11 +358,12 @@ def test_masks_of_a_scene_draw_object_from_object():
         pipe(style, content, **options).images,
         pipe(style, content, regions=regions, **options).images,
     )
-    timestep, null = torch.tensor(301), pipe.conditions("", 128, 128)[0]
+    timestep, null_condition = torch.tensor(301), pipe.conditions("", 128, 128)[0]
     with torch.no_grad(), AttentionReader(pipe) as read:
-        target = read(pipe.encode(style[None]), timestep, null)
+        target = read(pipe.encode(style[None]), timestep, null_condition)
         of_plain, of_masked = (
-            method.loss(read(each, timestep, null), target, regions=regions).total for each in (plain, masked)
+            method.loss(read(each, timestep, null_condition), target, regions=regions).total
+            for each in (plain, masked)
         )
     assert of_masked < of_plain
 
