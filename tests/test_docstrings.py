@@ -17,13 +17,10 @@ NOT_RUNNING_YET = (
     "qalign.pipelines.appearance_transfer",
     "qalign.pipelines.attention_distillation",
     "qalign.pipelines.base",
+    "qalign.pipelines.bounded_attention",
+    "qalign.pipelines.self_regions",
     "qalign.processors.attach",
     "qalign.processors.feature_bank",
-    "qalign.sampling.anchor_align",
-    "qalign.sampling.attention_reader",
-    "qalign.sampling.decoder_tuning",
-    "qalign.sampling.guidance",
-    "qalign.sampling.object_masks",
     "qalign_kernels._backends",
 )
 

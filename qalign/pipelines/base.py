@@ -8,7 +8,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import Tensor
 
-from ..sampling.inversion import Predict, require_finite
+from ..sampling.denoising import require_finite
+from ..sampling.inversion import Predict
 from ..sampling.inversion_cache import digest
 from .pictures import choose_size, to_tensors
 

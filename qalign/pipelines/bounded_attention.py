@@ -18,7 +18,7 @@ from ..methods.bounded import BoundedAttention
 from ..processors.attach import find_unet, select_layers
 from ..sampling.attention_reader import AttentionReader, frozen, gradient
 from ..sampling.bounded_guidance import BoundedGuidance, MaskRefiner
-from ..sampling.inversion import set_steps
+from ..sampling.denoising import set_steps
 from ..sampling.object_masks import noun_tokens
 from .base import (
     Condition,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..context.regions import Regions
-from ..sampling.object_masks import MapCollector, default_noun, noun_tokens, object_masks, object_regions
+from ..sampling.attention_maps import MapCollector
+from ..sampling.object_masks import default_noun, noun_tokens, object_masks, object_regions
 from .base import LatentDiffusion
 from .pair_inversion import ddim_scheduler
 from .transfer_inputs import stack_pictures

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..context.adain import adain as adain_latents
 from ..processors.attach import Control
+from ..sampling.attention_maps import MOST_TOKENS, MapCollector
+from ..sampling.denoising import denoise_step
 from ..sampling.guidance import swap_guided
-from ..sampling.inversion import denoise_step
-from ..sampling.object_masks import MOST_TOKENS, MapCollector, object_masks
+from ..sampling.object_masks import object_masks
 from .base import Condition, StepCallback
 
 

@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler
 from qalign import CrossImage, QAlign
 from qalign.pipelines import transfer_loop
 from qalign.pipelines.base import expand_condition
-from qalign.sampling.object_masks import MapCollector, noun_tokens, object_masks
+from qalign.sampling.attention_maps import MapCollector
+from qalign.sampling.object_masks import noun_tokens, object_masks
 from tests.pipelines.transfers import PIXELS, PROMPT, make, pictures, seeded, trajectory, transfer, watch
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from qalign import embedded
 from qalign.embedded import scenes
 from qalign.sampling import inversion
-from qalign.sampling.inversion import Inversion, denoise_step, invert_ddim, invert_ddpm, require_finite
+from qalign.sampling.denoising import denoise_step, require_finite
+from qalign.sampling.inversion import Inversion, invert_ddim, invert_ddpm
 from tests.processors.models import make_unet
 
 STEPS = 20
@@ -401,7 +402,7 @@ def test_wrong_files_are_refused_in_one_line(tmp_path) -> None:
             Inversion.load(tmp_path / name)
         assert "\n" not in str(raised.value)
     for absent in (tmp_path / "absent", tmp_path):
-        with pytest.raises(FileNotFoundError, match="which is not there"):
+        with pytest.raises(FileNotFoundError, match="which does not exist"):
             Inversion.load(absent)
 
 

@@ -5,8 +5,8 @@ import torch
 
 from qalign import BatchLayout, FeatureBank, StyleID, VisualStylePrompting, attach
 from qalign.pipelines import transfer_loop
+from qalign.sampling.denoising import denoise_step
 from qalign.sampling.guidance import early_scales, guidance_by_step
-from qalign.sampling.inversion import denoise_step
 from tests.pipelines.test_inversion import make_scheduler
 from tests.pipelines.transfers import pictures, trajectory, transfer, watch
 from tests.processors.models import PROMPTS, SIZE, make_pipe

@@ -13,9 +13,8 @@ pytest.importorskip("sklearn")
 from qalign import QAlign, attach  # noqa: E402
 from qalign.embedded import scenes  # noqa: E402
 from qalign.sampling import object_masks as masks  # noqa: E402
+from qalign.sampling.attention_maps import AttentionMaps, MapCollector  # noqa: E402
 from qalign.sampling.object_masks import (
-    AttentionMaps,
-    MapCollector,
     default_noun,
     noun_map,
     noun_tokens,
@@ -468,6 +467,6 @@ def test_whole_picture_where_no_cluster_passes_said_once(caplog) -> None:
             assert object_masks(maps, ()).all()
     assert [record.message.split("(")[1].split(")")[0] for record in caplog.records] == [
         "no cluster of tokens attends enough to it",
-        "no word of the prompt names it",
+        "the prompt has no word for it",
     ]
     assert object_masks(maps, (), size=(3, 5)).shape == (2, 3, 5)

@@ -9,7 +9,8 @@ pytest.importorskip("sklearn")
 from qalign import AppearanceTransferPipeline, Regions  # noqa: E402
 from qalign.embedded.scenes import BACKGROUNDS, held_out_pairs, render, token_labels  # noqa: E402
 from qalign.pipelines import self_regions  # noqa: E402
-from qalign.sampling.object_masks import MapCollector, noun_map, noun_tokens, object_regions, segment  # noqa: E402
+from qalign.sampling.attention_maps import MapCollector  # noqa: E402
+from qalign.sampling.object_masks import noun_map, noun_tokens, object_regions, segment  # noqa: E402
 from tests.pipelines.transfers import PROMPT, pictures, seeded, transfer  # noqa: E402
 from tests.processors.models import embedded_pipe
 
