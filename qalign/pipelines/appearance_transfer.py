@@ -1,4 +1,4 @@
-"""Appearance transfer: a picture in the appearance of one and the structure of another, from noise that inversion finds for both."""
+"""Appearance transfer: a picture with the appearance of one picture and the structure of another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,13 +36,15 @@ _QALIGN = QAlign()
 
 @dataclass
 class AppearanceTransferOutput(BaseOutput):
-    """What an appearance transfer made.
+    """Hold the result of an appearance transfer.
 
     Attributes:
-        images: one for each structure: a list of PIL images, an array [n, H, W, 3] or a tensor [n, C, h, w], as `output_type` says.
-        reconstructions: of the appearance and of the structures, in the same form: what inversion and denoising alone make of them.
-        masks: bool [1 + n, h, w], the object in appearance and structures, as AdaIN used it; None without masked AdaIN.
-        regions: those that the method had, given or found; None without.
+        images: one for each structure, as `output_type` says: a list of PIL images, an array [n, H, W, 3]
+            or a tensor [n, C, h, w].
+        reconstructions: the appearance and the structures after inversion and denoising, in the same form.
+        masks: bool [1 + n, h, w], the object in appearance and structures, as AdaIN used it. None without
+            masked AdaIN.
+        regions: the regions of the method, given or computed. None is none.
     """
 
     images: Any
@@ -52,7 +54,7 @@ class AppearanceTransferOutput(BaseOutput):
 
 
 class AppearanceTransfer(PairInversion, SelfRegions):
-    """Appearance transfer as a mixin before a Stable Diffusion pipeline, whose components and conditioning it uses."""
+    """Appearance transfer as a mixin before a Stable Diffusion pipeline."""
 
     @classmethod
     def _kinds(cls) -> tuple[Any, Any]:
@@ -70,24 +72,44 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         layers: str | Sequence[str] | None = None,
         bank: FeatureBank | None = None,
     ) -> Method:
-        """The method, reading the features of the appearance's clean latents at each timestep in place of those of its row.
+        """Bind a method to features of the appearance without noise.
 
-        >>> known = pipe.invert(appearance, structure, prompt)
-        >>> image = pipe(None, None, prompt, method=pipe.noise_free(SeAl(), known, prompt), inversion=known).images[0]
+        At each timestep the appearance's clean latents go through the UNet, and the method then reads these
+        features in place of those of the appearance's row.
 
         Args:
-            method: such as `SeAl()`, whose cache this is, or its name.
-            inversion: of the call that follows.
-            prompt, skip, edit_steps, layers: as `__call__`, and the same there.
-            bank: where the features are kept, `FeatureBank("appearance", ...)`, cleared before; None: on the device.
+            method: a method such as `SeAl()`, whose feature cache this is, or its name.
+            inversion: from `invert`. Give the same one to the call that follows.
+            prompt: as in that call.
+            skip: as in that call.
+            edit_steps: as in that call.
+            layers: as in that call.
+            bank: a `FeatureBank("appearance", ...)` for the features. It is cleared first. None makes one
+                in the memory of the device.
+
+        Returns:
+            a method for `pipe(..., method=..., inversion=inversion)`.
+
+        Raises:
+            ValueError: `method` is None, or `bank` is for other roles.
+
+        Example:
+            >>> from qalign import AppearanceTransferPipeline, SeAl
+            >>> pipe = AppearanceTransferPipeline.from_pipe(pipe)
+            >>> known = pipe.invert(appearance, structure, prompt, num_inference_steps=50)
+            >>> method = pipe.noise_free(SeAl(), known, prompt)
+            >>> pipe(None, None, prompt, method=method, inversion=known, output_type="pt").images.shape
+            torch.Size([1, 3, 32, 32])
+
+        Notes:
+            `FeatureBank.size_in_bytes` says what the features take.
 
         Source: SeAl (CVPR 2026); see `FeatureBank.record_clean`.
         """
         found, bank = find_method(method), FeatureBank("appearance") if bank is None else bank
         if found is None or bank.roles != ("appearance",):
-            raise ValueError(
-                f"method, bank: expected a method and a bank of the appearance, got {method!r}, {bank.roles!r}"
-            )
+            expected = "a method and a bank of the appearance"
+            raise ValueError(f"method, bank: expected {expected}, got {method!r}, {bank.roles!r}")
         bank.clear()
         clean, skipped = inversion.latents[-1, :1], count_skipped(skip, len(inversion.timesteps))
         condition = self.conditions(prompt, *self._size(clean))[0]
@@ -128,48 +150,79 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> AppearanceTransferOutput:
-        """Give each structure the appearance.
+        """Give each structure the appearance of a picture.
 
-        >>> image = pipe(appearance, structure, "a photo of a zebra", method=QAlign()).images[0]
-
-        All pictures are inverted with guidance by the prompt. Then, from the step that `skip` says, they are denoised together with one
-        output for each structure, which starts as the structure: without classifier-free guidance, in one UNet call a step over the rows
-        [outputs, outputs without the edit, appearance, structures]. As published: 100 steps, of which 68 run; fractions are of these.
+        All pictures are inverted with the prompt. The output begins as its structure, at the step that
+        `skip` selects. Then the rows [outputs, outputs without the edit, appearance, structures] are
+        denoised together, in one UNet call a step, without classifier-free guidance. The fractions
+        `edit_steps`, `guidance_start` and `adain_start` are of the steps that run; as published 68 of 100.
 
         Args:
-            appearance: one picture: PIL, tensor [3, H, W] or array [H, W, 3], floats in [0, 1] or bytes.
-            structure: one or several.
-            prompt: what all of them show.
-            method: such as `QAlign()`, or its name in `qalign.methods.METHODS`; None edits nothing.
-            num_inference_steps: of the inversion.
-            skip: the fraction of these that is left out at the noisy end; more keeps more of the structure.
-            inversion: "ddpm", edit-friendly; "ddim", deterministic; or what `invert` returned for these pictures, which then need not be
-                given and whose number of steps counts.
-            inversion_guidance_scale: of the prompt against the empty one, at the inversion only.
-            swap_guidance_scale: γ of plain + γ (edited - plain), falling to its half; 1 or less is none and saves the rows without edit.
-            edit_steps: (start, stop), when the method edits; None is the method's own, or else Cross-Image's (11 / 68, 1). A method's own
-                structure steps are counted from the first executed step.
-            guidance_start: where swap guidance begins.
-            adain: "masked", as published for Cross-Image: the output's latents take the statistics of the appearance's object inside the
-                structure's; "whole": without masks; None: not at all.
-            adain_start: where that begins, and the step whose attention maps make the masks.
-            noun: the word of the prompt that is the object; None is a guess by its grammar. See `qalign.sampling.object_masks.noun_tokens`.
-            freeu: `qalign.sampling.freeu` throughout. The official FreeU is `enable_freeu`.
-            layers: as `attach`.
-            regions: as `attach`; or "self", those of `self_regions`, for one structure.
-            cache: a folder for inversions, one file each for a picture with its settings and noise.
-            height, width: in pixels, multiples of 8; None is the first structure's. Pictures of another size are scaled to cover this one,
-                and their middle is taken.
-            generator: of the inversion's noise: one, from which all structures take the same, so that a structure's result does not depend
-                on the others; or one for each of [appearance, structures...]. None is new noise, unless any is cached.
+            appearance: one picture: PIL, a tensor [3, H, W] or an array [H, W, 3], floats in [0, 1] or
+                bytes. Ignored with a given `inversion`.
+            structure: one or several pictures. Ignored with a given `inversion`.
+            prompt: what all of the pictures show.
+            method: a method such as `QAlign()`, or its name in `qalign.pipelines.METHODS`. None edits
+                nothing.
+            num_inference_steps: steps of the inversion. Ignored with a given `inversion`.
+            skip: the fraction of the steps that is left out at the noisy end. A larger value keeps more of
+                the structure.
+            inversion: "ddpm" is edit-friendly, "ddim" is deterministic. Or what `invert` returned for these
+                pictures.
+            inversion_guidance_scale: of classifier-free guidance in the inversion.
+            swap_guidance_scale: γ of plain + γ (edited - plain), at the start; it falls to half of that. 1
+                or less is no guidance and saves the rows without the edit.
+            edit_steps: (start, stop) of the method. None is the method's own default, or else Cross-Image's
+                (11 / 68, 1). A method that reads the structure in some steps counts them from the first
+                step that runs.
+            guidance_start: the fraction at which swap guidance begins.
+            adain: "masked" gives the output's latents the statistics of the appearance's object inside the
+                structure's object, as published for Cross-Image. "whole" works without masks. None is no
+                AdaIN.
+            adain_start: the fraction at which AdaIN begins. The masks are made of that step's attention.
+            noun: the word of the prompt for the object. None guesses it with
+                `qalign.sampling.object_masks.default_noun`.
+            freeu: run Cross-Image's FreeU, `qalign.sampling.freeu`, in inversion and denoising. The
+                official FreeU is `pipe.enable_freeu`.
+            layers: layers of the method, as `attach` takes them. None is the method's own choice.
+            regions: label maps, as `attach` takes them. "self" computes those of `self_regions`, for one
+                structure. None is none.
+            cache: a folder for inversions, one file for each picture with its settings and noise. None
+                keeps none.
+            height: of the result in pixels, a multiple of 8. None is the first structure's. Pictures of
+                other sizes are scaled to cover the result, and their middle is cut out.
+            width: the same across.
+            generator: of the inversion's noise. One generator gives all structures the same noise, so a
+                result does not depend on the other structures. A list has one for each of [appearance,
+                structures...]. None draws new noise, unless the cache has the pictures.
             output_type: "pil", "np", "pt" or "latent".
-            return_dict: False: the tuple (images, reconstructions); type checkers see the output class.
-            callback_on_step_end: called with (pipe, i, timestep, {"latents": float32 [outputs, appearance, structures]}) after each step; the
-                latents it returns replace them. `pipe._interrupt = True` ends the loop.
+            return_dict: False returns the tuple (images, reconstructions).
+            callback_on_step_end: called after each step with (pipe, i, timestep, {"latents": latents}),
+                float32 latents of [outputs, appearance, structures]. Latents in the returned dict replace
+                them. `pipe._interrupt = True` ends the loop.
+            callback_on_step_end_tensor_inputs: ("latents",) or ().
+
+        Returns:
+            an `AppearanceTransferOutput`.
 
         Raises:
-            TypeError, ValueError: a bad argument, named. FloatingPointError: NaN or infinity in latents or predictions.
-        Source: Cross-Image attention, arXiv 2311.03335; Q-Align, arXiv 2508.21090; inversion, arXiv 2304.06140.
+            TypeError: an argument is of the wrong type; the message names it.
+            ValueError: an argument is invalid; the message names it.
+            FloatingPointError: latents or predictions are NaN or infinite.
+
+        Example:
+            >>> from qalign import AppearanceTransferPipeline, QAlign
+            >>> pipe = AppearanceTransferPipeline.from_pipe(pipe)
+            >>> result = pipe(appearance, structure, prompt, method=QAlign(), num_inference_steps=50)
+            >>> result.images[0].size, len(result.reconstructions)
+            ((32, 32), 2)
+
+        Notes:
+            Latents are float32 whatever the dtype of the UNet. A batch has 2n + 1 rows for n structures,
+            and 3n + 1 with swap guidance. The result is deterministic for a given generator.
+
+        Source: Cross-Image attention, arXiv 2311.03335; Q-Align, arXiv 2508.21090; inversion, arXiv
+            2304.06140.
         """
         method = find_method(method)
         check_options(adain, edit_steps, output_type, callback_on_step_end_tensor_inputs)
@@ -239,15 +292,23 @@ class AppearanceTransfer(PairInversion, SelfRegions):
 
 
 class AppearanceTransferPipeline(AppearanceTransfer, StableDiffusionPipeline):
-    """Appearance transfer on Stable Diffusion. Make it by `from_pipe`, which takes SDXL too, or by `embedded`; call it as it is.
+    """Transfer appearance with Stable Diffusion.
 
-    >>> pipe = AppearanceTransferPipeline.embedded()
-    >>> image = pipe(appearance, structure, "a quadruped").images[0]
+    `from_pipe` makes one of any pipeline of Stable Diffusion or SDXL, `embedded` makes one on the small
+    model of this package. `__call__` transfers, `invert` inverts once for several calls, `self_regions`
+    segments.
+
+    Example:
+        >>> from qalign import AppearanceTransferPipeline
+        >>> pipe = AppearanceTransferPipeline.from_pipe(pipe)
+        >>> image = pipe(appearance, structure, prompt, num_inference_steps=50).images[0]
+        >>> image.size
+        (32, 32)
     """
 
 
 class AppearanceTransferXLPipeline(XLConditions, AppearanceTransfer, StableDiffusionXLPipeline):
-    """`AppearanceTransferPipeline` on Stable Diffusion XL."""
+    """Transfer appearance with Stable Diffusion XL. `AppearanceTransferPipeline.from_pipe` makes one."""
 
 
 def _layout(outputs: int, guided: bool) -> BatchLayout:

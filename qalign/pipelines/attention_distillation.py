@@ -1,4 +1,7 @@
-"""Attention distillation: a picture whose self-attention draws from a style, by optimising latents or while sampling them."""
+"""Attention distillation: pictures and textures whose self-attention reads from a style.
+
+`__call__` and `expand` have the parameters of a pipeline of diffusers, which are more than twelve.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,13 +38,15 @@ INITIAL = ("content", "noise")
 
 @dataclass
 class AttentionDistillationOutput(BaseOutput):
-    """What attention distillation made.
+    """Hold the result of attention distillation.
 
     Attributes:
-        images: PIL images, an array [n, H, W, 3] or a tensor [n, C, h, w], as `output_type` says.
+        images: one for each content, as `output_type` says: PIL images, an array [n, H, W, 3] or a tensor
+            [n, C, h, w].
         losses: float32 [iterations, 3], (total, distillation, content) before each iteration.
-        interrupted: whether Ctrl-C or `pipe._interrupt` ended it early; images are then the best there was, decoded by the stock decoder.
-        decoder_losses: float32 [tune_decoder], of the decoder before each iteration of its tuning.
+        interrupted: whether Ctrl-C or `pipe._interrupt` ended the run early. The images are then the best
+            so far, decoded by the stock decoder.
+        decoder_losses: float32 [tune_decoder], the loss before each iteration of the decoder's tuning.
     """
 
     images: Any
@@ -51,7 +56,7 @@ class AttentionDistillationOutput(BaseOutput):
 
 
 class AttentionDistillationMixin(LatentDiffusion):
-    """Attention distillation before a Stable Diffusion pipeline, whose components and conditioning it uses."""
+    """Attention distillation as a mixin before a Stable Diffusion pipeline."""
 
     @classmethod
     def _kinds(cls) -> tuple[Any, Any]:
@@ -84,44 +89,67 @@ class AttentionDistillationMixin(LatentDiffusion):
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> AttentionDistillationOutput:
-        """Give the content, or a new picture, the style's textures and colours.
+        """Give a content, or a new picture, the textures and colours of a style.
 
-        >>> image = pipe(style, content).images[0]
-        >>> texture = pipe(style, regions=Regions(appearance=its_labels, structure=labels), num_inference_steps=300).images[0]
-
-        "optimise": clean latents descend the loss by one Adam, while the timestep that their features are read at walks down the schedule.
-        "sample": after each step of DDIM the latents take the noised style's statistics, and descend the loss by an Adam that is new every time,
-        the features of style and content being of noised latents. Features are always read without a prompt and without guidance.
+        "optimise": clean latents descend the loss with one Adam. The timestep at which their features are
+        read walks down the schedule.
+        "sample": after each step of DDIM the latents take the statistics of the noised style, then descend
+        the loss with a new Adam. The features of style and content are of noised latents.
+        The features are read without prompt and guidance in both modes.
 
         Args:
-            style: one picture or several: PIL, tensor [3, H, W] or array [H, W, 3], floats in [0, 1] or bytes.
-            content: what to keep, one output for each; None is one output that keeps nothing.
-            prompt: of "sample"'s own steps.
+            style: one picture or several: PIL, a tensor [3, H, W] or an array [H, W, 3], floats in [0, 1]
+                or bytes.
+            content: the pictures to keep, with one output for each. None makes one output and keeps
+                nothing.
+            prompt: of the steps of "sample".
             mode: "optimise" or "sample".
             method: the losses and their weights.
-            num_inference_steps: of the schedule; None is 200 ("optimise"), 50 ("sample").
-            iterations: of the descent at each step; None is 1, 2.
-            learning_rate: of Adam; None is 0.05, 0.015.
-            guidance_scale: of "sample"'s prompt against the empty one.
-            adain: of "sample": whether the latents take the style's statistics.
-            initial: of "optimise": "content", or "noise" as without any.
-            anneal: of "optimise": whether the rate falls linearly to 0, which leaves less of Adam's noise in the picture; not published.
-            layers: as `attach`; None is the last six of the decoder.
-            regions: label maps, `appearance` of the one style, `structure` of the output.
-            tune_decoder: iterations that tune the decoder to the styles before it decodes the output; published are 75. See `tuned_decoder`.
-            height, width: of the output in pixels, multiples of 8; None is the content's, or else that of its labels at the scale of the
-                style's, or else the style's. Styles keep the size of the first.
-            generator: of all noise.
+            num_inference_steps: of the schedule. None is 200 for "optimise" and 50 for "sample".
+            iterations: of the descent at each step. None is 1 for "optimise" and 2 for "sample".
+            learning_rate: of Adam. None is 0.05 for "optimise" and 0.015 for "sample".
+            guidance_scale: of classifier-free guidance in "sample".
+            adain: whether the latents of "sample" take the statistics of the style.
+            initial: where "optimise" begins: at the "content", or at "noise" as it does without content.
+            anneal: whether the rate of "optimise" falls linearly to 0, which leaves less noise of Adam in
+                the picture. Not published.
+            layers: of the loss, as `attach` takes them. None is the last six of the decoder.
+            regions: label maps: `appearance` of the one style, `structure` of the output. None is none.
+            tune_decoder: iterations of `tuned_decoder` on the styles before the output is decoded. 0 keeps
+                the stock decoder; published are 75.
+            height: of the output in pixels, a multiple of 8. None is the content's. Without content it is
+                that of the output's labels at the scale of the style's, or else the style's. Styles keep
+                the size of the first one.
+            width: the same across.
+            generator: of all noise. None is torch's own.
             output_type: "pil", "np", "pt" or "latent".
-            return_dict: False: the tuple (images, losses); type checkers see the output class.
-            callback_on_step_end: called with (pipe, i, timestep, {"latents": float32 [n, C, h, w]}) after each step; the latents it returns
-                replace them. `pipe._interrupt = True` ends the loop.
+            return_dict: False returns the tuple (images, losses).
+            callback_on_step_end: called after each step with (pipe, i, timestep, {"latents": latents}),
+                float32 [n, C, h, w]. Latents in the returned dict replace them. `pipe._interrupt = True`
+                ends the loop.
+            callback_on_step_end_tensor_inputs: ("latents",) or ().
 
-        Ctrl-C ends it too: images are then the latents of the lowest loss ("optimise") or the last estimate of the clean ones ("sample"). Latents,
-        loss and Adam are float32 whatever the dtype of the UNet.
+        Returns:
+            an `AttentionDistillationOutput`.
 
         Raises:
-            TypeError, ValueError: a bad argument, named. FloatingPointError: NaN or infinity in latents, predictions or gradients.
+            TypeError: an argument is of the wrong type; the message names it.
+            ValueError: an argument is invalid; the message names it.
+            FloatingPointError: latents, predictions or gradients are NaN or infinite.
+
+        Example:
+            >>> from qalign import AttentionDistillationPipeline
+            >>> pipe = AttentionDistillationPipeline.from_pipe(pipe)
+            >>> result = pipe(appearance, structure, num_inference_steps=200, output_type="pt")
+            >>> result.images.shape, result.losses.shape
+            (torch.Size([1, 3, 32, 32]), torch.Size([2, 3]))
+
+        Notes:
+            Latents, loss and Adam are float32 whatever the dtype of the UNet. Memory is that of a backward
+            pass through the UNet down to the last layer of the loss;
+            `pipe.unet.enable_gradient_checkpointing()` saves most of it. After Ctrl-C the result has the
+            latents of the lowest loss ("optimise") or the last estimate of the clean latents ("sample").
+
         Source: Attention Distillation, arXiv 2502.20235.
         """
         if mode not in MODES:
@@ -186,23 +214,54 @@ class AttentionDistillationMixin(LatentDiffusion):
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> AttentionDistillationOutput:
-        """A texture of any size: "sample" without prompt and AdaIN, in overlapping windows whose latents are averaged after each step.
+        """Expand a texture to any size.
 
-        >>> image = pipe.expand(texture, 256, 768).images[0]
-        >>> image = pipe.expand(texture, 256, 768, regions=Regions(appearance=its_labels, structure=labels_of_the_output)).images[0]
+        This is mode "sample" without prompt and AdaIN, in overlapping windows. Their latents are averaged
+        after each step.
 
         Args:
             style: the texture, one picture or several.
-            height, width: of the output in pixels, multiples of 8.
-            num_inference_steps, iterations, learning_rate: as `__call__`; None is 50, 3 and 0.05.
-            window: the side of a window, in latents; None is the model's own size.
-            stride: from one window to the next, in latents; None is half a window. As published it is an eighth.
+            height: of the output in pixels, a multiple of 8.
+            width: the same across.
+            method: the losses and their weights.
+            num_inference_steps: of the schedule. None is 50.
+            iterations: of the descent at each step. None is 3.
+            learning_rate: of Adam. None is 0.05.
+            window: the side of a window, in latents. None is the model's own size.
+            stride: from one window to the next, in latents. None is half a window; published is an eighth.
             batch_size: windows in one call of the UNet.
-            regions: label maps, `appearance` of the one style, `structure` of the whole output. A window sees the style's tokens of the labels
-                in it.
+            layers: of the loss, as `attach` takes them. None is the last six of the decoder.
+            regions: label maps: `appearance` of the one style, `structure` of the whole output. A window
+                reads the style's tokens of the labels in it. None is none.
+            tune_decoder: iterations of `tuned_decoder` on the styles before the output is decoded. 0 keeps
+                the stock decoder.
+            generator: of all noise. None is torch's own.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: False returns the tuple (images, losses).
+            callback_on_step_end: called after each step with (pipe, i, timestep, {"latents": latents}),
+                float32 [n, C, h, w]. Latents in the returned dict replace them. `pipe._interrupt = True`
+                ends the loop.
+            callback_on_step_end_tensor_inputs: ("latents",) or ().
 
-        Other arguments as `__call__`. Memory grows with `batch_size` and hardly with the size. Source: arXiv 2502.20235; windows: MultiDiffusion,
-        arXiv 2302.08113.
+        Returns:
+            an `AttentionDistillationOutput` with one image.
+
+        Raises:
+            TypeError: an argument is of the wrong type; the message names it.
+            ValueError: an argument is invalid; the message names it.
+            FloatingPointError: latents, predictions or gradients are NaN or infinite.
+
+        Example:
+            >>> from qalign import AttentionDistillationPipeline
+            >>> pipe = AttentionDistillationPipeline.from_pipe(pipe)
+            >>> result = pipe.expand(appearance, 32, 64, num_inference_steps=50, output_type="pt")
+            >>> result.images.shape
+            torch.Size([1, 3, 32, 64])
+
+        Notes:
+            Memory grows with `batch_size`, and hardly with the size of the output.
+
+        Source: Attention Distillation, arXiv 2502.20235; windows, MultiDiffusion, arXiv 2302.08113.
         """
         settings = choose_settings(TEXTURE, num_inference_steps, iterations, learning_rate)
         _check(method, tune_decoder, output_type, callback_on_step_end_tensor_inputs)
@@ -239,7 +298,7 @@ class AttentionDistillationMixin(LatentDiffusion):
     def _check_labels(
         self: Any, regions: Regions | None, of_style: tuple[int, int], size: tuple[int, int]
     ) -> None:
-        """Label maps fit pictures of these sizes, (height, width) in pixels."""
+        """Check that label maps fit pictures of these sizes, (height, width) in pixels."""
         if regions is not None:
             for name, labels, sides in (
                 ("style", regions.appearance, of_style),
@@ -264,7 +323,7 @@ class AttentionDistillationMixin(LatentDiffusion):
     def _decode_tuned(
         self: Any, run: Run, latents: Tensor, pictures: Tensor, iterations: int
     ) -> tuple[Tensor, list[float]]:
-        """Pictures of latents, and the losses of the tuning. An interrupt of the tuning leaves the stock decoder."""
+        """Pictures of latents, and the losses of the tuning. After Ctrl-C the decoder is stock."""
         if iterations:
             try:
                 with tuned_decoder(self, pictures, iterations=iterations) as losses:
@@ -275,15 +334,22 @@ class AttentionDistillationMixin(LatentDiffusion):
 
 
 class AttentionDistillationPipeline(AttentionDistillationMixin, StableDiffusionPipeline):
-    """Attention distillation on Stable Diffusion. Make it by `from_pipe`, which takes SDXL too, or by `embedded`; call it as it is.
+    """Distil the attention of a style with Stable Diffusion.
 
-    >>> pipe = AttentionDistillationPipeline.embedded()
-    >>> image = pipe(style, content).images[0]
+    `from_pipe` makes one of any pipeline of Stable Diffusion or SDXL, `embedded` makes one on the small
+    model of this package. `__call__` makes pictures, `expand` makes textures.
+
+    Example:
+        >>> from qalign import AttentionDistillationPipeline
+        >>> pipe = AttentionDistillationPipeline.from_pipe(pipe)
+        >>> image = pipe(appearance, structure, num_inference_steps=200).images[0]
+        >>> image.size
+        (32, 32)
     """
 
 
 class AttentionDistillationXLPipeline(XLConditions, AttentionDistillationMixin, StableDiffusionXLPipeline):
-    """`AttentionDistillationPipeline` on Stable Diffusion XL."""
+    """Distil attention with Stable Diffusion XL. `AttentionDistillationPipeline.from_pipe` makes one."""
 
 
 def _styles(style: Any, regions: Regions | None) -> list[Tensor]:
@@ -294,7 +360,7 @@ def _styles(style: Any, regions: Regions | None) -> list[Tensor]:
 
 
 def _labelled_size(regions: Regions, of_style: tuple[int, int]) -> tuple[int | None, int | None]:
-    """(height, width) in pixels of the output whose labels are as fine as the style's."""
+    """(height, width) in pixels of an output whose labels are as fine as the style's."""
     labels, own = regions.appearance, regions.structure
     if not isinstance(labels, Tensor) or not isinstance(own, Tensor):
         return None, None

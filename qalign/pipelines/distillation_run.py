@@ -1,4 +1,4 @@
-"""The descent of attention distillation: its settings, and the three ways latents take through the timesteps."""
+"""Runs of attention distillation: their settings, and the three ways of latents through the timesteps."""
 
 import functools
 from abc import ABC, abstractmethod

@@ -35,7 +35,45 @@ class PairInversion(LatentDiffusion):
         width: int | None = None,
         generator: Generators = None,
     ) -> Inversion:
-        """The inversion of [appearance, structures...], which several calls with the same pictures may share. Arguments as `__call__`."""
+        """Invert an appearance and its structures, once for several transfers of the same pictures.
+
+        Args:
+            appearance: one picture: PIL, a tensor [3, H, W] or an array [H, W, 3], floats in [0, 1] or
+                bytes.
+            structure: one or several pictures.
+            prompt: what all of the pictures show.
+            num_inference_steps: T.
+            inversion: "ddpm" is edit-friendly, "ddim" is deterministic.
+            inversion_guidance_scale: of classifier-free guidance.
+            freeu: run Cross-Image's FreeU, `qalign.sampling.freeu`.
+            cache: a folder for inversions, one file for each picture with its settings and noise. None
+                keeps none.
+            height: of the pictures in pixels, a multiple of 8. None is the first structure's. Pictures of
+                other sizes are scaled to cover it, and their middle is cut out.
+            width: the same across.
+            generator: of the noise: one, or a list with one for each of [appearance, structures...]. None
+                draws new noise, unless the cache has the pictures.
+
+        Returns:
+            an `Inversion` with rows [appearance, structures...].
+
+        Raises:
+            TypeError: an argument is of the wrong type; the message names it.
+            ValueError: an argument is invalid; the message names it.
+            FloatingPointError: latents or predictions are NaN or infinite.
+
+        Example:
+            >>> from qalign import AppearanceTransferPipeline
+            >>> pipe = AppearanceTransferPipeline.from_pipe(pipe)
+            >>> pipe.invert(appearance, structure, prompt, num_inference_steps=2).latents.shape
+            torch.Size([3, 2, 4, 16, 16])
+
+        Notes:
+            One generator gives all structures the same noise. The result is deterministic for a given
+            generator.
+
+        Source: "ddpm", arXiv 2304.06140; "ddim", arXiv 2010.02502.
+        """
         return self._invert(
             stack_pictures(appearance, structure, height, width),
             prompt,
@@ -83,10 +121,8 @@ class PairInversion(LatentDiffusion):
                 options: dict[str, Any] = {"steps": num_inference_steps, "progress": bar.update}
                 if inversion == "ddim":
                     return invert_ddim(predict, scheduler, clean[rows], **options)
-                options |= {
-                    "generator": [generators[row] for row in rows],
-                    "batch_size": 3 * len(pictures) - 2,
-                }  # as many rows as denoising has
+                options["generator"] = [generators[row] for row in rows]
+                options["batch_size"] = 3 * len(pictures) - 2  # the number of rows in denoising
                 return invert_ddpm(predict, scheduler, clean[rows], **options)
 
         inverted = InversionCache(cache).fill(keys, make)
@@ -98,12 +134,11 @@ class PairInversion(LatentDiffusion):
 
 
 def ddim_scheduler(scheduler: Any, timesteps: Tensor | None = None) -> DDIMScheduler:
-    """A DDIMScheduler with the noise levels of the pipeline's own, which stays as it is; set to `timesteps`."""
+    """A DDIMScheduler with the noise levels of `scheduler`, set to `timesteps` if they are given."""
     ddim = DDIMScheduler.from_config(scheduler.config)
     if timesteps is not None:
         ddim.set_timesteps(len(timesteps))
         if not torch.equal(ddim.timesteps, timesteps):
-            raise ValueError(
-                f"inversion: expected the {len(timesteps)} timesteps of this pipeline's scheduler, got those of another"
-            )
+            expected = f"the {len(timesteps)} timesteps of this pipeline's scheduler"
+            raise ValueError(f"inversion: expected {expected}, got those of another")
     return ddim

@@ -30,20 +30,41 @@ class SelfRegions(LatentDiffusion):
         height: int | None = None,
         width: int | None = None,
     ) -> Regions:
-        """Object and background of two pictures, from the UNet's own attention: label maps of 1 and 0 on the latents' grid.
+        """Segment two pictures into object and background by the UNet's own attention.
 
-        >>> with attach(pipe, QAlign(), regions=pipe.self_regions(appearance, structure, "a photo of a zebra")):
-        ...     images = pipe([prompt] * 3, latents=latents).images
+        Both latents are noised to three timesteps, with the same noise in every call. Attention maps are
+        averaged over timesteps, layers and heads. k-means with k = 5 on the rows of the self-attention
+        clusters the tokens of each picture. A cluster is object if the prompt's noun scores above 0.35 in
+        it. The noun is what corresponds between the pictures; parts within the object have no common name.
 
-        Both latents are noised to three timesteps, with the same noise in every call. Over these, layers and heads attention maps are averaged;
-        k-means with k = 5 on the rows of the self-attention clusters each picture's tokens, and a cluster is object where the prompt's noun is
-        attended with a score above 0.35. That name is what corresponds between the pictures: clusters within the object have none that they share.
-        Where a picture has no cluster of the object, or no other one, nothing is restricted: both maps are 0.
+        Args:
+            appearance: one picture, as in `__call__`.
+            structure: one picture.
+            prompt: what both pictures show.
+            noun: the word of the prompt for the object. None guesses it.
+            height: in pixels, a multiple of 8. None is the structure's.
+            width: the same across.
 
-        Arguments as `__call__`, with one structure.
+        Returns:
+            label maps on the latents' grid: 1 is the object, 0 the background. Both maps are 0, which
+            restricts nothing, if a picture has no cluster of the object or no other one.
 
         Raises:
-            ValueError: as `__call__`, or the prompt names no object.
+            TypeError: a picture is of the wrong type.
+            ValueError: an argument is invalid, or the prompt names no object.
+
+        Example:
+            >>> from qalign import AppearanceTransferPipeline, QAlign, attach
+            >>> tool = AppearanceTransferPipeline.from_pipe(pipe)
+            >>> regions = tool.self_regions(appearance, structure, prompt)
+            >>> regions.structure.shape
+            torch.Size([16, 16])
+            >>> with attach(pipe, QAlign(), regions=regions):
+            ...     images = pipe([prompt] * 3, latents=latents, num_inference_steps=50).images
+
+        Notes:
+            The result is deterministic. k-means needs scikit-learn.
+
         Source: self-segmentation, arXiv 2303.11306, which averages over the steps of a generation.
         """
         pictures = stack_pictures(appearance, structure, height, width)
@@ -62,9 +83,8 @@ class SelfRegions(LatentDiffusion):
             raise ValueError(f"regions: expected one structure with {SELF!r}, got {structures}")
         places = self._noun_tokens(prompt, noun)
         if not places:
-            raise ValueError(
-                f"noun: expected a word of the prompt with regions={SELF!r}, got none, and the prompt {prompt!r}"
-            )
+            got = f"none, and the prompt {prompt!r}"
+            raise ValueError(f"noun: expected a word of the prompt with regions={SELF!r}, got {got}")
         return places
 
     def _segment(self: Any, clean: Tensor, prompt: str, places: tuple[int, ...]) -> Regions:

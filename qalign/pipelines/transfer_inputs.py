@@ -29,9 +29,8 @@ def check_options(
     if adain not in ADAIN:
         raise ValueError(f"adain: expected 'masked', 'whole' or None, got {adain!r}")
     if edit_steps is not None and not (len(edit_steps) == 2 and 0 <= edit_steps[0] < edit_steps[1] <= 1):
-        raise ValueError(
-            f"edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got {edit_steps!r}"
-        )
+        expected = "None or fractions (start, stop) with 0 <= start < stop <= 1"
+        raise ValueError(f"edit_steps: expected {expected}, got {edit_steps!r}")
     check_output(output_type, names)
 
 
@@ -50,7 +49,24 @@ def active_steps(method: Method, edit_steps: tuple[float, float] | None) -> tupl
 
 
 def edited_steps(method: Method, num_inference_steps: int, *, skip: float = 0.32) -> list[int]:
-    """The steps of a transfer, counted from the first that `skip` leaves, at which `method` edits and reads the appearance."""
+    """List the steps of a transfer at which a method edits and reads the appearance.
+
+    Args:
+        method: any method, with its own default steps.
+        num_inference_steps: of the inversion.
+        skip: the fraction of these that is left out.
+
+    Returns:
+        the steps, counted from the first one that runs.
+
+    Raises:
+        ValueError: `skip` leaves no step.
+
+    Example:
+        >>> from qalign import CrossImage
+        >>> edited_steps(CrossImage(), 9)
+        [2, 3, 4, 5]
+    """
     total = num_inference_steps - count_skipped(skip, num_inference_steps)
     clock = Clock(active_steps(method, None), method.takes_structure)
     found = []
@@ -85,7 +101,7 @@ def stack_pictures(appearance: Any, structure: Any, height: int | None, width: i
 
 
 def make_generators(generator: Generators, pictures: int) -> list[torch.Generator]:
-    """One generator for each picture. A single generator seeds two: one for the appearance, one that every structure copies."""
+    """One generator for each picture. A single one seeds two: the appearance's and the structures'."""
     if generator is None or isinstance(generator, torch.Generator):
         seeds = torch.randint(
             2**62, (2,), generator=generator, device=generator.device if generator else "cpu"

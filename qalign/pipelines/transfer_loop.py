@@ -20,7 +20,7 @@ from .base import Condition, StepCallback
 
 @dataclass(frozen=True)
 class Blend:
-    """AdaIN of the outputs' latents.
+    """Set AdaIN of the outputs' latents.
 
     Attributes:
         kind: "masked" or "whole".
@@ -35,7 +35,7 @@ class Blend:
 
 @dataclass(frozen=True, eq=False)
 class TransferLoop:
-    """What the loop needs besides the latents.
+    """Denoise outputs, appearance and structures together.
 
     Attributes:
         pipe: the pipeline.
@@ -45,7 +45,8 @@ class TransferLoop:
         eta: the weight of the noises.
         outputs: the number of output rows.
         condition: the prompt's, for one row.
-        scales: float32 [T], the scale of swap guidance at each step; None leaves out the rows without the edit.
+        scales: float32 [T], the scale of swap guidance at each step; None leaves out the rows without the
+            edit.
         blend: AdaIN; None is none.
         change: the method's `change_clean`; None changes nothing.
     """
@@ -116,7 +117,7 @@ class TransferLoop:
         return lambda clean: torch.cat([change(clean[:n], clean[n : n + 1], number), clean[n:]])
 
     def _collector(self, latents: Tensor) -> MapCollector:
-        """Collects the maps of appearance and structures, as published on the latents' own grid if the UNet attends there."""
+        """A collector for appearance and structures, on the latents' own grid if the UNet attends there."""
         first = self.outputs if self.scales is None else 2 * self.outputs
         tokens = latents.shape[-2] * latents.shape[-1]
         attends = tokens <= MOST_TOKENS and getattr(

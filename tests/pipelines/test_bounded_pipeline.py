@@ -308,7 +308,7 @@ def test_interrupted_it_returns_the_last_estimate_of_the_clean_picture():
         (
             {"layers": "mid"},
             ValueError,
-            "mask_layers: expected names where `layers` has none of the decoder, got None and layers='mid'",
+            "mask_layers: expected names if `layers` has none of the decoder, got None and layers='mid'",
         ),
         (
             {"mask_layers": "up"},
