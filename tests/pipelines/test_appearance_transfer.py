@@ -1,4 +1,4 @@
-"""AppearanceTransferPipeline: what enters the UNet, what comes out, and at which steps."""
+"""AppearanceTransferPipeline: the inputs of the UNet, the results, and the steps."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from tests.pipelines.transfers import PIXELS, PROMPT, make, pictures, seeded, tr
 
 @dataclasses.dataclass(frozen=True)
 class Recording(CrossImage):
-    """Cross-Image attention that notes the steps that it edits, and those at which it reads the structure."""
+    """Cross-Image attention that records the steps it edits, and those at which it reads the structure."""
 
     edited: list = dataclasses.field(default_factory=list)
     structure: list = dataclasses.field(default_factory=list)
@@ -120,7 +120,7 @@ def test_one_call_with_plain_rows_is_two_calls_with_and_without_the_edit(monkeyp
                 ),
             )
             outputs[name] = trajectory(pipe, method=method, swap_guidance_scale=swap, **options)[0]
-    # a step is affine in the prediction, so guidance of predictions is guidance of what the step makes of them
+    # a step is affine in the prediction, so guiding predictions is guiding the results of the step
     expected = outputs["plain"] + scale * (outputs["edited"] - outputs["plain"])
     torch.testing.assert_close(outputs["guided"], expected, rtol=1e-4, atol=1e-4)
     assert (outputs["guided"][0] - outputs["plain"][0]).abs().max() > 1e-3
@@ -152,7 +152,7 @@ def test_ddim_inversion_is_walked_back_by_ddim(small) -> None:
 
 
 def test_guidance_of_the_inversion(small, monkeypatch) -> None:
-    """Edit-friendly noises of the first step, by hand: (x_{t-1} - μ) / σ with μ of the guided prediction."""
+    """Edit-friendly noises of the first step by hand: (x_{t-1} - μ) / σ with μ of the guided prediction."""
     options = {"num_inference_steps": 2, "generator": seeded(3)}
     inverted = small.invert(
         pictures(1)[0], pictures(1, seed=1), PROMPT, inversion_guidance_scale=3.5, **options

@@ -1,4 +1,4 @@
-"""AttentionDistillationPipeline: what is read, what moves, and what is left as it was."""
+"""AttentionDistillationPipeline: features, moving latents, and restored processors."""
 
 import copy
 import functools
@@ -52,7 +52,7 @@ def processors(pipe):
     return [module.processor for module in pipe.unet.modules() if hasattr(module, "processor")]
 
 
-# what is read
+# features
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -113,7 +113,7 @@ def test_gradient_checkpointing_changes_nothing():
             assert len(forwards) == 1 + checkpointed
             saved = (
                 torch.ones(3, requires_grad=True) * 2
-            )  # nothing that checkpointing put in the way of saving is left there
+            )  # checkpointing leaves no hook for saved tensors behind
             assert (
                 torch._C._autograd._top_saved_tensors_default_hooks(True) is None
                 and saved.sum().backward() is None
@@ -134,7 +134,7 @@ def test_layers_out_of_order_are_all_read():
     )
 
 
-# what moves
+# moving latents
 
 
 class Literal:
@@ -218,7 +218,7 @@ class Literal:
                 (x.mean((2, 3), True), x.std((2, 3), keepdim=True)) for x in (latents, target)
             )
             latents = ((latents - mean) / (deviation + 1e-6) * spread + to).requires_grad_()
-            targets = noised(content, after), noised(style, after)  # of draws that are not AdaIN's
+            targets = noised(content, after), noised(style, after)  # with other noise than AdaIN's
             adam = torch.optim.Adam([latents], lr=0.015)
             for _ in range(2):
                 self.descend(latents, adam, targets[1], targets[0], torch.tensor(after))
@@ -306,7 +306,7 @@ def test_adain_gives_the_styles_their_joint_statistics(small, monkeypatch):
     deviation, mean = torch.std_mean(drawn[-2], dim=(0, 2, 3))
     torch.testing.assert_close(result.images.mean((0, 2, 3)), mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result.images.std((0, 2, 3)), deviation, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(drawn[-1], drawn[-2])  # the features of the style are of another draw
+    assert not torch.equal(drawn[-1], drawn[-2])  # the features of the style have other noise
     assert result.losses.shape == (0, 3)
 
 
@@ -368,7 +368,7 @@ def test_masks_of_a_scene_draw_object_from_object():
     assert of_masked < of_plain
 
 
-# what is left as it was
+# restored state
 
 
 @pytest.mark.parametrize("mode", ["optimise", "sample"])
@@ -426,13 +426,13 @@ def test_an_interrupt_keeps_what_there_was(small, mode, how):
     if mode == "optimise":  # the latents before the iteration of lowest loss
         latents = [small.encode(pictures(1, seed=1)), *kept]
         assert torch.equal(result.images, latents[int(result.losses[:, 0].argmin())])
-    else:  # the clean latents that the last prediction says
+    else:  # the clean latents of the last prediction
         assert (result.images - kept[-1]).abs().max() > 1e-3
     assert not call(small, mode=mode).interrupted
 
 
 def runs(pipe):
-    """One of each kind, short."""
+    """One short run of each kind."""
     yield call(pipe, num_inference_steps=2)
     yield call(pipe, mode="sample", num_inference_steps=2)
     yield pipe.expand(

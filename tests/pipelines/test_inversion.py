@@ -1,4 +1,4 @@
-"""Inversion against ALGORITHMS.md 2.1 written out with plain numbers, against diffusers' scheduler, and against itself: forth and back."""
+"""Inversion against ALGORITHMS.md 2.1 written out, against diffusers' scheduler, and there and back."""
 
 import itertools
 import math
@@ -44,7 +44,7 @@ def make_predict(dtype: torch.dtype = torch.float32):
 
 
 def cheap_predict(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """Two convolutions, for what holds of every model."""
+    """Two convolutions, for properties of every model."""
     weights = torch.randn(2, 4, 4, 3, 3, generator=seeded(6)) / 3
     hidden = torch.tanh(F.conv2d(latents, weights[0], padding=1) + timesteps.view(-1, 1, 1, 1) / 500)
     return F.conv2d(hidden, weights[1], padding=1)

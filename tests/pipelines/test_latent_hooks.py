@@ -1,4 +1,4 @@
-"""What methods make of latents: StyleID's first ones, Visual style prompting's colour calibration and its early guidance, against their formulas."""
+"""Latents that methods change: StyleID's start, Visual Style Prompting's colours and early guidance."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_style_id_starts_in_the_statistics_of_the_style() -> None:
 
 
 def test_a_transfer_starts_there(small, pair, monkeypatch) -> None:
-    """Rows: the output, the output without the edit, appearance, structure. The others start as inversion left them."""
+    """Rows: output, output without edit, appearance, structure. The others start as they were inverted."""
     samples = watch(small, monkeypatch)
     appearance, structure = pair.latents[2]
     for method, start in (
@@ -131,7 +131,7 @@ def test_early_scales() -> None:
 
 @pytest.mark.parametrize("family", ["small", "sdxl"])
 def test_a_stock_pipeline_takes_a_scale_for_each_step(family) -> None:
-    """Each step is the DDIM step of ε(∅) + w (ε(c) - ε(∅)) with its own w, also while a method is attached."""
+    """Each step is the DDIM step of ε(∅) + w (ε(c) - ε(∅)) with its own w, also with a method attached."""
     pipe, predicted, latents = make_pipe(family), [], []
     pipe.unet.register_forward_hook(lambda module, args, output: predicted.append(output[0]))
     noise = torch.randn(2, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
