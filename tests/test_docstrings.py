@@ -15,16 +15,8 @@ NOT_RUNNING_YET = (
     "qalign",
     "qalign.context.regions",
     "qalign.evaluation.resuming",
-    "qalign.pipelines.appearance_transfer",
-    "qalign.pipelines.attention_distillation",
-    "qalign.pipelines.base",
     "qalign.processors.attach",
     "qalign.processors.feature_bank",
-    "qalign.sampling.anchor_align",
-    "qalign.sampling.attention_reader",
-    "qalign.sampling.decoder_tuning",
-    "qalign.sampling.guidance",
-    "qalign.sampling.object_masks",
 )
 
 

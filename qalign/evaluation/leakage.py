@@ -124,7 +124,7 @@ def check_steps(methods: Mapping[str, CrossImage], settings: Settings) -> None:
     Raises:
         ValueError: a method has none.
     """
-    from ..pipelines.appearance_transfer import edited_steps
+    from ..pipelines.transfer_inputs import edited_steps
 
     for name, method in methods.items():
         if not any(step % settings.every == 0 for step in edited_steps(method, settings.steps)):

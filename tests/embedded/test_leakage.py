@@ -31,7 +31,7 @@ from qalign.evaluation.leakage import PairResult, Settings  # noqa: E402
 from qalign.evaluation.noised_features import noised_features  # noqa: E402
 from qalign.evaluation.processes import leave, processes  # noqa: E402
 from qalign.pipelines import AppearanceTransferPipeline  # noqa: E402
-from qalign.pipelines.appearance_transfer import edited_steps  # noqa: E402
+from qalign.pipelines.transfer_inputs import edited_steps  # noqa: E402
 from qalign_kernels import label_mass, match_counts, similarity_argmax  # noqa: E402
 from qalign_kernels._choices import REFINEMENTS  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
