@@ -17,7 +17,7 @@ from PIL import Image  # noqa: E402
 
 from qalign import QAlign, attach, embedded, methods, pipelines  # noqa: E402
 from qalign import __main__ as command_line  # noqa: E402
-from qalign.commands import _shared, compare, demo, transfer  # noqa: E402
+from qalign.commands import _demo_transfer, _leakage_tables, _shared, compare, transfer  # noqa: E402
 from qalign.context.layers import short_name, token_grid  # noqa: E402
 from qalign.context.regions import Regions  # noqa: E402
 from qalign.embedded import scenes  # noqa: E402
@@ -589,10 +589,12 @@ def _report(pairs, agreement):
 
 
 def test_demo_sets_its_figures_beside_the_committed_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "COMMITTED", tmp_path / "leakage.json")
-    assert demo.committed() == {}
-    demo.COMMITTED.write_text(json.dumps(_report(180, 0.75)))
-    lines = demo.table({"6 pairs": _report(6, 0.5)} | demo.committed()).splitlines()
+    monkeypatch.setattr(_demo_transfer, "COMMITTED", tmp_path / "leakage.json")
+    assert _demo_transfer.committed() == {}
+    _demo_transfer.COMMITTED.write_text(json.dumps(_report(180, 0.75)))
+    lines = _leakage_tables.summary_table(
+        {"6 pairs": _report(6, 0.5)} | _demo_transfer.committed()
+    ).splitlines()
     assert lines[0].split() == ["attention", "leakage", "6", "pairs", "180", "pairs,", "as", "committed"]
     assert lines[1].split() == ["Cross-Image", "Q-Align", "QAlignWarp"] * 2
     assert lines[2].split()[-6:] == ["0.500"] * 3 + ["0.750"] * 3
@@ -603,7 +605,7 @@ def test_demo_sets_its_figures_beside_the_committed_ones(tmp_path, monkeypatch):
 
 
 def test_demo_reads_a_method_s_leakage_by_layer():
-    curves = demo.by_layer(_report(6, 0.5)["methods"]["qalign"]["by_layer_and_step"])
+    curves = _demo_transfer.by_layer(_report(6, 0.5)["methods"]["qalign"]["by_layer_and_step"])
     assert curves["up.0"] == [(3, 0.1), (6, 0.2)]
     assert curves["up.1"][0] == (3, 0.3) and numpy.isnan(curves["up.1"][1][1])
 

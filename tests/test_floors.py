@@ -22,7 +22,6 @@ FLOORS = (  # each imports itself and those after it, and nothing else of the re
     "_checks",
     "qalign_kernels",
 )
-SHARED_BY_COMMANDS = ("__init__", "_shared", "_distillation", "_leakage_tables")
 
 
 def imports(file: Path, root: Path) -> Iterator[Path]:
@@ -65,7 +64,7 @@ def wrong_arrows(root: Path) -> list[str]:
 def _is_wrong(file: Path, imported: Path) -> bool:
     here, there = _floor(file), _floor(imported)
     if here == there == "commands":
-        return imported.stem not in SHARED_BY_COMMANDS
+        return not imported.stem.startswith("_")  # what commands share
     return there not in FLOORS[FLOORS.index(here) :]
 
 

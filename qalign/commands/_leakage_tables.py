@@ -14,6 +14,16 @@ TITLES = {
     "layout_iou": "layout kept (part IoU)",
     "colour_error": "colour error of the parts",
 }
+COUNTS = {"leaking_pairs": "leaking pairs ↓", "leaking_pairs_improved": "  leak with the first, now less ↑"}
+SUMMARISED = (
+    "part_agreement",
+    "own_part_mass",
+    "object_background_leakage",
+    "leaking_pairs",
+    "leaking_pairs_improved",
+    "layout_iou",
+    "colour_error",
+)
 BETTER = {  # +1: more is better; -1: less is better
     "part_agreement": 1,
     "token_agreement": 1,
@@ -122,10 +132,28 @@ def ablation_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The main figures of leakage reports side by side, by the title of each report."""
+    columns = [(name, entry) for report in reports.values() for name, entry in report["methods"].items()]
+    heads = "".join(f"{head:>{12 * len(report['methods'])}}" for head, report in reports.items())
+    lines = [
+        f"{'attention leakage':<{TITLE_WIDTH}}{heads}",
+        row("", [_name(name) for name, _ in columns], 12),
+    ]
+    for figure in SUMMARISED:
+        lines.append(row(title(figure), [_number(entry.get(figure)) for _, entry in columns], 12))
+    return "\n".join([*lines, LEGEND])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
 def title(figure: str) -> str:
-    """The title of a figure, with an arrow towards what is better."""
-    arrow = {1: " ↑", -1: " ↓"}.get(BETTER.get(figure, 0), "")
-    return TITLES[figure] + arrow
+    """The title of a figure, with an arrow towards better values."""
+    if figure in COUNTS:
+        return COUNTS[figure]
+    return f"{TITLES[figure]} {'↑' if BETTER[figure] > 0 else '↓'}"
 
 
 def row(title: str, cells: Iterable[str], width: int = WIDTH) -> str:

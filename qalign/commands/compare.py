@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
         methods=methods,
         num_inference_steps=options.steps,
         seed=options.seed,
-        told=_tell,
+        callback=_tell,
     )
     for line in table(compared):
         say(line)
