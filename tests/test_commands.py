@@ -632,12 +632,13 @@ def test_methods_are_all_in_the_table(capsys):
 def test_compare_draws_and_prints_every_method_that_was_named(folder, tmp_path, capsys):
     options = f"--model {{}}/model --steps 6 --method qalign ctrl_x eye_for_an_eye --out {tmp_path}/grid.png"
     assert run(folder, f"compare --appearance {{}}/a.png --structure {{}}/b.png {options}") == 0
-    head, *lines, where = capsys.readouterr().out.splitlines()
-    assert head.split() == "method time s peak MiB own part on background colour error".split()
+    head, *lines, first, second, where = capsys.readouterr().out.splitlines()
+    assert head.split() == "method time s peak MiB own part ↑ on background ↓ colour error ↓".split()
+    assert [first, second] == compare.LEGEND.splitlines()
     assert [line[:24].strip() for line in lines] == ["Q-Align", "Ctrl-X", "Eye-for-an-eye"]
     assert all(
         line.split()[-3:] == ["-", "-", "-"] for line in lines
-    )  # nobody knows the parts of these pictures
+    )  # the parts of these pictures are unknown
     assert where == f"grid: {tmp_path}/grid.png"
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 800
@@ -707,7 +708,7 @@ def test_an_interrupted_run_writes_the_best_picture_so_far(folder, tmp_path, cap
     monkeypatch.setattr(attention_distillation, "descend", interrupted)
     options = "--style {}/a.png --model {}/model --steps 5 --iterations 1 --tune-decoder 2"
     assert run(folder, f"{text} {options} --out {tmp_path}/o.png") == 130
-    assert "interrupted: the picture is the best there was" in capsys.readouterr().out
+    assert "interrupted: the picture is the best one so far" in capsys.readouterr().out
     losses.clear()
     pipe = pipelines.AttentionDistillationPipeline.from_pipe(models.make_pipe("sd15"))
     settings = {"num_inference_steps": 5, "iterations": 1, "generator": torch.Generator().manual_seed(0)}

@@ -115,7 +115,7 @@ def _agreement(differences: Mapping[str, float]) -> list[str]:
 def _layers(rows: list[Mapping[str, Any]]) -> list[str]:
     lines = [
         "",
-        f"{'layer':<28}{'N':>6}{'d':>5}{'U/N':>7}{'within one token of the truth':>33}{'median error px':>24}",
+        f"{'layer':<28}{'N':>6}{'d':>5}{'U/N':>7}{'within one token of truth':>33}{'median error px':>24}",
         f"{'':<46}{'q-q':>13}{'q-k':>10}{'chance':>10}{'q-q':>10}{'q-k':>7}{'chance':>7}",
     ]
     for row in rows:
@@ -141,6 +141,6 @@ def _layers(rows: list[Mapping[str, Any]]) -> list[str]:
         )
     return [
         *lines,
-        "effective keys: exp of the entropy over distinct keys. 'rearranged' weighs and removes keys for all queries",
-        "alike, 'guided' acts on each query.",
+        "effective keys: exp of the entropy over distinct keys. 'rearranged' weighs and removes keys",
+        "for all queries alike, 'guided' acts on each query.",
     ]

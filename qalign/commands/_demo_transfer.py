@@ -73,7 +73,7 @@ def draw_grid(rows: list[dict[str, Any]], seed: int) -> Any:
 
 def show_matches(pipe: Any, out: Path, seed: int) -> None:
     """Print how many tokens match their own part in the first pair, and draw matches and heat maps."""
-    from ..context.layers import picture_size, short_name
+    from ..context.layers import picture_size
     from ..evaluation import match_figures
     from ..evaluation.correspondence import compare
 
@@ -82,9 +82,7 @@ def show_matches(pipe: Any, out: Path, seed: int) -> None:
     lines, shares = match_figures.draw_lines(shown, structure, appearance, labels)
     points = match_figures.default_points(shown, structure, labels)
     for signal, share in shares.items():
-        say(
-            f"  {signal}: {share:.1%} of the object's tokens match their own part in {short_name(shown.layer)}"
-        )
+        say(f"  {signal}: {share:.1%} of the object's tokens match their own part")
     write("matches", lines, out / "transfer_matches.png")
     heat_maps = match_figures.draw_heat_maps(shown, structure, appearance, points, labels)
     write("heat maps", heat_maps, out / "heat_maps.png")

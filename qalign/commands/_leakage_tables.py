@@ -14,7 +14,10 @@ TITLES = {
     "layout_iou": "layout kept (part IoU)",
     "colour_error": "colour error of the parts",
 }
-COUNTS = {"leaking_pairs": "leaking pairs ↓", "leaking_pairs_improved": "  leak with the first, now less ↑"}
+COUNTS = {
+    "leaking_pairs": "leaking pairs ↓",
+    "leaking_pairs_improved": "  leak with the first, now less ↑",
+}
 SUMMARISED = (
     "part_agreement",
     "own_part_mass",

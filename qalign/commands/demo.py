@@ -3,9 +3,9 @@ parts.
 
 The first part is one denoising step over two photographs, by networks with the geometry of Stable Diffusion
 1.5 and random weights: without edits, with Q-Align by its formula, and with Q-Align as shipped. The second
-part is appearance transfer between scenes, on the trained model inside the package: by Cross-Image attention,
-by Q-Align, and by this library's variant QAlignWarp, with the matches behind them and their leakage. Nothing
-is downloaded.
+part is appearance transfer between scenes, on the trained model inside the package: by Cross-Image
+attention, by Q-Align, and by this library's variant QAlignWarp, with the matches behind them and their
+leakage. Nothing is downloaded.
 
 examples:
   python -m qalign demo

@@ -93,7 +93,7 @@ def draw_heat_maps(
         SIGNALS[signal]: torch.stack([capture.heat(token, signal).cpu().reshape(grid) for token in tokens])
         for signal in reversed(SIGNALS)
     }
-    note = f"Softmax over the appearance's tokens of q·k (mean of heads), and of {STRENGTH:g} cos(q, q). Cross: peak."
+    note = f"Softmax over the appearance of q·k (mean of heads) and of {STRENGTH:g} cos(q, q). Cross: peak."
     captions = None
     if labels is not None:
         of_structure, of_appearance, _ = _judged(labels, grid)
