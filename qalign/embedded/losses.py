@@ -15,9 +15,9 @@ def neighbours_loss(features: Tensor, labels: Tensor, weight: Tensor, generator:
     """Loss of neighbourhood components analysis: nearest neighbours in other pictures should show the same
     part.
 
-    Each token has a softmax over the cosines with tokens of the other pictures. The loss is the mean of -log
-    of the share that falls on tokens of its own part. A match between pictures is a nearest neighbour, and
-    predicting the part from the direction of a feature does not make neighbours alike.
+    Each token has a softmax over the cosines with tokens of the other pictures. The loss is the mean of
+    -log of the share that falls on tokens of its own part. A match between pictures is a nearest neighbour,
+    and predicting the part from the direction of a feature does not make neighbours alike.
 
     Args:
         features: [B, N, C].
