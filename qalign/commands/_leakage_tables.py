@@ -122,7 +122,7 @@ def ablation_table(report: Mapping[str, Any]) -> str:
     lines += ["", f"object attention, {probed}", row("", heads)]
     for name, entry in {"self_attention": report["self_attention"], **report["refinements"]}.items():
         lines.append(row(_name(name), [cell(**entry[figure]) for figure in ATTENTION]))
-    heads = ["colour error ratio ↓", "layout kept ↑", "outside its part ↓", "leaking, less"]
+    heads = ["colour error ratio ↓", "layout kept ↑", "outside its part ↓", "leaking pairs, now less"]
     lines += ["", f"pictures, {report['transfers']['pairs']} pairs", row("", heads)]
     for name, entry in report["refinements"].items():
         picture, intervals = entry["picture"], entry["picture"]["intervals"]

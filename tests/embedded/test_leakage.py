@@ -505,7 +505,7 @@ def test_the_command_compares_variants(stub, monkeypatch, tmp_path, capsys):
     assert len(everything) == 18 and {
         method.refinement for method in everything.values() if isinstance(method, QAlign)
     } == set(REFINEMENTS)
-    few = {name: everything[name] for name in ("cross_image", "none", "topk 1")}
+    few = {name: everything[name] for name in ("cross_image", "none, both aligned", "topk 1, both aligned")}
     monkeypatch.setattr(ablation, "refinements", lambda: few)
     file = tmp_path / "ablation.json"
     arguments = [
@@ -524,9 +524,11 @@ def test_the_command_compares_variants(stub, monkeypatch, tmp_path, capsys):
     ]
     assert command_line.main([*arguments, "--json", str(file)]) == 0
     found, said = json.loads(file.read_text()), capsys.readouterr().out
-    assert len(found["matches"]) == 8 and all(name in said for name in (*found["matches"], *few))
+    assert len(found["matches"]) == 8 and all(
+        name in said for name in (*found["matches"], "Cross-Image", *list(few)[1:])
+    )
     assert (found["pairs"], found["transfers"]["pairs"]) == (2, 1)
-    single, none = found["refinements"]["topk 1"], found["refinements"]["none"]
+    none, single = (found["refinements"][name] for name in list(few)[1:])
     assert all(
         none[figure]["value"] == pytest.approx(single[figure]["value"]) for figure in ablation.ATTENTION
     )
