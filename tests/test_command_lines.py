@@ -382,7 +382,8 @@ def test_a_full_disk_leaves_the_old_file_alone(folder, capsys):
             "--rates: expected without --iterations 0",
         ),
         (
-            "qalign bound --prompt fox --box fox 0 0 1 1 --iterations 0 --keep-boxes --layers up --out {}/o.png",
+            "qalign bound --prompt fox --box fox 0 0 1 1 --out {}/o.png --iterations 0 --keep-boxes "
+            "--layers up",
             "--layers: expected without both",
         ),
         (
@@ -448,7 +449,7 @@ def test_a_setting_is_read_exactly_where_the_table_says(refinement):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Folders of models: "sd", and those of other kinds: "flux" (without weights), "unconditional" and "inpainting"."""
+    """Folders with the model "sd", and with other kinds: "flux" (no weights), "unconditional", "inpainting"."""
     from diffusers import (
         DDPMPipeline,
         DDPMScheduler,
@@ -489,7 +490,8 @@ def model(tmp_path_factory):
     [
         (
             "--model {}/flux",
-            "--model: expected Stable Diffusion or Stable Diffusion XL, got FluxPipeline without unet, vae, text_encoder",
+            "--model: expected Stable Diffusion or Stable Diffusion XL, "
+            "got FluxPipeline without unet, vae, text_encoder",
         ),
         (
             "--model {}/unconditional",
@@ -642,9 +644,9 @@ def test_a_closed_pipe_ends_a_command_without_a_word(arguments):
 
 def test_the_embedded_model_loads_without_a_word():
     code = (
-        "from qalign import AppearanceTransferPipeline, AttentionDistillationPipeline, BoundedAttentionPipeline\n"
-        "for kind in (AppearanceTransferPipeline, AttentionDistillationPipeline, BoundedAttentionPipeline):\n"
-        "    kind.embedded()\n"
+        "import qalign\n"
+        "for kind in ('AppearanceTransfer', 'AttentionDistillation', 'BoundedAttention'):\n"
+        "    getattr(qalign, f'{kind}Pipeline').embedded()\n"
         "from diffusers.utils import logging as first\n"
         "from transformers.utils import logging as second\n"
         "print([(each.get_verbosity(), each.is_progress_bar_enabled()) for each in (first, second)])\n"

@@ -1,4 +1,4 @@
-"""The command line: help without torch, errors of one line, and files that hold what they say; on a tiny Stable Diffusion in a folder."""
+"""The command line on a tiny Stable Diffusion: help without torch, errors of one line, written files."""
 
 import json
 import shlex
@@ -31,6 +31,7 @@ from qalign_kernels.testing import random_features  # noqa: E402
 from tests.processors import models  # noqa: E402
 
 SIZE = 32  # pixels of the tiny model
+TRANSFER = "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,8 @@ def run(folder, text):
 
 
 def test_help_needs_neither_torch_nor_diffusers():
-    code = "import sys; from qalign.__main__ import parser; parser(); print({'torch', 'numpy', 'diffusers', 'matplotlib'} & set(sys.modules))"
+    heavy = {"torch", "numpy", "diffusers", "matplotlib"}
+    code = f"import sys; from qalign.__main__ import parser; parser(); print({heavy} & set(sys.modules))"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -125,7 +127,7 @@ def test_help_has_examples_that_parse(command, capsys):
             "invalid choice: 'masa'",
         ),
         (
-            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method cross_image --topk 3",
+            f"{TRANSFER} --method cross_image --topk 3",
             "--topk: expected with --method qalign",
         ),
         (
@@ -153,11 +155,11 @@ def test_help_has_examples_that_parse(command, capsys):
             "hf download no/such --local-dir such",
         ),
         (
-            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --adain masked --noun zebra --prompt horse",
+            f"{TRANSFER} --model {{}}/model --adain masked --noun zebra --prompt horse",
             "noun: expected a word",
         ),
         (
-            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --layers top",
+            f"{TRANSFER} --model {{}}/model --layers top",
             "layers: expected names or patterns",
         ),
         (
@@ -177,7 +179,7 @@ def test_help_has_examples_that_parse(command, capsys):
             "a.png: expected a label map, one channel",
         ),
         (
-            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --regions self",
+            f"{TRANSFER} --model {{}}/model --regions self",
             "noun: expected a word of the prompt",
         ),
         ("transfer --appearance {}/a.png", "required: --structure, --out"),
@@ -285,7 +287,8 @@ def test_choices_are_those_of_the_library():
 
 
 def test_transfer_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
-    options = "--model {}/model --steps 6 --swap-guidance 2 --refinement guided --strength 5 --aligned structure --inversion ddim"
+    options = "--model {}/model --steps 6 --swap-guidance 2 --inversion ddim"
+    options += " --refinement guided --strength 5 --aligned structure"
     outputs = f"--out {tmp_path}/new/o.png --grid {tmp_path}/grid.png"
     assert (
         run(folder, f"transfer --appearance {{}}/a.png --structure {{}}/b.png {{}}/c.png {options} {outputs}")
@@ -401,10 +404,12 @@ def only_diffusers_extra(monkeypatch):
 @pytest.mark.parametrize(
     "text",
     [
-        "transfer --appearance {0}/a.png --structure {0}/b.png --model {0}/model --steps 2 --skip 0 --out {1}/o.png",
+        "transfer --appearance {0}/a.png --structure {0}/b.png --model {0}/model --steps 2 --skip 0 "
+        "--out {1}/o.png",
         "distill --style {0}/a.png --content {0}/b.png --model {0}/model --steps 2 --out {1}/o.png",
         "texture --style {0}/a.png --size 40x32 --model {0}/model --steps 2 --out {1}/o.png",
-        "bound --prompt fox --box fox 0 0 1 1 --model {0}/model --steps 2 --labels-out {1}/l.png --out {1}/o.png",
+        "bound --prompt fox --box fox 0 0 1 1 --model {0}/model --steps 2 --labels-out {1}/l.png "
+        "--out {1}/o.png",
         "scenes --count 2 --size 16 --out {1}",
         "methods",
     ],
@@ -437,7 +442,8 @@ def test_missing_packages_are_named_first(text, refusal, folder, tmp_path, only_
 
 
 def test_correspond_writes_its_pictures(folder, tmp_path, capsys):
-    text = f"correspond --structure {{}}/a.png --appearance {{}}/b.png --model {{}}/model --point 3,4 --out {tmp_path}/c"
+    pictures = "--structure {}/a.png --appearance {}/b.png"
+    text = f"correspond {pictures} --model {{}}/model --point 3,4 --out {tmp_path}/c"
     assert run(folder, text) == 0
     assert (
         run(folder, f"correspond --scenes 0 --model {{}}/model --layer up_blocks.2 --out {tmp_path}/s") == 0
@@ -659,7 +665,8 @@ def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
         Image.fromarray((numpy.arange(SIZE * SIZE).reshape(SIZE, SIZE) // step % 2).astype("uint8")).save(
             tmp_path / f"{name}-labels.png"
         )
-    options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7 --layers up_blocks.1 --tune-decoder 4"
+    options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7"
+    options += " --layers up_blocks.1 --tune-decoder 4"
     masks = [tmp_path / f"{name}-labels.png" for name in "ab"]
     text = (
         f"distill --appearance {{}}/a.png --content {{}}/b.png {options} --mask {masks[0]} {masks[1]} --mode"
@@ -686,10 +693,8 @@ def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
         assert f"loss={result.losses[-1, 0]:.4g}" in progress
         assert f"picture: {tmp_path}/{mode}.png" in said
         assert f"loss: {result.losses[0, 0]:.4g} to {result.losses[-1, 0]:.4g} in 6 iterations" in said
-        assert (
-            f"loss of the decoder: {result.decoder_losses[0]:.4g} to {result.decoder_losses[-1]:.4g} in 4 iterations"
-            in said
-        )
+        first, last = result.decoder_losses[0], result.decoder_losses[-1]
+        assert f"loss of the decoder: {first:.4g} to {last:.4g} in 4 iterations" in said
 
 
 @pytest.mark.parametrize(
@@ -751,7 +756,8 @@ def test_masked_textures_have_the_size_of_their_labels(folder, tmp_path):
         "distill": lambda **more: pipe(picture(0), mode="optimise", height=48, width=64, **more),
     }
     for command, make in expected.items():
-        text = f"{command} --style {{}}/a.png --mask {tmp_path}/style.png {tmp_path}/%s.png --model {{}}/model --steps 1 --iterations 1"
+        text = f"{command} --style {{}}/a.png --mask {tmp_path}/style.png {tmp_path}/%s.png"
+        text += " --model {}/model --steps 1 --iterations 1"
         assert run(folder, f"{text % 'output'} --out {tmp_path}/{command}-o.png") == 0
         image = make(generator=torch.Generator().manual_seed(0), **options).images[0]
         assert torch.equal(pixels(tmp_path / f"{command}-o.png"), torch.tensor(numpy.asarray(image)))
@@ -763,14 +769,16 @@ def test_masked_textures_have_the_size_of_their_labels(folder, tmp_path):
         )
 
 
-BOUND = "bound --prompt fox --box fox 0 0.25 0.5 1 --model {}/model --steps 4 --seed 3 --guidance 3 --rates 300 100 --iterations 2"
+BOUND = "bound --prompt fox --box fox 0 0.25 0.5 1 --model {}/model --steps 4 --seed 3 --guidance 3"
+BOUND += " --rates 300 100 --iterations 2"
 
 
 def test_bound_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
     assert (
         run(
             folder,
-            f"{BOUND} --size 40x32 --layers up_blocks.1 mid --labels-out {tmp_path}/l.png --out {tmp_path}/o.png",
+            f"{BOUND} --size 40x32 --layers up_blocks.1 mid "
+            f"--labels-out {tmp_path}/l.png --out {tmp_path}/o.png",
         )
         == 0
     )

@@ -1,4 +1,4 @@
-"""The first part of the demo on small networks: its truth, its figures, its files; and the command line of both parts."""
+"""The demo on small networks: true matches, figures, files, and the command line of both parts."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Leakage: the figures against features whose matches and masses are known, and the whole run on a small pipeline."""
+"""Leakage: its figures for features with known matches, and the whole run on a small pipeline."""
 
 import dataclasses
 import json
@@ -24,7 +24,8 @@ from qalign.context.clock import Clock  # noqa: E402
 from qalign.context.layer_call import Site  # noqa: E402
 from qalign.context.layers import picture_size  # noqa: E402
 from qalign.context.layout import ROLES  # noqa: E402
-from qalign.embedded.scenes import BACKGROUNDS, PARTS, ScenePair, held_out_pairs, render, token_labels  # noqa: E402
+from qalign.embedded.parts import BACKGROUNDS, PARTS  # noqa: E402
+from qalign.embedded.scenes import ScenePair, held_out_pairs, render, token_labels  # noqa: E402
 from qalign.evaluation import ablation, attention_tally, bootstrap, leakage, picture_metrics  # noqa: E402
 from qalign.evaluation.attention_tally import Measured  # noqa: E402
 from qalign.evaluation.leakage import PairResult, Settings  # noqa: E402
@@ -433,7 +434,8 @@ def test_the_matches_of_a_pair_are_those_of_the_transfer_itself(pipe):
 
 def test_run_that_measures_no_step_is_refused_early(pipe, monkeypatch):
     monkeypatch.setattr(leakage, "measure_pair", None)  # no pair is begun
-    wanted = "^every: expected an edited step of cross_image among the multiples of 3, got none in 4 inference steps$"
+    expected = "an edited step of cross_image among the multiples of 3"
+    wanted = f"^every: expected {expected}, got none in 4 inference steps$"
     with pytest.raises(ValueError, match=wanted):
         leakage.run(pipe, pairs=1, settings=Settings(steps=4, adain=None))
 
@@ -593,7 +595,7 @@ LEAKAGE = ["leakage", "--steps", "4", "--every", "1", "--pairs"]
 
 @pytest.fixture
 def small(pipe, monkeypatch):
-    """The command on the small pipeline. `measured` are the pairs that were measured; Ctrl-C comes after `stop` of them."""
+    """The command on the small pipeline. `measured` are the measured pairs; Ctrl-C comes after `stop` pairs."""
     measure, state = leakage.measure_pair, SimpleNamespace(measured=[], stop=None)
 
     def counted(*given):
