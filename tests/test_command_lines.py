@@ -449,7 +449,7 @@ def test_a_setting_is_read_exactly_where_the_table_says(refinement):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Folders with the model "sd", and with other kinds: "flux" (no weights), "unconditional", "inpainting"."""
+    """Folders with the model "sd" and with other kinds: "flux", "unconditional", "inpainting"."""
     from diffusers import (
         DDPMPipeline,
         DDPMScheduler,

@@ -13,7 +13,6 @@ from tests.project import ROOT
 NOT_RUNNING_YET = (
     "qalign",
     "qalign.context.regions",
-    "qalign.evaluation.resuming",
     "qalign.pipelines.appearance_transfer",
     "qalign.pipelines.attention_distillation",
     "qalign.pipelines.base",

@@ -50,9 +50,7 @@ def write_step(outcome: "Outcome", out: Path) -> None:
 
 
 def draw_step(outcome: "Outcome") -> "Figure":
-    """Draw matches of a layer of middle size as lines between the photographs, and the errors of all its
-    matches.
-    """
+    """Draw matches of a middle-sized layer as lines between the photographs, and all its errors."""
     import torch
 
     from ..evaluation.correspondence import SIGNALS

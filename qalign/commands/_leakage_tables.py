@@ -42,9 +42,7 @@ NOTED = (("untouched", "colour_error"), ("untouched", "layout_iou"), ("appearanc
 
 
 def leakage_table(report: Mapping[str, Any]) -> str:
-    """The report of `evaluation.leakage`: the figures of every method, then their differences from the
-    first.
-    """
+    """The report of `evaluation.leakage`: figures of every method, and differences from the first."""
     methods, settings = report["methods"], report["settings"]
     baseline = next(iter(methods))
     mean = "mean [95 % interval, pairs resampled]" if report["pairs"] > 1 else "one pair has no interval"
@@ -67,9 +65,7 @@ def leakage_table(report: Mapping[str, Any]) -> str:
 
 
 def _differences(differences: Mapping[str, Any], baseline: str) -> list[str]:
-    """A row for each figure: the difference of each method from the baseline, and whether it is better or
-    worse.
-    """
+    """The difference of each method from the baseline by figure, as better or worse."""
     lines = [row(f"difference from {baseline}", map(_name, differences), VERDICT_WIDTH)]
     for figure in TITLES:
         cells = [_verdict(figure, **other[figure]) for other in differences.values()]

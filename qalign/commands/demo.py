@@ -1,5 +1,4 @@
-"""Show Q-Align in a few minutes: what it costs on real photographs, and what it does to pictures with known
-parts.
+"""Show Q-Align in a few minutes: its cost on photographs, and its effect on pictures with known parts.
 
 The first part is one denoising step over two photographs, by networks with the geometry of Stable Diffusion
 1.5 and random weights: without edits, with Q-Align by its formula, and with Q-Align as shipped. The second

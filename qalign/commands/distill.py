@@ -94,6 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scale and crop all pictures to this size, multiples of 8 (default: their own)",
     )
     add_run_arguments(parser)
+    _add_mode(parser)
+    add_model_arguments(parser)
+
+
+def _add_mode(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("mode")
     run.add_argument("--mode", choices=MODES, default="optimise", help="default: %(default)s")
     run.add_argument("--prompt", default="", help="prompt of --mode sample")
@@ -122,7 +127,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let the rate of --mode optimise fall to 0, for a picture with less noise",
     )
-    add_model_arguments(parser)
 
 
 def files(options: argparse.Namespace) -> Files:

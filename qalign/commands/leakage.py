@@ -100,7 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of pairs that --ablation transfers (default: %(default)s)",
     )
+    _add_method(parser)
+    add_model_arguments(parser)
 
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method")
     method.add_argument(
         "--refinement",
@@ -135,7 +139,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="AdaIN of the latents (default: %(default)s)",
     )
-    add_model_arguments(parser)
 
 
 def files(options: argparse.Namespace) -> Files:

@@ -147,9 +147,7 @@ def write(training: Training, folder: Path) -> None:
 
 
 def contact_sheet(pipe: Any, steps: int = 50, seed: int = 0) -> Any:
-    """Draw 32 samples without a caption, and 16 with captions of held-out scenes at guidance scale 3, as one
-    image.
-    """
+    """Draw 32 samples without a caption, and 16 with captions at guidance scale 3, as one image."""
     from diffusers.utils import make_image_grid
 
     captions = render([held_out_seed(number) for number in range(16)], 8).captions

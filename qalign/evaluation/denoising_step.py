@@ -1,5 +1,4 @@
-"""One denoising step over two photographs: unedited, with Q-Align by its formula, and with Q-Align as
-shipped.
+"""One denoising step over two photographs: unedited, by Q-Align's formula, and by Q-Align as shipped.
 
 The networks have the geometry of Stable Diffusion 1.5 and random weights from a seed. This part of the demo
 measures what Q-Align costs, and where matches and attention go. It draws no picture.
@@ -42,9 +41,7 @@ VARIANTS = ("stock", "materialised", "shipped")
 
 
 def encode(pair: StereoPair, seed: int) -> Tensor:
-    """Encode (appearance, structure) by a small random AutoencoderKL: [2, 4, S/8, S/8], normalised by
-    channel.
-    """
+    """Encode (appearance, structure) by a small random AutoencoderKL, normalised: [2, 4, S/8, S/8]."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -62,9 +59,7 @@ def encode(pair: StereoPair, seed: int) -> Tensor:
 
 
 def build_unet(seed: int, channels: tuple[int, ...] = CHANNELS) -> nn.Module:
-    """A UNet2DConditionModel with the self-attention shapes of Stable Diffusion 1.5, fewer layers and
-    random weights.
-    """
+    """A random UNet2DConditionModel with the self-attention shapes of Stable Diffusion 1.5."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)
@@ -106,9 +101,7 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """The inputs of one denoising step, with rows [output, appearance, structure]. The output starts as
-    the structure.
-    """
+    """The inputs of one denoising step, with rows [output, appearance, structure]."""
 
     unet: nn.Module
     scheduler: Any
@@ -127,9 +120,7 @@ class Scene:
 def build_scene(
     latents: Tensor, seed: int, device: torch.device, channels: tuple[int, ...] = CHANNELS
 ) -> Scene:
-    """Add independent noise of a middle timestep to the latents of (appearance, structure), and build the
-    UNet.
-    """
+    """Add independent noise of a middle timestep to the latents, and build the UNet."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(
@@ -161,9 +152,7 @@ def edited(scene: Scene, variant: str) -> Iterator[None]:
 
 
 def measure(scene: Scene, variant: str) -> Step:
-    """Run one denoising step of `variant`. Measure its time, the time in edited layers, and its peak
-    memory.
-    """
+    """Run one denoising step of `variant`, and measure its times and its peak memory."""
     device = scene.sample.device
     started: list[float] = []
     attention_s = 0.0
@@ -201,8 +190,7 @@ def record(scene: Scene) -> list[Capture]:
 
 
 def effective_keys(query: Tensor, key: Tensor, counts: Tensor | None = None) -> float:
-    """The number of keys that a query effectively attends, averaged: N for uniform attention, 1 for one-hot
-    attention.
+    """The mean number of keys that a query effectively attends: N if uniform, 1 if one-hot.
 
     It is exp of the entropy over distinct keys. The entropy is lse - E[logit] - E[log count], and both
     expectations are attention with (key, log count) as values, so no N×N map is formed.
@@ -221,9 +209,7 @@ def effective_keys(query: Tensor, key: Tensor, counts: Tensor | None = None) -> 
 
 
 def spread_px(place: Tensor) -> float:
-    """The root mean square distance of attended positions from their centre, from attended (x, y, x² +
-    y²).
-    """
+    """The rms distance of attended positions from their centre, from attended (x, y, x² + y²)."""
     place = place.double()
     return (place[..., 2] - place[..., 0] ** 2 - place[..., 1] ** 2).clamp(min=0).mean().sqrt().item()
 

@@ -113,9 +113,7 @@ def draw_heat_maps(
 def default_points(
     capture: Capture, structure: Tensor, labels: tuple[Tensor, Tensor] | None, most: int = 3
 ) -> Tensor:
-    """Points [P, 2] in the largest parts of the object that both scenes show. Without labels, on the
-    diagonal.
-    """
+    """Points [P, 2] in the largest object parts of both scenes, or on the diagonal without labels."""
     height, width = structure.shape[1:]
     if labels is None:
         return torch.stack([torch.linspace(0, side, most + 2)[1:-1] for side in (width, height)], -1)

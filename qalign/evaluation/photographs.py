@@ -60,8 +60,7 @@ class Truth:
 
 
 def load_pair(size: int) -> StereoPair:
-    """Load the stereo photographs of scikit-image (Middlebury 2014, motorcycle) as two squares of `size`
-    pixels.
+    """Load the stereo photographs of scikit-image (Middlebury 2014, motorcycle) as two squares.
 
     The two crops lie 120 pixels apart. This is further than any point shifts between the views, so the true
     match of a token is never the token in the same place.

@@ -23,8 +23,7 @@ OBJECT = slice(len(BACKGROUNDS), None)
 
 
 def part_colours(picture: Tensor, labels: Tensor) -> Tensor:
-    """The mean colour of each part of a picture [3, S, S]: float64 [PARTS, 3], NaN for parts that are hardly
-    in view.
+    """The mean colour of each part of a picture [3, S, S]: float64 [PARTS, 3], NaN if hardly in view.
 
     >>> from qalign.embedded.scenes import render
     >>> scene = render([3], 32)

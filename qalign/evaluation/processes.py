@@ -20,9 +20,7 @@ def processes() -> Any:
 
 
 def leave() -> None:
-    """Wait for the other processes and disconnect: a process that ends while others are connected may
-    abort.
-    """
+    """Wait for the other processes and disconnect, since a process that just ends may abort."""
     state = processes()
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -17,8 +17,7 @@ Result = TypeVar("Result")
 
 
 class KeptResults:
-    """A folder with one file for each result. All results have the same settings. Several processes may share
-    it.
+    """A folder with one file for each result, all of the same settings. Processes may share it.
 
     >>> import tempfile
     >>> from dataclasses import make_dataclass

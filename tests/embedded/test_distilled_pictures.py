@@ -52,7 +52,7 @@ def tokens(labels, number):
 
 @torch.no_grad()
 def distance(found, style, labels=None):
-    """The distance between each query's attention output and its ideal, map by map, within labels if given."""
+    """The distance of attention outputs from their ideal, map by map, within labels if given."""
     literal, total = Literal(pipe()), 0.0
     for (q, _, _, out), (_, k, v, _) in zip(
         literal.features(found, TIMESTEP), literal.features(style, TIMESTEP)

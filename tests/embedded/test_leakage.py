@@ -595,7 +595,7 @@ LEAKAGE = ["leakage", "--steps", "4", "--every", "1", "--pairs"]
 
 @pytest.fixture
 def small(pipe, monkeypatch):
-    """The command on the small pipeline. `measured` are the measured pairs; Ctrl-C comes after `stop` pairs."""
+    """The command on the small pipeline. It lists measured pairs; Ctrl-C comes after `stop` pairs."""
     measure, state = leakage.measure_pair, SimpleNamespace(measured=[], stop=None)
 
     def counted(*given):
