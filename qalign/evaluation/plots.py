@@ -65,12 +65,18 @@ def transfer_grid(rows: Sequence[Mapping[str, Picture]], *, title: str = "", not
 
 
 def comparison_grid(
-    pictures: Mapping[str, Picture], *, columns: int = 4, title: str = "", note: str = ""
+    pictures: Mapping[str, Picture], *, columns: int = 5, title: str = "", note: str = ""
 ) -> Figure:
     """Draw each picture under its title, `columns` to a row. The later lines of a title are small."""
     lines = -(-len(pictures) // columns)
     figure, axes = panels(
-        lines, columns, title=title, note=note, aspect=shape_of(next(iter(pictures.values()))), gap=0.68
+        lines,
+        columns,
+        title=title,
+        note=note,
+        aspect=shape_of(next(iter(pictures.values()))),
+        gap=0.68,
+        head=0.3,
     )
     places = [place for line in axes for place in line]
     for place, (name, picture) in zip(places, pictures.items()):
@@ -209,13 +215,20 @@ def panels(
     aspect: tuple[int, int] = (1, 1),
     cell: float = 2.6,
     gap: float = 0.12,
+    head: float = 0,
     legend: float = 0,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Make empty axes without ticks, `cell` inches wide, with a title above and a note and a legend below."""
+    """Make empty axes without ticks, `cell` inches wide.
+
+    Above are a title and `head` inches for captions, below a note and `legend` inches.
+    """
     tall = cell * aspect[0] / aspect[1]
     width = cell * columns + 0.12 * (columns - 1) + 0.24
     note = "\n".join(textwrap.wrap(note, round(15.5 * width)))
-    above, below = 0.4 + (0.42 if title else 0), 0.12 + 0.2 * (note.count("\n") + 1 if note else 0) + legend
+    above, below = (
+        0.4 + head + (0.42 if title else 0),
+        0.12 + 0.2 * (note.count("\n") + 1 if note else 0) + legend,
+    )
     height = tall * rows + gap * (rows - 1) + above + below
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     bounds = {
