@@ -629,7 +629,7 @@ def test_kept_pairs_of_other_settings_are_refused(small, tmp_path, capsys):
     capsys.readouterr()
     for changed, wanted in (
         ("--steps 5", "steps 5, got 1 of steps 4"),
-        ("--aligned output", "methods"),
+        ("--aligned both", "methods"),
         ("--seed 7", "seed 7, got 1 of seed 0"),
     ):
         assert command_line.main([*LEAKAGE, "3", "--json", str(file), *changed.split()]) == 2
