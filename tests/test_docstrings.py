@@ -14,7 +14,6 @@ from tests.project import ROOT
 NOT_RUNNING_YET = (
     "qalign",
     "qalign.context.regions",
-    "qalign.evaluation.resuming",
     "qalign.processors.attach",
     "qalign.processors.feature_bank",
 )

@@ -136,8 +136,7 @@ def tally(index: Tensor, mass: Tensor, query_labels: Tensor, key_labels: Tensor)
 
 
 def figures(tallies: Tensor) -> dict[str, Tensor]:
-    """The figures over object queries that tallies [..., PARTS, TALLIED] give: [...], NaN where there is no
-    query.
+    """The figures over object queries of tallies [..., PARTS, TALLIED]: [...], NaN without queries.
 
     `part_agreement` is the mean of right for each part, averaged over the parts, so that small parts count as
     much as the body. `token_agreement` and `own_part_mass` are means over queries, and `cross_region_mass` is
