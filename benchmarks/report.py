@@ -11,7 +11,7 @@ from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench.measure import markdown
 
 from .static import evidence
-from .static.command import BUDGETS
+from .static.budgets import BUDGETS
 from .suite import rows
 from .suite.providers import OURS, SDPA
 from .suite.rows import Row

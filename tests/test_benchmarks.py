@@ -17,7 +17,7 @@ from benchmarks.quality import bounded, distillation, distillation_step
 from benchmarks.speed import command as speed
 from benchmarks.speed import memory
 from benchmarks.static import cases
-from benchmarks.static.command import BUDGETS
+from benchmarks.static.budgets import BUDGETS
 from benchmarks.suite import eager
 from benchmarks.suite.shapes import CONTIGUOUS, Shape, make_inputs
 from qalign.embedded import scenes

@@ -27,7 +27,7 @@ from benchmarks.suite import providers, rows, shapes
 from benchmarks.suite.rows import Row
 from benchmarks.suite.shapes import Shape
 from benchmarks.tune import candidates, trials
-from benchmarks.tune import command as tune
+from benchmarks.tune.table import shipped_tile
 from qalign_kernels import _backends, validate
 from qalign_kernels._triton import _configs
 from qalign_kernels.bench import ops
@@ -426,8 +426,8 @@ def test_candidates_are_tiles_of_this_table_that_fit():
             key = _configs.Key(row["op"], row["mode"], "sm_90", "3.7", "bfloat16", 4096, head_dim)
             found = candidates.tiles(key)
             assert found and all(_configs.fits(tile, key, 2) for tile in found), (key, found)
-            shipped = tune.shipped_tile(key, 2)
-            assert set(found) - {shipped} <= set(tune.candidate_tiles(key, shipped))
+            shipped = shipped_tile(key, 2)
+            assert set(found) - {shipped} <= set(candidates.candidate_tiles(key, shipped))
 
 
 @pytest.mark.parametrize(

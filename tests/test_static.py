@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.static import command as static
-from benchmarks.static import machine_code
+from benchmarks.static import budgets as limits
+from benchmarks.static import command, compilation, machine_code
 from benchmarks.static.machine_code import Loop
+from benchmarks.static.row import Row, merged
 
 ROOT = Path(__file__).parents[1]
 ONE = ["--target", "sm_90", "--dtype", "bf16", "--head-dim", "64"]
@@ -74,25 +75,25 @@ def test_bad_kernels_fail():
 
 
 def test_spills_that_a_gpu_prefers_are_allowed():
-    budgets = json.loads(static.BUDGETS.read_text())
+    budgets = json.loads(limits.BUDGETS.read_text())
     budgets["measured_spills"] = [
         {"case": "a", "target": "sm_90", "head_dim": 64, "bytes": 24, "evidence": "us"}
     ]
-    row = static.Row(["a b"], "k", "sm_90", "bf16", 64, {}, 4, 3)
+    row = Row(["a b"], "k", "sm_90", "bf16", 64, {}, 4, 3)
     others = [
-        static.Row(["b a"], "k", "sm_90", "bf16", 64, {}, 4, 3),
-        static.Row(["a b"], "k", "sm_90", "bf16", 80, {}, 4, 3),
-        static.Row(["a b"], "k", "sm_100", "bf16", 64, {}, 4, 3),
+        Row(["b a"], "k", "sm_90", "bf16", 64, {}, 4, 3),
+        Row(["a b"], "k", "sm_90", "bf16", 80, {}, 4, 3),
+        Row(["a b"], "k", "sm_100", "bf16", 64, {}, 4, 3),
     ]
-    assert static.most_spills(row, budgets) == 24
-    assert all(static.most_spills(other, budgets) == budgets["spill_bytes"] == 0 for other in others)
+    assert limits.most_spills(row, budgets) == 24
+    assert all(limits.most_spills(other, budgets) == budgets["spill_bytes"] == 0 for other in others)
     row.spill_bytes = 25
-    static.hold_limits(row, budgets)
+    limits.hold_limits(row, budgets)
     assert row.problems == ["spills 25 bytes, at most 24 allowed"]
 
 
 def test_budgets_are_held(tmp_path):
-    budgets = json.loads(static.BUDGETS.read_text())
+    budgets = json.loads(limits.BUDGETS.read_text())
     budget = {"case": "toy_good", "target": "sm_90", "dtype": "bf16", "head_dim": 64}
     here = machine_code.minor_version(importlib.metadata.version("triton"))
     loose, tight = ({"limits": {here: limit}} for limit in (100.0, 1.0))
@@ -113,16 +114,16 @@ def test_budgets_are_held(tmp_path):
 
 
 def test_triton_without_budgets_is_named():
-    budgets = json.loads(static.BUDGETS.read_text())
-    assert static.unheld_version(budgets, "3.7.9") is None
-    assert static.unheld_version(budgets, "4.0.0").startswith(
+    budgets = json.loads(limits.BUDGETS.read_text())
+    assert limits.unheld_version(budgets, "3.7.9") is None
+    assert limits.unheld_version(budgets, "4.0.0").startswith(
         "Triton 4.0.0: expected a minor version that budgets.json names"
     )
 
 
 def test_pinned_triton_has_budgets_for_every_budgeted_case():
     """Budgets once held under a Triton that no release of torch brings."""
-    budgets = json.loads(static.BUDGETS.read_text())
+    budgets = json.loads(limits.BUDGETS.read_text())
     (pinned,) = re.findall(r"^triton==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert budgets["pinned_triton"] == pinned
     assert all(pinned in budget["limits"] for budget in budgets["lane_instructions"])
@@ -140,7 +141,7 @@ def test_update_keeps_what_was_not_compiled_anew():
         }
 
     before = [row(["a", "b"], 64, 1), row(["b"], 64, 2), row(["b"], 80, 3), row(["b"], 64, 4, "sm_80")]
-    after = static.merged(before, [row(["b"], 64, 5)], {"b"}, {("sm_90", "bf16", 64)})
+    after = merged(before, [row(["b"], 64, 5)], {"b"}, {("sm_90", "bf16", 64)})
     assert [(r["cases"], r["head_dim"], r["registers"]) for r in after] == [
         (["a"], 64, 1),
         (["b"], 64, 4),
@@ -152,7 +153,7 @@ def test_update_keeps_what_was_not_compiled_anew():
 def test_interpreted_kernels_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="TRITON_INTERPRET: expected unset"):
-        static.run(argparse.Namespace())
+        command.run(argparse.Namespace())
 
 
 SASS = """
@@ -200,9 +201,9 @@ def test_undefined_descriptor_breaks_the_gate(before, undefined):
         "UIADD3.X UR27, UR27, -0x3ffffff0, URZ, UP0, !UPT",
         "EXIT",
     )
-    row = static.Row(["attention"], "attention_kernel", "sm_90", "bf16", 40, {}, 4, 3)
-    static.record_resources(row, code)
-    static.hold_limits(row, json.loads(static.BUDGETS.read_text()))
+    row = Row(["attention"], "attention_kernel", "sm_90", "bf16", 40, {}, 4, 3)
+    compilation.record_resources(row, code)
+    limits.hold_limits(row, json.loads(limits.BUDGETS.read_text()))
     assert code.undefined() == row.undefined == undefined
     assert row.problems == ["reads uniform registers before anything writes them: UR26 UR27"] * bool(
         undefined
@@ -225,10 +226,10 @@ def test_descriptors_of_other_values_are_stray(source, right):
     ]
     code = _code(*lines)
     assert code.stray_descriptors() == ([] if right else ["UR7"])
-    row = static.Row(["attention"], "attention_kernel", "sm_90", "fp16", 80, {}, 4, 3)
-    static.record_resources(row, code)
+    row = Row(["attention"], "attention_kernel", "sm_90", "fp16", 80, {}, 4, 3)
+    compilation.record_resources(row, code)
     row.undefined = []
-    static.hold_limits(row, json.loads(static.BUDGETS.read_text()))
+    limits.hold_limits(row, json.loads(limits.BUDGETS.read_text()))
     problem = "multiplies matrices at descriptors whose upper words are no constants: UR7"
     assert row.problems == ([] if right else [problem])
 
@@ -340,7 +341,7 @@ TTGIR = """
 def test_unrolled_loops_count_all_their_tiles(step, copies, tiles):
     once = 64 * 64 * 128 // (16 * 8 * 16) // 4
     loop = Loop(500, ["HMMA.16816.F32.BF16"] * once * copies)
-    assert static.tiles_per_pass(TTGIR.format(step=step), loop, block_n=128, num_warps=4) == tiles
+    assert compilation.tiles_per_pass(TTGIR.format(step=step), loop, block_n=128, num_warps=4) == tiles
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import torch
 from qalign_kernels._triton import _configs
 from qalign_kernels._triton._configs import FAMILIES, Key, Tile
 
+from .table import Choice
+
 FILE = Path(__file__).with_name("candidates.json")
 
 
@@ -35,3 +37,55 @@ def tiles(key: Key) -> list[Tile]:
         for tile in row["tiles"]
     ]
     return [tile for tile in found if _configs.fits(tile, key, getattr(torch, key.dtype).itemsize)]
+
+
+BLOCKS, TEAMS, STAGES = range(16, 257), (4, 8), range(1, 6)
+
+RING_COLUMNS, RING_BUFFERS = (64, 128, 256), range(2, 9)  # of the kernels in Gluon
+
+
+def neighbours(key: Key, tile: Tile) -> list[Tile]:
+    """One step away in each direction, and the steps that trade one resource for another; what would spill registers is left out."""
+    m, n, warps, stages = tile
+    steps = [
+        Tile(m, 2 * n, warps, stages), Tile(m, n // 2, warps, stages), Tile(m, n, warps, stages + 1), Tile(m, n, warps, stages - 1),
+        Tile(m, n, 2 * warps, stages), Tile(m, n, warps // 2, stages), Tile(2 * m, n, warps, stages), Tile(m // 2, n, warps, stages),
+        Tile(m, 2 * n, warps, stages - 1), Tile(m, n // 2, warps, stages + 1), Tile(m // 2, n, warps // 2, stages),
+        Tile(m // 2, 2 * n, warps, stages), Tile(2 * m, n // 2, warps, stages),
+    ]  # fmt: skip
+    has_columns = _configs.WORK[key.op, key.mode].keys > 0
+    return [
+        step for step in dict.fromkeys(steps)
+        if step.block_m in BLOCKS and step.block_n in BLOCKS and step.num_warps in TEAMS and step.num_stages in STAGES
+        and (has_columns or step.block_n == n) and _configs.accumulators(step, key) <= _configs.MOST_ACCUMULATORS
+    ]  # fmt: skip
+
+
+def ring_neighbours(key: Key, tile: Tile) -> list[Tile]:
+    """List the tiles one step away for a kernel whose stages are the buffers of a ring; its rows and warps are fixed."""
+    n, stages = tile.block_n, tile.num_stages
+    shapes = [(n, stages + 1), (n, stages - 1), (2 * n, stages), (n // 2, stages)]
+    shapes += [(2 * n, stages // 2), (n // 2, 2 * stages)]
+    steps = [tile._replace(block_n=columns, num_stages=buffers) for columns, buffers in shapes]
+    itemsize = getattr(torch, key.dtype).itemsize
+    return [
+        step
+        for step in dict.fromkeys(steps)
+        if step != tile
+        and step.block_n in RING_COLUMNS
+        and step.num_stages in RING_BUFFERS
+        and _configs.fits(step, key, itemsize)
+    ]
+
+
+def candidate_tiles(key: Key, tile: Choice) -> list[Choice]:
+    """List what is tried beside the shipped tile: the candidates of the key, its neighbours, the general kernel."""
+    listed = (key.op, key.mode) in _configs.LISTED_WORK
+    near = ring_neighbours if listed else neighbours
+    tried: dict[Choice, None] = dict.fromkeys(tiles(key))
+    if tile is not None:
+        tried |= dict.fromkeys(near(key, tile))
+    if listed:
+        tried[None] = None
+    tried.pop(tile, None)
+    return list(tried)

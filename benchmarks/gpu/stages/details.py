@@ -19,8 +19,8 @@ from qalign_kernels.bench.ops import SDPA, op_named
 
 from ...suite import providers, shapes
 from ...suite.shapes import Shape
-from ...tune import command as tune
 from ...tune import trials
+from ...tune.sweep import medians
 from ..plan import core_shapes
 from ..running import arguments
 from .ceilings import large_matmul, matmul_tflops
@@ -74,9 +74,7 @@ def tile_rows(shape: Shape, name: str, right: list[Row]) -> list[Row]:
             problems.append(
                 place | {"tile": tile, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             )
-    seconds = tune.medians(
-        list(graphs), lambda tile: measure.time_rounds(graphs[tile].replay, 1)[0], TILE_ROUNDS
-    )
+    seconds = medians(list(graphs), lambda tile: measure.time_rounds(graphs[tile].replay, 1)[0], TILE_ROUNDS)
     base = seconds.get(shipped)
     rows: list[Row] = []
     for tile, time in seconds.items():
