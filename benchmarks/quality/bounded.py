@@ -1,4 +1,7 @@
-"""Bounded attention on the embedded model: two creatures in boxes where the model would not put them, with masks alone and with guidance."""
+"""Bounded attention on the embedded model: two creatures in boxes at unusual places.
+
+It compares the untouched model, masks alone, and guidance.
+"""
 
 import argparse
 import functools
@@ -106,11 +109,14 @@ def pipeline() -> Any:
 def measure(
     plan: str, layout: str, seed: int, name: str, *, steps: int, guidance: float
 ) -> tuple[dict[str, float], Any]:
-    """Figures of one picture by one method, and the picture. All methods get the same noise, prompt and scheduler.
+    """Make one picture by one method, and measure it. All methods get the same noise, prompt and scheduler.
 
-    Shares are of tokens of the latents' grid: creature is what most of the decoder's layers read as such
-    (`qalign.evaluation.picture_metrics.read_parts`). `denoising` is the model's mean squared error on the finished
-    picture, which is larger where the picture is less like what it was trained on.
+    Shares are of the tokens of the latents. A token is creature where most layers of the decoder say so
+    (`qalign.evaluation.picture_metrics.read_parts`). `denoising` is the model's mean squared error on the
+    finished picture; it is larger for pictures that are less like the training data.
+
+    Returns:
+        The figures and the picture.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -145,7 +151,7 @@ def measure(
 
 
 def creature(picture: torch.Tensor, plan: str) -> torch.Tensor:
-    """bool [32, 32]: where a picture [3, S, S] shows a creature of a plan."""
+    """Find where a picture [3, S, S] shows a creature of a plan, bool [32, 32]."""
     from qalign.embedded.scenes import BACKGROUNDS
     from qalign.evaluation.picture_metrics import read_parts
 
@@ -167,7 +173,10 @@ def references(plan: str) -> Any:
 
 
 def shares(mask: torch.Tensor, boxes: Any) -> dict[str, float]:
-    """How much of the creature [h, w] is in the boxes, of the boxes and of the background is creature, and whether both boxes are occupied."""
+    """Measure which parts of the boxes and of the background are creature, from its mask [h, w].
+
+    `inside` is the part of the creature that is in the boxes. `both` is 1 where both boxes are occupied.
+    """
     from qalign import Regions
 
     labels = Regions.from_boxes(boxes, *mask.shape).structure
@@ -181,7 +190,7 @@ def shares(mask: torch.Tensor, boxes: Any) -> dict[str, float]:
 
 
 def denoising(picture: torch.Tensor, prompt: str) -> float:
-    """Mean squared error of the velocity that the model predicts for a noised picture, over `TIMESTEPS`."""
+    """Measure the mean squared error of the predicted velocity for a noised picture, over `TIMESTEPS`."""
     pipe = pipeline()
     clean, condition = pipe.encode(picture[None]), pipe.conditions(prompt, *picture.shape[-2:])[0]
     noise, errors = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), []

@@ -1,4 +1,7 @@
-"""Attention distillation on held-out scenes of the embedded model: loss, colours and layout, beside key and value injection."""
+"""Attention distillation on held-out scenes of the embedded model, beside key and value injection.
+
+It measures the loss, the colours and the layout.
+"""
 
 import argparse
 import time
@@ -94,9 +97,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 @torch.no_grad()
 def measure(pair: Any, name: str, *, steps: int, seed: int) -> tuple[dict[str, float], torch.Tensor]:
-    """Figures of one pair by one method, and the picture. All methods get the same pictures, prompt and seed, and `steps` steps or iterations.
+    """Make one picture by one method, and measure it.
 
-    `distillation` is that of the finished picture against the appearance, mean over `TIMESTEPS`; `loss_first` and `loss_last` are what the run saw.
+    All methods get the same pair, prompt and seed, and `steps` steps or iterations. `distillation` is the
+    loss of the finished picture against the appearance, a mean over `TIMESTEPS`. `loss_first` and `loss_last`
+    are losses of the run.
+
+    Returns:
+        The figures and the picture.
     """
     from qalign import (
         AppearanceTransferPipeline,

@@ -57,7 +57,7 @@ def _describe(shape: Shape) -> str:
 
 
 def _asked(name: str, words: list[str] | None) -> bool:
-    """A word that is an op's name means that op, any other means all ops that contain it."""
+    """Whether the words choose an op; a word that is no op's name chooses all ops that contain it."""
     exact = {op.name for op in OPS}
     return not words or any(word == name or word not in exact and word in name for word in words)
 
@@ -80,7 +80,7 @@ def choose_items(arguments: argparse.Namespace, device: str) -> list[Item]:
 
 
 def _visits(op: Op, shape: Shape, layout: str, device: str, quick: bool) -> list[Item]:
-    """Alternate the providers, in the second layout only those that take other kernels in it."""
+    """Let the providers take turns; the second layout has only providers that use other kernels in it."""
     order = providers.names(op, shape, device, quick)
     if layout != shapes.PROCESSOR:
         order = [name for name in order if name in ("triton", providers.SDPA)]
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Named:
-    """Registers the plan under the name by which the collected file asks for it."""
+    """Registers the plan under the name that the collected file looks up."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -162,7 +162,7 @@ COLUMNS = {
 
 
 def table(measured: list[Row]) -> str:
-    """Lay out the rows; a provider is named with its layout, and with what its eager time is bound by."""
+    """Lay out the rows; a provider is named with an unusual layout, and with host-bound times."""
     lines = []
     for row in measured:
         provider = row.provider

@@ -1,4 +1,4 @@
-"""What the speed command times, as a plugin of pytest: each op is checked before its first round."""
+"""The pytest plugin of the speed command. It checks each op before its first round."""
 
 import statistics
 import time
@@ -24,7 +24,7 @@ MAX_ROUNDS = 100
 
 
 class Item(NamedTuple):
-    """One timed visit. Repeats of the providers alternate, there and back, so that drift cancels in their ratios."""
+    """One timed visit. Providers take turns, in reverse every second repeat, so that drift cancels."""
 
     op: Op
     shape: Shape
@@ -35,7 +35,7 @@ class Item(NamedTuple):
 
 @dataclass
 class Measured:
-    """What one provider showed for one op and shape."""
+    """The measurements of one provider for one op and shape."""
 
     call: Callable[[], Any]
     rounds: int
@@ -46,7 +46,7 @@ class Measured:
 
 
 class Plan:
-    """The pytest plugin: what is timed, its checks before the first round, and the rows after the last."""
+    """The pytest plugin: the visits, their checks before the first round, and the rows after the last."""
 
     def __init__(
         self, items: list[Item], dtype: str, device: str, seconds: float, with_memory: bool, file: Path | None
@@ -73,7 +73,7 @@ class Plan:
         return f"{item.op.name}-{item.shape.name}-{item.layout}-{item.repeat}-{provider}"
 
     def prepare(self, item: Item) -> Measured:
-        """What is to be timed now; skips the visit where the provider shows no figure."""
+        """Give what is timed now; skip the visit where the provider shows no figure."""
         import pytest
 
         if (item.op.name, item.shape.name, item.layout) != self._group:
@@ -106,7 +106,11 @@ class Plan:
             torch.cuda.empty_cache()
 
     def _first_visit(self, item: Item) -> Measured | str:
-        """Build and check the provider, estimate its time, measure its memory; or the reason why it shows no figure."""
+        """Build and check the provider, estimate its time, and measure its memory.
+
+        Returns:
+            The measurement, or the reason why the provider shows no figure.
+        """
         where = f"{item.op.name} {item.shape.size} {item.provider}"
         if reason := providers.refusal(item.provider, item.op, self._inputs):
             self.notes.append(f"{where}: not run, {reason}")
@@ -160,7 +164,7 @@ class Plan:
         return memory.cpu_peak_mib(item.provider, item.op.name, tuple(item.shape), DTYPES[self.dtype])
 
     def _finish(self) -> None:
-        """Rows of the group that ended."""
+        """Make the rows of the group that ended, and write all rows so far."""
         shown = {
             name: found
             for name, found in self._measured.items()
@@ -176,7 +180,17 @@ class Plan:
 
     def _row(self, provider: str, found: Measured, yardstick: float | None) -> Row:
         return rows.timed_row(
-            self._op.name, self._shape.size, self.dtype, self.device, provider, found.seconds, work=providers.flops(provider, self._op, self._shape),
-            yardstick=yardstick, peak_mib=found.peak_mib, saved_mib=found.saved_mib, unique_fraction=self._unique_fraction,
-            hidden=found.hidden, layout=self._layout,
-        )  # fmt: skip
+            self._op.name,
+            self._shape.size,
+            self.dtype,
+            self.device,
+            provider,
+            found.seconds,
+            work=providers.flops(provider, self._op, self._shape),
+            yardstick=yardstick,
+            peak_mib=found.peak_mib,
+            saved_mib=found.saved_mib,
+            unique_fraction=self._unique_fraction,
+            hidden=found.hidden,
+            layout=self._layout,
+        )

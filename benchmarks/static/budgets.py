@@ -10,9 +10,10 @@ BUDGETS = Path(__file__).with_name("budgets.json")
 
 
 def hold_limits(row: Row, budgets: dict) -> None:
-    """Add what breaks the limits that every kernel has.
+    """Add the problems of a row with the limits of all kernels.
 
-    They hold undefined registers, stray descriptors, spills, narrow loads, shared memory and matrix instructions.
+    The limits are on undefined registers, stray descriptors, spills, narrow loads, shared memory and matrix
+    instructions.
     """
     if row.undefined:
         row.problems.append(f"reads uniform registers before anything writes them: {' '.join(row.undefined)}")
@@ -25,7 +26,8 @@ def hold_limits(row: Row, budgets: dict) -> None:
         row.problems.append(f"spills {row.spill_bytes} bytes, at most {most} allowed")
     if row.narrow_loads > budgets["narrow_loads"]:
         row.problems.append(
-            f"loads {row.narrow_loads} times 2 bytes or less, at most {budgets['narrow_loads']} allowed for aligned tensors"
+            f"loads {row.narrow_loads} times 2 bytes or less, "
+            f"at most {budgets['narrow_loads']} allowed for aligned tensors"
         )
     limit = budgets["shared_memory_kib"][row.target]
     if row.shared_kib > limit:
@@ -36,7 +38,7 @@ def hold_limits(row: Row, budgets: dict) -> None:
 
 
 def most_spills(row: Row, budgets: dict) -> int:
-    """How many bytes a kernel may spill: more than the others where a GPU showed that it is faster so."""
+    """Give the bytes that a kernel may spill; some may spill more, because a GPU measured it to be faster."""
     measured = (
         spill["bytes"]
         for spill in budgets.get("measured_spills", [])
@@ -50,15 +52,19 @@ _PLACE = ("target", "dtype", "head_dim")
 
 
 def instruction_limit(budget: dict, version: str) -> float | None:
-    """The most lane-instructions per score that a budget allows under this Triton; None for one that it does not name.
+    """Give the most lane-instructions per score that a budget allows under this Triton.
 
-    Every minor version makes other machine code, so each has a limit of its own.
+    Every minor version generates other machine code, so each has a limit of its own; None where it has none.
     """
     return budget["limits"].get(machine_code.minor_version(version))
 
 
 def hold_instruction_budgets(rows: list[Row], budgets: dict, version: str) -> list[str]:
-    """Add what breaks a budget of lane-instructions; returns the budgets that found nothing although their case was compiled."""
+    """Add the problems of the rows with budgets of lane-instructions.
+
+    Returns:
+        A line for each budget that matched no row, although its case was compiled.
+    """
     unmatched = []
     for budget in budgets["lane_instructions"]:
         limit = instruction_limit(budget, version)
@@ -73,7 +79,8 @@ def hold_instruction_budgets(rows: list[Row], budgets: dict, version: str) -> li
         for row in held:
             if row.lane_instructions is not None and row.lane_instructions > limit:
                 row.problems.append(
-                    f"{row.lane_instructions} lane-instructions per score, at most {limit} allowed for {budget['case']}"
+                    f"{row.lane_instructions} lane-instructions per score, "
+                    f"at most {limit} allowed for {budget['case']}"
                 )
         if scope and all(row.lane_instructions is None for row in held):
             unmatched.append(f"budget for {budget['case']} on {budget['target']} matches no score loop")
@@ -81,10 +88,11 @@ def hold_instruction_budgets(rows: list[Row], budgets: dict, version: str) -> li
 
 
 def unheld_version(budgets: dict, version: str) -> str | None:
-    """That this Triton has no budgets of instructions, if so: a gate that holds nothing must say it."""
+    """Say that this Triton has no budgets of instructions, or give None where it has some."""
     if any(instruction_limit(budget, version) for budget in budgets["lane_instructions"]):
         return None
-    return f"Triton {version}: expected a minor version that budgets.json names, so no budget of instructions is held"
+    expected = "expected a minor version that budgets.json names"
+    return f"Triton {version}: {expected}, so no budget of instructions is held"
 
 
 def _fits(row: Row, budget: dict) -> bool:

@@ -1,4 +1,4 @@
-"""The static gate: compile every kernel as it would be launched, and hold what came out against budgets. Needs no GPU."""
+"""The static gate: compile every kernel as it would be launched, and hold it to budgets. Needs no GPU."""
 
 import argparse
 import importlib
@@ -120,7 +120,7 @@ def _named(name: str, words: list[str] | None) -> bool:
 
 
 def _scope(arguments: argparse.Namespace) -> Iterable[tuple[str, str, int]]:
-    """The (target, dtype, head dim) combinations asked for."""
+    """List the chosen combinations of target, dtype and head dim."""
     for target in arguments.target or (QUICK if arguments.quick else TARGETS):
         for dtype in arguments.dtype or (("bf16",) if arguments.quick else DTYPES):
             for head_dim in arguments.head_dim or (

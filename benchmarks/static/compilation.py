@@ -1,4 +1,4 @@
-"""Compile each kernel as it would be launched, on any machine, and read what came out of the compiler."""
+"""Compile each kernel as it would be launched, on any machine, and read the machine code."""
 
 import contextlib
 import re
@@ -74,9 +74,13 @@ class Job:
 
 
 def record(cases: list, scope: list[tuple[str, str, int]], quick: bool) -> tuple[list[Job], list[Row]]:
-    """Every distinct compilation behind the cases' launches, and a broken row for each case that did not launch.
+    """List every distinct compilation behind the launches of the cases.
 
-    Core cases are also taken with a ragged number of tokens; `quick` takes no ragged ones, and core cases only off sm_90.
+    Core cases also run with a ragged number of tokens. `quick` leaves out the ragged ones, and on all targets
+    but sm_90 the cases that are not core.
+
+    Returns:
+        The jobs, and a row with a problem for each case that did not launch.
     """
     from qalign_kernels._triton._launch import recording
 
@@ -107,7 +111,7 @@ def record(cases: list, scope: list[tuple[str, str, int]], quick: bool) -> tuple
 
 
 def specialise(launch: Any, target: str, dtype: str, head_dim: int) -> Job:
-    """The compilation that Triton's own launcher would ask for: signature, constants and alignments of the recorded arguments."""
+    """Make the job that Triton's launcher would compile: signature, constants, and alignments."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -128,7 +132,7 @@ _jobs: list[Job] = []
 
 
 def compile_all(jobs: list[Job], budgets: dict, processes: int) -> list[Row]:
-    """Compile over forked processes, which inherit the jobs; progress goes to stderr."""
+    """Compile in forked processes, which inherit the jobs; progress goes to stderr."""
     global _jobs
     _jobs = jobs
     rows: list[Row] = []
@@ -153,13 +157,13 @@ def compile_all(jobs: list[Job], budgets: dict, processes: int) -> list[Row]:
 
 
 def _leave_interrupts() -> None:
-    """To the parent, which says in one line that it was interrupted."""
+    """Leave interrupts to the parent, which reports them in one line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def _cancelling(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """An interrupt waits for what is compiled now, and for nothing else."""
+    """On an interrupt, wait only for compilations that have begun."""
     try:
         yield
     except KeyboardInterrupt:
@@ -209,7 +213,7 @@ def _compile(position: int) -> Row:
 
 
 def _source_class(kernel: Any) -> Any:
-    """What Triton compiles of a kernel; its Gluon kernels begin at a later stage."""
+    """Give the class of source that Triton compiles; Gluon kernels begin at a later stage."""
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -242,12 +246,16 @@ def read(compiled: Any) -> MachineCode:
 _FOR = re.compile(r"^(\s*)(?:%\S+ = )?scf\.for .* step %c(\d+)\w*")
 
 _DOT = re.compile(
-    r"(?:tt\.dot|warp_group_dot|tc_gen5_mma) .* : (?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x.*?[*,] (?:tensor|!ttg\.memdesc)<\d+x(\d+)x"
+    r"(?:tt\.dot|warp_group_dot|tc_gen5_mma) .* : "
+    r"(?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x.*?[*,] (?:tensor|!ttg\.memdesc)<\d+x(\d+)x"
 )
 
 
 def tiles_per_pass(ttgir: str, loop: Loop, block_n: int, num_warps: int) -> int:
-    """How many score tiles one pass of the machine loop covers: unrolling in Triton (its step) times unrolling below it (multiply-adds)."""
+    """Count the score tiles that one pass of the machine loop covers.
+
+    The count is the unrolling in Triton (the loop's step) times the unrolling below it (multiply-adds).
+    """
     loops: list[tuple[int, int]] = []  # multiply-adds, step
     open_loops: list[list[int]] = []  # indent, step, multiply-adds
     for line in ttgir.splitlines():

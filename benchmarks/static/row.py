@@ -1,4 +1,4 @@
-"""The row of one compilation: as `--json` writes it, joined with rows of earlier runs, and as a line of the table."""
+"""The row of one compilation: its fields, its JSON, and its line in the table."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,11 +8,14 @@ from qalign_kernels.bench.measure import aligned
 
 @dataclass
 class Row:
-    """What a compilation gave.
+    """The outcome of one compilation.
 
-    `lane_instructions` is per score element of the hot loop; None where a kernel has no score loop. `undefined` names
-    the uniform registers that are read before an instruction has written them, and `stray_descriptors` those with
-    a wrong part of a descriptor for a wgmma; no budget allows either.
+    Attributes:
+        lane_instructions: per score element of the hot loop; None where a kernel has no score loop.
+        undefined: uniform registers that are read before an instruction has written them. No budget allows
+            any.
+        stray_descriptors: uniform registers that hold a wrong part of a descriptor for a wgmma. No budget
+            allows any.
     """
 
     cases: list[str]
@@ -44,7 +47,7 @@ class Row:
 
 
 def result(row: Row) -> dict[str, Any]:
-    """The row as `--json` writes it: of the constexprs the tile and the names of those that are set."""
+    """Give the row as `--json` writes it, with the tile and the flags in place of the constexprs."""
     import triton
 
     written = {name: value for name, value in asdict(row).items() if name not in ("constexprs", "seconds")}
@@ -54,7 +57,10 @@ def result(row: Row) -> dict[str, Any]:
 def merged(
     before: list[dict], results: list[dict], compiled: set[str], scope: set[tuple[str, str, int]]
 ) -> list[dict]:
-    """`results` and what `before` has that was not compiled anew. A compilation that old cases and new ones share then has a row of each."""
+    """Join new rows with the old rows that were not compiled again.
+
+    A compilation of old and new cases then has two rows.
+    """
     kept = []
     for row in before:
         anew = compiled if (row["target"], row["dtype"], row["head_dim"]) in scope else set()
@@ -66,32 +72,34 @@ def merged(
     )
 
 
+HEAD = (
+    "case",
+    "kernel",
+    "flags",
+    "target",
+    "dtype",
+    "d",
+    "tile",
+    "warps",
+    "stages",
+    "regs",
+    "spills",
+    "KiB",
+    "matrix",
+    "/score",
+    "",
+)
+
+
 def table(rows: list[Row]) -> str:
-    head = (
-        "case",
-        "kernel",
-        "flags",
-        "target",
-        "dtype",
-        "d",
-        "tile",
-        "warps",
-        "stages",
-        "regs",
-        "spills",
-        "KiB",
-        "matrix",
-        "/score",
-        "",
-    )
-    lines = []
-    for row in rows:
-        more = f" (+{len(row.cases) - 1})" if len(row.cases) > 1 else ""
-        per_score = "-" if row.lane_instructions is None else f"{row.lane_instructions:.2f}"
-        cells = (
-            row.cases[0] + more, row.kernel, ",".join(row.flags()).lower(), row.target, row.dtype, row.head_dim, row.tile() or "-",
-            row.num_warps, row.num_stages, row.registers, row.spill_bytes, f"{row.shared_kib:.1f}", row.matrix, per_score,
-            "BROKEN" if row.problems else "ok",
-        )  # fmt: skip
-        lines.append(cells)
-    return aligned(head, lines)
+    """Lay out the rows."""
+    return aligned(HEAD, [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> tuple[object, ...]:
+    more = f" (+{len(row.cases) - 1})" if len(row.cases) > 1 else ""
+    what = row.cases[0] + more, row.kernel, ",".join(row.flags()).lower()
+    place = row.target, row.dtype, row.head_dim, row.tile() or "-", row.num_warps, row.num_stages
+    resources = row.registers, row.spill_bytes, f"{row.shared_kib:.1f}", row.matrix
+    per_score = "-" if row.lane_instructions is None else f"{row.lane_instructions:.2f}"
+    return *what, *place, *resources, per_score, "BROKEN" if row.problems else "ok"

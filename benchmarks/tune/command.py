@@ -1,4 +1,4 @@
-"""Sweep tiles on this machine: a tile that beats the shipped one, is right and serves every variant replaces its row."""
+"""The command `tune`: sweep tiles on this machine, and write what beats the shipped tiles."""
 
 import argparse
 import contextlib
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_keys(words: list[str] | None, architecture: str, triton: str) -> list[tuple[Trial, Key]]:
-    """What is swept, in this order."""
+    """List the keys in the order of the sweep."""
     chosen = [
         (trial, Key(trial.op, trial.mode, architecture, triton, dtype, tokens, head_dim))
         for trial in TRIALS
@@ -80,16 +80,14 @@ def run(arguments: argparse.Namespace) -> int:
     target, triton = target_of(torch.device("cuda", torch.cuda.current_device())), _configs.triton_minor()
     measure.use_cuda()
     chosen = choose_keys(arguments.op, target, triton)
-    print(
-        f"{torch.cuda.get_device_name()}, {target}, Triton {triton}: {len(chosen)} keys, {arguments.minutes:g} minutes",
-        flush=True,
-    )
+    device, scope = torch.cuda.get_device_name(), f"{len(chosen)} keys, {arguments.minutes:g} minutes"
+    print(f"{device}, {target}, Triton {triton}: {scope}", flush=True)
     with torch.no_grad():
         return sweep(chosen, arguments.out, arguments.minutes * 60)
 
 
 def sweep(chosen: list[tuple[Trial, Key]], file: Path, seconds: float) -> int:
-    """Sweep, keep what was found in `file` after each change, and print what changed."""
+    """Sweep, write the table after each change, and print the changes."""
     rows = json.loads(FILE.read_text(encoding="utf-8"))
     write(file, rows)
     changes: list[Change] = []
@@ -103,17 +101,19 @@ def sweep(chosen: list[tuple[Trial, Key]], file: Path, seconds: float) -> int:
     trial_of = {key: trial for trial, key in chosen}
     start = time.monotonic()
     found = Sweep(
-        subject=lambda key: GpuSubject(key, trial_of[key]), late=lambda: time.monotonic() - start > seconds, keep=keep,
-        settle=torch.cuda.synchronize, candidates=candidate_tiles,
-    )  # fmt: skip
+        subject=lambda key: GpuSubject(key, trial_of[key]),
+        late=lambda: time.monotonic() - start > seconds,
+        keep=keep,
+        settle=torch.cuda.synchronize,
+        candidates=candidate_tiles,
+    )
     interrupted = True
     with contextlib.suppress(KeyboardInterrupt):
         found.run(list(trial_of))
         interrupted = False
     for note in found.notes:
         print(note)
-    print(
-        f"{'interrupted: ' if interrupted else ''}{found.swept} of {len(trial_of)} keys swept, {len(changes)} changed; tiles: {found.timed} timed, "
-        f"{found.skipped} did not compile or fit, {found.wrong} wrong; wrote {file}"
-    )
+    sums = f"{found.swept} of {len(trial_of)} keys swept, {len(changes)} changed"
+    tiles = f"{found.timed} timed, {found.skipped} did not compile or fit, {found.wrong} wrong"
+    print(f"{'interrupted: ' if interrupted else ''}{sums}; tiles: {tiles}; wrote {file}")
     return 130 if interrupted else 1 if any("the shipped tile" in note for note in found.notes) else 0

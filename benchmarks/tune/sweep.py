@@ -1,4 +1,7 @@
-"""The sweep of tiles: a tile replaces the shipped one where it is right, serves every call and is faster twice."""
+"""The sweep of tiles.
+
+A tile replaces the shipped one if it is right, serves every call, and is faster in two comparisons.
+"""
 
 import statistics
 from collections.abc import Callable
@@ -25,21 +28,27 @@ FLUSHES = 8  # the host queues a call while the GPU empties its cache so often
 
 
 class Subject(Protocol):
-    """A key on this machine. A tile that does not compile or fit raises."""
+    """A key on this machine. Its methods raise for a tile that does not compile or fit."""
 
     def right(self, tile: Choice) -> bool:
         """Whether the timed call is within the error budget."""
 
     def serves(self, tile: Choice) -> bool:
-        """Whether all calls that take the tile are, on ragged inputs too."""
+        """Whether all calls that use the tile are within their budgets, on ragged inputs too."""
 
     def seconds(self, tile: Choice) -> float:
-        """Of one timed call."""
+        """Time one call."""
 
 
 @dataclass
 class Sweep:
-    """Keys in order until `late`; `keep` is told each change as it is found."""
+    """A sweep over keys, in their order, until `late` is true.
+
+    Attributes:
+        keep: called with each change.
+        settle: raises where a candidate has broken the device.
+        candidates: gives the tiles to try for a key and its shipped tile.
+    """
 
     subject: Callable[[Key], Subject]
     late: Callable[[], bool]
@@ -72,7 +81,11 @@ class Sweep:
                 self.keep(change)
 
     def improve(self, key: Key) -> Change | None:
-        """The tile that beats the shipped one, in a screening and once more beside it alone; raises TimeoutError when it is late."""
+        """Find a tile that beats the shipped one, in a screening and then alone beside it.
+
+        Raises:
+            TimeoutError: it is late.
+        """
         shipped, subject = shipped_tile(key, self.itemsize), self.subject(key)
         tiles = [
             tile for tile in (shipped, *self.candidates(key, shipped)) if self._passes(subject.right, tile)
@@ -110,7 +123,7 @@ class Sweep:
 
 
 def medians(tiles: list[Any], seconds: Callable[[Any], float], rounds: int) -> dict[Any, float]:
-    """Median time of each, taken in turn, there and back, so that drift cancels."""
+    """Take the median time of each tile; tiles take turns, in reverse every second round."""
     times: dict[Any, list[float]] = {tile: [] for tile in tiles}
     for n in range(rounds):
         for tile in tiles if n % 2 == 0 else tiles[::-1]:
@@ -119,7 +132,7 @@ def medians(tiles: list[Any], seconds: Callable[[Any], float], rounds: int) -> d
 
 
 class GpuSubject:
-    """A key's trial on the GPU."""
+    """The trial of a key on the GPU."""
 
     def __init__(self, key: Key, trial: Trial) -> None:
         self.key, self.trial, self.inputs = key, trial, trials.make_inputs(key)

@@ -1,4 +1,4 @@
-"""The table of tiles: what it gives a key today, and its rows after a change."""
+"""The table of tiles: the tile of a key today, and the rows after a change."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ Choice = Tile | None  # None leaves a key of a listed kernel to the general kern
 
 
 class Change(NamedTuple):
-    """`ratio` is the new tile's time over the old one's; 0 where the old one does not run."""
+    """A new tile for a key. `ratio` is its time over the old tile's; 0 where the old tile does not run."""
 
     key: Key
     old: Choice
@@ -35,7 +35,7 @@ def cell(tile: Choice) -> str:
 
 
 def shipped_tile(key: Key, itemsize: int) -> Choice:
-    """Look up what a launch of this key takes today."""
+    """Look up the tile that a launch of this key uses today; None is the general kernel."""
     if (key.op, key.mode) not in _configs.LISTED_WORK:
         return _configs.look_up(key, itemsize)
     places = itertools.product((key.triton, None), (key.tokens, None))
@@ -44,7 +44,10 @@ def shipped_tile(key: Key, itemsize: int) -> Choice:
 
 
 def replace(rows: list[dict[str, Any]], changes: Iterable[Change]) -> list[dict[str, Any]]:
-    """Put a row for each changed key behind the general rows; rows of several keys keep the keys that did not change."""
+    """Put a row for each changed key behind the general rows.
+
+    A row of several keys keeps the keys that did not change. A change to the general kernel removes the row.
+    """
     for key, _, tile, _ in changes:
         rows = [part for row in rows for part in _without(row, key)]
         if tile is not None:
@@ -55,7 +58,7 @@ def replace(rows: list[dict[str, Any]], changes: Iterable[Change]) -> list[dict[
 
 
 def _without(row: dict[str, Any], key: Key) -> list[dict[str, Any]]:
-    """Take a key out of a row, which leaves a row for each of its other keys."""
+    """Take a key out of a row, which leaves one row for each of its other keys."""
     keys = _configs.row_keys(row)
     if key not in keys:
         return [row]

@@ -1,6 +1,6 @@
-"""What one call is made of, and what else it could take: its kernels, other tiles, the rate of the L2 cache.
+"""Stages "kernels" and "tiles": the kernels of one call, other tiles, and the rate of the L2 cache.
 
-A worker as `worker` is: rows after each step, a journal that tells its successor what to leave out.
+It works like `worker`: it writes rows after each step, and a journal of what the next worker leaves out.
 """
 
 import functools
@@ -37,7 +37,7 @@ Step = Callable[[], list[Row]]
 
 
 def kernel_rows(shape: Shape) -> list[Row]:
-    """Time the kernels of one call of ours and of SDPA, whose implementation they tell."""
+    """Time the kernels of one call of ours and of SDPA; kernel names show the implementation of SDPA."""
     inputs = shapes.make_inputs(shape, True, torch.bfloat16, "cuda")
     rows: list[Row] = []
     for name, provider in PROFILED:
@@ -51,7 +51,7 @@ def kernel_rows(shape: Shape) -> list[Row]:
 
 
 def tile_rows(shape: Shape, name: str, right: list[Row]) -> list[Row]:
-    """Time a trial under the shipped tile and every candidate that is right, in turn, as graphs."""
+    """Time a trial as graphs, in turn, under the shipped tile and under every candidate that is right."""
     trial = trials.trial_named(name)
     key = tile_key(trial.op, trial.mode, shape, DTYPES[0])
     inputs = shapes.make_inputs(shape, True, torch.bfloat16, "cuda")
@@ -84,7 +84,7 @@ def tile_rows(shape: Shape, name: str, right: list[Row]) -> list[Row]:
 
 
 def l2_rows() -> list[Row]:
-    """Measure the rate at which one buffer is summed again and again, beside the large matmul."""
+    """Measure the rate of repeated sums of one buffer, beside the large matmul."""
     rows = []
     for mib in L2_MIB:
         buffer, total = torch.ones(mib << 18, device="cuda"), torch.zeros(1, device="cuda")
@@ -102,12 +102,12 @@ def l2_rows() -> list[Row]:
 
 
 def kernel_steps(right: list[Row]) -> dict[str, Step]:
-    """List the steps in which torch's profiler watches, which slows down what is timed after it."""
+    """List the steps with torch's profiler, which slows down later timings."""
     return {f"kernels {shape.size}": functools.partial(kernel_rows, shape) for shape in core_shapes()}
 
 
 def tile_steps(right: list[Row]) -> dict[str, Step]:
-    """List the steps that time, what decides most first."""
+    """List the timed steps, the most important first."""
     found: dict[str, Step] = {}
     for call in tile_calls():
         found.setdefault(
@@ -122,7 +122,7 @@ PLANS = {"kernels": kernel_steps, "tiles": tile_steps}
 
 
 def take(wanted: dict[str, Step], where: Files, clock: arguments.Clock) -> None:
-    """Run the steps that no worker before this one has done or failed in."""
+    """Run the steps that no earlier worker finished or failed in."""
     done = {*where.journal.texts("group"), *where.journal.texts("skip")}
     rows = where.read_rows()
     for name, step in wanted.items():

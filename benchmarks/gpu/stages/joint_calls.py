@@ -1,6 +1,6 @@
-"""Calls of the joint argmax that no op makes: other keys than queries, a batch index, counts, NaN.
+"""Calls of the joint argmax that no op makes: fewer keys, a batch index, counts, NaN.
 
-The stage "right" judges them. On Hopper they take its own kernel, elsewhere the general one.
+The stage "right" judges them. On Hopper its own kernel serves them, elsewhere the general one.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def _fewer_keys(x: Inputs) -> Inputs:
 
 
 def _turned(x: Inputs) -> Tensor:
-    """A batch index that is not the identity where there are two rows."""
+    """Make a batch index that is not the identity where the batch has two rows."""
     return torch.arange(x.query.shape[0], device=x.query.device, dtype=torch.int32).flip(0)
 
 

@@ -1,4 +1,4 @@
-"""The kernels of one call, as torch's profiler sees them."""
+"""The kernels of one call, from torch's profiler."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ SDPA_KERNELS = (
 
 
 class Kernel(NamedTuple):
-    """`microseconds` of one launch, `launches` in one call."""
+    """A kernel's time of one launch in µs, and its launches in one call."""
 
     name: str
     microseconds: float
@@ -47,7 +47,7 @@ def kernels(call: Callable[[], Any], rounds: int = ROUNDS) -> list[Kernel]:
 
 
 def sdpa_implementation(names: Iterable[str]) -> str:
-    """Name the implementation of SDPA by the kernels that ran.
+    """Name the implementation of SDPA by its kernels.
 
     >>> sdpa_implementation(["void pytorch_flash::flash_fwd_kernel<...>"])
     'FA2'

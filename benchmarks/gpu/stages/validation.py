@@ -1,6 +1,6 @@
-"""Stage "validate": `qalign_kernels.validate --quick` on the device, in as many processes as there are cores.
+"""Stage "validate": `qalign_kernels.validate --quick` on the device, in one process per core.
 
-A process has one op in one dtype. Core ops come first, then bfloat16. The file has what is known so far.
+A process has one op in one dtype. Core ops come first, then bfloat16. The file is written after each result.
 """
 
 import json
@@ -44,7 +44,7 @@ class Job(NamedTuple):
         return f"{self.dtype} {self.op}"
 
     def log(self, folder: Path) -> Path:
-        """Name the log, beside which the rows lie."""
+        """Name the log; the rows are beside it."""
         return folder / "logs" / f"validate-{self.name.replace(' ', '_')}.log"
 
 
@@ -66,7 +66,7 @@ def rows(job: Job) -> dict[str, Any]:
 
 
 def run(job: Job, folder: Path, clock: arguments.Clock) -> forks.Answer:
-    """Ask a process for the rows of a job."""
+    """Run a job in a process and give its rows."""
     if clock.left() < SECONDS_TO_START:
         return forks.Answer(error="not started for want of time")
     return forks.ask(rows, job, log=job.log(folder), seconds=clock.left())
@@ -83,7 +83,7 @@ def run_all(
 
 
 class Merged:
-    """validate.json: one file like that of `validate --json`, and what has not ended, with the reason."""
+    """The file validate.json, like that of `validate --json`, with a reason for each unfinished job."""
 
     def __init__(self, folder: Path, chosen: list[Job], device: str) -> None:
         self._file = folder / "validate.json"
@@ -93,7 +93,7 @@ class Merged:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Join what earlier stages wrote and the last answer of every job."""
+        """Join the rows of earlier stages with the last answer of every job."""
         found = [self._before, *(answer.value for answer in self._answers.values() if answer.value)]
         missing = {job.name: answer.error for job, answer in self._answers.items() if not answer.value}
         joined = {name: [item for part in found for item in part[name]] for name in ("rows", "dropped")}
@@ -104,16 +104,16 @@ class Merged:
         }
 
     def add(self, job: Job, answer: forks.Answer) -> None:
-        """Take what a job gave, in place of what it gave before."""
+        """Replace the answer of a job."""
         self._answers[job] = answer
         write(self._file, self.content)
 
     def without_memory(self) -> list[Job]:
-        """List the jobs that dropped a case."""
+        """List the jobs that dropped a case for lack of memory."""
         return [job for job, answer in self._answers.items() if answer.value and answer.value["dropped"]]
 
     def conclude(self) -> int:
-        """Print the sums; 1 where a case failed, or a job has not ended."""
+        """Print the sums, and give 1 where a case failed or a job is unfinished."""
         content = self.content
         failures = [failure for row in content["rows"] for failure in row["failures"]]
         lines = [f"FAILED {failure}" for failure in failures]
