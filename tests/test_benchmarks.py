@@ -1,4 +1,4 @@
-"""The benchmarks: their inputs and peers, the refusal to show an unchecked figure, memory, rows and reports."""
+"""The benchmarks: inputs and peers, failing checks, memory, rows and reports."""
 
 import argparse
 import json
@@ -28,10 +28,36 @@ from qalign_kernels.bench.ops import OPS
 ROOT = Path(__file__).parents[1]
 SMALL = Shape("small", 2, 4, 300, 40)
 COLUMNS = [
-    "device", "torch", "triton", "op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "saved_mib", "ratio_to_sdpa",
-    "unique_fraction", "host_us", "host_bound", "layout", "commit", "graph_p20_ms", "graph_p50_ms", "graph_p80_ms", "graph_tflops",
-    "ceiling_tflops", "implementation", "output_mib", "asked_fraction", "layers", "gradient_difference",
-]  # fmt: skip
+    "device",
+    "torch",
+    "triton",
+    "op",
+    "shape",
+    "dtype",
+    "provider",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "tflops",
+    "peak_mib",
+    "saved_mib",
+    "ratio_to_sdpa",
+    "unique_fraction",
+    "host_us",
+    "host_bound",
+    "layout",
+    "commit",
+    "graph_p20_ms",
+    "graph_p50_ms",
+    "graph_p80_ms",
+    "graph_tflops",
+    "ceiling_tflops",
+    "implementation",
+    "output_mib",
+    "asked_fraction",
+    "layers",
+    "gradient_difference",
+]
 
 
 def _speed(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
@@ -67,7 +93,7 @@ def test_inputs_match_the_promised_fraction_of_tokens(correlated, fraction, with
 
 
 @pytest.mark.parametrize("fraction", [0.35, 0.55, 0.63, 1.0])
-def test_correlated_inputs_match_the_asked_fraction(fraction):
+def test_correlated_inputs_match_the_chosen_fraction(fraction):
     inputs = make_inputs(Shape("", 2, 4, 256, 40), True, torch.float32, "cpu", asked_fraction=fraction)
     match = similarity_argmax(inputs.query, inputs.ref_query, backend="tiled")
     assert measure.unique_fraction(match.index) == pytest.approx(fraction, abs=0.01)
@@ -94,7 +120,7 @@ def test_static_compiles_for_the_strides_of_measured_inputs():
     ("op", "head_dim", "count"),
     [("qalign_attention", 40, 2), ("qalign_attention", 64, 1), ("attention", 40, 1)],
 )
-def test_ops_that_fold_heads_are_measured_in_both_layouts(op, head_dim, count):
+def test_ops_that_fold_heads_have_both_layouts(op, head_dim, count):
     options = benchmarks_main.parser().parse_args(["speed", "--op", op, "--shape", "sd15", "sdxl"])
     items = speed.choose_items(options, "cuda")
     found = {
@@ -181,7 +207,8 @@ def test_rows_have_their_columns(tmp_path):
 def test_no_figure_for_a_failed_check(tmp_path):
     sabotage = (
         "from qalign_kernels.bench import ops\n"
-        "ops.OPS[:] = [op._replace(run=lambda x, backend: x.counts + 1) if op.name == 'match_counts' else op for op in ops.OPS]"
+        "wrong = {'run': lambda x, backend: x.counts + 1}\n"
+        "ops.OPS[:] = [op._replace(**wrong) if op.name == 'match_counts' else op for op in ops.OPS]"
     )
     done = _speed("--op", "match_counts", "--json", str(tmp_path / "rows.json"), code=sabotage)
     assert done.returncode == 1
@@ -222,7 +249,7 @@ def test_memory_sees_the_scores_that_eager_holds():
     assert 0 < tiled < scores_mib
 
 
-def test_a_distillation_step_saves_its_output_log_sum_exp_and_signs():
+def test_distillation_step_saves_output_lse_and_signs():
     inputs = make_inputs(SMALL, False, torch.float32, "cpu")
     step = next(op for op in OPS if op.name == "distillation_step")
     elements, rows = inputs.query.numel(), inputs.query[..., 0].numel()
@@ -234,7 +261,7 @@ def test_a_distillation_step_saves_its_output_log_sum_exp_and_signs():
     assert peer == (elements * 4 + rows * 4 + elements * 4) / measure.MIB
 
 
-def test_an_optimisation_step_is_that_of_the_plain_pipeline():
+def test_optimisation_step_matches_the_plain_pipeline():
     rows = distillation_step.measure(
         distillation_step.make("embedded", torch.float32, "cpu"), "embedded", "fp32", "cpu", rounds=2
     )
@@ -311,7 +338,7 @@ def test_readme_section_is_replaced_and_nothing_else(results, tmp_path):
     )
 
 
-def test_report_tells_accuracy_and_machine_code(results, tmp_path):
+def test_report_shows_accuracy_and_machine_code(results, tmp_path):
     checked = {"op": "attention", "backend": "tiled", "cases": 2, "failures": [], "passed": True}
     validation = {"device": ["Toy"], "rows": [{**checked, "dtype": "float32", "error": 1.5e-7, "ratio": 0.3}]}
     validation["rows"].append(
@@ -396,9 +423,7 @@ def test_readme_without_markers_is_left_alone(results, tmp_path):
     assert readme.read_text() == "nothing to replace\n"
 
 
-def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings(
-    tmp_path, monkeypatch, capsys
-):
+def test_distillation_resumes_and_refuses_other_settings(tmp_path, monkeypatch, capsys):
     measured = []
 
     def measure(pair, name, **settings):
@@ -438,9 +463,7 @@ def test_distillation_goes_on_where_it_stopped_and_refuses_a_report_of_other_set
         distillation.run(parser.parse_args(["--steps", "5", "--json", path]))
 
 
-def test_bounded_goes_on_where_it_stopped_and_refuses_a_report_of_other_settings(
-    tmp_path, monkeypatch, capsys
-):
+def test_bounded_resumes_and_refuses_other_settings(tmp_path, monkeypatch, capsys):
     measured = []
 
     def measure(plan, layout, seed, name, **settings):

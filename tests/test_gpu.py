@@ -1,4 +1,4 @@
-"""The GPU run, without a GPU: stages that fail, hang and overrun, workers that die, verdicts, plans, the report."""
+"""The GPU run without a GPU: failing and hanging stages, dying workers, verdicts, plans, the report."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ def _alive(pid: int) -> bool:
     return state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_stages_that_fail_overrun_or_hang_do_not_stop_the_rest(tmp_path, capsys):
+def test_failed_or_hanging_stages_do_not_stop_others(tmp_path, capsys):
     pid_file = tmp_path / "pid"
     stages = [
         _stage("fails", FAILS, least_seconds=60),
@@ -97,7 +97,7 @@ def test_stage_is_shortened_for_those_behind_it(tmp_path):
     assert 20 <= granted <= 25
 
 
-def test_report_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys):
+def test_report_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "text", lambda folder, outcomes: 1 / 0)
     assert command.execute([_stage("good", ":")], tmp_path, 60, report.text) == 1
     assert "report: ZeroDivisionError" in capsys.readouterr().out
@@ -140,8 +140,15 @@ def test_minutes_without_first_only(monkeypatch, capsys, tmp_path):
 def test_stages_fit_in_the_time_of_the_command(tmp_path):
     stages = {stage.name: stage for stage in command.stages(tmp_path)}
     assert list(stages) == [
-        "environment", "compile", "must_show", "validate", "ceilings", "speed", "validate rest", "sanitizer",
-    ]  # fmt: skip
+        "environment",
+        "compile",
+        "must_show",
+        "validate",
+        "ceilings",
+        "speed",
+        "validate rest",
+        "sanitizer",
+    ]
     least = {name: stage.least_seconds for name, stage in stages.items()}
     assert sum(least.values()) < 150
     before = sum(
@@ -165,7 +172,7 @@ def test_both_commands_together_write_eight_files():
     assert len({*command.FIRST.files, *command.WHOLE.files}) == 8
 
 
-def test_what_is_published_is_whole_and_follows_the_work(tmp_path):
+def test_published_files_are_whole_and_up_to_date(tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"
     (work / "logs").mkdir(parents=True)
     with publishing.Publisher(work, out, command.WHOLE) as publisher:
@@ -256,7 +263,7 @@ def test_fastest_peer_counts():
     assert _judge(line, rows[0]).text == _judge(line).text == "not measured"
 
 
-def test_rows_of_other_data_or_shapes_do_not_count():
+def test_rows_of_other_data_or_shapes_are_ignored():
     line = _line("time ratio", Bar(1.0, DEFAULT))
     mine, sdpa = _row("qalign_attention", OURS, 1.0, 1.0), _row("attention", "sdpa", 2.0, 2.0)
     assert _judge(line, mine, sdpa).text == "goal"
@@ -285,7 +292,7 @@ def test_speed_up_and_time_under_a_graph():
     assert _judge(line, _row("qalign_attention", OURS, 0.01)).text == "not captured"
 
 
-def test_memory_beyond_output_and_rows_is_in_units_of_keys_and_values():
+def test_extra_memory_is_counted_in_keys_and_values():
     mib = 2**20
     rows, keys_and_values = 2 * 300, 2 * 2 * 2 * 300 * 40
     peak_mib = 0.25 + (1.5 * keys_and_values + must_show.BYTES_PER_ROW * rows) / mib
@@ -361,7 +368,7 @@ def test_first_contact_begins_with_core_ops_in_bfloat16(monkeypatch):
 
 
 @pytest.mark.parametrize("name", JOINT_CALLS)
-def test_joint_calls_take_what_is_right_and_see_one_wrong_match(name, device):
+def test_joint_checks_notice_one_wrong_match(name, device):
     if problem := _backends.triton_problem():
         pytest.skip(problem)
     call = JOINT_CALLS[name]
@@ -380,8 +387,10 @@ def _process_or_error(what):
     return os.getpid()
 
 
-@pytest.mark.parametrize("wrong, told", [("raise", "ValueError: this call is wrong"), ("die", "exit code 7")])
-def test_process_answers_calls_until_one_goes_wrong(tmp_path, wrong, told):
+@pytest.mark.parametrize(
+    "wrong, error", [("raise", "ValueError: this call is wrong"), ("die", "exit code 7")]
+)
+def test_process_answers_calls_until_one_goes_wrong(tmp_path, wrong, error):
     forks.preload()
     caller, log = forks.Worker(), tmp_path / "log"
     try:
@@ -391,7 +400,7 @@ def test_process_answers_calls_until_one_goes_wrong(tmp_path, wrong, told):
     finally:
         caller.end()
     assert first.value == second.value and first.error is None
-    assert failed.value is None and told in failed.error
+    assert failed.value is None and error in failed.error
     assert third.value not in (None, first.value)
 
 
@@ -459,7 +468,7 @@ def _varlen_attention(query, key, value, start_q, start_k, max_q, max_k, *, scal
     return torch.cat(outputs)
 
 
-def test_kernels_are_those_of_one_call_without_the_flush(monkeypatch):
+def test_kernels_of_a_call_exclude_the_flush(monkeypatch):
     Event = namedtuple("Event", "key device_time_total count")
     events = [
         Event("short", 40.0, 20),
@@ -496,7 +505,7 @@ def test_sdpa_is_named_by_what_torch_chooses():
     assert providers.sdpa_implementation("triton", inputs) is None
 
 
-def test_first_report_names_what_is_wrong_and_what_is_missing(tmp_path):
+def test_first_report_names_wrong_and_missing_results(tmp_path):
     row = {"op": "attention", "shape": [1, 2, 3, 4], "layout": "processor", "dtype": "bfloat16", "tile": None}
     judged = [row | {"right": True, "same_bits": True}, row | {"error": "illegal address"}]
     judged += [
@@ -511,7 +520,7 @@ def test_first_report_names_what_is_wrong_and_what_is_missing(tmp_path):
     )
 
 
-def test_what_json_has_no_word_for_is_null(tmp_path):
+def test_numbers_that_are_not_finite_become_null(tmp_path):
     rows.write(tmp_path / "rows.json", [{"error": float("inf"), "tile": (1, float("nan"))}])
     assert json.loads((tmp_path / "rows.json").read_text()) == [{"error": None, "tile": [1, None]}]
 
@@ -542,7 +551,7 @@ def _supervise(
     return measure.supervise(worker_command, journal, arguments.Clock(seconds), stall_seconds), journal
 
 
-def test_worker_that_dies_is_followed_by_one_that_leaves_out_the_visit(tmp_path):
+def test_next_worker_leaves_out_the_fatal_visit(tmp_path):
     code, journal = _supervise(tmp_path, BUSY, "exit 5")
     assert code == 0
     assert journal.texts("failure") == [f"{BUSY}: ended the process with exit code 5"]
@@ -553,7 +562,7 @@ def test_peer_that_hangs_is_a_note(tmp_path):
     peer = "attention fa3 [1, 2, 3, 4]"
     code, journal = _supervise(tmp_path, peer, "exec sleep 600", stall_seconds=3)
     assert code == 0
-    assert journal.texts("note") == [f"{peer}: did not come to an end"] and not journal.texts("failure")
+    assert journal.texts("note") == [f"{peer}: did not finish"] and not journal.texts("failure")
 
 
 def test_worker_is_stopped_when_time_is_up(tmp_path):
@@ -627,7 +636,7 @@ def test_worker_measures_a_group(on_cpu, tmp_path):
     assert "| not captured |" in text
 
 
-def test_ratios_of_the_speed_table_stay_within_a_run():
+def test_speed_ratios_stay_within_a_run():
     more = {"ceiling_tflops": 200.0}
     first = [_row("attention", OURS, 1.0, 1.0, **more), _row("attention", "sdpa", 2.0, 2.0, **more)]
     second = [_row("attention", OURS, 3.0, 3.0, **more)]
@@ -651,7 +660,7 @@ def test_worker_shows_no_figure_for_a_failed_check(on_cpu, tmp_path, monkeypatch
     assert journal.texts("failure") == [f"similarity_argmax tiled {SMALL.size} U/N by chance: check failed"]
 
 
-def test_lost_device_ends_the_worker_and_names_the_visit(on_cpu, tmp_path, monkeypatch):
+def test_lost_device_ends_worker_and_names_visit(on_cpu, tmp_path, monkeypatch):
     def lost():
         raise RuntimeError("CUDA error: an illegal memory access")
 
@@ -667,7 +676,7 @@ def test_worker_without_time_measures_nothing(on_cpu, tmp_path):
     (tmp_path / "logs").mkdir()
     worker.measure_groups([GROUP], where, arguments.Clock(1))
     assert (
-        where.journal.texts("note") == [f"{GROUP.name}: not measured for want of time"]
+        where.journal.texts("note") == [f"{GROUP.name}: not measured, no time left"]
         and not where.rows.exists()
     )
 
@@ -675,7 +684,7 @@ def test_worker_without_time_measures_nothing(on_cpu, tmp_path):
 # -- validation, sanitizer, rates
 
 
-def test_validation_merges_its_jobs_and_names_what_is_missing(tmp_path, capsys):
+def test_validation_merges_jobs_and_names_missing_ones(tmp_path, capsys):
     row = {
         "op": "attention",
         "backend": "triton",
@@ -694,13 +703,13 @@ def test_validation_merges_its_jobs_and_names_what_is_missing(tmp_path, capsys):
     again = validation.Merged(tmp_path, [], "Toy")
     assert again.conclude() == 1
     said = capsys.readouterr().out
-    assert "not ended: float16 attention, ended its process with exit code -11" in said
-    assert "not ended: float32 attention, stopped" in said and "3 cases, 0 failed, 2 ops not ended" in said
-    assert "not run for want of memory: attention, bfloat16, B=9" in said
+    assert "unfinished: float16 attention, ended its process with exit code -11" in said
+    assert "unfinished: float32 attention, stopped" in said and "3 cases, 0 failed, 2 ops unfinished" in said
+    assert "not run for lack of memory: attention, bfloat16, B=9" in said
     assert rows.kind_of(again.content) == rows.VALIDATION
     text = report.text(tmp_path, [Outcome("validate", "failed", 0.1, "")])
     assert (
-        "Not run for want of memory: attention, bfloat16, B=9." in text
+        "Not run for lack of memory: attention, bfloat16, B=9." in text
         and "float32 attention (stopped)" in text
     )
     merged.add(jobs[0], forks.Answer({"rows": [row], "dropped": []}))
@@ -727,7 +736,7 @@ def test_sanitizer_reads_the_summary(tmp_path, monkeypatch, code, summary, expec
     ]
 
 
-def test_sanitizer_that_is_not_installed_is_told(tmp_path, monkeypatch):
+def test_missing_sanitizer_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitizer, "program", lambda: None)
     monkeypatch.setattr(sys, "argv", ["sanitizer", "--out", str(tmp_path), "--seconds", "60"])
     assert sanitizer.main() == 0
@@ -751,7 +760,7 @@ for name, mode in rates.MODES.items():
 """
 
 
-def test_loops_of_the_rate_kernel_hold_the_chain_and_nothing_else():
+def test_rate_kernel_loops_contain_only_the_chain():
     pytest.importorskip("triton")
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = inherited | {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -768,7 +777,7 @@ def test_loops_of_the_rate_kernel_hold_the_chain_and_nothing_else():
     assert loops["FMNMX and FFMA"]["FMNMX"] == loops["FMNMX and FFMA"]["FFMA"] == chain // 2
 
 
-def test_lanes_per_clock_counts_every_instruction_of_every_warp():
+def test_lanes_per_clock_counts_all_warps():
     pytest.importorskip("triton")
     from benchmarks.gpu.stages.instruction_rates import lanes_per_clock
 

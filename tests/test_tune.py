@@ -1,4 +1,4 @@
-"""The sweep of tiles: what replaces a row and what does not, and what is left when time is up or a key is pressed."""
+"""The sweep of tiles: which tiles replace a row, and what is kept when time is up or the user interrupts."""
 
 import json
 import sys
@@ -59,7 +59,7 @@ def _sweep(subject, *, key=KEY, late=lambda: False, settle=lambda: None, candida
 @pytest.mark.parametrize(
     ("times", "chosen"), [((9.0, 0.99, 1.5), None), ((9.0, 0.97, 0.985), FAST), ((9.0, 0.97, 0.5), FASTER)]
 )
-def test_two_percent_replace_a_tile_and_less_does_not(times, chosen):
+def test_only_two_percent_replace_a_tile(times, chosen):
     sweep = _sweep(Fake({_shipped(): 1.0, **dict(zip((SLOW, FAST, FASTER), times))}))
     assert (sweep.swept, sweep.timed, sweep.skipped, sweep.wrong, sweep.notes) == (1, 4, 0, 0, [])
     expected = [] if chosen is None else [Change(KEY, _shipped(), chosen, min(times))]
@@ -104,7 +104,7 @@ def test_luck_in_the_screening_is_not_enough():
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_a_shipped_tile_that_fails_is_named_and_replaced(wrong):
+def test_failing_shipped_tile_is_named_and_replaced(wrong):
     subject = Fake({FAST: 5.0} | ({_shipped(): 0.1} if wrong else {}), wrong=(_shipped(),))
     sweep = _sweep(subject, candidates=(FAST,))
     assert sweep.changes == [Change(KEY, _shipped(), FAST, 0.0)]
@@ -199,7 +199,7 @@ def test_rows_are_replaced_and_others_stay(tmp_path):
     assert (tmp_path / "tiles.json").read_text() == _configs.FILE.read_text()
 
 
-def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
+def test_unwritable_table_leaves_the_old_one(tmp_path):
     file = tmp_path / "tiles.json"
     file.write_text("old")
     with pytest.raises(TypeError):
@@ -237,7 +237,7 @@ def test_what_was_found_is_kept_at_once(interrupted, tmp_path, monkeypatch, caps
     )
 
 
-def test_what_matters_most_is_first_and_everything_is_there():
+def test_important_keys_are_first_and_none_missing():
     chosen = tune.choose_keys(None, "sm_90", "3.6")
     keys = [key for _, key in chosen]
     widths = len(WORK) * len(trials.HEADS) + sum(map(len, trials.LISTED_HEAD_DIMS.values()))
@@ -261,7 +261,7 @@ CALLS = [(trial, call) for trial in TRIALS for call in (trial.timed, *trial.othe
 
 
 @pytest.mark.parametrize(("trial", "call"), CALLS, ids=lambda value: getattr(value, "name", ""))
-def test_checks_take_what_is_right_and_see_one_wrong_row(trial, call):
+def test_trial_checks_notice_one_wrong_row(trial, call):
     inputs = shapes.make_inputs(Shape("", 2, 4, 300, 40), True, torch.float32, "cpu")
     ragged = trials.make_ragged(inputs, KEY)
     for x in (inputs, ragged):
@@ -273,7 +273,7 @@ def test_checks_take_what_is_right_and_see_one_wrong_row(trial, call):
 
 
 @pytest.mark.parametrize("trial", [trial for trial in TRIALS if trial.listed], ids=lambda trial: trial.name)
-def test_listed_calls_launch_the_tile_that_is_tried(trial):
+def test_listed_calls_launch_the_tried_tile(trial):
     if problem := _backends.triton_problem():
         pytest.skip(problem)
     from qalign_kernels._triton._launch import recording
@@ -295,7 +295,7 @@ def test_listed_calls_launch_the_tile_that_is_tried(trial):
 @pytest.mark.parametrize(
     "trial", [trial for trial in TRIALS if not trial.listed], ids=lambda trial: trial.name
 )
-def test_every_call_launches_with_the_tile_that_is_tried(trial, head_dim, device):
+def test_every_call_launches_the_tried_tile(trial, head_dim, device):
     if problem := _backends.triton_problem():
         pytest.skip(problem)
     from qalign_kernels._triton._launch import recording

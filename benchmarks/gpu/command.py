@@ -44,18 +44,18 @@ Report = Callable[[Path, Sequence[Outcome]], str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="at most 8 files go there")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for at most 8 files")
     parser.add_argument(
         "--first",
         action="store_true",
-        help="in 300 s: is each op right, how fast are the main ones, is another tile faster",
+        help="in 300 s: is each op right, how fast are the main ops, is another tile faster",
     )
     parser.add_argument(
         "--minutes",
         type=_command_line.number,
         default=MINUTES,
         metavar="M",
-        help=f"time for everything else, after --first (default {MINUTES:g})",
+        help=f"time of the whole run, which comes after one with --first (default {MINUTES:g})",
     )
 
 
@@ -181,7 +181,7 @@ def _write_report(folder: Path, outcomes: list[Outcome], report: Report) -> list
     problems = []
     try:
         text = report(folder, outcomes)
-    except Exception as error:  # what was measured lies beside it as JSON
+    except Exception as error:  # the measurements are beside it as JSON
         problems.append(f"{type(error).__name__}: {error}")
         text = f"The report could not be written: {problems[0]}\n"
     with replacing(folder / "report.md") as unfinished:

@@ -65,7 +65,7 @@ def measure(ops: list[str], rounds: int, folder: Path) -> list[Row]:
         for op in ops:
             for batch, heads, tokens, dim in SHAPES:
                 stored = torch.zeros(4, batch, tokens, heads, dim, dtype=torch.bfloat16)
-                tensors = [x.transpose(1, 2) for x in stored]  # as attention processors have them
+                tensors = [x.transpose(1, 2) for x in stored]  # the layout of attention processors
 
                 def call(op: str = op, tensors: list[torch.Tensor] = tensors) -> None:
                     OPS[op](*tensors)

@@ -14,7 +14,7 @@ FASTEST: tuple[Visit, ...] = (("attention", "sdpa cudnn"), ("attention", "fa3"))
 EAGER: tuple[Visit, ...] = (("qalign_attention", "eager sdpa"),)
 UNMASKED: tuple[Visit, ...] = (("attention", OURS),)
 NOT_CAPTURED = "not captured"
-BYTES_PER_ROW = 64  # what O(N) may be for each head of each token: maps, counts, log-sum-exps, their like
+BYTES_PER_ROW = 64  # allowed O(N) memory for each head of each token: maps, counts, log-sum-exps
 
 
 class Bar(NamedTuple):

@@ -10,7 +10,7 @@ from ..suite.shapes import CONTIGUOUS, PROCESSOR, SHAPES, Shape, layouts, shape_
 from .must_show import DEFAULT, LINES, OURS, Visit
 
 FRACTIONS = (0.35, 0.55, 0.63, 1.0)
-DATA_OPS = ("qalign_attention", "attention_counts")  # those whose time depends on U/N
+DATA_OPS = ("qalign_attention", "attention_counts")  # ops whose time depends on U/N
 YARDSTICKS: tuple[Visit, ...] = tuple(
     ("attention", name) for name in ("sdpa", "sdpa cudnn", "sdpa flash", "fa3", "flex", "sageattention")
 )
@@ -101,7 +101,7 @@ def _op_names() -> list[str]:
 def _every_visit(names: Iterable[str]) -> Iterable[Visit]:
     for name in names:
         if name == "qalign_attention_correlated":
-            continue  # the data are chosen here
+            continue  # this plan chooses the data itself
         yield name, OURS
         yield name, "eager"
         if name == "attention":

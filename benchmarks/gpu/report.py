@@ -212,8 +212,8 @@ def _accuracy(folder: Path) -> str:
     parts = [
         evidence.accuracy(validation),
         "\n".join(failures),
-        f"Not ended in time: {', '.join(unfinished)}." if unfinished else "",
-        f"Not run for want of memory: {'; '.join(dropped)}." if dropped else "",
+        f"Unfinished: {', '.join(unfinished)}." if unfinished else "",
+        f"Not run for lack of memory: {'; '.join(dropped)}." if dropped else "",
     ]
     return "\n\n".join(part for part in parts if part)
 

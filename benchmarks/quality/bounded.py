@@ -29,8 +29,8 @@ PROMPTS = {
     "bird": "a photo of two birds",
     "fish": "a photo of two fish",
 }
-REFERENCES = 8  # held-out scenes of the same plan, by which a picture's tokens are told apart
-OCCUPIED = 0.25  # of a box that is creature
+REFERENCES = 8  # held-out scenes of the same plan, which classify the tokens of a picture
+OCCUPIED = 0.25  # the part of a box that must be creature
 TIMESTEPS = (201, 401)  # of the denoising error
 FIGURES = {
     "time_s": "s",
@@ -51,23 +51,26 @@ METHODS = ("untouched", "masks alone", *RATES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pictures = "by each method: every plan in every layout once (default: %(default)s)"
+    pictures = "pictures by each method; 12 are every plan in every layout (default: %(default)s)"
     parser.add_argument("--pictures", type=_command_line.count, default=12, help=pictures)
     parser.add_argument(
-        "--steps", type=_command_line.count, default=20, help="of DDIM (default: %(default)s)"
+        "--steps", type=_command_line.count, default=20, help="denoising steps of DDIM (default: %(default)s)"
     )
     parser.add_argument(
-        "--guidance", type=_command_line.number, default=7.5, help="of the prompt (default: %(default)s)"
+        "--guidance",
+        type=_command_line.number,
+        default=7.5,
+        help="scale of classifier-free guidance (default: %(default)s)",
     )
     parser.add_argument(
         "--json",
         type=Path,
-        help="write the report there after every picture; what it already has is not measured again",
+        help="write the report there after every picture; figures that it already has are not measured again",
     )
     parser.add_argument(
         "--sheet",
         type=Path,
-        help="all pictures with their boxes, a row for each method; of those measured now",
+        help="draw the pictures of this run with their boxes, a row for each method",
     )
 
 

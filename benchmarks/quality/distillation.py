@@ -16,7 +16,7 @@ from qalign_kernels._files import Files, replacing
 from . import method_report
 from .method_report import MethodReport
 
-TIMESTEPS = (1, 201, 401, 601, 801)  # at which clean latents are held against the style, before and after
+TIMESTEPS = (1, 201, 401, 601, 801)  # for comparing clean latents with the style
 FIGURES = {
     "time_s": "s",
     "colour_error": "colour error",
@@ -48,23 +48,26 @@ METHODS = ("untouched", *INJECTIONS, *DISTILLATIONS)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--pairs", type=_command_line.count, default=3, help="of held-out scenes (default: %(default)s)"
+        "--pairs",
+        type=_command_line.count,
+        default=3,
+        help="number of pairs of held-out scenes (default: %(default)s)",
     )
-    steps = "of the schedule; the descent at one timestep has as many (default: %(default)s)"
+    steps = "denoising steps, or iterations of the descent at one timestep (default: %(default)s)"
     parser.add_argument("--steps", type=_command_line.count, default=100, help=steps)
     parser.add_argument(
         "--seed",
         type=_command_line.seed,
         default=0,
-        help="of the pairs and of all noise (default: %(default)s)",
+        help="seed of the pairs and of all noise (default: %(default)s)",
     )
     parser.add_argument(
         "--json",
         type=Path,
-        help="write the report there after every method; what it already has is not measured again",
+        help="write the report there after every method; figures that it already has are not measured again",
     )
     parser.add_argument(
-        "--sheet", type=Path, help="the pictures, a row for each pair that was measured now as a whole"
+        "--sheet", type=Path, help="draw the pictures, a row for each pair that this run measured completely"
     )
 
 

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=MODELS,
         default=MODELS,
-        help="embedded, or sd15: its geometry, random weights",
+        help="embedded, or sd15: the geometry of SD 1.5 with random weights",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")

@@ -92,7 +92,7 @@ class Plan:
         self._finish()
 
     def pytest_report_teststatus(self) -> tuple[str, str, str]:
-        return "", "", ""  # the progress is ours
+        return "", "", ""  # the plan shows its own progress
 
     def _start(self, item: Item) -> None:
         self._group = item.op.name, item.shape.name, item.layout
@@ -130,7 +130,7 @@ class Plan:
             peak = self._peak(item, call)
             saves = item.op.learned and item.provider != providers.SDPA
             saved = measure.saved_mib(call, self._inputs)[0] if saves else None
-        except Exception as error:  # a peer that cannot run here is a note, one of ours is a failure
+        except Exception as error:  # a failing peer is a note, a failure of ours an error
             (self.failed if item.provider in providers.OURS else self.notes).append(
                 f"{where}: {type(error).__name__}: {error}".splitlines()[0]
             )
@@ -148,7 +148,7 @@ class Plan:
         return max(time.perf_counter() - start, 1e-6)
 
     def _peak(self, item: Item, call: Callable[[], Any]) -> float | None:
-        if item.provider == providers.SDPA:  # the same call whatever op it stands beside
+        if item.provider == providers.SDPA:  # one call for all ops
             if item.shape.name not in self._sdpa_peak:
                 self._sdpa_peak[item.shape.name] = self._measure_peak(item, call)
             return self._sdpa_peak[item.shape.name]

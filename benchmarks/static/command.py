@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--update",
         action="store_true",
-        help="keep what FILE has of other cases, architectures, dtypes and head dims",
+        help="keep the rows of FILE for other cases, architectures, dtypes and head dims",
     )
     parser.add_argument(
         "--budgets",
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases",
         default="benchmarks.static.cases",
         metavar="MODULE",
-        help="the module whose CASES are driven (default benchmarks.static.cases)",
+        help="the module whose CASES are compiled (default benchmarks.static.cases)",
     )
 
 

@@ -34,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 HEAD_DIMS = (32, 40, 64, 80, 96, 128, 160)
 
-TOKENS = (4096, 1000)  # the second is ragged: no tile divides it
+TOKENS = (4096, 1000)  # no tile divides the second
 
 EVERY_CASE_TARGET = "sm_90"
 
@@ -94,7 +94,7 @@ def record(cases: list, scope: list[tuple[str, str, int]], quick: bool) -> tuple
                 try:
                     with recording(target) as launches:
                         case.run(head_dim, DTYPES[dtype], count)
-                except Exception as error:  # whatever a launcher raises is a finding
+                except Exception as error:  # a launcher may raise anything
                     problem = (
                         f"does not launch on meta tensors: {type(error).__name__}: {error}".splitlines()[0]
                     )
@@ -195,7 +195,7 @@ def _compile(position: int) -> Row:
     source = _source_class(job.kernel)(job.kernel, job.signature, job.constexprs, job.attributes)
     try:
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[job.target]), options=job.options)
-    except Exception as error:  # whatever the compiler raises is a finding
+    except Exception as error:  # the compiler may raise anything
         row.problems.append(f"does not compile: {type(error).__name__}: {error}".splitlines()[0])
         return row
     row.seconds = round(time.perf_counter() - start, 2)

@@ -212,7 +212,7 @@ def variable_layouts(instructions: list[Instruction]) -> set[int]:
         stem, *parts = x.name.split(".")
         variable = set(writes)
         if stem == "R2UR" or (stem.startswith("U") and "c[" not in x.operands):
-            step = 2 if "64" in parts else 1  # the words of pairs are added each to its like
+            step = 2 if "64" in parts else 1  # of pairs, low words are added to low words and high to high
             variable = {to for to in writes if any((to - source) % step == 0 for source in reads & before)}
         return (before if x.predicated else before - writes) | variable
 

@@ -48,7 +48,7 @@ def flash_kmeans(x: Inputs, joint: bool) -> Callable[[], Tensor]:
     return lambda: assign(points, centroids, **squares)
 
 
-COUNT_CHANNELS = 8  # two, and what keeps rows aligned to 16 bytes
+COUNT_CHANNELS = 8  # two channels, padded so that rows are aligned to 16 bytes
 NEVER = -30000.0  # a logit whose weight is zero, finite in float16
 
 

@@ -16,7 +16,7 @@ from qalign_kernels.bench import measure
 
 from .shapes import PROCESSOR
 
-TIMES, COMPILED, HOST, VALIDATION, STAGE = "times", "static", "host", "validate", "gpu"  # kinds of files
+TIMES, COMPILED, HOST, VALIDATION, STAGE = "times", "static", "host", "validate", "gpu"  # the kinds of files
 
 
 class Row(NamedTuple):

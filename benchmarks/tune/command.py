@@ -21,7 +21,7 @@ from .sweep import GpuSubject, Sweep
 from .table import Change, replace
 from .trials import TRIALS, Trial
 
-DTYPES = ("bfloat16", "float16")  # float32 has no tensor cores to feed
+DTYPES = ("bfloat16", "float16")  # float32 does not use tensor cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

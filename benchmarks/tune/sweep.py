@@ -20,11 +20,11 @@ from . import trials
 from .table import Change, Choice, cell, describe, shipped_tile
 from .trials import Trial
 
-KEPT_BELOW = 0.98  # of the shipped tile's time
+KEPT_BELOW = 0.98  # a new tile takes at most this part of the shipped tile's time
 
 ROUNDS = 20
 
-FLUSHES = 8  # the host queues a call while the GPU empties its cache so often
+FLUSHES = 8  # the GPU empties its cache so often while the host queues the call
 
 
 class Subject(Protocol):
@@ -114,7 +114,7 @@ class Sweep:
             passed = check(tile)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # compilers raise anything: a tile that does not compile or fit is no candidate
+        except Exception:  # compilers raise anything; such a tile is no candidate
             self.settle()
             self.skipped += 1
             return False

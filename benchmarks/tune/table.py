@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from qalign_kernels._triton import _configs
 from qalign_kernels._triton._configs import Key, Tile
 
-Choice = Tile | None  # None leaves a key of a listed kernel to the general kernel
+Choice = Tile | None  # None: the general kernel serves the key
 
 
 class Change(NamedTuple):

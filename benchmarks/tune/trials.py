@@ -30,8 +30,8 @@ from ..suite import shapes
 from ..suite.shapes import FOLDED_HEAD_DIM, Shape
 
 LABELS = ("bit_sets", "half_sets", "query_bit_sets", "query_half_sets", "classes")
-HEADS = {40: 8, 64: 10, 80: 8, 128: 24, 160: 8}  # as the models that have these head dims
-USUAL_TOKENS = (4096, 1024, 16384, 256)  # most usual first
+HEADS = {40: 8, 64: 10, 80: 8, 128: 24, 160: 8}  # heads by head dim, as in the models
+USUAL_TOKENS = (4096, 1024, 16384, 256)  # the most usual first
 LARGE_K = 64
 LISTED_ARCHITECTURE = "sm_90"
 LISTED_HEAD_DIMS = {
@@ -215,7 +215,7 @@ _CONTRASTED = _attention(contrast=CONTRAST)
 _SHARED_GRADIENT = Call(
     functools.partial(gradient, shared=True), functools.partial(check_gradient, shared=True)
 )
-# what Q-Align runs for every layer first
+# the calls that Q-Align makes for every layer come first
 TRIALS = (
     Trial(
         "similarity",
@@ -274,7 +274,7 @@ TRIALS = (
     Trial("attention_backward", "queries", _OPS["attention_gradient"]),
     Trial("attention_backward", "keys", _OPS["attention_gradient"]),
     Trial("attention_backward", "shared keys", _SHARED_GRADIENT),
-    # kernels in Gluon for sm_90, which serve only what a row of the table names
+    # kernels in Gluon for sm_90; they serve only keys with a row in the table
     Trial("similarity", "joint hopper", _OPS["similarity_argmax"], (_match("dot", True),)),
     Trial("attention", "counted softmax hopper", _OPS["attention_counts"], (_OPS["qalign_attention"],)),
     Trial("attention", "softmax hopper", _attention()),

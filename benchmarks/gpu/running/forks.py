@@ -87,7 +87,7 @@ class Worker:
         try:
             if self._connection.poll(max(seconds, 0)):
                 return Answer(*self._connection.recv())
-            return Answer(error=f"did not come to an end in {seconds:.0f} s")
+            return Answer(error=f"did not finish in {seconds:.0f} s")
         except (EOFError, ConnectionError):
             self._process.join()
             return Answer(error=f"ended its process with exit code {self._process.exitcode}")

@@ -27,7 +27,7 @@ class Journal:
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
-                continue  # the writer was stopped within the line
+                continue  # the writer stopped within the line
         return [(kind, text) for kind, text in lines]
 
     def texts(self, kind: str) -> list[str]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 SECONDS_TO_END = 2.0
 
 
-PARENT = "QALIGN_GPU_PARENT"  # the variable that tells a process who started it
+PARENT = "QALIGN_GPU_PARENT"  # the variable with the process id of the parent
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 

@@ -81,7 +81,9 @@ class Publisher:
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as archive:
             for log in sorted((self._work / "logs").glob("*")):
-                content = log.read_bytes()  # a copy: a log that grows while it is packed breaks the archive
+                content = (
+                    log.read_bytes()
+                )  # a copy, because a log that grows while it is packed breaks the archive
                 entry = tarfile.TarInfo(f"logs/{log.name}")
                 entry.size, entry.mtime = len(content), int(time.time())
                 archive.addfile(entry, io.BytesIO(content))

@@ -117,7 +117,7 @@ def main() -> int:
         try:
             found = reach(share)
             rows += found if isinstance(found, list) else [found]
-        except Exception as error:  # the other ceilings are worth having
+        except Exception as error:  # the other ceilings may work
             problems.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
         arguments.write(options.out, "ceilings", rows=rows, problems=problems)
     for problem in problems:

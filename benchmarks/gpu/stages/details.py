@@ -69,7 +69,7 @@ def tile_rows(shape: Shape, name: str, right: list[Row]) -> list[Row]:
         try:
             with _configs.trying(key, tile):
                 graphs[tile] = capture(lambda: trial.timed.run(inputs, OURS))[0]
-        except Exception as error:  # a tile that does not fit is a finding
+        except Exception as error:  # the tile may not fit
             torch.cuda.synchronize()
             problems.append(
                 place | {"tile": tile, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
@@ -129,12 +129,12 @@ def take(wanted: dict[str, Step], where: Files, clock: arguments.Clock) -> None:
         if name in done:
             continue
         if clock.left() < SECONDS_OF_STEP:
-            where.journal.add("note", f"{name}: not measured for want of time")
+            where.journal.add("note", f"{name}: not measured, no time left")
             continue
         where.journal.add("begin", name)
         try:
             rows += step()
-        except Exception as error:  # the next step is worth having
+        except Exception as error:  # the next step may work
             rows.append(
                 {
                     "what": "error",

@@ -65,7 +65,7 @@ def _version(package: str) -> str:
 def facts() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     readings: dict[str, str] = {}
-    for field in FIELDS:  # one by one: drivers differ in the fields that they know
+    for field in FIELDS:  # one by one, because drivers know different fields
         readings |= nvidia_smi(field)
     return {
         "device": properties.name,

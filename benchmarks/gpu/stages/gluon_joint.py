@@ -28,7 +28,7 @@ from ..running import arguments, forks
 
 ROUNDS = 20
 COMPILE_SECONDS = 20
-ATTENTION_SHAPES = ("sdxl", "flux", "sdxl-low", "sd21-1024px")  # by name, looked up when the stage runs
+ATTENTION_SHAPES = ("sdxl", "flux", "sdxl-low", "sd21-1024px")  # names of shapes
 JOINT_SHAPES = ("sdxl", "flux", "sd15-512px", "sdxl-low", "sd15-low", "sd21-1024px")
 
 
@@ -120,7 +120,7 @@ def compare(trial: Trial, shape: Shape) -> Iterator[dict[str, Any]]:
         with _configs.trying(trial.key, tile):
             try:
                 yield {**row, **trial.same(wanted, trial.call()), **_times(trial, tile)}
-            except Exception as error:  # the next tile is worth a try
+            except Exception as error:  # the next tile may work
                 problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 yield {**row, "right": False, "error": problem}
 

@@ -146,7 +146,7 @@ def loop_contents(compiled: Any) -> dict[str, int] | None:
 
     try:
         code = read_cubin(compiled.asm["cubin"], knobs.nvidia.cuobjdump.path, 0)
-    except Exception:  # without the disassembler the rate stands alone
+    except Exception:  # there is no disassembler
         return None
     body = max(natural_loops(code.instructions), key=len, default=frozenset())
     names = [code.instructions[position].name.split(".")[0] for position in body]

@@ -15,7 +15,7 @@ from qalign_kernels.bench.ops import check_match
 
 from ...tune.trials import Call
 
-FEWER = 77  # tokens that the reference lacks
+FEWER = 77  # the reference has so many tokens fewer
 NAN_TOKEN = 5
 
 
@@ -51,7 +51,7 @@ def _counted(x: Inputs, backend: str) -> tuple[Tensor, Tensor]:
 
 def _check_counted(x: Inputs, result: tuple[Tensor, Tensor], backend: str) -> bool:
     match, counts = result
-    index = (~match & 0xFFFFFFFF).int()  # what `_tile.pack_match` puts into the lower half
+    index = (~match & 0xFFFFFFFF).int()  # the lower half as `_tile.pack_match` packs it
     wanted, score = _ragged(x, backend)
     again = torch.zeros_like(counts).scatter_add_(2, index.long(), torch.ones_like(index))
     return (

@@ -9,7 +9,7 @@ import torch
 from qalign_kernels.bench import measure
 
 ROUNDS = 10
-NOT_OURS = re.compile("memset|FillFunctor", re.IGNORECASE)  # what empties the cache between calls
+NOT_OURS = re.compile("memset|FillFunctor", re.IGNORECASE)  # kernels that empty the cache between calls
 SDPA_KERNELS = (
     ("FA4", "cute.*flash|flash.*cute|FlashAttentionForwardSm"),
     ("FA3", "FlashAttnFwdSm90|flash.*Sm90"),

@@ -51,7 +51,7 @@ def supervise(
             journal.add("note", f"stopped at the end of its time in {journal.left_open() or 'no visit'}")
             return 0
         _leave_out(journal, code)
-    journal.add("failure", f"{WORKERS} workers have ended early, the last with exit code {code}")
+    journal.add("failure", f"{WORKERS} workers ended early, the last with exit code {code}")
     return 1
 
 
@@ -73,11 +73,11 @@ def _wait(
 
 def _leave_out(journal: Journal, code: int | None) -> None:
     """Skip the worker's last visit from now on; it is a failure where the provider is ours."""
-    how = "did not come to an end" if code is None else f"ended the process with exit code {code}"
+    how = "did not finish" if code is None else f"ended the process with exit code {code}"
     place = journal.left_open()
     if place is None:
         journal.add(
-            "failure", f"a worker {how} outside any visit: {processes.last_line(_newest_log(journal))}"
+            "failure", f"a worker {how} outside of any visit: {processes.last_line(_newest_log(journal))}"
         )
         return
     of_peer = not place.startswith("[") and f" {OURS} [" not in place

@@ -167,7 +167,7 @@ def answers(chosen: list[Call], folder: Path, clock: arguments.Clock) -> Iterato
     def run(call: Call) -> dict[str, Any]:
         seconds = min(SECONDS_OF_CALL, clock.left())
         if seconds < SECONDS_TO_START:
-            return call.row() | {"error": "not started for want of time"}
+            return call.row() | {"error": "not started, no time left"}
         worker, log = free.get(), folder / "logs" / f"right-{call.name.replace(' ', '_')}.log"
         answer = worker.ask(judge, call, log=log, seconds=seconds)
         free.put(worker)

@@ -12,7 +12,7 @@ from typing import Any
 from ..running import arguments, processes
 
 TOOLS = ("memcheck", "racecheck")
-PARTS = 4  # of the ops, beside each other: most of the time is the start of a process and compilation
+PARTS = 4  # parallel parts of the ops; most of the time is process start and compilation
 ERROR_CODE = 99
 FINDING = "=========     at "
 
@@ -45,7 +45,7 @@ def check(sanitizer: str, tool: str, part: int, folder: Path, seconds: float) ->
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.+)", text)
     if code is None:
         findings = "with findings" if FINDING in text else "nothing found so far"
-        verdict = f"not ended after {seconds:.0f} s, {findings}"
+        verdict = f"still running after {seconds:.0f} s, {findings}"
     else:
         verdict = summary[-1] if summary else processes.last_line(log)
     passed = code == 0 or code is None and FINDING not in text

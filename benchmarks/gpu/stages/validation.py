@@ -68,7 +68,7 @@ def rows(job: Job) -> dict[str, Any]:
 def run(job: Job, folder: Path, clock: arguments.Clock) -> forks.Answer:
     """Run a job in a process and give its rows."""
     if clock.left() < SECONDS_TO_START:
-        return forks.Answer(error="not started for want of time")
+        return forks.Answer(error="not started, no time left")
     return forks.ask(rows, job, log=job.log(folder), seconds=clock.left())
 
 
@@ -117,11 +117,11 @@ class Merged:
         content = self.content
         failures = [failure for row in content["rows"] for failure in row["failures"]]
         lines = [f"FAILED {failure}" for failure in failures]
-        lines += [f"not run for want of memory: {case}" for case in content["dropped"]]
-        lines += [f"not ended: {name}, {reason}" for name, reason in content["unfinished"].items()]
+        lines += [f"not run for lack of memory: {case}" for case in content["dropped"]]
+        lines += [f"unfinished: {name}, {reason}" for name, reason in content["unfinished"].items()]
         cases = sum(row["cases"] for row in content["rows"])
         print(*lines, sep="\n")
-        print(f"{cases} cases, {len(failures)} failed, {len(content['unfinished'])} ops not ended")
+        print(f"{cases} cases, {len(failures)} failed, {len(content['unfinished'])} ops unfinished")
         return 1 if failures or content["unfinished"] or not content["rows"] else 0
 
 
@@ -135,7 +135,9 @@ def main() -> int:
     forks.preload()
     for job, answer in run_all(chosen, options.out, clock, os.cpu_count() or 1):
         merged.add(job, answer)
-    for job, answer in run_all(merged.without_memory(), options.out, clock, workers=1):  # with all of it
+    for job, answer in run_all(
+        merged.without_memory(), options.out, clock, workers=1
+    ):  # one at a time, with all of the memory
         if answer.value:
             merged.add(job, answer)
     return merged.conclude()

@@ -27,7 +27,7 @@ from .ceilings import large_matmul, matmul_tflops
 
 DEVICE, DTYPE = "cuda", "bf16"
 REPEATS = 3
-ROUNDS = 15  # of each visit and mode, where they fit in SECONDS_OF_VISIT
+ROUNDS = 15  # for each visit and mode, or fewer to fit in SECONDS_OF_VISIT
 SECONDS_OF_VISIT = 0.05
 LEAST_SECONDS_OF_GROUP = 4.0
 CHECKED_PEERS = ("fa3", "flex", providers.FLEX_FLASH, *providers.CHANNEL_PEERS, "sageattention")
@@ -81,7 +81,7 @@ def measure_groups(groups: list[Group], where: Files, clock: arguments.Clock) ->
         if group.name in done:
             continue
         if clock.left() < LEAST_SECONDS_OF_GROUP:
-            where.journal.add("note", f"{group.name}: not measured for want of time")
+            where.journal.add("note", f"{group.name}: not measured, no time left")
             continue
         print(f"{group.name}: {len(group.visits)} visits, {clock.left():.0f} s left", flush=True)
         before = tuple(kept)
@@ -103,7 +103,7 @@ def measure(group: Group, journal: Journal, clock: arguments.Clock) -> Iterator[
     found: dict[Visit, Measured] = {}
     for visit in group.visits:
         if clock.left() < LEAST_SECONDS_OF_GROUP / 2:
-            journal.add("note", f"{_name(visit, group)}: not measured for want of time")
+            journal.add("note", f"{_name(visit, group)}: not measured, no time left")
         elif measured := _first_visit(visit, group, inputs, journal):
             found[visit] = measured
     journal.add("begin", group.name)
@@ -158,7 +158,7 @@ def _first_visit(visit: Visit, group: Group, inputs: shapes.Inputs, journal: Jou
             journal.add("note", f"{name}: not run, {reason}")
         else:
             measured = _prepare(op, provider, inputs, name, journal)
-    except Exception as error:  # a peer that cannot run here is a note, one of ours a failure
+    except Exception as error:  # a failing peer is a note, a failure of ours an error
         journal.add(
             "failure" if provider == OURS else "note",
             f"{name}: {type(error).__name__}: {error}".splitlines()[0][:300],
@@ -208,7 +208,7 @@ def _captured(
     """Capture the call as a graph; where the call is ours, the replay must give the same bits."""
     try:
         graph, replayed = capture(call)
-    except Exception as error:  # synchronising calls cannot be captured
+    except Exception as error:  # calls that synchronise cannot be captured
         journal.add("note", f"{name}: no CUDA graph, {type(error).__name__}: {error}".splitlines()[0][:300])
         _require_device()
         return None
@@ -282,7 +282,7 @@ def call_once(groups: list[Group], clock: arguments.Clock) -> None:
                 providers.build(provider, op_named(op_name), inputs)()
                 torch.cuda.synchronize()
                 print(f"called {op_name} {provider} {group.name}", flush=True)
-            except Exception as error:  # reported where it is measured
+            except Exception as error:  # the stage that measures it reports the failure
                 print(
                     f"{op_name} {provider} {group.name}: {type(error).__name__}: {error}".splitlines()[0],
                     flush=True,

@@ -115,7 +115,7 @@ def stub_driver(folder: Path) -> Iterator[Stub]:
         )
     library = ctypes.CDLL(
         str(_build(folder)), mode=ctypes.RTLD_GLOBAL
-    )  # Triton's dlopen finds it by its name
+    )  # Triton's dlopen finds the library by its name
     library.stub_launches.restype = library.stub_recorded.restype = ctypes.c_long
     stub = Stub(library)
 
