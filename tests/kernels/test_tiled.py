@@ -579,6 +579,7 @@ print(call({tokens}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "statement",
     [
@@ -596,6 +597,7 @@ def test_extra_memory_stays_below_one_map(statement):
     assert measured_mib(statement, heads=1) <= 48
 
 
+@pytest.mark.slow
 def test_extra_memory_of_the_main_case():
     assert measured_mib("qk.qalign_attention(query, ref_query, key, value)", heads=8) <= 64
 
