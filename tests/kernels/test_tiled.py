@@ -3,6 +3,7 @@
 Each way to call an op meets blocks of several sizes, dtypes and both routes. What goes wrong in a known way is a
 named risk. A property test draws further calls from the whole space, the same ones in every run.
 """
+# above 400 lines: all of it draws on one table of calls and ways
 
 import functools
 import subprocess
@@ -252,9 +253,8 @@ def attention_calls(draw):
         }
         if draw(st.booleans()):
             counts = random_integers(0, 3, 2, draw(st.sampled_from((1, 3))), tokens, seed=number)
-            counts[: draw(st.integers(0, 1)), : draw(st.integers(1, 3))] = (
-                0  # a batch row, or some of its heads
-            )
+            # nothing counted in a batch row, or in some of its heads
+            counts[: draw(st.integers(0, 1)), : draw(st.integers(1, 3))] = 0
             addition["counts"] = counts
         if draw(st.booleans()):
             labels = 1 << random_integers(0, 4, draw(st.sampled_from((1, 2))), tokens, seed=tokens)
