@@ -34,7 +34,17 @@ BESIDES = [
 ]  # imported; DIFFUSERS bring them too
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib", *TRITON]
 DEMO = ["scikit-image", "matplotlib", "psutil"]
-DEV = ["pytest>=8", "pytest-xdist>=3.6", "packaging>=23", "setuptools>=77", "ruff", "mypy", "uv", *TRITON]
+DEV = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "packaging>=23",
+    "setuptools>=77",
+    "ruff",
+    "mypy",
+    "uv",
+    *TRITON,
+]
 
 
 def long_description() -> str:

@@ -627,6 +627,7 @@ def test_an_interrupted_validation_keeps_its_rows(tmp_path, monkeypatch, capsys)
     assert [row["dtype"] for row in json.loads(file.read_text())["rows"]] == ["float32", "float16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["qalign methods", "qalign_kernels.env"])
 def test_closed_pipe_ends_a_command_silently(arguments):
     reading, writing = os.pipe()
@@ -643,6 +644,7 @@ def test_closed_pipe_ends_a_command_silently(arguments):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_the_embedded_model_loads_without_a_word():
     code = (
         "import qalign\n"

@@ -231,7 +231,7 @@ def test_another_query_may_ask(backend, refinement, device):
 
 
 def test_alignment_query_defaults_to_the_query(backend, device):
-    features, _ = draw(device)
+    features, _ = draw(device, tokens=9)
     for refinement in REFINEMENTS:
         settings = options(refinement, features)
         both = (
