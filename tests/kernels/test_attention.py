@@ -471,7 +471,8 @@ def test_a_second_derivative_is_refused_but_by_the_reference(backend, contrast, 
         return
     for gradient in gradients:
         with pytest.raises(
-            RuntimeError, match="attention: expected one derivative, got a second: only backend='reference'"
+            RuntimeError,
+            match="attention: expected one derivative, got a second one: only backend='reference'",
         ):
             gradient.sum().backward(retain_graph=True)
 
