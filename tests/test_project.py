@@ -46,6 +46,7 @@ def packaging():
     return packaging_arguments()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, side", [("embedded", 128), ("sd15", 32), ("sdxl", 32)])
 def test_readme_python_runs_from_top_to_bottom(model, side, monkeypatch):
     """Every block in one namespace, as a reader pastes them, with fewer steps; small models in its place.

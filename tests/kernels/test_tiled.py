@@ -220,7 +220,8 @@ RISKS = {
     "one segment with labels, one without": ("segments", F32, Way(RAGGED)),
     "segments of other sizes in blocks": ("segments", BF16, Way(HEADS, "device")),
     "a contrast counts the keys of both segments": ("contrasted segments", F32, Way(RAGGED)),
-    "a contrast over segments, unread": ("contrasted segments", F64, Way(ROW, "device")),
+    "a contrast over segments in ragged blocks of rows": ("contrasted segments", F64, Way(RAGGED, "device")),
+    "two segments row by row": ("segments", F64, Way(ROW, "device")),
 }
 
 
