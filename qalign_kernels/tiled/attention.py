@@ -181,7 +181,7 @@ def attention_backward(
 ) -> list[Tensor | None]:
     """The gradients of query, keys, values and guide that are needed.
 
-    Masses are computed again, block by block. With g_ij = dO_i·v_j (with a contrast: times c inside the clip):
+    Masses are computed again, block by block. With g_ij = dO_i·v_j (a contrast: times c inside the clip):
     dl_ij = m_j p_ij (g_ij - Σ_k m_k p_ik g_ik + dlse_i), dv_j = Σ_i m_j w_ij dO_i.
 
     On the CPU torch's fused attention computes them, where it serves the call and output and log-sum-exp are
