@@ -11,14 +11,10 @@ import torch
 from tests.project import ROOT
 
 NOT_RUNNING_YET = (
-    "qalign",
-    "qalign.context.regions",
     "qalign.evaluation.resuming",
     "qalign.pipelines.appearance_transfer",
     "qalign.pipelines.attention_distillation",
     "qalign.pipelines.base",
-    "qalign.processors.attach",
-    "qalign.processors.feature_bank",
     "qalign.sampling.anchor_align",
     "qalign.sampling.attention_reader",
     "qalign.sampling.decoder_tuning",
@@ -59,7 +55,7 @@ def namespace() -> dict:
 
 def fewer_steps(source: str) -> str:
     """The same example with two denoising steps where it has many."""
-    return re.sub(r"(num_inference_steps ?= ?)\d+", r"\g<1>2", source)
+    return re.sub(r"(num_inference_steps\"? ?[=:] ?)\d+", r"\g<1>2", source)
 
 
 @pytest.mark.parametrize("name", modules())

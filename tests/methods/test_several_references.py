@@ -271,7 +271,7 @@ def test_methods_that_read_one_appearance_say_so(name, hidden):
     attn.set_processor(prepared)
     with pytest.raises(
         ValueError,
-        match="^layout: expected one appearance, for this method reads no more, got 2 for one output$",
+        match="^layout: expected one appearance, because this method reads only one, got 2 for one output$",
     ):
         attn(hidden)
 
@@ -316,7 +316,7 @@ def test_settings_out_of_range_are_refused():
 def test_several_label_maps_where_one_is_read(hidden):
     with pytest.raises(
         ValueError,
-        match="regions: expected one label map of the appearance, for this method reads no more, got 2",
+        match="regions: expected one label map of the appearance, because this method reads only one, got 2",
     ):
         run(ReferenceOnly(), hidden, TRIPLET, regions=Regions(appearance=MASKS, structure=MASKS[0]))
     with pytest.raises(
