@@ -1,4 +1,4 @@
-"""Several references for one output, pictures that see each other, and matches between pictures: what the formulas alone do not show."""
+"""Several references for one output, pictures that see each other, and matches between pictures."""
 
 import math
 
@@ -125,7 +125,7 @@ def test_keys_that_an_attention_mask_hides_are_seen_in_no_row(method, layout, hi
     "method", [FreeCustom(), DreamMatcher(size=GRID)], ids=lambda method: type(method).__name__
 )
 def test_attention_mass_can_be_read(method, hidden):
-    """`compare` gives label indicators as values, as many as there are labels: rows of the result are shares that sum to one."""
+    """`compare` gives label indicators as values, so the results are shares that sum to one."""
     q, k, _ = (x[None].repeat(3, 1, 1, 1) for x in literal.project(make_attention(2, 40)[0], hidden[0]))
     labels = (torch.arange(TOKENS) % 4).expand(3, -1)
     site, rows = (

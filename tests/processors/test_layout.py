@@ -1,4 +1,4 @@
-"""BatchLayout: roles, guidance parts and images per prompt, against rows written out by hand."""
+"""BatchLayout: roles, guidance halves and images per prompt, against rows written out by hand."""
 
 import importlib
 
@@ -8,6 +8,8 @@ import torch
 from qalign import BatchLayout, Site
 
 TRIPLET = ("output", "appearance", "structure")
+ROLES = "3 roles (output, appearance, structure)"
+SIX = f"batch: expected 6 or 12 rows = {ROLES} x 1 or 2 guidance parts x 2 images per prompt"
 
 
 @pytest.mark.parametrize(
@@ -135,11 +137,11 @@ def test_index_made_in_inference_mode_serves_autograd() -> None:
         ),
         (
             lambda: BatchLayout(*TRIPLET, images_per_prompt=2).parts(9),
-            "batch: expected 6 or 12 rows = 3 roles (output, appearance, structure) x 1 or 2 guidance parts x 2 images per prompt, got 9 rows",
+            f"{SIX}, got 9 rows",
         ),
         (
             lambda: BatchLayout(*TRIPLET, guidance=True).rows("output", 3),
-            "batch: expected 6 rows = 3 roles (output, appearance, structure) x 2 guidance parts x 1 images per prompt, got 3 rows",
+            f"batch: expected 6 rows = {ROLES} x 2 guidance parts x 1 images per prompt, got 3 rows",
         ),
         (
             lambda: BatchLayout("output", "structure").rows("appearance", 2),
