@@ -118,6 +118,7 @@ def test_an_object_that_is_not_found_restricts_nothing(missing, which) -> None:
     assert ((queries[0, :, None] & keys[0]) != 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [False, True])
 def test_a_transfer_finds_them_itself(pipe, birds, known) -> None:
     (appearance, structure), prompt = birds
