@@ -1,4 +1,4 @@
-"""`python -m benchmarks static | speed | host | gpu | report | tune | bounded | distillation | distillation_step`."""
+"""`python -m benchmarks static | speed | host | gpu | report | pages | tune | bounded | distillation | distillation_step`."""
 
 import argparse
 import importlib
@@ -19,6 +19,7 @@ COMMANDS = {
     "host": "time of the host's part of one call, launches replayed and not, over a driver that does nothing; needs no GPU",
     "gpu": "what one GPU can show: with --first in 300 s what decides most, then accuracy and speed against every peer; JSON and a report",
     "report": "Markdown tables and a plot from the files that speed wrote",
+    "pages": "fill the generated blocks of README.md and docs/; with --check say which pages are stale",
     "tune": "sweep tiles on this GPU and rewrite the table that the kernels take them from, where a tile is 2 %% faster",
     "bounded": "bounded attention on the embedded model: two creatures in boxes, with masks alone and with guidance",
     "distillation": "attention distillation on held-out scenes, beside key and value injection: loss, colours, layout",
