@@ -10,7 +10,7 @@ from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench.measure import markdown
 
 from .static import evidence
-from .static.command import BUDGETS
+from .static.budgets import BUDGETS
 from .suite import rows
 from .suite.providers import OURS, SDPA
 from .suite.rows import Row
@@ -19,8 +19,8 @@ from .suite.shapes import CONTIGUOUS
 RESULTS = Path(__file__).with_name("results")
 PLOTTED_OP, PLOTTED_HEADS = "qalign_attention", (1, 8, 40)
 NOTE = (
-    "Times are of one call. x SDPA is the time over that of `scaled_dot_product_attention` on the same shape in "
-    "the same run: below 1 is faster. Peak memory is beyond the inputs, the output included. "
+    "Times are of one call. x SDPA is the time over that of `scaled_dot_product_attention` on the same shape "
+    "in the same run: below 1 is faster. Peak memory is beyond the inputs, the output included. "
     "U/N is the fraction of reference tokens that were matched."
 )
 ALL_COLUMNS = {
@@ -103,7 +103,7 @@ def read(paths: Sequence[Path]) -> Results:
 
 
 def by_device(times: Sequence[Row]) -> list[list[Row]]:
-    """Group the rows by device, PyTorch, Triton and dtype, in the order of the files; of equal rows the last counts."""
+    """Group the rows by device, PyTorch, Triton and dtype, in order; of equal rows the last counts."""
     groups: dict[tuple, dict[tuple, Row]] = {}
     for row in times:
         setting = row.device, row.torch, row.triton, row.dtype
@@ -133,7 +133,7 @@ def other_evidence(results: Results) -> list[str]:
 
 def report(results: Results) -> str:
     """Lay out every row of every device, losses and wins alike."""
-    parts = ["# Benchmarks", f"{NOTE} TFLOP/s count the op's definition, whoever runs it."]
+    parts = ["# Benchmarks", f"{NOTE} TFLOP/s count the op's definition for every provider."]
     for group in by_device(results.times):
         lines = [[_cell(getattr(row, name)) for name in ALL_COLUMNS] for row in group]
         parts += [f"## {heading(group)}", markdown([*ALL_COLUMNS.values()], lines)]

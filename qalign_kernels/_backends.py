@@ -34,10 +34,25 @@ _default = os.environ.get("QALIGN_BACKEND", "auto")
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Take `name` ("auto", "triton", "tiled" or "reference") for every call inside that names no backend. Process-wide.
+    """Use one backend for every call inside the block that names none.
 
-    >>> with use_backend("reference"):
-    ...     attention(query, Segment(key, value))
+    The setting is for the whole process, and blocks may be nested. The environment variable QALIGN_BACKEND sets
+    the default outside all blocks.
+
+    Args:
+        name: "auto", "triton", "tiled" or "reference". "auto" uses Triton on a GPU where it serves the call, and
+            tiled PyTorch otherwise. The others never fall back: they raise if they cannot run.
+
+    Raises:
+        ValueError: `name` is not one of the four.
+
+    Example:
+        >>> from qalign_kernels import Segment, attention, use_backend
+        >>> query, key, value = torch.randn(3, 1, 8, 64, 40)
+        >>> with use_backend("reference"):
+        ...     output = attention(query, Segment(key, value))
+        >>> output.shape
+        torch.Size([1, 8, 64, 40])
     """
     global _default
     _contracts.check_choice("backend", name, BACKENDS)

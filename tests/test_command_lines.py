@@ -383,7 +383,8 @@ def test_a_full_disk_leaves_the_old_file_alone(folder, capsys):
             "--rates: expected without --iterations 0",
         ),
         (
-            "qalign bound --prompt fox --box fox 0 0 1 1 --iterations 0 --keep-boxes --layers up --out {}/o.png",
+            "qalign bound --prompt fox --box fox 0 0 1 1 --out {}/o.png --iterations 0 --keep-boxes "
+            "--layers up",
             "--layers: expected without both",
         ),
         (
@@ -449,7 +450,7 @@ def test_settings_are_read_exactly_as_the_table_says(refinement):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Folders of models: "sd", and those of other kinds: "flux" (without weights), "unconditional" and "inpainting"."""
+    """Folders with the model "sd" and with other kinds: "flux", "unconditional", "inpainting"."""
     from diffusers import (
         DDPMPipeline,
         DDPMScheduler,
@@ -490,7 +491,8 @@ def model(tmp_path_factory):
     [
         (
             "--model {}/flux",
-            "--model: expected Stable Diffusion or Stable Diffusion XL, got FluxPipeline without unet, vae, text_encoder",
+            "--model: expected Stable Diffusion or Stable Diffusion XL, "
+            "got FluxPipeline without unet, vae, text_encoder",
         ),
         (
             "--model {}/unconditional",
@@ -643,9 +645,9 @@ def test_closed_pipe_ends_a_command_silently(arguments):
 
 def test_the_embedded_model_loads_without_a_word():
     code = (
-        "from qalign import AppearanceTransferPipeline, AttentionDistillationPipeline, BoundedAttentionPipeline\n"
-        "for kind in (AppearanceTransferPipeline, AttentionDistillationPipeline, BoundedAttentionPipeline):\n"
-        "    kind.embedded()\n"
+        "import qalign\n"
+        "for kind in ('AppearanceTransfer', 'AttentionDistillation', 'BoundedAttention'):\n"
+        "    getattr(qalign, f'{kind}Pipeline').embedded()\n"
         "from diffusers.utils import logging as first\n"
         "from transformers.utils import logging as second\n"
         "print([(each.get_verbosity(), each.is_progress_bar_enabled()) for each in (first, second)])\n"

@@ -35,7 +35,6 @@ ROOMS_OF_BENCHMARKS = (  # each imports itself, those after it, `qalign` and `qa
     "__init__",
 )
 OTHER_FILES = dict.fromkeys(("benchmarks/static/two.py", "tests/three.py"), "")
-SHARED_BY_COMMANDS = ("__init__", "_shared", "_distillation", "_leakage_tables")
 
 
 def imports(file: Path, root: Path) -> Iterator[Path]:
@@ -85,7 +84,7 @@ def _is_wrong(file: Path, imported: Path) -> bool:
     if imported.parts[0] == "benchmarks":
         return True
     if here == there == "commands":
-        return imported.stem not in SHARED_BY_COMMANDS
+        return not imported.stem.startswith("_")  # what commands share
     return there not in FLOORS[FLOORS.index(here) :]
 
 

@@ -1,6 +1,6 @@
 """Ctrl-X: structure by injected queries and keys, appearance by the statistics that attention finds for each token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qalign_kernels import Segment, attention
 
 from ..context.layer_call import Site, take
-from ._editing import Card, Editing, Hook
+from ._editing import Card, Editing, Hook, Project
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,7 @@ class CtrlX(Editing):
     def hooks(self, model: nn.Module) -> dict[str, Hook]:
         return dict.fromkeys(self.structure_convolutions, _inject)
 
-    def prepare(
-        self, hidden: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], site: Site
-    ) -> Tensor:
+    def prepare(self, hidden: Tensor, project: Project, site: Site) -> Tensor:
         """The hidden states [B, N, C] with the appearance's statistics in the output rows."""
         if site.idle or not _among(site.layer, self.appearance_layers):
             return hidden

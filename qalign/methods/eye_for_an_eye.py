@@ -1,6 +1,5 @@
 """Eye-for-an-eye: the output's features are replaced by those of the appearance that resemble them most."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from qalign_kernels import similarity_argmax
 
 from ..context.layer_call import Site
-from ._editing import Card
+from ._editing import Card, Project
 from .cross_image import CrossImage
 
 
@@ -46,9 +45,7 @@ class EyeForAnEye(CrossImage):
         if self.contrast != 1.0:
             raise ValueError(f"contrast: expected 1.0 for EyeForAnEye, got {self.contrast!r}")
 
-    def prepare(
-        self, hidden: Tensor, project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], site: Site
-    ) -> Tensor:
+    def prepare(self, hidden: Tensor, project: Project, site: Site) -> Tensor:
         """The hidden states [B, N, C] with those of the output rows replaced."""
         if site.idle:
             return hidden

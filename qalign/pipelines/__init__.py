@@ -4,7 +4,6 @@ from ..embedded.quiet import quiet_libraries
 
 with quiet_libraries():  # transformers would say which image library it had rather found
     from .appearance_transfer import (
-        METHODS,
         AppearanceTransferOutput,
         AppearanceTransferPipeline,
         AppearanceTransferXLPipeline,
@@ -19,6 +18,7 @@ with quiet_libraries():  # transformers would say which image library it had rat
         BoundedAttentionPipeline,
         BoundedAttentionXLPipeline,
     )
+    from .transfer_inputs import METHODS
 
 __all__ = [
     "METHODS",

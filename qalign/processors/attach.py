@@ -110,9 +110,7 @@ class Control:
                 f"regions: expected Regions(appearance=..., structure=...) or None, got {regions!r}"
             )
         self.regions = regions
-        self.clock = Clock(
-            getattr(method, "default_steps", None) if steps is None else steps, method.takes_structure
-        )
+        self.clock = Clock(method.default_steps if steps is None else steps, method.takes_structure)
         self.layers = select_layers(self.model, layers, method)
         self.hooks = {
             name: ModuleHook(function, layout, name, self.clock, regions)
@@ -333,12 +331,12 @@ def _attention_layers(model: nn.Module, *, cross: bool) -> dict[str, Any]:
 
 def _cross_layers_of(method: Method, model: nn.Module) -> dict[str, Any]:
     present = _attention_layers(model, cross=True)
-    chosen = set(method.cross_layers(list(present))) if hasattr(method, "cross_layers") else set()
+    chosen = set(method.cross_layers(list(present)))
     return {name: module for name, module in present.items() if name in chosen}
 
 
 def _hooks_of(method: Method, model: nn.Module) -> dict[str, Hook]:
-    hooks = method.hooks(model) if hasattr(method, "hooks") else {}
+    hooks = method.hooks(model)
     present = dict(model.named_modules())
     for name in hooks:
         if name not in present:

@@ -1,6 +1,6 @@
 """A feature bank: one pass over reference pictures serves any number of later ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from ..context.layer_call import Site
 from ..context.layout import BatchLayout
-from ..methods import Hook, Method, require_method
+from ..methods import Hook, Method, Project, Wrapped
 from .attach import attach
-
-Project = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class FeatureBank:
@@ -131,32 +129,26 @@ class FeatureBank:
         return self._kept[layer, step].to(like.device, like.dtype)
 
 
-class _Around:
-    """A method that asks another one where and when."""
+class _BankMethod(Wrapped):
+    """A method whose layers and steps are another's, with a bank."""
 
     def __init__(self, bank: FeatureBank, method: Method) -> None:
-        require_method(method)
-        self.bank, self.method = bank, method
-
-    def default_layers(self, names: Sequence[str]) -> list[str]:
-        return self.method.default_layers(names)
-
-    def takes_structure(self, step: int, total: int) -> bool:
-        return self.method.takes_structure(step, total)
+        super().__init__(method)
+        self.bank = bank
 
     def hooks(self, model: nn.Module) -> dict[str, Hook]:
-        """None: a method that has any is refused.
+        """Return no hooks: a bank keeps no reference rows of other modules.
 
         Raises:
-            ValueError: it acts on modules whose reference rows no bank keeps.
+            ValueError: the method acts on modules other than self-attention.
         """
-        if hasattr(self.method, "hooks") and self.method.hooks(model):
+        if self.method.hooks(model):
             self._refuse()
         return {}
 
     def cross_layers(self, names: Sequence[str]) -> list[str]:
-        """None, as `hooks`."""
-        if hasattr(self.method, "cross_layers") and self.method.cross_layers(names):
+        """Return no layers, as `hooks`."""
+        if self.method.cross_layers(names):
             self._refuse()
         return []
 
@@ -165,17 +157,8 @@ class _Around:
             f"method: expected one that acts in self-attention alone, which a bank serves, got {self.method!r}"
         )
 
-    @property
-    def default_steps(self) -> tuple[float, float] | None:
-        return getattr(self.method, "default_steps", None)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "method":  # of a copy that is being made
-            raise AttributeError(name)
-        return getattr(self.method, name)  # whatever else a pipeline asks
-
-
-class _Recorder(_Around):
+class _Recorder(_BankMethod):
     def prepare(self, hidden: Tensor, project: Project, site: Site) -> Tensor:
         if not site.idle:
             layout = site.layout
@@ -191,7 +174,7 @@ class _Recorder(_Around):
         return site.plain(q, k, v)
 
 
-class _Server(_Around):
+class _Server(_BankMethod):
     def prepare(self, hidden: Tensor, project: Project, site: Site) -> Tensor:
         if site.idle:
             return hidden
@@ -203,8 +186,7 @@ class _Server(_Around):
         shape = (layout.parts(len(hidden)), len(layout.roles), layout.images_per_prompt)
         rows = rows.expand(shape[0], -1, shape[2], -1, -1)
         joined = torch.cat([hidden.unflatten(0, shape), rows], dim=1).flatten(0, 2)
-        inner = getattr(self.method, "prepare", None)
-        return joined if inner is None else inner(joined, project, self._joined(site))
+        return self.method.prepare(joined, project, self._joined(site))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         if site.idle:

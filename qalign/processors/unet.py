@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_LAYOUT = BatchLayout("output", "appearance", "structure")
 _QALIGN = QAlign()
 _CROSS_IMAGE = CrossImage()
+_NEUTRAL = Method()
 
 
 class UNetAttnProcessor:
@@ -84,16 +85,15 @@ class UNetAttnProcessor:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         crossing = encoder_hidden_states is not None
-        method = self.method if "output" in self.layout.roles else None
+        method = _NEUTRAL if self.method is None or "output" not in self.layout.roles else self.method
         scale = None if attn.scale == (attn.inner_dim // attn.heads) ** -0.5 else attn.scale
         site = Site(self.layout, scale, mask, self.clock, self, self.regions)
-        if method is not None and not crossing and hasattr(method, "prepare"):
+        if not crossing:
             hidden_states = method.prepare(
                 hidden_states, functools.partial(project, attn, context=None), site
             )
         q, k, v = project(attn, hidden_states, encoder_hidden_states)
-        attend = getattr(method, "attend_cross" if crossing else "attend", None)
-        attended = site.plain(q, k, v) if attend is None else attend(q, k, v, site)
+        attended = (method.attend_cross if crossing else method.attend)(q, k, v, site)
 
         hidden_states = attended.transpose(1, 2).flatten(2).to(q.dtype)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))

@@ -21,8 +21,8 @@ from ._segments import SegmentArguments, unsigned
 
 LN_2 = 0.6931471805599453
 FIXED_TARGETS = ("sm_90", "interpreter")
-LOOP_TARGETS = ("sm_90", "interpreter")  # see `loop_once`; the interpreter, so that tests run these loops
-# head dims up to which the kernel with both loops is known not to spill there
+LOOP_TARGETS = ("sm_90", "interpreter")  # see `loop_once`; in the interpreter tests run these loops
+# the largest head dims for which the kernel with both loops does not spill on these targets
 FIXED_WIDTHS = {"plain": 128, "counts": 128, "distance": 64}
 COPY_ALIGNMENT = 16  # of rows that the bulk copy engine reads, in bytes
 NARROWEST_VALUE = 16  # channels that a kernel without output is compiled for
@@ -41,13 +41,14 @@ class AttentionCall(NamedTuple):
             may have any strides.
         lse: float32 [B, H, N_Q], written in `lse_unit`: ln 2 for natural logarithms, 1 for base 2.
         query_labels: int32 [B or 1, N_Q], the label sets of the queries.
-        query_order: int32 [B or 1, 1, N_Q]. Tiles take queries in this order where segments are sorted by label.
+        query_order: int32 [B or 1, 1, N_Q]. Tiles take queries in this order where segments are sorted by
+            label.
         guide: Features of queries and keys whose products are added to the logits, and their strength.
         contrast: The factor c of the contrast.
         known: float32 [B, H, N_Q], the log2-sum-exp of a first launch.
         exact_weights: Whether weights meet the values unrounded.
-        match: int64 [B, G, N_Q] as `_tile.pack_match` makes it, of the maps of the first segment's counts. Queries
-            whose match has score NaN give NaN.
+        match: int64 [B, G, N_Q] as `_tile.pack_match` makes it, of the maps of the first segment's counts.
+            Queries whose match has score NaN give NaN.
         distance: float32 [B, H, N_Q], the mean of |output - attention| over the channels of each query.
         signs: int8 [B, H, N_Q, D_V], contiguous, the signs of output - attention.
     """

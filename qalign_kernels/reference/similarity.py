@@ -1,4 +1,8 @@
-"""similarity_argmax and similarity_topk as their formula reads: the N×N score matrix, masked, then reduced."""
+"""similarity_argmax and similarity_topk as their formulas read.
+
+1. The matrix of scores, N_q×N_k; -inf where labels do not meet.
+2. Its largest entries in each row, the lowest index first among equals.
+"""
 
 import torch
 from torch import Tensor
@@ -34,7 +38,7 @@ def similarity_argmax(
 ) -> tuple[Tensor, Tensor]:
     table = scores(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
     score = table.amax(-1)
-    # torch.max leaves the index of ties open: the lowest is asked for; a row of NaN takes column 0
+    # torch.max does not say which index it returns for ties: take the lowest; a row of NaN takes 0
     columns = torch.arange(table.shape[-1], device=table.device)
     index = torch.where(table == score.unsqueeze(-1), columns, table.shape[-1]).amin(-1)
     index = index.masked_fill(score.isnan(), 0).masked_fill(score == float("-inf"), -1)

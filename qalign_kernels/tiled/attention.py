@@ -3,8 +3,8 @@
 1. On the CPU, queries of one label set go together with the keys that they see, so that no labels remain
    (`_labels.py`).
 2. Torch's fused attention serves a call that needs nothing more (`_fused.py`).
-3. Otherwise each batch row is prepared once: its keys and values in the accumulate dtype, on the CPU only keys with a
-   multiplicity. Blocks of its query rows then meet all keys (`_masses.py`).
+3. Otherwise each batch row is prepared once: its keys and values in the accumulate dtype, on the CPU only
+   keys with a multiplicity. Blocks of its query rows then meet all keys (`_masses.py`).
 """
 
 import dataclasses
@@ -171,12 +171,14 @@ def attention_backward(
     guide: Any,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of query, keys, values and guide that are needed. Masses are computed again, block by block.
+    """The gradients of query, keys, values and guide that are needed. Masses are computed again, block by
+    block.
 
     With g_ij = dO_i·v_j (with a contrast: times c inside the clip):
     dl_ij = m_j p_ij (g_ij - Σ_k m_k p_ik g_ik + dlse_i), dv_j = Σ_i m_j w_ij dO_i.
 
-    On the CPU torch's fused attention computes them, where it serves the call and output and log-sum-exp are given.
+    On the CPU torch's fused attention computes them, where it serves the call and output and log-sum-exp are
+    given.
     """
     settings = Settings(scale, contrast, query_labels, guide)
     given = _Given(grad_output, grad_lse, output, lse)
@@ -255,7 +257,7 @@ def _backward(
 def _backward_of_block(
     given: _Given, query: Tensor, settings: Settings, row: _Row, heads: slice, rows: slice
 ) -> list[Tensor]:
-    """Add the gradients of keys and values to the sums of the row; those of query and guide for each segment."""
+    """Add the gradients of keys and values to the sums of the row. Returns those of query and guide."""
     b, contrast = row.batch, settings.contrast
     tiles = [tile_of(part, query, settings, b, heads, rows) for part in row.parts]
     dtype = tiles[0].key.dtype

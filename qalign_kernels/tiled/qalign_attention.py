@@ -1,4 +1,4 @@
-"""topk_attention by blocks of query rows: each gathers its k keys and values."""
+"""topk_attention by blocks of query rows. Each query gathers its k keys and values."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def topk_attention(
     contrast: float = 1.0,
     batch_index: Tensor | None = None,
 ) -> Tensor:
-    """Plain PyTorch, differentiable; without gradients the memory is that of one block."""
+    """Plain PyTorch, differentiable. Without gradients the memory is that of one block."""
     batch, heads, queries, k = *query.shape[:3], index.shape[3]
     dtype = accumulate_dtype(query)
     bytes_per_row = 2 * dtype.itemsize * batch * heads * k * (query.shape[3] + value.shape[3])
@@ -37,7 +37,7 @@ def topk_attention(
 
 
 def _weights(logits: Tensor, absent: Tensor, contrast: float) -> Tensor:
-    """softmax over the k candidates, contrasted with N = k; absent candidates weigh nothing."""
+    """Softmax over the k candidates, contrasted with N = k. Absent candidates have weight 0."""
     absent = absent.expand_as(logits)
     probabilities = logits.masked_fill(absent.all(-1, keepdim=True), 0).softmax(-1)
     if contrast != 1.0:

@@ -1,4 +1,4 @@
-"""Attention distillation on the embedded model: each of its uses, judged by colours and by features that are read without the code under test."""
+"""Attention distillation on the embedded model, judged by colours and by independently read features."""
 
 import functools
 
@@ -52,7 +52,7 @@ def tokens(labels, number):
 
 @torch.no_grad()
 def distance(found, style, labels=None):
-    """Of what each query draws from what it would draw from the style, map by map; with (rows, columns) labels, from its own label's tokens."""
+    """The distance of attention outputs from their ideal, map by map, within labels if given."""
     literal, total = Literal(pipe()), 0.0
     for (q, _, _, out), (_, k, v, _) in zip(
         literal.features(found, TIMESTEP), literal.features(style, TIMESTEP)

@@ -143,7 +143,7 @@ def test_record_says_what_was_run(trained):
 
 
 def _features_and_labels(parts, seed=0):
-    """Three pictures of 64 tokens, each with two of the parts; a part's features share one direction, whatever their lengths."""
+    """Three pictures of 64 tokens with two parts each; the features of a part share one direction."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor(parts).repeat_interleave(32, dim=1)
     lengths = 0.5 + torch.rand(*labels.shape, 1, generator=generator)
@@ -164,7 +164,7 @@ def test_neighbours_are_sought_in_other_pictures_only():
 
 
 def test_neighbours_are_drawn_part_by_part():
-    """Of 1,024 tokens two are of the rare part; drawn token by token they would hardly ever be among the NEIGHBOURS."""
+    """Two of 1,024 tokens show the rare part. Drawn token by token, they would hardly ever be drawn."""
     labels = torch.where(torch.arange(1024) < 1022, 0, 4).repeat(3, 1)
     features = torch.eye(12)[labels]
     features[1, 1022:] = features[0, 0]  # in one picture the rare part looks like the other

@@ -1,4 +1,4 @@
-"""AppearanceTransferPipeline: pictures of any size and kind, dtypes, components of other pipelines, and the errors of bad arguments."""
+"""AppearanceTransferPipeline: pictures of any size and kind, dtypes, components, and errors."""
 
 import dataclasses
 import functools
@@ -198,7 +198,10 @@ def test_embedded_reconstructs_and_transfers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "qaling"}, f"method: expected a method or one of {', '.join(METHODS)}, got 'qaling'"),
+        (
+            {"method": "qaling"},
+            f"method: expected a method, 'package.module:Class' or one of {', '.join(METHODS)}, got 'qaling'",
+        ),
         ({"method": QAlign}, "method: expected an instance, got the class QAlign: write QAlign()"),
         ({"adain": "mask"}, "adain: expected 'masked', 'whole' or None, got 'mask'"),
         ({"skip": 1.0}, "skip: expected a fraction that leaves at least one of 6 steps, got 1.0"),
@@ -212,12 +215,14 @@ def test_embedded_reconstructs_and_transfers() -> None:
         ({"adain": "masked", "noun": "horse"}, "noun: expected a word of the prompt 'a zebra', got 'horse'"),
         (
             {"edit_steps": (0.5, 0.2)},
-            "edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got (0.5, 0.2)",
+            "edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, "
+            "got (0.5, 0.2)",
         ),
         ({"generator": [seeded()]}, "generator: expected one, or one for each of 2 pictures, got 1"),
         (
             {"height": 30, "width": 32},
-            "height and width: expected multiples of 8 pixels, got 30 x 32 (height and width resize a picture)",
+            "height and width: expected multiples of 8 pixels, "
+            "got 30 x 32 (height and width resize a picture)",
         ),
         (
             {"structures": pictures(1, 32, 30)},

@@ -1,4 +1,4 @@
-"""The guidance loss of bounded attention and the refinement of its masks, against their formulas over maps; the schedule; the layers."""
+"""The loss of bounded attention and the refinement of its masks: formulas, schedule and layers."""
 
 import pytest
 import torch
@@ -189,7 +189,7 @@ def test_maps_are_the_last_rows_bounded_attention(rows):
 
 
 def literal_masks(self_map, cross_map, present, labels_of_clusters, nouns):
-    """Which subject each token is of, by the published rule, cluster by cluster."""
+    """The subject of each token by the published rule, cluster by cluster."""
     maps = {}
     for s, place in nouns.items():
         m = cross_map[:, place]
@@ -258,9 +258,9 @@ def test_masks_follow_subjects_and_restart_where_lost():
     )
     planted(
         refiner, halves, [[0.1, 0.9], [0.1, 0.9], [0.1, 0.9], [0.1, 0.1]]
-    )  # nobody attends to the first one's word
+    )  # no token attends to the first one's word
     again = refiner.refine(found).structure
-    assert torch.equal(again == 3, BOXES == 3)  # its box, which is nobody else's
+    assert torch.equal(again == 3, BOXES == 3)  # its whole box
     assert (again[:, 8:12] == 7).all()
 
 
