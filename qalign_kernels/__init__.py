@@ -15,7 +15,7 @@ from .qalign_attention import qalign_attention
 from .rearrange import match_counts, rearrange_kv
 from .similarity import Match, similarity_argmax, similarity_topk
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionWithLse",

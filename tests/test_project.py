@@ -81,10 +81,8 @@ def test_readme_python_runs_from_top_to_bottom(model, side, monkeypatch):
             assert (output != structure).any() and (output != appearance).any(), block
             left = {type(processor).__name__ for processor in names["pipe"].unet.attn_processors.values()}
             assert left == {"AttnProcessor2_0"}, block
-    assert edits == sum(" images = " in f" {block}" for block in blocks) >= 7 and names["image"].size == (
-        side,
-        side,
-    )
+    assert edits == sum(bool(re.search(r"\bimages = ", block)) for block in blocks) >= 6
+    assert names["image"].size == (side, side)
     output, appearance, structure = names["latents"]
     assert torch.equal(output, structure) and not torch.equal(output, appearance)
     assert names["output"].shape == names["query"].shape
