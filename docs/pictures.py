@@ -52,7 +52,9 @@ def save(rows: list[dict], name: str) -> None:
     """Write a grid as a PNG with a palette, which takes a fifth of the bytes."""
     drawn = io.BytesIO()
     transfer_grid(rows).savefig(drawn, dpi=80)
-    Image.open(drawn).convert("RGB").quantize(256).save(IMAGES / name, optimize=True)
+    picture = Image.open(drawn).convert("RGB")
+    dither = Image.Dither.FLOYDSTEINBERG
+    picture.quantize(palette=picture.quantize(256), dither=dither).save(IMAGES / name, optimize=True)
 
 
 if __name__ == "__main__":

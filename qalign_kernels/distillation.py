@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _contracts, _library
-from .attention import Segment
+from .segments import Segment
 
 
 def distillation_loss(
@@ -92,7 +92,7 @@ def distillation_loss(
 def _check(
     output, query, ref_key, ref_value, query_labels, ref_labels
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]:
-    """Keys, values and labels, one of each for every image."""
+    """Check the arguments; returns keys, values and labels, one of each for every reference image."""
     _contracts.check_features("query", query)
     _contracts.check_features("output", output)
     _contracts.check_like("output", output, "query", query)
@@ -107,7 +107,7 @@ def _check(
     labels = [None] * len(keys) if ref_labels is None else ref_labels if several else [ref_labels]
     for argument, parts in (("ref_value", values), ("ref_labels", labels)):
         if not isinstance(parts, (list, tuple)) or len(parts) != len(keys):
-            _contracts.fail(argument, f"a sequence of {len(keys)} as ref_key is", parts)
+            _contracts.fail(argument, f"a sequence of {len(keys)}, one for each ref_key", parts)
     if query_labels is not None:
         _contracts.check_token_labels("query_labels", query_labels, batch, tokens, "N_q", query.device)
     for position, (key, value, sets) in enumerate(zip(keys, values, labels)):
@@ -118,17 +118,14 @@ def _check(
             _contracts.check_features(name, tensor)
             _contracts.check_like(name, tensor, "query", query)
         if key.shape[0] not in (1, batch):
-            _contracts.fail(key_name, f"batch={batch} as query has, or 1", key)
+            _contracts.fail(key_name, f"batch={batch}, that of query, or 1", key)
         _contracts.check_sizes(key_name, key, heads=heads, head_dim=head_dim)
         _contracts.check_sizes(
             value_name, value, batch=key.shape[0], heads=heads, tokens=key.shape[2], head_dim=output.shape[3]
         )
         if sets is None:
             continue
-        if query_labels is None:
-            raise ValueError(
-                f"query_labels: expected int32 bit sets [B={batch} or 1, N_q={tokens}] because {labels_name} came, got None"
-            )
+        _contracts.require_query_labels(query_labels, labels_name, batch, tokens)
         _contracts.check_token_labels(labels_name, sets, batch, key.shape[2], "N_k", query.device)
     return keys, values, labels
 
@@ -136,7 +133,7 @@ def _check(
 def _segments(
     keys: Sequence[Tensor], values: Sequence[Tensor], labels: Sequence[Tensor | None], batch: int
 ) -> tuple[Segment, ...]:
-    """Rows that serve the whole batch lie at stride 0."""
+    """Make one segment for each image. A single row is repeated for the batch with stride 0."""
     rows = (batch, -1, -1, -1)
     return tuple(
         Segment(key.expand(rows), value.expand(rows), labels=sets)
@@ -187,8 +184,8 @@ def _backward(ctx, grad_loss, grad_signs):
 
 _distillation_loss_op = _library.register(
     "distillation_loss",
-    "(Tensor output, Tensor query, Tensor[] keys, Tensor[] values, Tensor[] labels, Tensor? query_labels, float scale, bool differentiable, "
-    "str backend) -> (Tensor, Tensor)",
+    "(Tensor output, Tensor query, Tensor[] keys, Tensor[] values, Tensor[] labels, Tensor? query_labels, "
+    "float scale, bool differentiable, str backend) -> (Tensor, Tensor)",
     _implementation,
     _fake,
     setup_context=_setup_context,

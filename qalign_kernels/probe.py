@@ -171,8 +171,8 @@ def _label_mass_backward_fake(
 
 _label_mass_backward_op = _library.register(
     "label_mass_backward",
-    "(Tensor grad_mass, Tensor mass, Tensor query, Tensor key, Tensor key_labels, int num_labels, float scale, Tensor? counts, bool[] needs, "
-    "str backend) -> Tensor[]",
+    "(Tensor grad_mass, Tensor mass, Tensor query, Tensor key, Tensor key_labels, int num_labels, "
+    "float scale, Tensor? counts, bool[] needs, str backend) -> Tensor[]",
     _label_mass_backward_implementation,
     _label_mass_backward_fake,
     **_library.no_second_derivative("label_mass", "only backend='reference' has every derivative"),
@@ -194,7 +194,8 @@ def _label_mass_backward(ctx, grad_mass):
 
 _label_mass_op = _library.register(
     "label_mass",
-    "(Tensor query, Tensor key, Tensor key_labels, int num_labels, float scale, Tensor? counts, str backend) -> Tensor",
+    "(Tensor query, Tensor key, Tensor key_labels, int num_labels, float scale, Tensor? counts, "
+    "str backend) -> Tensor",
     _label_mass_implementation,
     _label_mass_fake,
     setup_context=_setup_context,

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from . import _backends, _contracts, _library
 from ._choices import REFINEMENTS
-from .attention import Guide, Segment, attention, guided_attention
+from .attention import attention, guided_attention
 from .rearrange import match_counts, take_rows
+from .segments import Guide, Segment
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
 from .topk_attention import topk_attention
 from .unit_features import alignment_features
@@ -107,10 +108,23 @@ def qalign_attention(
     _contracts.check_label_sets(query, ref_query, query_labels, "query_labels", ref_labels, "ref_labels")
     if _backends.requested(backend) == "reference":
         return _backends.implementation("reference", "qalign_attention").qalign_attention(
-            query, ref_query, ref_key, ref_value, similarity=similarity, heads=heads, refinement=refinement, match_query=match_query,
-            own_key=own_key, topk=topk, strength=strength, scale=query.shape[3] ** -0.5 if scale is None else scale, contrast=contrast,
-            query_labels=query_labels, ref_labels=ref_labels, batch_index=batch_index,
-        )  # fmt: skip
+            query,
+            ref_query,
+            ref_key,
+            ref_value,
+            similarity=similarity,
+            heads=heads,
+            refinement=refinement,
+            match_query=match_query,
+            own_key=own_key,
+            topk=topk,
+            strength=strength,
+            scale=query.shape[3] ** -0.5 if scale is None else scale,
+            contrast=contrast,
+            query_labels=query_labels,
+            ref_labels=ref_labels,
+            batch_index=batch_index,
+        )
     alignment_query = query if match_query is None else match_query
     refine: dict[str, Any] = {"scale": scale, "contrast": contrast, "backend": backend}
     reference = Segment(ref_key, ref_value, labels=ref_labels, batch_index=batch_index)
@@ -123,9 +137,19 @@ def qalign_attention(
     if refinement == "rearranged":
         scale = query.shape[3] ** -0.5 if scale is None else float(scale)
         call = _Rearranged(
-            query, alignment_query.detach(), ref_query.detach(), ref_key, ref_value,
-            similarity, heads, scale, float(contrast), query_labels, ref_labels, batch_index,
-        )  # fmt: skip
+            query,
+            alignment_query.detach(),
+            ref_query.detach(),
+            ref_key,
+            ref_value,
+            similarity,
+            heads,
+            scale,
+            float(contrast),
+            query_labels,
+            ref_labels,
+            batch_index,
+        )
         if _library.wants_gradient(query, ref_key, ref_value):
             return _match_count_attend(call, _backends.requested(backend))
         return _rearranged_attention_op(*call, _backends.requested(backend))
@@ -207,7 +231,7 @@ def _match_count_attend(call: _Rearranged, backend: str) -> Tensor:
 
 
 def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
-    """Set each row of [B, H, N, D] to NaN whose best score [B, 1 or H, N] is NaN, because its match is invalid.
+    """Set the rows of [B, H, N, D] without a valid match to NaN: their best score [B, 1 or H, N] is NaN.
 
     In place, unless a gradient may need the rows.
     """
@@ -238,16 +262,15 @@ def _soft(
         for x in (reference.key, reference.value)
     )
     present = None
-    if (
-        query_labels is not None and reference.labels is not None
-    ):  # a token that saw no reference token has nothing to offer the refinement
+    if query_labels is not None and reference.labels is not None:
+        # a token that sees no reference token has no key and value for the others
         seen = (query_labels.unsqueeze(-1) & _label_union(reference.labels).unsqueeze(-1)) != 0
         present = seen.squeeze(-1).int().unsqueeze(1).expand(query.shape[0], 1, -1)
     return attention(query, Segment(key, value, counts=present), **refine)
 
 
 def _label_union(labels: Tensor) -> Tensor:
-    """The bits that any token of a row carries, [B or 1, 1]."""
+    """Compute the bits that any token of a row has, [B or 1, 1]."""
     bits = torch.arange(32, device=labels.device, dtype=torch.int32)
     carried = ((labels.unsqueeze(-1) >> bits) & 1).amax(1)
     return (carried << bits).sum(-1, keepdim=True, dtype=torch.int32)

@@ -100,7 +100,7 @@ def rearrange_kv(
 
 
 def take_rows(x: Tensor, index: Tensor, *, backend: str | None = None) -> Tensor:
-    """The tokens of [B, H, N_k, D] that a match map [B, 1 or H, N_q] names; zeros for -1. Tiled or Triton."""
+    """Gather the tokens of [B, H, N_k, D] by a match map [B, 1 or H, N_q], zeros for -1; tiled or Triton."""
     backend = _backends.requested(backend)
     if _library.wants_gradient(x):
         _backends.require_gradient("rearrange_kv", backend, x, ())

@@ -28,7 +28,7 @@ class Match(NamedTuple):
         torch.Size([1, 1, 256])
     """
 
-    index: Tensor  # type: ignore[assignment]  # tuple.index gives way to the field
+    index: Tensor  # type: ignore[assignment]  # the field hides tuple.index
     score: Tensor
 
 
@@ -188,7 +188,7 @@ def _check(query, reference, similarity, heads, query_labels, reference_labels, 
 def _matched_score(
     query: Tensor, reference: Tensor, index: Tensor, similarity: str, batch_index: Tensor | None
 ) -> Tensor:
-    """The scores [B, G, N_q, k] at the matched pairs, recorded by autograd; O(N k C) memory."""
+    """Compute the scores [B, G, N_q, k] of the matched pairs with autograd; O(N k C) memory."""
     accumulate = _library.accumulate_dtype(query)
     query, reference = query.to(accumulate), reference.to(accumulate)
     if batch_index is not None:
@@ -245,15 +245,15 @@ def _topk_fake(query, reference, k, similarity, joint, query_labels, reference_l
 
 _argmax_op = _library.register(
     "similarity_argmax",
-    "(Tensor query, Tensor reference, str similarity, bool joint, Tensor? query_labels, Tensor? reference_labels, "
-    "Tensor? batch_index, bool exact, str backend) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor reference, str similarity, bool joint, Tensor? query_labels, "
+    "Tensor? reference_labels, Tensor? batch_index, bool exact, str backend) -> (Tensor, Tensor)",
     _argmax_implementation,
     _argmax_fake,
 )
 _topk_op = _library.register(
     "similarity_topk",
-    "(Tensor query, Tensor reference, int k, str similarity, bool joint, Tensor? query_labels, Tensor? reference_labels, "
-    "Tensor? batch_index, str backend) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor reference, int k, str similarity, bool joint, Tensor? query_labels, "
+    "Tensor? reference_labels, Tensor? batch_index, str backend) -> (Tensor, Tensor)",
     _topk_implementation,
     _topk_fake,
 )

@@ -78,7 +78,8 @@ def _topk_attention_fake(query, key, value, index, scale, contrast, batch_index,
 
 _topk_attention_op = _library.register(
     "topk_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, Tensor? batch_index, str backend) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, "
+    "Tensor? batch_index, str backend) -> Tensor",
     _topk_attention_implementation,
     _topk_attention_fake,
 )

@@ -635,6 +635,7 @@ def test_methods_are_all_in_the_table(capsys):
     assert lines[-1].split()[-2:] == ["10.7", "21.5"]
 
 
+@pytest.mark.slow
 def test_compare_draws_and_prints_every_named_method(folder, tmp_path, capsys):
     options = f"--model {{}}/model --steps 6 --method qalign ctrl_x eye_for_an_eye --out {tmp_path}/grid.png"
     assert run(folder, f"compare --appearance {{}}/a.png --structure {{}}/b.png {options}") == 0

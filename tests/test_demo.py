@@ -60,7 +60,7 @@ def test_figures_are_within_what_they_can_be(finished):
 def test_render_prints_every_layer_and_every_step(finished):
     text = _demo_step.render_step(finished[1])
     assert all(layer["layer"] in text for layer in finished[1]["layers"])
-    assert all(text.count(name) >= 1 for name in _demo_step.NAMES.values())
+    assert all(text.count(name) >= 1 for name in denoising_step.VARIANTS.values())
 
 
 def test_photographs_show_points_at_their_true_positions():

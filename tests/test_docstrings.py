@@ -34,7 +34,7 @@ def pictures() -> list[torch.Tensor]:
 
 
 def namespace() -> dict:
-    """What an example may use without an import: `torch`, a small pipeline, a prompt, two pictures, latents."""
+    """What an example may use without an import: torch, a small pipeline, a prompt, two pictures, latents."""
     models = importlib.import_module("tests.processors.models")
     appearance, structure = pictures()
     noise = torch.randn(1, 4, models.SIZE, models.SIZE, generator=torch.Generator().manual_seed(0))

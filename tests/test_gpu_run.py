@@ -20,9 +20,10 @@ ROOT = Path(__file__).parents[1]
 MOST_FILES, MOST_SECONDS = 8, 300
 LAG_SECONDS = 5  # of what is shown behind what was written: half a second, and more on a busy machine
 COMMANDS = {"first": ("--first",), "minutes": ("--minutes", "4.5")}
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="the stub driver is a library for Linux"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stub driver is a library for Linux"),
+]
 
 
 @pytest.fixture(scope="module")

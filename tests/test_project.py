@@ -53,6 +53,7 @@ def packaging():
     return packaging_arguments()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, side", [("embedded", 128), ("sd15", 32), ("sdxl", 32)])
 def test_readme_python_runs_from_top_to_bottom(model, side, monkeypatch):
     """Every block in one namespace, as a reader pastes them, with fewer steps; small models in its place.
@@ -229,9 +230,18 @@ def test_no_file_holds_a_path_of_somebodys_machine():
     assert not holders
 
 
-def test_ci_runs_make_test():
+def test_ci_runs_both_tiers_of_the_tests():
     assert os.access(ROOT / ".ci/run", os.X_OK)
-    assert "make test" in _read(".ci/run") and "set -euo pipefail" in _read(".ci/run")
+    lines = [line.split(" <")[0] for line in _read(".ci/run").splitlines()]
+    assert {"set -euo pipefail", "make test", "make test-slow"} <= set(lines)
+
+
+def test_two_tiers_are_all_of_the_tests(bare_copy):
+    command = ["make", "-n", "test", "test-slow"]
+    text = subprocess.run(command, cwd=bare_copy, capture_output=True, text=True, check=True).stdout
+    (fast,) = re.findall(r"^(.* -m pytest .*) -m \"not slow\" *$", text, re.MULTILINE)
+    (slow,) = re.findall(r"^(.* -m pytest .*) -m slow *$", text, re.MULTILINE)
+    assert fast == slow
 
 
 def test_test_processes_share_the_threads():

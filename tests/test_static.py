@@ -33,6 +33,7 @@ def _static(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env={**inherited, **paths}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_shipped_kernels_keep_their_budgets():
     done = _static("--quick")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
@@ -64,6 +65,7 @@ def test_every_case_is_driven():
     }
 
 
+@pytest.mark.slow
 def test_good_kernel_passes(tmp_path):
     done = _static("--cases", "static_toys", "--op", "good", *ONE, "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,6 +79,7 @@ def test_good_kernel_passes(tmp_path):
     assert 2 < row["lane_instructions"] < 8
 
 
+@pytest.mark.slow
 def test_bad_kernels_fail():
     done = _static("--cases", "static_toys", "--op", "spilling", "greedy", *ONE)
     assert done.returncode == 1
@@ -104,6 +107,7 @@ def test_spills_that_a_gpu_prefers_are_allowed():
     assert row.problems == ["spills 25 bytes, at most 24 allowed"]
 
 
+@pytest.mark.slow
 def test_budgets_are_held(tmp_path):
     budgets = json.loads(limits.BUDGETS.read_text())
     budget = {"case": "toy_good", "target": "sm_90", "dtype": "bf16", "head_dim": 64}

@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from ..evaluation.denoising_step import Outcome
 
 LINES = 120  # at most, between the photographs
-NAMES = {
-    "stock": "without edits",
-    "materialised": "Q-Align by its formula",
-    "shipped": "Q-Align as shipped",
-}
 
 
 def show_step(out: Path, size: int, seed: int) -> None:
@@ -92,12 +87,17 @@ def render_step(report: Mapping[str, Any]) -> str:
 
 
 def _costs(report: Mapping[str, Any]) -> list[str]:
+    from ..evaluation.denoising_step import VARIANTS
+
     lines = ["", f"{'one denoising step':<26}{'time s':>9}{'in edited layers s':>21}{'peak memory MiB':>18}"]
     for name, step in report["steps"].items():
         cells = f"{step['time_s']:>9.2f}{step['attention_s']:>21.2f}{step['peak_mib']:>18.0f}"
-        lines.append(f"{NAMES[name]:<26}{cells}")
-    note = f"memory above the level before the step ({report['memory']})"
-    return [*lines, f"One run each, so other work on the machine disturbs the times; {note}."]
+        lines.append(f"{VARIANTS[name]:<26}{cells}")
+    return [
+        *lines,
+        "One run each, so other work on the machine disturbs the times.",
+        f"Memory is above the level before the step ({report['memory']}).",
+    ]
 
 
 def _agreement(differences: Mapping[str, float]) -> list[str]:

@@ -37,7 +37,11 @@ TIMESTEP = 301
 SOME_QUERIES = 512
 PAPER = QAlign()
 LAYERS = "up"
-VARIANTS = ("stock", "materialised", "shipped")
+VARIANTS = {
+    "stock": "without edits",
+    "materialised": "Q-Align by its formula",
+    "shipped": "Q-Align as shipped",
+}
 
 
 def encode(pair: StereoPair, seed: int) -> Tensor:
@@ -320,9 +324,9 @@ def _report(
 
 def _measure_all(scene: Scene, progress: Callable[[str], None]) -> dict[str, Step]:
     steps: dict[str, Step] = {}
-    for variant in VARIANTS:
+    for variant, description in VARIANTS.items():
         steps[variant] = measure(scene, variant)
-        progress(f"{variant}: {steps[variant].time_s:.1f} s")
+        progress(f"step {description}: {steps[variant].time_s:.1f} s")
     return steps
 
 

@@ -1,8 +1,8 @@
-"""Pipelines: appearance transfer on any Stable Diffusion or Stable Diffusion XL pipeline."""
+"""Pipelines on Stable Diffusion and SDXL: appearance transfer, attention distillation, bounded attention."""
 
 from ..embedded.quiet import quiet_libraries
 
-with quiet_libraries():  # transformers would say which image library it had rather found
+with quiet_libraries():  # transformers reports the image libraries that it lacks
     from .appearance_transfer import (
         AppearanceTransferOutput,
         AppearanceTransferPipeline,

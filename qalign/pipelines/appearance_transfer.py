@@ -221,8 +221,8 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             Latents are float32 whatever the dtype of the UNet. A batch has 2n + 1 rows for n structures,
             and 3n + 1 with swap guidance. The result is deterministic for a given generator.
 
-        Source: Cross-Image attention, arXiv 2311.03335; Q-Align, arXiv 2508.21090; inversion, arXiv
-            2304.06140.
+        Source: Cross-Image attention, arXiv 2311.03335; Q-Align, arXiv 2508.21090; inversion,
+            arXiv 2304.06140.
         """
         method = make_method(method)
         check_options(adain, edit_steps, output_type, callback_on_step_end_tensor_inputs)

@@ -226,7 +226,7 @@ class _Run:
     ) -> None:
         self.pipe, self.guidance, self.method, self.callback = pipe, guidance, method, callback
         self.boxes = self.regions = boxes
-        chooser: Any = guidance  # of the default layers, as a method is
+        chooser: Any = guidance  # has `default_layers`, as a method has
         found = list(select_layers(find_unet(pipe), layers, chooser))
         decoder = decoder_layers(found)
         if mask_layers is None and not decoder:

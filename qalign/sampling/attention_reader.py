@@ -70,7 +70,7 @@ class AttentionReader(Method):
         self._found: dict[str, LayerFeatures] = {}
         self._reading = self._ending = False
         unet = find_unet(pipe)
-        chooser: Any = method or AttentionDistillation()  # of the default layers
+        chooser: Any = method or AttentionDistillation()  # has `default_layers`
         chosen = list(select_layers(unet, layers, chooser))
         self.layers = chosen + [name.removesuffix("attn1") + "attn2" for name in chosen if cross]
         edited = chosen if method is None else [*chosen, *select_layers(unet, None, method)]

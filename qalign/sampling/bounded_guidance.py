@@ -227,10 +227,9 @@ class MaskRefiner:
 
     It works on the grid of the mask layers. k-means clusters the rows of the mean self-attention map, each
     column divided by its largest value. A subject's map m is the mean cross-attention to its noun, inside
-    its present
-    mask: scaled to 0 to 1, passed through sigmoid(10 (m - 0.2)), and scaled again. A cluster c goes to the
-    subject with the largest Σ_c m / min(Σ m, |c|), or to none if that is below `least`. A subject without a
-    cluster gets its whole box again, and other subjects lose it.
+    its present mask. It is scaled to 0 to 1, passed through sigmoid(10 (m - 0.2)), and scaled again. A
+    cluster c goes to the subject with the largest Σ_c m / min(Σ m, |c|), or to none if that is below
+    `least`. A subject without a cluster gets its whole box again, and other subjects lose it.
 
     Args:
         boxes: the regions that the masks begin with.

@@ -17,9 +17,8 @@ def cross_image_freeu(
 ) -> Iterator[None]:
     """Run the FreeU of Cross-Image attention on a UNet, inside a `with` block.
 
-    At the entry of the up blocks, features as wide as the UNet's widest block (1280 channels in SD 1.5)
-    change
-    so: the first half of the channels times b1, then the lowest frequencies of all channels times s1.
+    At the entry of the up blocks, the features as wide as the widest block (1280 channels in SD 1.5)
+    change: the first half of the channels times b1, then the lowest frequencies of all channels times s1.
     Features of the next width (640) change by b2 and s2. Other widths stay. The lowest frequencies are the
     ±1 around the centre of the shifted spectrum.
 

@@ -26,7 +26,7 @@ _FORMAT = "qalign.inversion.1"
 
 @dataclass(frozen=True, eq=False)
 class Inversion:
-    """The result of an inversion, noisiest first.
+    """Hold the result of an inversion, noisiest first.
 
     Attributes:
         kind: "ddpm" or "ddim".

@@ -184,8 +184,8 @@ def object_clusters(
         >>> object_clusters(torch.tensor([0, 0, 1, 1]), maps, rule="absolute").tolist()
         [True, True, False, False]
 
-    Source: "relative", Cross-Image attention, arXiv 2311.03335; "absolute", self-segmentation, arXiv
-    2303.11306.
+    Source: "relative", Cross-Image attention, arXiv 2311.03335; "absolute", self-segmentation,
+    arXiv 2303.11306.
     """
     if rule not in THRESHOLDS:
         raise ValueError(f"rule: expected one of {', '.join(THRESHOLDS)}, got {rule!r}")

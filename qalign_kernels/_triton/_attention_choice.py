@@ -75,12 +75,12 @@ class AttentionCall(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How a call is served: the tile, whether by the kernel for Hopper, and two variants of the kernel."""
+    """How a call is served."""
 
     tile: Tile
-    hopper: bool
-    fixed: bool
-    loop_once: bool
+    hopper: bool  # whether by the kernel for Hopper
+    fixed: bool  # whether the maximum of the first key tile may serve for all tiles
+    loop_once: bool  # whether every product stands in a loop
 
 
 def choose(call: AttentionCall) -> Choice:
@@ -98,8 +98,8 @@ def loop_once(target: str, dims: tuple[int, ...]) -> bool:
     """Whether every product stands in a pipelined loop, even one that is computed once.
 
     ptxas 12.8, the assembler of Triton 3.6 and 3.7, reads wrong addresses on sm_90 where a part of a head dim
-    has fewer than 64 channels and its product stands outside such a loop. `stray_descriptors` in
-    benchmarks/machine_code.py finds these products. Wider parts are faster without the loop.
+    has fewer than 64 channels and its product stands outside such a loop. `make static` finds these products
+    as stray descriptors. Wider parts are faster without the loop.
     """
     return target in LOOP_TARGETS and min(part for dim in dims for part in split_head_dim(dim) if part) < 64
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 
 from qalign import AttentionDistillation, AttentionDistillationPipeline, Regions
@@ -11,6 +12,7 @@ from tests.pipelines.test_distillation_pipeline import Literal
 from tests.pipelines.transfers import seeded
 from tests.processors.models import embedded_pipe
 
+pytestmark = pytest.mark.slow
 SIZE, GRID = 64, 16  # pixels, latents
 TIMESTEP = torch.tensor(301)
 LEFT_RIGHT = (torch.arange(GRID) >= GRID // 2).long().expand(GRID, GRID)

@@ -651,6 +651,7 @@ def test_one_pair_has_no_interval(small, tmp_path, capsys):
     assert {entry["interval"] for entry in report["differences"]["qalign"].values()} == {None}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path, report):
     file = tmp_path / "two.json"
     with socket.create_server(("127.0.0.1", 0)) as server:
