@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
-LIBRARY := -e ".[diffusers,bench,demo,dev]"
+LIBRARY := -e ".[diffusers,bench,demo,docs,dev]"
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # for the user's shell, from the folder that make was called in
 ENTER := $(if $(filter-out $(CURDIR),$(PWD)),cd "$(CURDIR)" && )source $(VENV)/bin/activate
@@ -15,7 +15,7 @@ PYTEST = $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile
 demo test test-slow: export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-slow test-all test-versions lint static bench validate clean help
+.PHONY: demo test test-slow test-all test-versions lint static bench validate docs clean help
 
 help:
 	@echo "make demo      one step on real photographs, then appearance transfer and its leakage; writes $(OUT)/ (under three minutes once installed)"
@@ -27,6 +27,7 @@ help:
 	@echo "make validate  every op x backend x dtype x shape on this machine against float64"
 	@echo "make static    compile every kernel for every architecture and hold it to its budgets (no GPU needed)"
 	@echo "make bench     speed and memory against what you would use instead; ARGS=--quick for two minutes on a CPU"
+	@echo "make docs      the pages of docs/ into build/site, where a warning is an error"
 	@echo "make clean     remove $(VENV) and all that the other verbs wrote"
 	@echo "PYTHON=...     the interpreter to build $(VENV) with (default: the first of 3.11 to 3.14)"
 
@@ -92,6 +93,10 @@ test-slow: $(READY)
 
 test-all: test
 	@$(MAKE) --no-print-directory test-slow
+
+docs: $(READY)
+	@$(PY) -m benchmarks pages --check || { echo "docs: run python -m benchmarks pages" >&2; exit 1; }
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 test-versions: $(READY)
 	@$(PY) -m tests.versions $(ARGS)

@@ -31,6 +31,7 @@ COMMANDS = {
         "beside every peer; writes JSON and a report"
     ),
     "report": "Markdown tables and a plot from result files",
+    "pages": "fill the generated blocks of README.md and docs/; --check only says which pages are stale",
     "tune": "sweep tiles on this GPU, and rewrite the table of the kernels where a tile is 2 %% faster",
     "bounded": "bounded attention on the embedded model: two creatures in boxes, with masks alone and guided",
     "distillation": (

@@ -1,8 +1,7 @@
-"""Markdown tables and a plot of result files; `--readme` rewrites the section of a README between markers."""
+"""Markdown tables and a plot of result files. `python -m benchmarks pages` puts the tables into the documents."""
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from .suite.rows import Row
 from .suite.shapes import CONTIGUOUS
 
 RESULTS = Path(__file__).with_name("results")
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PLOTTED_OP, PLOTTED_HEADS = "qalign_attention", (1, 8, 40)
 NOTE = (
     "Times are of one call. x SDPA is the time over that of `scaled_dot_product_attention` on the same shape "
@@ -66,15 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=kinds)
     out = "write report.md and report.png there; without it the tables go to stdout"
     parser.add_argument("--out", type=Path, metavar="DIR", help=out)
-    readme = f"rewrite the section between {BEGIN} and {END} in FILE"
-    parser.add_argument("--readme", type=Path, metavar="FILE", help=readme)
 
 
 def files(arguments: argparse.Namespace) -> Files:
     names = ("report.md", "report.png") if arguments.out else ()
     written = [("--out", arguments.out / name) for name in names]
-    if arguments.readme:
-        written.append(("--readme", arguments.readme))
     return Files([("FILE", file) for file in arguments.files], written)
 
 
@@ -82,17 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
     results = read(arguments.files or sorted(RESULTS.glob("*/*.json")))
     if not results.times:
         raise ValueError("FILE: expected at least one file with rows of `speed`, got none")
-    if arguments.readme:
-        parts = [*(summary(group) for group in by_device(results.times)), *other_evidence(results)]
-        replace_section(arguments.readme, "\n\n".join(parts))
-        print(f"wrote the section of {arguments.readme}")
     if arguments.out:
         with replacing(arguments.out / "report.md") as unfinished:
             unfinished.write_text(report(results))
         with replacing(arguments.out / "report.png") as unfinished:
             plot(results.times, unfinished)
         print(f"wrote {arguments.out / 'report.md'} and {arguments.out / 'report.png'}")
-    elif not arguments.readme:
+    else:
         print(report(results), end="")
     return 0
 
@@ -173,15 +163,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
     return "-" if value is None else str(value)
-
-
-def replace_section(readme: Path, text: str) -> None:
-    before = readme.read_text()
-    if BEGIN not in before or END not in before:
-        raise ValueError(f"{readme}: expected the markers {BEGIN} and {END}, got a file without them")
-    pattern, section = f"{re.escape(BEGIN)}.*?{re.escape(END)}", f"{BEGIN}\n{text}\n{END}"
-    with replacing(readme) as unfinished:
-        unfinished.write_text(re.sub(pattern, lambda _: section, before, count=1, flags=re.DOTALL))
 
 
 def plot(times: Sequence[Row], file: Path) -> None:

@@ -16,7 +16,7 @@ from .rearrange import match_counts, rearrange_kv
 from .segments import Segment
 from .similarity import Match, similarity_argmax, similarity_topk
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionWithLse",

@@ -217,7 +217,7 @@ def files_of(parser, options):
         ),
         ("benchmarks bounded --json {}/x --sheet {}", "--sheet: expected a file to write, got the folder {}"),
         ("benchmarks distillation_step --json {}", "--json: expected a file to write, got the folder {}"),
-        ("benchmarks report {}/file --readme {}/file", "--readme: expected another file than that of FILE"),
+        ("benchmarks report {}/file --out {}/file", "--out: expected a folder to write to, got {}/file"),
         ("benchmarks gpu --out {}/file", "--out: expected a folder, got the file {}/file"),
         ("qalign.embedded.train --work {}/file", "--work: expected a folder, got the file {}/file"),
         (

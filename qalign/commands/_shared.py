@@ -267,7 +267,11 @@ def _load_stock(model: str, dtype: Any) -> Any:
     try:
         index = json.loads(_index_of(model).read_text(encoding="utf-8"))
         foreign = [name for name in ("unet", "vae", "text_encoder", "tokenizer") if name not in index]
-        stock = None if foreign else DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+        stock = (
+            None
+            if foreign
+            else DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+        )
     except Exception as error:  # each library below has its own types
         reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
         raise ValueError(f"{wanted}, got {got} ({reason})") from error
