@@ -4,26 +4,30 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
-LIBRARY := -e ".[diffusers,bench,demo,dev]"
+LIBRARY := -e ".[diffusers,bench,demo,docs,dev]"
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # for the user's shell, from the folder that make was called in
 ENTER := $(if $(filter-out $(CURDIR),$(PWD)),cd "$(CURDIR)" && )source $(VENV)/bin/activate
 OUT ?= demo_out
 ARGS ?=
+PYTEST = $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile
 # waiting threads give their core away: half the processor time where cores are shared
-demo test: export OMP_WAIT_POLICY ?= passive
+demo test test-slow: export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-versions lint static bench validate clean help
+.PHONY: demo test test-slow test-all test-versions lint static bench validate docs clean help
 
 help:
 	@echo "make demo      one step on real photographs, then appearance transfer and its leakage; writes $(OUT)/ (under three minutes once installed)"
-	@echo "make test      ruff, mypy, kernels against plain PyTorch, pytest"
+	@echo "make test      ruff, mypy, kernels against plain PyTorch, the fast tier of the tests (under five minutes)"
+	@echo "make test-slow the cases marked slow, which make test leaves out"
+	@echo "make test-all  make test, then make test-slow: everything that CI runs"
 	@echo "make test-versions  environments of the oldest and newest promised versions, a short suite in each (some 20 GB)"
 	@echo "make lint      ruff and mypy"
 	@echo "make validate  every op x backend x dtype x shape on this machine against float64"
 	@echo "make static    compile every kernel for every architecture and hold it to its budgets (no GPU needed)"
 	@echo "make bench     speed and memory against what you would use instead; ARGS=--quick for two minutes on a CPU"
+	@echo "make docs      the pages of docs/ into build/site, where a warning is an error"
 	@echo "make clean     remove $(VENV) and all that the other verbs wrote"
 	@echo "PYTHON=...     the interpreter to build $(VENV) with (default: the first of 3.11 to 3.14)"
 
@@ -80,12 +84,23 @@ bench: $(READY)
 test: lint
 	@echo "validate: every op against float64"
 	@$(PY) -m qalign_kernels.validate --quick
-	@echo "pytest"
-	@$(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+	@echo "pytest: the fast tier"
+	@$(PYTEST) -m "not slow" --durations 20 --durations-min 2 $(ARGS)
+
+test-slow: $(READY)
+	@echo "pytest: the slow tier"
+	@$(PYTEST) -m slow $(ARGS)
+
+test-all: test
+	@$(MAKE) --no-print-directory test-slow
+
+docs: $(READY)
+	@$(PY) -m benchmarks pages --check || { echo "docs: run python -m benchmarks pages" >&2; exit 1; }
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 test-versions: $(READY)
 	@$(PY) -m tests.versions $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks *.egg-info
+	rm -rf $(VENV) $(OUT) build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""`python -m benchmarks static | speed | host | gpu | report | tune | bounded | distillation | distillation_step`."""
+"""Measure the kernels: `python -m benchmarks COMMAND`, see COMMANDS."""
 
 import argparse
 import importlib
@@ -7,22 +7,40 @@ from collections.abc import Sequence
 
 from qalign_kernels import _command_line
 
-MODULES = {
+MODULES = {  # of commands whose module has another name
     "host": "gpu.host",
     "bounded": "quality.bounded",
     "distillation": "quality.distillation",
     "distillation_step": "quality.distillation_step",
-}  # of commands whose module is not of their name
+}
 COMMANDS = {
-    "static": "compile every kernel for every architecture and hold registers, spills, memory and instructions against budgets; needs no GPU",
-    "speed": "time and memory of every op against its reference, eager PyTorch, SDPA and their compiled forms, on this machine",
-    "host": "time of the host's part of one call, launches replayed and not, over a driver that does nothing; needs no GPU",
-    "gpu": "what one GPU can show: with --first in 300 s what decides most, then accuracy and speed against every peer; JSON and a report",
-    "report": "Markdown tables and a plot from the files that speed wrote",
-    "tune": "sweep tiles on this GPU and rewrite the table that the kernels take them from, where a tile is 2 %% faster",
-    "bounded": "bounded attention on the embedded model: two creatures in boxes, with masks alone and with guidance",
-    "distillation": "attention distillation on held-out scenes, beside key and value injection: loss, colours, layout",
-    "distillation_step": "one optimisation step through a whole UNet, beside stock processors, SDPA and an L1: time, peak and saved memory",
+    "static": (
+        "compile every kernel for every architecture, and hold registers, spills, shared memory and "
+        "instructions to budgets; needs no GPU"
+    ),
+    "speed": (
+        "time and memory of every op on this machine, beside its reference, eager PyTorch, SDPA and "
+        "their compiled forms"
+    ),
+    "host": (
+        "time that the host takes for one call, with replayed launches and without, over a driver that "
+        "does nothing; needs no GPU"
+    ),
+    "gpu": (
+        "measure one GPU: with --first the most important figures in 300 s, else accuracy and speed "
+        "beside every peer; writes JSON and a report"
+    ),
+    "report": "Markdown tables and a plot from result files",
+    "pages": "fill the generated blocks of README.md and docs/; --check only says which pages are stale",
+    "tune": "sweep tiles on this GPU, and rewrite the table of the kernels where a tile is 2 %% faster",
+    "bounded": "bounded attention on the embedded model: two creatures in boxes, with masks alone and guided",
+    "distillation": (
+        "attention distillation on held-out scenes, beside key and value injection: loss, colours and layout"
+    ),
+    "distillation_step": (
+        "one optimisation step through a whole UNet, beside stock processors, SDPA and an L1: time, peak "
+        "memory and saved memory"
+    ),
 }
 
 

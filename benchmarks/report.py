@@ -1,8 +1,7 @@
-"""Markdown tables and a plot of result files. `--readme` rewrites the section of the README between its markers."""
+"""Markdown tables and a plot of result files. `python -m benchmarks pages` puts the tables into the documents."""
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,18 +10,17 @@ from qalign_kernels._files import Files, replacing
 from qalign_kernels.bench.measure import markdown
 
 from .static import evidence
-from .static.command import BUDGETS
+from .static.budgets import BUDGETS
 from .suite import rows
 from .suite.providers import OURS, SDPA
 from .suite.rows import Row
 from .suite.shapes import CONTIGUOUS
 
 RESULTS = Path(__file__).with_name("results")
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PLOTTED_OP, PLOTTED_HEADS = "qalign_attention", (1, 8, 40)
 NOTE = (
-    "Times are of one call. x SDPA is the time over that of `scaled_dot_product_attention` on the same shape in "
-    "the same run: below 1 is faster. Peak memory is beyond the inputs, the output included. "
+    "Times are of one call. x SDPA is the time over that of `scaled_dot_product_attention` on the same shape "
+    "in the same run: below 1 is faster. Peak memory is beyond the inputs, the output included. "
     "U/N is the fraction of reference tokens that were matched."
 )
 ALL_COLUMNS = {
@@ -66,15 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=kinds)
     out = "write report.md and report.png there; without it the tables go to stdout"
     parser.add_argument("--out", type=Path, metavar="DIR", help=out)
-    readme = f"rewrite the section between {BEGIN} and {END} in FILE"
-    parser.add_argument("--readme", type=Path, metavar="FILE", help=readme)
 
 
 def files(arguments: argparse.Namespace) -> Files:
     names = ("report.md", "report.png") if arguments.out else ()
     written = [("--out", arguments.out / name) for name in names]
-    if arguments.readme:
-        written.append(("--readme", arguments.readme))
     return Files([("FILE", file) for file in arguments.files], written)
 
 
@@ -82,17 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
     results = read(arguments.files or sorted(RESULTS.glob("*/*.json")))
     if not results.times:
         raise ValueError("FILE: expected at least one file with rows of `speed`, got none")
-    if arguments.readme:
-        parts = [*(summary(group) for group in by_device(results.times)), *other_evidence(results)]
-        replace_section(arguments.readme, "\n\n".join(parts))
-        print(f"wrote the section of {arguments.readme}")
     if arguments.out:
         with replacing(arguments.out / "report.md") as unfinished:
             unfinished.write_text(report(results))
         with replacing(arguments.out / "report.png") as unfinished:
             plot(results.times, unfinished)
         print(f"wrote {arguments.out / 'report.md'} and {arguments.out / 'report.png'}")
-    elif not arguments.readme:
+    else:
         print(report(results), end="")
     return 0
 
@@ -113,7 +103,7 @@ def read(paths: Sequence[Path]) -> Results:
 
 
 def by_device(times: Sequence[Row]) -> list[list[Row]]:
-    """Group the rows by device, PyTorch, Triton and dtype, in the order of the files; of equal rows the last counts."""
+    """Group the rows by device, PyTorch, Triton and dtype, in order; of equal rows the last counts."""
     groups: dict[tuple, dict[tuple, Row]] = {}
     for row in times:
         setting = row.device, row.torch, row.triton, row.dtype
@@ -143,7 +133,7 @@ def other_evidence(results: Results) -> list[str]:
 
 def report(results: Results) -> str:
     """Lay out every row of every device, losses and wins alike."""
-    parts = ["# Benchmarks", f"{NOTE} TFLOP/s count the op's definition, whoever runs it."]
+    parts = ["# Benchmarks", f"{NOTE} TFLOP/s count the op's definition for every provider."]
     for group in by_device(results.times):
         lines = [[_cell(getattr(row, name)) for name in ALL_COLUMNS] for row in group]
         parts += [f"## {heading(group)}", markdown([*ALL_COLUMNS.values()], lines)]
@@ -173,15 +163,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
     return "-" if value is None else str(value)
-
-
-def replace_section(readme: Path, text: str) -> None:
-    before = readme.read_text()
-    if BEGIN not in before or END not in before:
-        raise ValueError(f"{readme}: expected the markers {BEGIN} and {END}, got a file without them")
-    pattern, section = f"{re.escape(BEGIN)}.*?{re.escape(END)}", f"{BEGIN}\n{text}\n{END}"
-    with replacing(readme) as unfinished:
-        unfinished.write_text(re.sub(pattern, lambda _: section, before, count=1, flags=re.DOTALL))
 
 
 def plot(times: Sequence[Row], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m qalign COMMAND`: the command line of the diffusers layer; `COMMANDS` below are all there are."""
+"""`python -m qalign COMMAND`: the command line of the diffusers layer. `COMMANDS` lists its commands."""
 
 import argparse
 import importlib
@@ -11,17 +11,20 @@ from collections.abc import Sequence
 from .commands import _shared
 
 COMMANDS = {
-    "demo": "one denoising step over two photographs, then appearance transfer between two scenes, measured",
-    "transfer": "give one or more pictures the appearance of another",
-    "distill": "give a picture the textures of another by attention distillation: its latents are optimised",
-    "texture": "grow a texture to any size by attention distillation, window by window",
-    "bound": "draw a picture with each subject in its box, by bounded attention",
-    "compare": "all methods of transfer on one pair: pictures, time, memory and leakage side by side",
-    "methods": "all methods: papers, what they edit, what they cost",
-    "leakage": "where attention goes on held-out scenes: Cross-Image and Q-Align, with intervals",
-    "correspond": "which tokens of two pictures match, as lines and heat maps",
-    "scenes": "sample pictures of the embedded model's world, with their labels",
+    "demo": "show Q-Align in a few minutes: its cost, its pictures and its leakage",
+    "transfer": "give one or more pictures the appearance of another picture",
+    "distill": "give a picture the textures of another picture by attention distillation",
+    "texture": "make a texture of any size by attention distillation",
+    "bound": "draw a picture with each subject in a box, by bounded attention",
+    "compare": "compare all transfer methods on one pair: pictures, time, memory, leakage",
+    "methods": "list all methods: paper, what they edit, what they cost",
+    "leakage": "measure attention leakage of Cross-Image, Q-Align and QAlignWarp on many scenes",
+    "correspond": "draw which tokens of two pictures match, as lines and heat maps",
+    "scenes": "write sample pictures for the model inside the package, with part labels",
 }
+DESCRIPTION = """\
+Transfer the appearance of one picture to the structure of another, with diffusers models.
+The method is Q-Align, or another one that `methods` lists. Start with `demo`, then `transfer`."""
 EPILOG = """\
 examples:
   python -m qalign demo --out demo_out
@@ -30,20 +33,20 @@ examples:
   python -m qalign correspond --scenes 0 --out matches
   python -m qalign leakage --pairs 12
 
-Everything runs on the model inside the package unless --model names another. `python -m qalign COMMAND --help` says more.
-After an error, --debug behind the command shows where it came from."""
-NEEDS = ("diffusers", "transformers", "PIL")  # of a command that names none; OPTION_NEEDS: of one option
+Every command runs on the small model inside the package, and --model chooses another one.
+`python -m qalign COMMAND --help` explains a command. --debug after a command shows the source of an error."""
+NEEDS = ("diffusers", "transformers", "PIL")  # the packages of a command that has no NEEDS of its own
 
 
 def parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     top = _shared.Parser(
         prog="python -m qalign",
-        description="Q-Align on diffusers models.",
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=formatter,
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"{__package__}.commands.{name}")
         command = commands.add_parser(
@@ -56,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def missing_packages(options: argparse.Namespace) -> str | None:
-    """Say which packages the command, or an option that was given, needs and does not find, if any."""
+    """Name the packages that the command, or a given option, needs and that are not installed."""
     for option, names in options.needs.items():
         lacking = [name for name in names if importlib.util.find_spec(name) is None]
         if lacking and (not option or getattr(options, option) is not None):
@@ -70,20 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Before a command: what it needs is installed, and the libraries below are quiet.
+    """Check that the packages of a command are installed, and silence messages of libraries.
 
     Raises:
-        ImportError: something is not installed, and what installs it.
+        ImportError: a package is missing. The text says what installs it.
     """
     if refusal := missing_packages(options):
         raise ImportError(f"{refusal}: pip install 'qalign-kernels[demo]'")
     for library in ("DIFFUSERS", "TRANSFORMERS"):
-        os.environ.setdefault(
-            f"{library}_VERBOSITY", "error"
-        )  # read at import; otherwise they say what they would rather have installed
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # between those libraries: nothing that a user of the command line could change
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")  # the library reads this when it is imported
+    warnings.simplefilter("ignore", FutureWarning)  # about these libraries; a user cannot change the cause
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What all command lines share: one-line errors, types of options, checks before a run, and its exit status. Needs no torch.
+"""What all command lines share: errors of one line, types of options, checks before a run, exit status.
 
-A command is a module with `add_arguments(parser)` and `run(options)`, which returns the exit status. It may also have
-`files(options)`, the `Files` that it reads and writes, and `READINGS`, the conditions under which it reads its options.
-`main` checks both before the run, and ends with another status where the run fails: 2 for bad input, 3 for an internal
-error or too little memory, 130 for Ctrl-C, 141 for a closed pipe.
+A command is a module with `add_arguments(parser)` and `run(options)`, which returns the exit status. It may
+also have `files(options)`, the `Files` that it reads and writes, and `READINGS`, the conditions under which
+it uses its options. `main` checks both before the run. If the run fails, its exit status is 2 for bad input,
+3 for an internal error or too little memory, 130 for Ctrl-C and 141 for a closed pipe. This module needs no
+torch.
 """
 
 import argparse
@@ -25,11 +26,11 @@ _OUR_WORDS = re.compile(r"([\w -]+: )?expected ")
 
 
 class Reading(NamedTuple):
-    """Options that a command reads only under a condition.
+    """Options that a command uses only under a condition.
 
     Attributes:
-        names: of the options, as attributes of the namespace.
-        when: the condition.
+        names: attributes of the parsed options.
+        when: the condition, a function of the parsed options.
         expected: the condition in words, such as "with --mode sample".
     """
 
@@ -39,16 +40,16 @@ class Reading(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors of one line, without the usage."""
+    """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(REFUSED, f"{self.prog}: error: {' '.join(message.split())} (--help says more)\n")
+        self.exit(REFUSED, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
 def add_command(parser: argparse.ArgumentParser, command: Any) -> None:
-    """Give `parser` the command's arguments and --debug, and its options what `main` needs to run it."""
+    """Add the arguments of a command and --debug to `parser`, and what `main` needs to run the command."""
     command.add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(checked_run=functools.partial(_checked_run, parser, command))
 
 
@@ -57,9 +58,10 @@ def main(
     arguments: Sequence[str] | None = None,
     prepare: Callable[[argparse.Namespace], None] = lambda options: None,
 ) -> int:
-    """Parse, prepare, check and run; returns the exit status.
+    """Parse the command line, prepare, check and run; returns the exit status.
 
-    Errors are one line on stderr; --debug adds the traceback. `run` may raise `KeyboardInterrupt(text)` to add to that line.
+    An error is one line on stderr; --debug adds the traceback. The text of a `KeyboardInterrupt(text)` that
+    `run` raises becomes part of that line.
     """
     name, debug = "", False
     try:
@@ -71,7 +73,7 @@ def main(
             prepare(options)
             return options.checked_run(options)
         finally:
-            sys.stdout.flush()  # a reader that is gone shows here, not when Python ends
+            sys.stdout.flush()  # so that a closed pipe raises here, not when Python ends
     except BrokenPipeError:
         _discard_output()
         return UNREAD
@@ -87,7 +89,7 @@ def main(
 
 
 def describe(error: Exception) -> tuple[int, str]:
-    """The exit status of an error, and what is said of it in one line."""
+    """The exit status of an error and its text in one line."""
     text = " ".join(str(error).split())
     if (
         isinstance(error, MemoryError)
@@ -96,13 +98,13 @@ def describe(error: Exception) -> tuple[int, str]:
     ):
         return (
             FAILED,
-            f"out of memory: expected more of it, or less to do, got {text.split('.')[0] or 'none'}",
+            f"out of memory: expected enough memory for this run, got {text.split('.')[0] or 'none'}",
         )
     if isinstance(error, OSError) and error.filename is not None:
         return REFUSED, f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)) or _OUR_WORDS.match(text):
         return REFUSED, text
-    return FAILED, f"internal error: {type(error).__name__}: {text} (--debug shows where)"
+    return FAILED, f"internal error: {type(error).__name__}: {text} (--debug shows the traceback)"
 
 
 def _checked_run(parser: argparse.ArgumentParser, command: Any, options: argparse.Namespace) -> int:
@@ -116,10 +118,10 @@ def _checked_run(parser: argparse.ArgumentParser, command: Any, options: argpars
 def check_read(
     options: argparse.Namespace, readings: Sequence[Reading], parser: argparse.ArgumentParser
 ) -> None:
-    """Refuse options that were given and would not be read.
+    """Check that every option that is given has an effect.
 
     Raises:
-        ValueError: the option, and with what it is read.
+        ValueError: an option has no effect; the message names its condition.
     """
     for reading in readings:
         for name in reading.names:
@@ -134,27 +136,27 @@ def check_read(
                     else value
                 )
                 raise ValueError(
-                    f"{option}: expected {reading.expected}, got {given}, which would not be read"
+                    f"{option}: expected {reading.expected}, got {given}, which has no effect here"
                 )
 
 
 def _discard_output() -> None:
-    """Let Python end without another error about the closed pipe."""
+    """Avoid a second error about the closed pipe when Python ends."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # stdout is no file of the system
+    except (OSError, ValueError):  # stdout may have no file descriptor
         pass
 
 
 def whole(text: str) -> int:
-    """A number from 0."""
+    """A whole number of at least 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
     return int(text)
 
 
 def count(text: str) -> int:
-    """A number from 1."""
+    """A whole number of at least 1."""
     if whole(text) == 0:
         raise argparse.ArgumentTypeError("expected a number above zero, got 0")
     return int(text)
@@ -193,19 +195,17 @@ def fraction(text: str) -> float:
 
 
 def require_device(name: str) -> None:
-    """torch can compute on the device `name`.
+    """Check that torch can compute on a device.
 
     Raises:
-        ValueError: it cannot, and why.
+        ValueError: it cannot; the message has the reason.
     """
     import torch
 
     try:
         (torch.ones(1, device=name) + 1).item()
-    except (
-        Exception
-    ) as error:  # of the driver, of a torch built without it, of an unknown name: each has its own type
+    except Exception as error:  # a missing driver, another build of torch and an unknown name differ in type
         reason = textwrap.shorten(str(error), 80, placeholder=" ...")
         raise ValueError(
-            f"--device: expected one that torch can compute on here, such as cpu, got {name!r} ({reason})"
+            f"--device: expected a device that torch can use here, such as cpu, got {name!r} ({reason})"
         ) from error

@@ -1,4 +1,7 @@
-"""Argument checks: one clear line naming the argument, what was expected and what came. No check reads a tensor's values."""
+"""Checks of arguments. An error names the argument, what was expected and what was given, in one line.
+
+No check reads the values of a tensor.
+"""
 
 import math
 import reprlib
@@ -11,7 +14,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def describe(value: object) -> str:
-    """What came, in the form that error messages use: `float32 [1, 8, 64, 40]`, or the type of what is no tensor and the value, in one line."""
+    """Describe a value in one line: `float32 [1, 8, 64, 40]` for a tensor, type and value for others."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if value is None:
@@ -20,11 +23,12 @@ def describe(value: object) -> str:
 
 
 def fail(argument: str, expected: str, got: object, *, error: type[Exception] = ValueError) -> None:
+    """Raise `error` with argument, expectation and value."""
     raise error(f"{argument}: expected {expected}, got {describe(got)}")
 
 
 def check_features(argument: str, value: Tensor) -> None:
-    """A float tensor [B, H, N, D], none of them zero."""
+    """Check for a float tensor [B, H, N, D] without an empty axis."""
     if not isinstance(value, Tensor):
         fail(argument, "a tensor [B, H, N, D]", value, error=TypeError)
     if value.dtype not in FLOAT_DTYPES:
@@ -34,7 +38,7 @@ def check_features(argument: str, value: Tensor) -> None:
 
 
 def check_like(argument: str, value: Tensor, model_argument: str, model: Tensor) -> None:
-    """Same dtype and device as `model`."""
+    """Check for the dtype and the device of another argument, `model`."""
     if value.dtype != model.dtype:
         fail(
             argument,
@@ -49,7 +53,7 @@ def check_like(argument: str, value: Tensor, model_argument: str, model: Tensor)
 
 
 def check_sizes(argument: str, value: Tensor, **expected: int) -> None:
-    """Named sizes of a [B, H, N, D] tensor, e.g. `check_sizes("key", key, heads=8, head_dim=40)`."""
+    """Check sizes of a [B, H, N, D] tensor by name: `check_sizes("key", key, heads=8, head_dim=40)`."""
     axes = {"batch": 0, "heads": 1, "tokens": 2, "head_dim": 3}
     for name, size in expected.items():
         if value.shape[axes[name]] != size:
@@ -59,7 +63,10 @@ def check_sizes(argument: str, value: Tensor, **expected: int) -> None:
 def check_integers(
     argument: str, value: Tensor, sizes: Sequence[tuple[str, int]], device: torch.device
 ) -> None:
-    """An int32 tensor on `device`; `sizes` gives each axis as words for the message and its size; an axis that may be 1 says so in its words."""
+    """Check for an int32 tensor on `device`.
+
+    `sizes` has (text for the message, size) for each axis. An axis may be 1 if its text says so.
+    """
     if not isinstance(value, Tensor) or value.dtype != torch.int32:
         fail(argument, _int32(sizes), value, error=TypeError)
     if value.dim() != len(sizes):
@@ -72,7 +79,7 @@ def check_integers(
 
 
 def _int32(sizes: Sequence[tuple[str, int]]) -> str:
-    """Built where a check fails only: to write a size down fixes it for torch.compile."""
+    """The shape for a message. Only a failed check writes sizes down: torch.compile would fix them."""
     return "int32 [" + ", ".join(name.format(size) for name, size in sizes) + "]"
 
 
@@ -93,12 +100,13 @@ def check_counts(
 def check_batch_index(
     argument: str, value: Tensor | None, query: Tensor, rows: int, rows_argument: str
 ) -> None:
-    """Either an int32 [B] that names rows, or one row for each query row."""
+    """Check for an int32 [B], or for one row for each query row if there is no index."""
     if value is not None:
         check_integers(argument, value, [("B={}", query.shape[0])], query.device)
     elif rows != query.shape[0]:
         raise ValueError(
-            f"{rows_argument}: expected batch={query.shape[0]} as query has, or a {argument}, got batch={rows}"
+            f"{rows_argument}: expected batch={query.shape[0]}, that of query, or a {argument}, "
+            f"got batch={rows}"
         )
 
 
@@ -117,18 +125,27 @@ def check_number(argument: str, value: object, *, above: float | None = None) ->
 
 
 def check_count(argument: str, value: object, limit_name: str = "", limit: int | None = None) -> None:
-    """An int of at least 1 and at most `limit`."""
-    inside = (
+    """Check for an int from 1 to `limit`."""
+    valid = (
         isinstance(value, int)
         and not isinstance(value, bool)
         and value >= 1
         and (limit is None or value <= limit)
     )
-    if not inside:
+    if not valid:
         fail(
             argument,
             "an integer of at least 1" if limit is None else f"an integer from 1 to {limit_name}={limit}",
             value,
+        )
+
+
+def require_query_labels(query_labels: Tensor | None, labels_argument: str, batch: int, tokens: int) -> None:
+    """Check that queries have labels, because keys have."""
+    if query_labels is None:
+        raise ValueError(
+            f"query_labels: expected int32 bit sets [B={batch} or 1, N_q={tokens}], "
+            f"because {labels_argument} is given, got None"
         )
 
 
@@ -140,14 +157,14 @@ def check_label_sets(
     reference_labels: Tensor | None,
     reference_name: str,
 ) -> None:
-    """Both bit sets or neither, each given per query row."""
+    """Check that both label tensors are given, or neither, and their shapes."""
     if query_labels is None and reference_labels is None:
         return
     if query_labels is None or reference_labels is None:
         missing, given = (
             (query_name, reference_name) if query_labels is None else (reference_name, query_name)
         )
-        raise ValueError(f"{missing}: expected int32 bit sets because {given} came, got None")
+        raise ValueError(f"{missing}: expected int32 bit sets, because {given} is given, got None")
     check_token_labels(query_name, query_labels, query.shape[0], query.shape[2], "N_q", query.device)
     check_token_labels(
         reference_name, reference_labels, query.shape[0], reference.shape[2], "N_k", query.device

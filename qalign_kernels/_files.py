@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and checks of their destinations. Needs no torch."""
+"""Files that are written completely or not at all, and checks of where they go. Needs no torch."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 
 class Files(NamedTuple):
-    """What one call reads and writes: (option, path) each.
+    """What one command reads and writes, as pairs (option, path).
 
     Attributes:
-        reads: files that must not be written over.
-        writes: files that the call makes or replaces; missing folders above them are made.
-        folders: folders that the call fills with files of its own names; made where they are missing.
+        reads: files that must not be overwritten.
+        writes: files that the command creates or replaces, with the folders above them.
+        folders: folders that the command creates and fills with files.
     """
 
     reads: Sequence[tuple[str, Path]] = ()
@@ -25,13 +25,15 @@ class Files(NamedTuple):
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which replaces `path` when the block ends without an error.
+    """Give a temporary path beside `path`, which replaces `path` if the block ends without an error.
 
-    Readers of `path` find the old file or the whole new one. Missing folders are made. The temporary path has the suffix of
-    `path`, because writers choose the format by it. Where `path` is a link, the file that it points to is replaced.
+    A reader of `path` always finds the old file or the complete new one. Missing folders are created. The
+    temporary path has the suffix of `path`, because writers choose the format by it. If `path` is a link, the
+    file that it points to is replaced.
 
     Raises:
-        OSError: the file could not be written, as on a full disk. The old file is unchanged and no temporary file is left.
+        OSError: the file cannot be written, for example because the disk is full. The old file is unchanged,
+            and no temporary file is left.
     """
     path = path.resolve()
     unfinished = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
@@ -40,17 +42,19 @@ def replacing(path: Path) -> Iterator[Path]:
         yield unfinished
         unfinished.replace(path)
     except OSError as error:
-        raise OSError(f"{path}: expected to be written, got {error.strerror or error}") from error
+        raise OSError(
+            f"{path}: expected a file that can be written, got {error.strerror or error}"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
 
 
 def check(files: Files) -> None:
-    """Refuse destinations that could not be written, or that would lose an input or another output.
+    """Check that every output can be written, and that none overwrites an input or another output.
 
     Raises:
-        ValueError: the option, what was expected, and what it is.
+        ValueError: an option names a path that fails the check.
     """
     for option, path in files.folders:
         if path.exists() and not path.is_dir():
@@ -75,7 +79,8 @@ def check(files: Files) -> None:
     for resolved, option in outputs.items():
         if above := outputs.keys() & set(resolved.parents):
             raise ValueError(
-                f"{option}: expected a folder above it, got {min(above)}, the file of {outputs[min(above)]}"
+                f"{option}: expected a folder to write to, got {min(above)}, "
+                f"the file of {outputs[min(above)]}"
             )
 
 
@@ -89,9 +94,11 @@ def _check_file(option: str, path: Path) -> None:
 
 
 def _check_room(option: str, folder: Path) -> None:
-    """A folder can be made in the nearest folder there is, which permission bits alone do not tell."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    """Check that the nearest existing folder can be written to. Permission bits alone do not show it."""
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
-        Path(tempfile.mkdtemp(prefix=".", dir=there)).rmdir()
+        Path(tempfile.mkdtemp(prefix=".", dir=nearest)).rmdir()
     except OSError as error:
-        raise ValueError(f"{option}: expected a folder to write to, got {there}: {error.strerror}") from error
+        raise ValueError(
+            f"{option}: expected a folder to write to, got {nearest}: {error.strerror}"
+        ) from error

@@ -1,4 +1,4 @@
-"""Registration of the ops with torch.library: one schema, one implementation that chooses its backend, one fake, maybe a gradient."""
+"""Registration of ops with torch.library: schema, implementation, fake implementation and gradient."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,11 @@ def register(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable:
-    """Define `qalign_kernels::name` and return the callable overload."""
+    """Define the op `qalign_kernels::name` and return it.
+
+    `implementation` serves every device and chooses its backend itself. `fake` gives the shapes and dtypes of
+    the results. Without `backward` the op has no gradient.
+    """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(name, _ambient.without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"qalign_kernels::{name}", fake, lib=LIBRARY)
@@ -30,10 +34,10 @@ def register(
 
 
 def no_second_derivative(op: str, reason: str) -> dict[str, Callable]:
-    """What `register` takes as the gradient of the gradient of `op`: it raises where it is asked for, instead of being silently zero."""
+    """Arguments of `register` that make a second derivative of `op` raise; it would silently be zero."""
 
     def refuse(ctx, *grads):
-        raise RuntimeError(f"{op}: expected one derivative, got a second: {reason}")
+        raise RuntimeError(f"{op}: expected one derivative, got a second one: {reason}")
 
     return {"setup_context": lambda ctx, inputs, output: None, "backward": refuse}
 
@@ -44,10 +48,10 @@ def scale_of(query: torch.Tensor, scale: float | None) -> float:
 
 
 def accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """In what scores, sums, log-sum-exps and probes are held: float32, or float64 for float64 input."""
+    """The dtype of scores, sums, log-sum-exps and probes: float32, or float64 for float64 input."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd would record an op on these tensors."""
+    """Whether autograd records an op on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

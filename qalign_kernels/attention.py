@@ -1,7 +1,6 @@
-"""Softmax attention over segments of keys: multiplicities, label sets, scale and shift per segment, contrast; differentiable."""
+"""Softmax attention over segments of keys, with counts, labels, scale, shift and contrast. Differentiable."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -9,39 +8,24 @@ import torch
 from torch import Tensor
 
 from . import _ambient, _backends, _contracts, _library
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Keys and values that a query attends, and how.
-
-    Attributes:
-        key: [B_s, H, N_k, D]; value: [B_s, H, N_k, D_v], any strides. B_s = B of the query unless `batch_index` names rows.
-        counts: int32 [B, 1 or H, N_k], the multiplicity of each key for each query row; 0 = absent. None: each once.
-        labels: int32 bit sets [B or 1, N_k]; a query sees a key iff its set meets the key's. None: seen by every query.
-        logit_scale, logit_shift: logits are logit_scale · scale · q·k + logit_shift.
-        batch_index: int32 [B], the row of `key` and `value` that each query row reads; no copies are made.
-    """
-
-    key: Tensor
-    value: Tensor
-    counts: Tensor | None = field(default=None, kw_only=True)
-    labels: Tensor | None = field(default=None, kw_only=True)
-    logit_scale: float = field(default=1.0, kw_only=True)
-    logit_shift: float = field(default=0.0, kw_only=True)
-    batch_index: Tensor | None = field(default=None, kw_only=True)
-
-
-class Guide(NamedTuple):
-    """A second dot product on the logits of a single segment: + strength · query·key, [B, H, N_q, D_g] against [B_s, H, N_k, D_g]."""
-
-    query: Tensor
-    key: Tensor
-    strength: float
+from .segments import Guide, Segment, check_segments
 
 
 class AttentionWithLse(NamedTuple):
-    """Attention output and the log-sum-exp of its logits."""
+    """Attention output and the log-sum-exp of its logits.
+
+    Attributes:
+        output: [B, H, N_q, D_v] in the dtype of the query.
+        lse: float32 [B, H, N_q] (float64 for float64 input), the natural logarithm; -inf for a query that
+            sees no key.
+
+    Example:
+        >>> from qalign_kernels import Segment, attention_with_lse
+        >>> query, key, value = torch.randn(3, 1, 8, 256, 40)
+        >>> output, lse = attention_with_lse(query, Segment(key, value))
+        >>> output.shape, lse.shape
+        (torch.Size([1, 8, 256, 40]), torch.Size([1, 8, 256]))
+    """
 
     output: Tensor
     lse: Tensor
@@ -57,34 +41,50 @@ def attention(
     query_labels: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention over one or several segments of keys, as over their concatenation.
+    """Compute softmax attention over one or several segments of keys.
 
-    l_ij = logit_scale_s · scale · q_i·k_j + logit_shift_s;  Z_i = Σ_j m_j e^{l_ij};  p_ij = e^{l_ij} / Z_i
-    output_i = Σ_j m_j w_ij v_j;  w_ij = p_ij for contrast 1, else clip(contrast · (p_ij - 1/N) + 1/N, 0, 1), N = Σ_j m_j
+    l_ij = logit_scale · scale · q_i·k_j + logit_shift,  Z_i = Σ_j m_j e^{l_ij},  p_ij = e^{l_ij} / Z_i
+    output_i = Σ_j m_j w_ij v_j
+    w_ij = p_ij for contrast 1, else clip(contrast · (p_ij - 1/N) + 1/N, 0, 1),  N = Σ_j m_j
 
-    m_j is the multiplicity (`Segment.counts`, 1 without). Sums run over the keys that query i sees; contrasted weights are not
-    renormalised, and N counts every key, seen or not.
+    m_j is the multiplicity of key j (`Segment.counts`). The sums run over the keys that query i sees, in all
+    segments together: the result is that of their concatenation. Contrasted weights are not renormalised, and
+    N counts every key, seen or not.
 
     Args:
-        query: [B, H, N_q, D], float16, bfloat16 or float32 (float64: reference and tiled), any strides.
-        segments: a `Segment` or a sequence of them, all with the same D_v, and the dtype and device of `query`.
-        scale: of the dot product; None is 1/sqrt(D).
-        contrast: c > 0 above; 1.0 is softmax attention, 1.67 is Cross-Image attention's.
-        query_labels: int32 bit sets [B or 1, N_q]; background is -1, all bits. Needed where a segment has labels.
-        backend: "auto", "triton", "tiled" or "reference"; None takes the default of `use_backend`.
+        query: [B, H, N_q, D], float16, bfloat16 or float32, any strides. The reference and tiled backends
+            also take float64.
+        segments: a `Segment` or a sequence of them, with the dtype and device of `query` and one common D_v.
+        scale: factor of the dot product. None: 1/sqrt(D).
+        contrast: above 0. 1.0 is softmax attention; Cross-Image attention uses 1.67.
+        query_labels: int32 bit sets [B or 1, N_q]. Required if a segment has labels. A background token that
+            sees every key has -1, which is all bits. None: no restriction.
+        backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
     Returns:
-        [B, H, N_q, D_v] in the dtype of `query`, contiguous. A query with no key to look at gives zeros. NaN gives NaN.
+        [B, H, N_q, D_v] in the dtype of `query`, contiguous. A query that sees no key gives zeros. NaN in
+        what a query reads gives NaN.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here, or a second derivative of one that can
-        but for the reference.
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: `backend` cannot run this call or its second derivative; only the reference has one.
 
-    Precision: scores, softmax and sums in float32; probabilities are rounded to the input dtype before they meet the values.
-    Memory: O(N), never N_q×N_k. Deterministic, gradients too. Differentiable in query, keys and values (once): from the saved output
-    and log-sum-exp, on the backend of the call; with a contrast on the tiled path, which "triton" refuses.
-    Source: Cross-Image attention, arXiv 2311.03335 (contrast); StyleAligned, arXiv 2312.02133 (shared segments, scale and shift);
-    the multiplicity identity behind Q-Align, arXiv 2508.21090.
+    Example:
+        >>> from qalign_kernels import Segment, attention
+        >>> query, own_key, own_value = torch.randn(3, 1, 8, 256, 40)
+        >>> ref_key, ref_value = torch.randn(2, 1, 8, 64, 40)
+        >>> attention(query, Segment(own_key, own_value)).shape
+        torch.Size([1, 8, 256, 40])
+        >>> segments = [Segment(own_key, own_value), Segment(ref_key, ref_value, logit_scale=1.2)]
+        >>> attention(query, segments).shape
+        torch.Size([1, 8, 256, 40])
+
+    Precision: scores, softmax and sums are float32. Probabilities are rounded to the input dtype before they
+    are multiplied by the values.
+    Memory: O(N), never N_q×N_k. Deterministic, gradients too. Differentiable once in query, keys and values,
+    on the same backend. With a contrast the gradient takes the tiled path, so "triton" raises.
+    Source: Cross-Image attention, arXiv 2311.03335 (contrast); StyleAligned, arXiv 2312.02133 (shared
+    segments, scale and shift); Q-Align, arXiv 2508.21090 (counts).
     """
     return _attend(query, segments, scale, contrast, query_labels, None, False, backend)[0]
 
@@ -99,14 +99,43 @@ def attention_with_lse(
     query_labels: Tensor | None = None,
     backend: str | None = None,
 ) -> AttentionWithLse:
-    """`attention` and the natural log-sum-exp of its logits, lse_i = log Z_i.
+    """Compute `attention` and the natural log-sum-exp of its logits.
 
-    Arguments, errors and precision as `attention`. Outputs of disjoint segments merge by their log-sum-exps:
-    Σ_s w_s output_s, w_s = exp(lse_s) / Σ_r exp(lse_r).
+    lse_i = log Z_i, with Z_i as in `attention`
+
+    The outputs of disjoint segments can be merged:
+    output = Σ_s w_s output_s,  w_s = exp(lse_s) / Σ_r exp(lse_r)
+
+    Args:
+        query: [B, H, N_q, D], float16, bfloat16 or float32, any strides. The reference and tiled backends
+            also take float64.
+        segments: a `Segment` or a sequence of them, with the dtype and device of `query` and one common D_v.
+        scale: factor of the dot product. None: 1/sqrt(D).
+        contrast: above 0, as in `attention`; it does not change the log-sum-exp. 1.0 is softmax attention.
+        query_labels: int32 bit sets [B or 1, N_q]. Required if a segment has labels. None: no restriction.
+        backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
     Returns:
-        AttentionWithLse(output [B, H, N_q, D_v], lse float32 [B, H, N_q]); lse is -inf for a query with no key to look at (float64 for
-        float64 input). Both are differentiable.
+        AttentionWithLse(output [B, H, N_q, D_v], lse float32 [B, H, N_q]). lse is float64 for float64 input,
+        and -inf for a query that sees no key.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: `backend` cannot run this call or its second derivative; only the reference has one.
+
+    Example:
+        >>> from qalign_kernels import Segment, attention_with_lse
+        >>> query, key, value = torch.randn(3, 1, 8, 256, 40)
+        >>> whole = attention_with_lse(query, Segment(key, value))
+        >>> whole.output.shape, whole.lse.shape
+        (torch.Size([1, 8, 256, 40]), torch.Size([1, 8, 256]))
+        >>> parts = [Segment(key[:, :, :100], value[:, :, :100]), Segment(key[:, :, 100:], value[:, :, 100:])]
+        >>> lse = torch.stack([attention_with_lse(query, part).lse for part in parts])
+        >>> torch.allclose(lse.logsumexp(0), whole.lse, atol=1e-5)
+        True
+
+    Memory: O(N), never N_q×N_k. Deterministic, gradients too. Both results are differentiable.
+    Source: the online softmax, arXiv 1805.02867.
     """
     return AttentionWithLse(*_attend(query, segments, scale, contrast, query_labels, None, True, backend))
 
@@ -121,7 +150,7 @@ def guided_attention(
     query_labels=None,
     backend=None,
 ) -> Tensor:
-    """`attention` over one segment with logits + strength · guide.query_i·guide.key_j: the guided reading of `qalign_attention`."""
+    """Compute the "guided" refinement of `qalign_attention`: attention with a guide added to the logits."""
     return _attend(query, segment, scale, contrast, query_labels, guide, False, backend)[0]
 
 
@@ -131,7 +160,11 @@ def _attend(
     if not isinstance(segments, (Segment, list, tuple)):
         _contracts.fail("segments", "a Segment or a sequence of them", segments, error=TypeError)
     segments = (segments,) if isinstance(segments, Segment) else tuple(segments)
-    _check(query, segments, scale, contrast, query_labels)
+    _contracts.check_features("query", query)
+    check_segments(query, segments, query_labels)
+    if scale is not None:
+        _contracts.check_number("scale", scale)
+    _contracts.check_number("contrast", contrast, above=0)
     scale = _library.scale_of(query, scale)
     backend = _backends.requested(backend)
     if backend == "reference":
@@ -156,50 +189,6 @@ def _attend(
     )
     differentiable = _library.wants_gradient(query, *call.keys, *call.values, *call.guide_tensors)
     return _attention_op(*call, need_lse, differentiable, backend)
-
-
-def _check(query, segments, scale, contrast, query_labels) -> None:
-    _contracts.check_features("query", query)
-    batch, _, tokens, _ = query.shape
-    if not segments:
-        raise ValueError("segments: expected at least one Segment, got none")
-    if scale is not None:
-        _contracts.check_number("scale", scale)
-    _contracts.check_number("contrast", contrast, above=0)
-    if query_labels is not None:
-        _contracts.check_token_labels("query_labels", query_labels, batch, tokens, "N_q", query.device)
-    for position, segment in enumerate(segments):
-        if not isinstance(segment, Segment):
-            _contracts.fail("segments", "Segment objects", segment, error=TypeError)
-        name = "" if len(segments) == 1 else f"segments[{position}]."
-        _check_segment(name, segment, query)
-        if segment.labels is not None and query_labels is None:
-            raise ValueError(
-                f"query_labels: expected int32 bit sets [B={batch} or 1, N_q={tokens}] because {name}labels came, got None"
-            )
-        _contracts.check_sizes(f"{name}value", segment.value, head_dim=segments[0].value.shape[3])
-
-
-def _check_segment(name: str, segment: Segment, query: Tensor) -> None:
-    key, value = segment.key, segment.value
-    for part, tensor in (("key", key), ("value", value)):
-        _contracts.check_features(name + part, tensor)
-        _contracts.check_like(name + part, tensor, "query", query)
-    _contracts.check_sizes(f"{name}key", key, heads=query.shape[1], head_dim=query.shape[3])
-    _contracts.check_sizes(
-        f"{name}value", value, batch=key.shape[0], heads=query.shape[1], tokens=key.shape[2]
-    )
-    _contracts.check_batch_index(f"{name}batch_index", segment.batch_index, query, key.shape[0], f"{name}key")
-    if segment.counts is not None:
-        _contracts.check_counts(
-            f"{name}counts", segment.counts, query.shape[0], query.shape[1], key.shape[2], query.device
-        )
-    if segment.labels is not None:
-        _contracts.check_token_labels(
-            f"{name}labels", segment.labels, query.shape[0], key.shape[2], "N_k", query.device
-        )
-    _contracts.check_number(f"{name}logit_scale", segment.logit_scale)
-    _contracts.check_number(f"{name}logit_shift", segment.logit_shift)
 
 
 class _Call(NamedTuple):
@@ -253,7 +242,10 @@ class _Call(NamedTuple):
         )
 
     def settings(self) -> dict[str, Any]:
-        guide = Guide(*self.guide_tensors, self.guide_strength) if self.guide_tensors else None
+        guide = None
+        if self.guide_tensors:
+            query, key = self.guide_tensors
+            guide = Guide(query, key, self.guide_strength)
         return {
             "scale": self.scale,
             "contrast": self.contrast,

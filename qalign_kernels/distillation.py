@@ -1,4 +1,4 @@
-"""Attention distillation: how far an attention output is from what the same queries would draw from reference images."""
+"""Attention distillation: the distance of an attention output from attention to reference images."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _ambient, _backends, _contracts, _library
-from .attention import Segment
+from .segments import Segment
 
 
 @_ambient.public
@@ -21,32 +21,51 @@ def distillation_loss(
     ref_labels: Tensor | Sequence[Tensor | None] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Mean absolute difference between an attention output and the ideal one, which attends the reference images.
+    """Compute the mean absolute difference between an attention output and an ideal one.
 
-    loss = mean |output - sg(ideal)|,  ideal = attention(query, [Segment(ref_key, ref_value, labels=ref_labels), ...])
+    loss = mean |output - sg(ideal)|
+    ideal = attention(query, [Segment(ref_key, ref_value, labels=ref_labels), ...])
 
-    sg stops the gradient, dloss/doutput = sign(output - ideal) / numel(output): none reaches query, keys or values here, they get theirs
-    through `output`.
+    The ideal output attends to the reference images. sg stops the gradient: dloss/doutput =
+    sign(output - ideal) / numel(output), and query, keys and values have no gradient here.
 
     Args:
-        output: [B, H, N_q, D_v], query: [B, H, N_q, D], float16, bfloat16 or float32 (float64: reference and tiled), any strides.
-        ref_key: [B or 1, H, N_k, D], ref_value: [B or 1, H, N_k, D_v], same dtype and device; one row serves the whole batch without
-            copies. A sequence of each for several images, attended as their concatenation.
-        scale: of the dot product; None is 1/sqrt(D).
-        query_labels, ref_labels: int32 bit sets [B or 1, N_q] and [B or 1, N_k]: a query sees a key iff their sets meet. With
-            several images `ref_labels` is a sequence too, None in it for an image that all queries see.
-        backend: "auto", "triton", "tiled" or "reference"; None takes the default of `use_backend`.
+        output: [B, H, N_q, D_v], float16, bfloat16 or float32, any strides. The reference and tiled backends
+            also take float64.
+        query: [B, H, N_q, D], same dtype and device as `output`.
+        ref_key: [B or 1, H, N_k, D], same dtype and device. A single row serves the whole batch without a
+            copy. For several reference images, a sequence of such tensors; their keys are attended to
+            together.
+        ref_value: [B or 1, H, N_k, D_v], a tensor or a sequence as `ref_key` is.
+        scale: factor of the dot product. None: 1/sqrt(D).
+        query_labels: int32 bit sets [B or 1, N_q]. Required if `ref_labels` is given. None: no restriction.
+        ref_labels: int32 bit sets [B or 1, N_k]. A query sees a key only if their sets share a bit. For
+            several reference images, a sequence, with None for an image that every query sees. None: no
+            restriction.
+        backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
     Returns:
-        The loss, a float32 scalar (float64 for float64 input). The ideal output is rounded to the dtype of `query`; a query that sees no
-        key has ideal 0. NaN gives NaN.
+        The loss, a float32 scalar (float64 for float64 input). The ideal output is rounded to the dtype of
+        `query`. A query that sees no key has ideal 0. NaN gives NaN.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here, or a second derivative.
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: `backend` cannot run this call, or a second derivative is needed.
 
-    Memory: one int8 sign for each element of `output` where it needs a gradient; the ideal output is held tile by tile only, and no
-    N_q×N_k map. Deterministic. Differentiable in `output`, once.
-    Source: Attention Distillation, arXiv 2502.20235. Deviation: a query whose label no key has gives 0 there, not NaN.
+    Example:
+        >>> from qalign_kernels import Segment, attention, distillation_loss
+        >>> query, ref_key, ref_value = torch.randn(3, 1, 8, 256, 40)
+        >>> output = torch.zeros(1, 8, 256, 40, requires_grad=True)
+        >>> loss = distillation_loss(output, query, ref_key, ref_value)
+        >>> loss.shape
+        torch.Size([])
+        >>> ideal = attention(query, Segment(ref_key, ref_value))
+        >>> torch.allclose(loss, ideal.abs().mean())
+        True
+
+    Memory: one int8 sign for each element of `output` if it needs a gradient. The ideal output exists one
+    tile at a time, and no N_q×N_k map is stored. Deterministic. Differentiable once, in `output`.
+    Source: Attention Distillation, arXiv 2502.20235. There, a query that sees no key has ideal NaN, not 0.
     """
     keys, values, labels = _check(output, query, ref_key, ref_value, query_labels, ref_labels)
     if scale is not None:
@@ -74,7 +93,7 @@ def distillation_loss(
 def _check(
     output, query, ref_key, ref_value, query_labels, ref_labels
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]:
-    """Keys, values and labels, one of each for every image."""
+    """Check the arguments; returns keys, values and labels, one of each for every reference image."""
     _contracts.check_features("query", query)
     _contracts.check_features("output", output)
     _contracts.check_like("output", output, "query", query)
@@ -89,7 +108,7 @@ def _check(
     labels = [None] * len(keys) if ref_labels is None else ref_labels if several else [ref_labels]
     for argument, parts in (("ref_value", values), ("ref_labels", labels)):
         if not isinstance(parts, (list, tuple)) or len(parts) != len(keys):
-            _contracts.fail(argument, f"a sequence of {len(keys)} as ref_key is", parts)
+            _contracts.fail(argument, f"a sequence of {len(keys)}, one for each ref_key", parts)
     if query_labels is not None:
         _contracts.check_token_labels("query_labels", query_labels, batch, tokens, "N_q", query.device)
     for position, (key, value, sets) in enumerate(zip(keys, values, labels)):
@@ -100,17 +119,14 @@ def _check(
             _contracts.check_features(name, tensor)
             _contracts.check_like(name, tensor, "query", query)
         if key.shape[0] not in (1, batch):
-            _contracts.fail(key_name, f"batch={batch} as query has, or 1", key)
+            _contracts.fail(key_name, f"batch={batch}, that of query, or 1", key)
         _contracts.check_sizes(key_name, key, heads=heads, head_dim=head_dim)
         _contracts.check_sizes(
             value_name, value, batch=key.shape[0], heads=heads, tokens=key.shape[2], head_dim=output.shape[3]
         )
         if sets is None:
             continue
-        if query_labels is None:
-            raise ValueError(
-                f"query_labels: expected int32 bit sets [B={batch} or 1, N_q={tokens}] because {labels_name} came, got None"
-            )
+        _contracts.require_query_labels(query_labels, labels_name, batch, tokens)
         _contracts.check_token_labels(labels_name, sets, batch, key.shape[2], "N_k", query.device)
     return keys, values, labels
 
@@ -118,7 +134,7 @@ def _check(
 def _segments(
     keys: Sequence[Tensor], values: Sequence[Tensor], labels: Sequence[Tensor | None], batch: int
 ) -> tuple[Segment, ...]:
-    """Rows that serve the whole batch lie at stride 0."""
+    """Make one segment for each image. A single row is repeated for the batch with stride 0."""
     rows = (batch, -1, -1, -1)
     return tuple(
         Segment(key.expand(rows), value.expand(rows), labels=sets)
@@ -169,8 +185,8 @@ def _backward(ctx, grad_loss, grad_signs):
 
 _distillation_loss_op = _library.register(
     "distillation_loss",
-    "(Tensor output, Tensor query, Tensor[] keys, Tensor[] values, Tensor[] labels, Tensor? query_labels, float scale, bool differentiable, "
-    "str backend) -> (Tensor, Tensor)",
+    "(Tensor output, Tensor query, Tensor[] keys, Tensor[] values, Tensor[] labels, Tensor? query_labels, "
+    "float scale, bool differentiable, str backend) -> (Tensor, Tensor)",
     _implementation,
     _fake,
     setup_context=_setup_context,

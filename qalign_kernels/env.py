@@ -1,4 +1,4 @@
-"""What runs here and why, for bug reports: `python -m qalign_kernels.env`."""
+"""The environment report for bug reports: `python -m qalign_kernels.env`."""
 
 import argparse
 import importlib.metadata
@@ -12,9 +12,16 @@ import torch
 from . import __version__, _backends, _command_line
 
 OPS = (
-    "similarity_argmax", "similarity_topk", "match_counts", "rearrange_kv", "attention", "topk_attention", "distillation_loss", "label_mass",
+    "similarity_argmax",
+    "similarity_topk",
+    "match_counts",
+    "rearrange_kv",
+    "attention",
+    "topk_attention",
+    "distillation_loss",
+    "label_mass",
     "mean_attention_map",
-)  # fmt: skip
+)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -48,11 +55,11 @@ def _triton() -> str:
 def _default_backend() -> str:
     name = os.environ.get("QALIGN_BACKEND")
     if name is None:
-        return "unset: auto"
+        return "not set, so auto"
     return (
         name
         if name in _backends.BACKENDS
-        else f"{name}: not one of {', '.join(_backends.BACKENDS)}, every call will say so"
+        else f"{name}, which is not one of {', '.join(_backends.BACKENDS)}; every call raises"
     )
 
 
@@ -63,7 +70,11 @@ def _device() -> torch.device:
 
 
 def choices(device: torch.device) -> dict[tuple[str, str], tuple[str, str]]:
-    """(op, dtype) to what "auto" takes on `device` and why, head dim 64, no gradients; float64 where the device has it."""
+    """The backend that "auto" uses on `device` and the reason, by (op, dtype), for head dim 64 and no
+    gradients.
+
+    float64 is absent on mps, which has none.
+    """
     table = {}
     for op in OPS:
         integers = op == "match_counts"
@@ -73,16 +84,16 @@ def choices(device: torch.device) -> dict[tuple[str, str], tuple[str, str]]:
             tensor = torch.empty(1, dtype=dtype, device=device)
             head_dims = () if integers or op == "rearrange_kv" else (64,)
             chosen = _backends.select(op, "auto", tensor, head_dims)
-            reason = "the Triton kernels serve it"
+            reason = "the Triton kernels support it"
             if chosen == "tiled":
-                cpu = '"auto" takes plain PyTorch on the CPU; the interpreter runs only on request'
+                cpu = '"auto" uses PyTorch on the CPU; the interpreter needs an explicit backend="triton"'
                 reason = cpu if device.type == "cpu" else str(_backends.triton_refusal(tensor, head_dims))
             table[op, str(dtype).removeprefix("torch.")] = chosen, reason
     return table
 
 
 def report() -> str:
-    """The whole report, one fact a line."""
+    """The report, one fact in each line."""
     lines = [
         f"qalign_kernels  {__version__}",
         f"python          {platform.python_version()}",
@@ -93,7 +104,8 @@ def report() -> str:
         *(f"device          {line}" for line in _devices()),
         f"QALIGN_BACKEND  {_default_backend()}",
         "",
-        f'Backend that "auto" takes on {_device()} (gradients: likewise for attention without contrast, distillation_loss, label_mass; else tiled):',
+        f'Backend that "auto" uses on {_device()}. With gradients it is the same for distillation_loss,',
+        "label_mass and attention without contrast, and tiled for the other ops.",
     ]
     lines += [
         f"{op:20s} {dtype:9s} {chosen:7s} {reason}"
@@ -103,16 +115,17 @@ def report() -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     top = _command_line.Parser(
-        "python -m qalign_kernels.env", description="What runs here and why, for bug reports."
+        "python -m qalign_kernels.env",
+        description="Report versions, devices and the backend of each op, for bug reports.",
     )
     _command_line.add_command(top, sys.modules[__name__])
     return top
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """Add nothing: the command has no options of its own."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -121,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; the exit code."""
+    """Print the report; returns the exit status."""
     return _command_line.main(parser, arguments)
 
 

@@ -1,4 +1,4 @@
-"""Where attention goes: the mass on each region of keys, and the head average of the map."""
+"""Where attention goes: its mass on each class of keys, and its map averaged over heads."""
 
 from torch import Tensor
 
@@ -17,28 +17,42 @@ def label_mass(
     counts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """How much of each query's attention falls on each class of keys.
+    """Measure how much of each query's attention falls on each class of keys.
 
     mass_il = Σ_{j : label_j = l} m_j e^{l_ij} / Σ_j m_j e^{l_ij},  l_ij = scale · q_i·k_j
 
     Args:
-        query: [B, H, N_q, D], key: [B, H, N_k, D], same dtype and device, any strides.
-        key_labels: int32 class ids [B or 1, N_k] in [0, num_labels); a key outside that range belongs to no class.
-        num_labels: L, at least 1; the Triton kernel serves L ≤ 128.
-        scale: of the dot product; None is 1/sqrt(D).
-        counts: int32 [B, 1 or H, N_k], the multiplicity m_j of each key; None: each once.
-        backend: "auto", "triton", "tiled" or "reference".
+        query: [B, H, N_q, D], float16, bfloat16 or float32, any strides. The reference and tiled backends
+            also take float64.
+        key: [B, H, N_k, D], same dtype and device as `query`, any strides.
+        key_labels: int32 class numbers [B or 1, N_k] in [0, num_labels). A key outside that range belongs to
+            no class, but still takes part in the softmax.
+        num_labels: L, the number of classes, at least 1. The Triton kernel serves L ≤ 128.
+        scale: factor of the dot product. None: 1/sqrt(D).
+        counts: int32 [B, 1 or H, N_k], the multiplicity m_j of each key. None: every key counts once.
+        backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
     Returns:
-        float32 [B, H, N_q, L] (float64 for float64 input); each row sums to 1 (0 where every key has multiplicity 0).
+        float32 [B, H, N_q, L] (float64 for float64 input). A row sums to 1 if every key has a class, and is 0
+        if every key has multiplicity 0.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here, or a second derivative of one that can
-        but for the reference.
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: `backend` cannot run this call or its second derivative; only the reference has one.
 
-    Memory: O(N L). Deterministic, gradients too. Differentiable in query and key (once), on the backend of the call: as attention over the
-    indicator of the classes, from the saved mass.
-    Source: Bounded Attention, arXiv 2403.16990 (region mass as attention over an indicator).
+    Example:
+        >>> from qalign_kernels import label_mass
+        >>> query, key = torch.randn(1, 8, 256, 40), torch.randn(1, 8, 64, 40)
+        >>> key_labels = (torch.arange(64, dtype=torch.int32) // 16).unsqueeze(0)  # four classes of 16 keys
+        >>> mass = label_mass(query, key, key_labels, num_labels=4)
+        >>> mass.shape
+        torch.Size([1, 8, 256, 4])
+        >>> torch.allclose(mass.sum(-1), torch.ones(1, 8, 256))
+        True
+
+    Memory: O(N L), never N_q×N_k. Deterministic, gradients too. Differentiable once in `query` and `key`, on
+    the same backend.
+    Source: Bounded Attention, arXiv 2403.16990 (the attention of a query to a region).
     """
     _check(query, key)
     _contracts.check_token_labels("key_labels", key_labels, query.shape[0], key.shape[2], "N_k", query.device)
@@ -58,23 +72,32 @@ def label_mass(
 def mean_attention_map(
     query: Tensor, key: Tensor, *, scale: float | None = None, backend: str | None = None
 ) -> Tensor:
-    """The attention map, averaged over heads.
+    """Compute the attention map, averaged over heads.
 
     map_ij = 1/H Σ_h softmax_j(scale · q_hi·k_hj)
 
     Args:
-        query: [B, H, N_q, D], key: [B, H, N_k, D], same dtype and device, any strides.
-        scale: of the dot product; None is 1/sqrt(D).
-        backend: "auto", "triton", "tiled" or "reference".
+        query: [B, H, N_q, D], float16, bfloat16 or float32, any strides. The reference and tiled backends
+            also take float64.
+        key: [B, H, N_k, D], same dtype and device as `query`, any strides.
+        scale: factor of the dot product. None: 1/sqrt(D).
+        backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
     Returns:
-        float32 [B, N_q, N_k] (float64 for float64 input); rows sum to 1.
+        float32 [B, N_q, N_k] (float64 for float64 input). Each row sums to 1.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: `backend` cannot run this call.
 
-    Memory: the result, which is the one N_q×N_k tensor of this library, and O(N) beside it; with gradients, one head's map more.
-    Deterministic. Differentiable in query and key.
+    Example:
+        >>> from qalign_kernels import mean_attention_map
+        >>> query, key = torch.randn(1, 8, 256, 40), torch.randn(1, 8, 64, 40)
+        >>> mean_attention_map(query, key).shape
+        torch.Size([1, 256, 64])
+
+    Memory: the result, which is the only N_q×N_k tensor of this library, and O(N) besides. With gradients,
+    one head's map more. Deterministic. Differentiable in `query` and `key`, on the tiled path.
     Source: self-segmentation, arXiv 2303.11306; Cross-Image attention, arXiv 2311.03335.
     """
     _check(query, key)
@@ -141,8 +164,8 @@ def _label_mass_backward_fake(
 
 _label_mass_backward_op = _library.register(
     "label_mass_backward",
-    "(Tensor grad_mass, Tensor mass, Tensor query, Tensor key, Tensor key_labels, SymInt num_labels, float scale, Tensor? counts, bool[] needs, "
-    "str backend) -> Tensor[]",
+    "(Tensor grad_mass, Tensor mass, Tensor query, Tensor key, Tensor key_labels, SymInt num_labels, "
+    "float scale, Tensor? counts, bool[] needs, str backend) -> Tensor[]",
     _label_mass_backward_implementation,
     _label_mass_backward_fake,
     **_library.no_second_derivative("label_mass", "only backend='reference' has every derivative"),
@@ -164,7 +187,8 @@ def _label_mass_backward(ctx, grad_mass):
 
 _label_mass_op = _library.register(
     "label_mass",
-    "(Tensor query, Tensor key, Tensor key_labels, SymInt num_labels, float scale, Tensor? counts, str backend) -> Tensor",
+    "(Tensor query, Tensor key, Tensor key_labels, SymInt num_labels, float scale, Tensor? counts, "
+    "str backend) -> Tensor",
     _label_mass_implementation,
     _label_mass_fake,
     setup_context=_setup_context,

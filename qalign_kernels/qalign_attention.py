@@ -1,4 +1,4 @@
-"""Q-Align's three steps in one call: align queries, rearrange keys and values, refine by attention."""
+"""Q-Align in one call: align queries, rearrange keys and values, attend."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from . import _ambient, _backends, _contracts, _library
 from ._choices import REFINEMENTS
-from .attention import Guide, Segment, attention, guided_attention
+from .attention import attention, guided_attention
 from .rearrange import match_counts, take_batch_rows, take_rows
+from .segments import Guide, Segment
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
 from .topk_attention import topk_attention
 from .unit_features import alignment_features
@@ -36,51 +37,71 @@ def qalign_attention(
     batch_index: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention to a reference image whose keys and values are aligned by query-query similarity.
+    """Attend to a reference image whose keys and values are aligned by query-query similarity.
 
-    S = similarity(Q_match, Q_ref), Q_match = Q by default;  π(i) = argmax_j S_ij;  s = scale. By `refinement`:
+    S = similarity(Q_match, Q_ref) with Q_match = Q by default;  π(i) = argmax_j S_ij;  s = scale
 
-    - "rearranged": softmax(s Q K_ref[π]ᵀ) V_ref[π], the paper's reading. Computed as attention over the original keys, each counted
-      as often as it was chosen; nothing is gathered.
+    The refinement chooses what follows:
+
+    - "rearranged": softmax(s Q K_ref[π]ᵀ) V_ref[π], as the paper states it. It is computed as attention over
+      the original keys, each counted as often as it was matched. Nothing is gathered.
     - "guided": softmax(s Q K_refᵀ + strength · S) V_ref.
-    - "topk": softmax of s q_i·k_j over the `topk` best-aligned reference tokens of each query only.
-    - "warped_values": softmax(s Q K_ownᵀ) V_ref[π], the output's own map over warped values. Needs `own_key`.
-    - "warped_output": softmax(s Q_ref[π] K_refᵀ) V_ref: what the reference itself made of the matched token. Computed as the reference's own
-      attention, then gathered.
-    - "soft": A = softmax(strength · S); softmax(s Q (A K_ref)ᵀ) (A V_ref).
+    - "topk": softmax of s q_i·k_j over the `topk` most similar reference tokens of each query, times V_ref.
+    - "warped_values": softmax(s Q K_ownᵀ) V_ref[π]: the output's own attention map over the matched values.
+    - "warped_output": softmax(s Q_ref[π] K_refᵀ) V_ref: the reference's own attention output at the matched
+      token.
+    - "soft": softmax(s Q (A K_ref)ᵀ) (A V_ref) with A = softmax(strength · S).
     - "none": V_ref[π].
 
-    The dense readings "guided" and "soft" take the per-head similarity whatever `heads` says: a joint map would recompute the dot
-    product over all channels for every head.
+    "guided" and "soft" always use the per-head similarity, because a joint one would repeat the product over
+    all channels for every head.
 
     Args:
-        query: [B, H, N_q, D], float16, bfloat16 or float32 (float64: reference and tiled), any strides.
-        ref_query, ref_key: [B_r, H, N_k, D], ref_value: [B_r, H, N_k, D_v]; B_r = B unless `batch_index` names rows.
-        similarity, heads: as `similarity_argmax`. (S is the raw dot product for "dot": choose `strength` accordingly.)
-        match_query: [B, H, N_q, D], what is aligned with `ref_query` in place of `query`, such as the sum of two pictures' queries. Nothing
-            flows back through it, except in "guided" and "soft".
-        own_key: [B, H, N_q, D], the output's own keys; only for "warped_values".
-        topk: reference tokens per query for "topk".
-        strength: of the alignment for "guided" and "soft".
-        scale: of the dot product; None is 1/sqrt(D).
-        contrast: as `attention`, applied to the refinement's softmax (1.67 is Cross-Image attention's); nothing for "none" and "warped_output".
-        query_labels, ref_labels: int32 bit sets [B or 1, N_q] and [B or 1, N_k], both or neither. They restrict the match and
-            the attention to reference tokens: a query, and in "warped_output" a reference token, sees a token iff their sets meet. The
-            softmax over warped tokens of "warped_values" and "soft" is not restricted.
-        batch_index: int32 [B], the row of the reference tensors that each query row reads.
-        backend: "auto", "triton", "tiled" or "reference"; None takes the default of `use_backend`.
+        query: [B, H, N_q, D], float16, bfloat16 or float32, any strides. The reference and tiled backends
+            also take float64.
+        ref_query: [B_r, H, N_k, D], same dtype and device as `query`. B_r = B unless `batch_index` is given.
+        ref_key: [B_r, H, N_k, D], same dtype and device.
+        ref_value: [B_r, H, N_k, D_v], same dtype and device.
+        similarity: "cosine" or "dot". For "dot" S is the raw product, so choose `strength` accordingly.
+        heads: "joint" for one map over all heads, "per_head" for one map for each head.
+        refinement: one of the seven above.
+        match_query: [B, H, N_q, D], aligned with `ref_query` in place of `query`. It has a gradient in
+            "guided" and "soft" only. None: `query`.
+        own_key: [B, H, N_q, D], the output's own keys. Required for "warped_values", and refused otherwise.
+        topk: number of reference tokens for each query in "topk".
+        strength: factor of the similarity in "guided" and "soft".
+        scale: factor s of the dot product. None: 1/sqrt(D).
+        contrast: above 0, applied to the softmax of the refinement as in `attention`. 1.0 changes nothing.
+            "none" and "warped_output" ignore it.
+        query_labels: int32 bit sets [B or 1, N_q]. A query token matches and sees a reference token only if
+            their sets share a bit. The softmax over matched tokens in "warped_values" and "soft" is not
+            restricted. None: no restriction.
+        ref_labels: int32 bit sets [B or 1, N_k]. Required if and only if `query_labels` is given. In
+            "warped_output" they also restrict the reference's own attention.
+        batch_index: int32 [B], the row of the reference tensors that each query row reads. None: its own row.
+        backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
     Returns:
-        [B, H, N_q, D_v] in the dtype of `query`. A query that sees no reference token gives zeros, except where it
-        still attends the warped tokens of others ("warped_values", "soft"). NaN in a query, in what it
-        was compared with, or in a key or value that is read, gives NaN.
+        [B, H, N_q, D_v] in the dtype of `query`. A query without an admissible reference token gives zeros,
+        except in "warped_values" and "soft", where it sees the matched tokens of other queries. NaN in a
+        query, in a token that it is compared with, or in a key or value that it reads, gives NaN.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: `backend` cannot run this call.
 
-    Memory: O(N), never N_q×N_k. Deterministic. Differentiable; not through the choice π.
-    Source: Q-Align, arXiv 2508.21090 ("rearranged"; its similarity, heads and layers are inferred); "warped_values": Eye-for-an-eye,
-    arXiv 2406.07008, whose features that are replaced before projection "warped_output" resembles; the others are this library's.
+    Example:
+        >>> from qalign_kernels import qalign_attention
+        >>> query = torch.randn(1, 8, 256, 40)
+        >>> ref_query, ref_key, ref_value = torch.randn(3, 1, 8, 64, 40)
+        >>> qalign_attention(query, ref_query, ref_key, ref_value).shape
+        torch.Size([1, 8, 256, 40])
+        >>> qalign_attention(query, ref_query, ref_key, ref_value, refinement="topk", topk=4).shape
+        torch.Size([1, 8, 256, 40])
+
+    Memory: O(N), never N_q×N_k. Deterministic. Differentiable, but not through the choice π.
+    Source: Q-Align, arXiv 2508.21090 ("rearranged"; its similarity, heads and layers are inferred).
+    "warped_values": Eye-for-an-eye, arXiv 2406.07008. The other refinements are of this library.
     """
     _check_tensors(query, ref_query, ref_key, ref_value, batch_index)
     _check_settings(similarity, heads, refinement, strength, scale, contrast)
@@ -88,10 +109,23 @@ def qalign_attention(
     _contracts.check_label_sets(query, ref_query, query_labels, "query_labels", ref_labels, "ref_labels")
     if _backends.requested(backend) == "reference":
         return _backends.implementation("reference", "qalign_attention").qalign_attention(
-            query, ref_query, ref_key, ref_value, similarity=similarity, heads=heads, refinement=refinement, match_query=match_query,
-            own_key=own_key, topk=topk, strength=strength, scale=_library.scale_of(query, scale), contrast=contrast,
-            query_labels=query_labels, ref_labels=ref_labels, batch_index=batch_index,
-        )  # fmt: skip
+            query,
+            ref_query,
+            ref_key,
+            ref_value,
+            similarity=similarity,
+            heads=heads,
+            refinement=refinement,
+            match_query=match_query,
+            own_key=own_key,
+            topk=topk,
+            strength=strength,
+            scale=_library.scale_of(query, scale),
+            contrast=contrast,
+            query_labels=query_labels,
+            ref_labels=ref_labels,
+            batch_index=batch_index,
+        )
     alignment_query = query if match_query is None else match_query
     refine: dict[str, Any] = {"scale": scale, "contrast": contrast, "backend": backend}
     reference = Segment(ref_key, ref_value, labels=ref_labels, batch_index=batch_index)
@@ -104,9 +138,19 @@ def qalign_attention(
     if refinement == "rearranged":
         scale = _library.scale_of(query, scale)
         call = _Rearranged(
-            query, alignment_query.detach(), ref_query.detach(), ref_key, ref_value,
-            similarity, heads, scale, float(contrast), query_labels, ref_labels, batch_index,
-        )  # fmt: skip
+            query,
+            alignment_query.detach(),
+            ref_query.detach(),
+            ref_key,
+            ref_value,
+            similarity,
+            heads,
+            scale,
+            float(contrast),
+            query_labels,
+            ref_labels,
+            batch_index,
+        )
         if _library.wants_gradient(query, ref_key, ref_value):
             return _match_count_attend(call, _backends.requested(backend))
         return _rearranged_attention_op(*call, _backends.requested(backend))
@@ -158,13 +202,13 @@ class _Rearranged(NamedTuple):
 
 def _match_count_attend(call: _Rearranged, backend: str) -> Tensor:
     """Compute the "rearranged" refinement from three differentiable ops."""
-    labels = {"query_labels": call.query_labels, "reference_labels": call.ref_labels}
     index, score = similarity_argmax(
         call.alignment_query,
         call.ref_query,
         similarity=call.similarity,
         heads=call.heads,
-        **labels,
+        query_labels=call.query_labels,
+        reference_labels=call.ref_labels,
         batch_index=call.batch_index,
         backend=backend,
     )
@@ -187,8 +231,10 @@ def _match_count_attend(call: _Rearranged, backend: str) -> Tensor:
 
 
 def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
-    """NaN in each row of [B, H, N, D] whose best score [B, 1 or H, N] is NaN: its choice means nothing. In place, unless a gradient may need
-    the rows."""
+    """Set the rows of [B, H, N, D] without a valid match to NaN: their best score [B, 1 or H, N] is NaN.
+
+    In place, unless a gradient may need the rows.
+    """
     return (rows.masked_fill if rows.requires_grad else rows.masked_fill_)(
         score.isnan().unsqueeze(-1), float("nan")
     )
@@ -216,16 +262,15 @@ def _soft(
         for x in (reference.key, reference.value)
     )
     present = None
-    if (
-        query_labels is not None and reference.labels is not None
-    ):  # a token that saw no reference token has nothing to offer the refinement
+    if query_labels is not None and reference.labels is not None:
+        # a token that sees no reference token has no key and value for the others
         seen = (query_labels.unsqueeze(-1) & _label_union(reference.labels).unsqueeze(-1)) != 0
         present = seen.squeeze(-1).int().unsqueeze(1).expand(query.shape[0], 1, -1)
     return attention(query, Segment(key, value, counts=present), **refine)
 
 
 def _label_union(labels: Tensor) -> Tensor:
-    """The bits that any token of a row carries, [B or 1, 1]."""
+    """Compute the bits that any token of a row has, [B or 1, 1]."""
     bits = torch.arange(32, device=labels.device, dtype=torch.int32)
     carried = ((labels.unsqueeze(-1) >> bits) & 1).amax(1)
     return (carried << bits).sum(-1, keepdim=True, dtype=torch.int32)
@@ -270,7 +315,7 @@ def _check_refinement(
     own_key: Tensor | None,
     topk: int,
 ) -> None:
-    """What stands beside the reference: `match_query`, and what only one refinement takes, `topk` and `own_key`."""
+    """Check `match_query`, and `topk` and `own_key`, which only one refinement takes."""
     if refinement == "topk":
         _contracts.check_count("topk", topk, "N_k", ref_key.shape[2])
     if (own_key is not None) != (refinement == "warped_values"):

@@ -1,4 +1,4 @@
-"""A match map as multiplicities of the reference tokens, and the explicit gather that Q-Align does not need."""
+"""What follows a match: counts of the reference tokens, or gathered keys and values."""
 
 from torch import Tensor
 
@@ -8,23 +8,32 @@ from .tiled import rearrange as tiled
 
 @_ambient.public
 def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) -> Tensor:
-    """How often each reference token was chosen.
+    """Count how often each reference token was matched.
 
     counts_j = #{i : index_i = j}
 
     Args:
-        index: int32 [B, 1 or H, N_q] as `similarity_argmax` returns it; -1 counts nowhere.
+        index: int32 [B, 1 or H, N_q], the index of a `Match` from `similarity_argmax`. Entries of -1 are not
+            counted.
         num_tokens: N_k, the number of reference tokens.
-        backend: "auto", "triton", "tiled" or "reference".
+        backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
     Returns:
-        int32 [B, 1 or H, N_k]; each row sums to the number of matched query tokens.
+        int32 [B, 1 or H, N_k]. Each row sums to the number of matched query tokens.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: `backend` cannot run this call.
 
-    Memory: O(N). Deterministic (integer sums). No gradient.
-    Source: the multiplicity identity behind Q-Align, arXiv 2508.21090.
+    Example:
+        >>> from qalign_kernels import match_counts
+        >>> index = torch.tensor([[[0, 2, 2, -1]]], dtype=torch.int32)
+        >>> match_counts(index, num_tokens=3).tolist()
+        [[[1, 0, 2]]]
+
+    Memory: O(N). Deterministic, because the sums are of integers. No gradient.
+    Source: Q-Align, arXiv 2508.21090. Attention over rearranged keys equals attention over the original keys
+    with these counts.
     """
     if not isinstance(index, Tensor):
         _contracts.fail("index", "int32 [B, 1 or H, N_q]", index, error=TypeError)
@@ -47,21 +56,34 @@ def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) 
 def rearrange_kv(
     key: Tensor, value: Tensor, index: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gather keys and values by a match map: K̃_i = K_{index_i}, Ṽ_i = V_{index_i}.
+    """Gather keys and values by a match map.
 
-    `attention` over these equals `attention` over the originals with `counts=match_counts(index, N_k)`, which costs less and is what
-    `qalign_attention` does; the gather is here for readers and for methods that need the order.
+    K̃_i = K_{index_i},  Ṽ_i = V_{index_i}
+
+    Attention over the gathered keys equals `attention` over the original ones with the counts of
+    `match_counts`. The counts cost less, and `qalign_attention` uses them. The gather is for methods that
+    need the order of the tokens.
 
     Args:
-        key: [B, H, N_k, D], value: [B, H, N_k, D_v], same dtype and device, any strides.
-        index: int32 [B, 1 or H, N_q]; -1 gives a row of zeros.
-        backend: "auto", "triton", "tiled" or "reference".
+        key: [B, H, N_k, D], float16, bfloat16, float32 or float64, any strides.
+        value: [B, H, N_k, D_v], same dtype and device as `key`.
+        index: int32 [B, 1 or H, N_q], the token to take for each query. -1 gives a row of zeros.
+        backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
     Returns:
-        (key [B, H, N_q, D], value [B, H, N_q, D_v]), contiguous.
+        (key [B, H, N_q, D], value [B, H, N_q, D_v]), both contiguous.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: `backend` cannot run this call.
+
+    Example:
+        >>> from qalign_kernels import rearrange_kv
+        >>> key, value = torch.randn(1, 8, 64, 40), torch.randn(1, 8, 64, 48)
+        >>> index = torch.zeros(1, 1, 256, dtype=torch.int32)
+        >>> new_key, new_value = rearrange_kv(key, value, index)
+        >>> new_key.shape, new_value.shape
+        (torch.Size([1, 8, 256, 40]), torch.Size([1, 8, 256, 48]))
 
     Memory: the two results. Deterministic. Differentiable in `key` and `value`.
     Source: Q-Align, arXiv 2508.21090 (key-value rearrangement).
@@ -80,7 +102,7 @@ def rearrange_kv(
 
 
 def take_rows(x: Tensor, index: Tensor, *, backend: str | None = None) -> Tensor:
-    """The tokens of [B, H, N_k, D] that a match map [B, 1 or H, N_q] names; zeros for -1. Tiled or Triton."""
+    """Gather the tokens of [B, H, N_k, D] by a match map [B, 1 or H, N_q], zeros for -1; tiled or Triton."""
     backend = _backends.requested(backend)
     if _library.wants_gradient(x):
         _backends.require_gradient("rearrange_kv", backend, x, ())

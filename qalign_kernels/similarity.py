@@ -1,4 +1,4 @@
-"""Which reference token each query token resembles most: similarity scores and their reduction, never the N×N matrix."""
+"""The most similar reference tokens of each query token, without the N×N scores."""
 
 from typing import NamedTuple
 
@@ -13,9 +13,23 @@ HEADS = ("joint", "per_head")
 
 
 class Match(NamedTuple):
-    """The best reference tokens of each query token."""
+    """The best reference tokens of each query token.
 
-    index: Tensor  # type: ignore[assignment]  # tuple.index gives way to the field
+    Attributes:
+        index: int32, the reference token; -1 where no reference token is admissible.
+        score: float32, the similarity to that token; -inf where `index` is -1.
+
+    Both are [B, 1 or H, N_q] from `similarity_argmax` and [B, 1 or H, N_q, k] from `similarity_topk`.
+
+    Example:
+        >>> from qalign_kernels import similarity_argmax
+        >>> query, reference = torch.randn(1, 8, 256, 40), torch.randn(1, 8, 64, 40)
+        >>> index, score = similarity_argmax(query, reference)
+        >>> index.shape
+        torch.Size([1, 1, 256])
+    """
+
+    index: Tensor  # type: ignore[assignment]  # the field hides tuple.index
     score: Tensor
 
 
@@ -32,34 +46,53 @@ def similarity_argmax(
     exact: bool = True,
     backend: str | None = None,
 ) -> Match:
-    """The most similar reference token of each query token.
+    """Find the most similar reference token of each query token.
 
-    index_i = argmax_j S_ij, score_i = max_j S_ij; S_ij = q_i·r_j ("dot") or q_i·r_j / (max(|q_i|, 1e-12) max(|r_j|, 1e-12)) ("cosine").
-    "joint" takes one map for all heads, over the concatenated head vectors; "per_head" takes one map for each head.
+    index_i = argmax_j S_ij,  score_i = max_j S_ij
+
+    S_ij = q_i·r_j for "dot", and q_i·r_j / (max(|q_i|, 1e-12) max(|r_j|, 1e-12)) for "cosine".
 
     Args:
-        query: [B, H, N_q, D], float16, bfloat16 or float32 (float64: reference and tiled), any strides.
-        reference: [B_r, H, N_k, D], same dtype and device. B_r = B unless `batch_index` names rows.
+        query: [B, H, N_q, D], float16, bfloat16 or float32, any strides. The reference and tiled backends
+            also take float64.
+        reference: [B_r, H, N_k, D], same dtype and device as `query`. B_r = B unless `batch_index` is given.
         similarity: "cosine" or "dot".
-        heads: "joint" or "per_head".
-        query_labels, reference_labels: int32 bit sets [B or 1, N_q] and [B or 1, N_k], both or neither; a pair is admissible iff its
-            sets meet. They are given per query row, whatever `batch_index` says.
-        batch_index: int32 [B], the row of `reference` that each query row reads; no copies are made.
-        exact: False lets the Triton kernel keep, for every two columns of a tile, the tile and the column in the seven low mantissa bits of the
-            score: fewer instructions, but finite scores closer than 2^-16 relative may resolve to another index. It does so per head and without
-            labels; other calls and other backends are always exact.
-        backend: "auto", "triton", "tiled" or "reference"; None takes the default of `use_backend`.
+        heads: "joint" compares the concatenated vectors of all heads and gives one map. "per_head" gives one
+            map for each head.
+        query_labels: int32 bit sets [B or 1, N_q]. A query token may match a reference token only if their
+            sets share a bit. None: every pair is admissible.
+        reference_labels: int32 bit sets [B or 1, N_k], given per row of `query` even with a `batch_index`.
+            Required if and only if `query_labels` is given.
+        batch_index: int32 [B], the row of `reference` that each query row reads, without a copy. None: its
+            own row.
+        exact: False allows a faster Triton kernel that packs the position into the seven low mantissa bits of
+            the score. Finite scores closer than 2^-16 relative may then resolve to another index. It serves
+            "per_head" without labels; all other calls and backends stay exact.
+        backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
     Returns:
-        Match(index int32, score float32), both [B, 1 or H, N_q] (score float64 for float64 input). Ties go to the lowest index.
-        Without an admissible reference token: index -1, score -inf. A NaN among a query token's scores gives score NaN and some index
-        inside the range.
+        Match(index int32, score float32), both [B, 1, N_q] for "joint" and [B, H, N_q] for "per_head". The
+        score is float64 for float64 input. Ties go to the lowest index. A query token without an admissible
+        reference token has index -1 and score -inf. If one of its scores is NaN, its score is NaN and its
+        index is any valid one.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError: a `backend` that cannot run here.
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: `backend` cannot run this call.
 
-    Memory: O(N). Deterministic. The index carries no gradient; the score does, by plain PyTorch at the matched pairs.
-    Source: Q-Align, arXiv 2508.21090 (query-query alignment); cosine over all heads: Eye-for-an-eye, arXiv 2406.07008.
+    Example:
+        >>> from qalign_kernels import similarity_argmax
+        >>> query, reference = torch.randn(2, 8, 256, 40), torch.randn(2, 8, 64, 40)
+        >>> match = similarity_argmax(query, reference)
+        >>> match.index.shape, match.score.shape
+        (torch.Size([2, 1, 256]), torch.Size([2, 1, 256]))
+        >>> similarity_argmax(reference, reference).index[0, 0, :4].tolist()
+        [0, 1, 2, 3]
+
+    Memory: O(N); the N_q×N_k scores are never stored. Deterministic. The index has no gradient. The gradient
+    of the score is computed by PyTorch at the matched pairs.
+    Source: Q-Align, arXiv 2508.21090 (query-query alignment); Eye-for-an-eye, arXiv 2406.07008 (cosine over
+    all heads).
     """
     _check(query, reference, similarity, heads, query_labels, reference_labels, batch_index)
     joint, backend = heads == "joint", _backends.requested(backend)
@@ -86,19 +119,42 @@ def similarity_topk(
     batch_index: Tensor | None = None,
     backend: str | None = None,
 ) -> Match:
-    """The k most similar reference tokens of each query token, most similar first.
+    """Find the k most similar reference tokens of each query token, most similar first.
 
-    As `similarity_argmax` (same scores, arguments, errors and gradient), with the k largest scores in place of the largest.
+    index_i1, ..., index_ik are the tokens j with the k largest S_ij; S is as in `similarity_argmax`.
 
     Args:
-        k: 1 ≤ k ≤ N_k; the Triton kernel serves k ≤ 64.
+        query: [B, H, N_q, D], float16, bfloat16 or float32, any strides. The reference and tiled backends
+            also take float64.
+        reference: [B_r, H, N_k, D], same dtype and device as `query`. B_r = B unless `batch_index` is given.
+        k: number of reference tokens, 1 ≤ k ≤ N_k. The Triton kernel serves k ≤ 64.
+        similarity: "cosine" or "dot".
+        heads: "joint" for one map over all heads, "per_head" for one map for each head.
+        query_labels: int32 bit sets [B or 1, N_q], as in `similarity_argmax`. None: every pair is admissible.
+        reference_labels: int32 bit sets [B or 1, N_k]. Required if and only if `query_labels` is given.
+        batch_index: int32 [B], the row of `reference` that each query row reads. None: its own row.
+        backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
     Returns:
-        Match(index int32, score float32), both [B, 1 or H, N_q, k], descending; ties go to the lowest index. Where fewer than k
-        reference tokens are admissible the rest is index -1, score -inf.
+        Match(index int32, score float32), both [B, 1 or H, N_q, k], in descending order of score. The score
+        is float64 for float64 input. Ties go to the lowest index. If fewer than k reference tokens are
+        admissible, the remaining entries have index -1 and score -inf.
 
-    Memory: O(N k). Deterministic.
-    Source: SeAl and the top-k reading of Q-Align, arXiv 2508.21090.
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: `backend` cannot run this call.
+
+    Example:
+        >>> from qalign_kernels import similarity_topk
+        >>> query, reference = torch.randn(2, 8, 256, 40), torch.randn(2, 8, 64, 40)
+        >>> similarity_topk(query, reference, 4).index.shape
+        torch.Size([2, 1, 256, 4])
+        >>> similarity_topk(query, reference, 4, heads="per_head").score.shape
+        torch.Size([2, 8, 256, 4])
+
+    Memory: O(N k). Deterministic. The index has no gradient. The gradient of the score is that
+    of the matched pairs, summed in float32.
+    Source: SeAl (CVPR 2026) and the top-k refinement of this library for Q-Align, arXiv 2508.21090.
     """
     _check(query, reference, similarity, heads, query_labels, reference_labels, batch_index)
     _contracts.check_count("k", k, "N_k", reference.shape[2])
@@ -199,8 +255,8 @@ _score_backward_op = _library.register(
 )
 _argmax_op = _library.register(
     "similarity_argmax",
-    "(Tensor query, Tensor reference, str similarity, bool joint, Tensor? query_labels, Tensor? reference_labels, "
-    "Tensor? batch_index, bool exact, str backend) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor reference, str similarity, bool joint, Tensor? query_labels, "
+    "Tensor? reference_labels, Tensor? batch_index, bool exact, str backend) -> (Tensor, Tensor)",
     _argmax_implementation,
     _argmax_fake,
     setup_context=_setup_context,
@@ -208,8 +264,8 @@ _argmax_op = _library.register(
 )
 _topk_op = _library.register(
     "similarity_topk",
-    "(Tensor query, Tensor reference, SymInt k, str similarity, bool joint, Tensor? query_labels, Tensor? reference_labels, "
-    "Tensor? batch_index, str backend) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor reference, SymInt k, str similarity, bool joint, Tensor? query_labels, "
+    "Tensor? reference_labels, Tensor? batch_index, str backend) -> (Tensor, Tensor)",
     _topk_implementation,
     _topk_fake,
     setup_context=_setup_context,

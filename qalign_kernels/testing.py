@@ -1,8 +1,10 @@
-"""The error budget: how far from the float64 truth an implementation may be, from one rule, the same everywhere.
+"""The error budget: one rule for how far an implementation may be from the float64 truth.
 
-budget = error of plain PyTorch in the same precision + slack,  slack = (eps(dtype) + sqrt(reduction) · eps(float32)) · max|truth|
+budget = error of plain PyTorch in the same precision + slack
+slack = (eps(dtype) + sqrt(reduction) · eps(float32)) · max|truth|
 
-Errors are largest absolute differences. `reduction` is the longest sum behind an output element.
+An error is the largest absolute difference. `reduction` is the length of the longest sum in an output
+element.
 """
 
 import contextlib
@@ -15,7 +17,7 @@ from torch import Tensor
 
 
 class Verdict(NamedTuple):
-    """Worst error against the truth, what was allowed, and whether it was kept."""
+    """The largest error, the error budget, and whether the error is within the budget."""
 
     error: float
     budget: float
@@ -23,7 +25,10 @@ class Verdict(NamedTuple):
 
 
 def worst_error(actual: Tensor, truth: Tensor) -> float:
-    """max |actual - truth| in float64, where equal infinities agree and a NaN or a lone infinity is infinitely wrong."""
+    """Compute max |actual - truth| in float64.
+
+    Equal infinities have no error. A NaN, any other infinity and a wrong shape have an infinite one.
+    """
     actual, truth = actual.double(), truth.double()
     if actual.shape != truth.shape:
         return float("inf")
@@ -36,14 +41,14 @@ def worst_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def error_budget(same_precision: Tensor, truth: Tensor, reduction: int) -> float:
-    """The error of `same_precision` (plain PyTorch in the dtype under test) plus the slack of the module's rule."""
+    """Compute the budget. `same_precision` is the result of plain PyTorch in the dtype under test."""
     eps = torch.finfo(same_precision.dtype).eps + reduction**0.5 * torch.finfo(torch.float32).eps
     finite = truth[truth.isfinite()]
     return worst_error(same_precision, truth) + eps * (finite.abs().max().item() if finite.numel() else 0.0)
 
 
 def judge(actual: Tensor, same_precision: Tensor, truth: Tensor, reduction: int) -> Verdict:
-    """Hold `actual` against the truth under the budget, which must be finite."""
+    """Compare `actual` with the truth. The budget must be finite."""
     error, budget = worst_error(actual, truth), error_budget(same_precision, truth, reduction)
     return Verdict(error, budget, error <= budget < float("inf"))
 
@@ -51,13 +56,13 @@ def judge(actual: Tensor, same_precision: Tensor, truth: Tensor, reduction: int)
 def judge_formula(
     actual: Tensor, formula: Callable[..., Tensor], *tensors: Tensor, reduction: int
 ) -> Verdict:
-    """Hold `actual` against `formula` of the tensors: in float64 it is the truth, as it stands the yardstick."""
+    """Compare `actual` with `formula(*tensors)`, once in float64 and once in the dtype of the tensors."""
     truth = formula(*(x.double() if x.is_floating_point() else x for x in tensors))
     return judge(actual, formula(*tensors), truth, reduction)
 
 
 def judge_exact(actual: Tensor, truth: Tensor) -> Verdict:
-    """Hold integers and copies against the truth: no error is allowed."""
+    """Compare integers or copies with the truth. No error is allowed."""
     error = worst_error(actual, truth)
     return Verdict(error, 0.0, error == 0)
 
@@ -71,12 +76,21 @@ def judge_match(
     *,
     packed: bool = False,
 ) -> Verdict:
-    """Hold a match by its scores against score tables [B, G, N_q, N_k], the truth and plain PyTorch's.
+    """Compare a match with all scores: `truth` in float64, `same_precision` in the dtype under test.
 
-    error = max(|score - best|, regret / 2), regret = |best - truth at index|: two scores that are each off by the budget may change
-    places, no further ones, so an index whose margin is clear must be right. `packed` scores have lost seven mantissa bits.
+    error = max(|score - best|, regret / 2),  regret = |best - truth at index|
 
-    index, score: [B, G, N_q] or, most similar first, [B, G, N_q, k]; an index out of range or chosen twice is infinitely wrong.
+    Two scores that each have an error of one budget may change places, so the regret counts half. An index
+    with a clear margin must be right.
+
+    Args:
+        index: int32 [B, G, N_q], or [B, G, N_q, k] with the most similar first. An index that is out of range
+            or appears twice has an infinite error.
+        score: the scores at `index`, of the same shape.
+        same_precision: [B, G, N_q, N_k], the scores from plain PyTorch.
+        truth: [B, G, N_q, N_k], the scores in float64.
+        reduction: the number of products in a score.
+        packed: the scores have lost seven mantissa bits.
     """
     if index.dim() == 3:
         index, score = index.unsqueeze(-1), score.unsqueeze(-1)
@@ -96,7 +110,10 @@ def judge_match(
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside, uninitialised tensors hold NaN, or the largest integer, so that no element is right by accident."""
+    """Fill uninitialised tensors inside the block with NaN, or with the largest integer.
+
+    An element that an op does not write is then always wrong.
+    """
     deterministic: Any = torch.utils.deterministic
     mode, fill = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():
@@ -114,14 +131,14 @@ def poisoned_memory() -> Iterator[None]:
 def random_features(
     *shape: int, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Normal numbers, the same on every device: drawn on the CPU in float32, then rounded and moved."""
+    """Draw normal numbers on the CPU in float32, then round and move them: every device has the same."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device=device, dtype=dtype)
 
 
 def random_integers(
     low: int, high: int, *shape: int, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """int32 in [low, high), the same on every device."""
+    """Draw int32 numbers in [low, high), the same on every device."""
     return torch.randint(
         low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32
     ).to(device)
@@ -130,7 +147,11 @@ def random_integers(
 def matched_queries(
     reference: Tensor, tokens: int, *, seed: int, noise: float = 0.25
 ) -> tuple[Tensor, Tensor]:
-    """Noisy copies [B_r, H, tokens, D] of random reference tokens, and which: int32 [B_r, 1, tokens]. Each has one clear match."""
+    """Draw noisy copies of random reference tokens, each with one clear match.
+
+    Returns:
+        (queries [B_r, H, tokens, D], index int32 [B_r, 1, tokens] of the copied tokens).
+    """
     batch, heads, ref_tokens, head_dim = reference.shape
     index = random_integers(0, ref_tokens, batch, 1, tokens, seed=seed, device=reference.device)
     matched = reference.take_along_dim(index.long().unsqueeze(-1), dim=2)

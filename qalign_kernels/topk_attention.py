@@ -17,11 +17,36 @@ def topk_attention(
     batch_index: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention of each query over its own k gathered keys: the topk reading of `qalign_attention`.
+    """Compute the attention of each query over k keys of its own.
 
-    output_i = Σ_t w_it v_{index_it}, w_i = softmax_t(scale · q_i·k_{index_it}), contrasted as in `attention` with N = k; index -1 is absent.
+    output_i = Σ_t w_it v_{index_it},  w_i = softmax_t(scale · q_i·k_{index_it})
 
-    Shapes: query [B, H, N_q, D], key [B_r, H, N_k, D], value [B_r, H, N_k, D_v], index int32 [B, 1 or H, N_q, k]. Memory O(N k).
+    Args:
+        query: [B, H, N_q, D].
+        key: [B_r, H, N_k, D], same dtype and device as `query`. B_r = B unless `batch_index` is given.
+        value: [B_r, H, N_k, D_v], same dtype and device.
+        index: int32 [B, 1 or H, N_q, k], the keys of each query; -1 is absent.
+        scale: factor of the dot product. None: 1/sqrt(D).
+        contrast: as in `attention`, with N = k. 1.0 is softmax attention.
+        batch_index: int32 [B], the row of `key` and `value` that each query row reads. None: its own row.
+        backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
+
+    Returns:
+        [B, H, N_q, D_v] in the dtype of `query`.
+
+    Raises:
+        RuntimeError: `backend` cannot run this call.
+
+    Example:
+        >>> from qalign_kernels import similarity_topk
+        >>> from qalign_kernels.topk_attention import topk_attention
+        >>> query, key, value = torch.randn(3, 1, 8, 64, 40)
+        >>> index = similarity_topk(query, key, 4).index
+        >>> topk_attention(query, key, value, index).shape
+        torch.Size([1, 8, 64, 40])
+
+    Memory: O(N k). Differentiable in query, key and value, on the tiled path.
+    Source: the "topk" refinement of `qalign_attention`.
     """
     scale = _library.scale_of(query, scale)
     backend = _backends.requested(backend)
@@ -76,7 +101,8 @@ _backward_op = _library.register(
 )
 _topk_attention_op = _library.register(
     "topk_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, Tensor? batch_index, str backend) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, "
+    "Tensor? batch_index, str backend) -> Tensor",
     _topk_attention_implementation,
     _topk_attention_fake,
     setup_context=_setup_context,

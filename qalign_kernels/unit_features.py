@@ -1,4 +1,4 @@
-"""Features of length 1: their dot product is the cosine similarity."""
+"""Features of length 1, whose dot product is the cosine similarity."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from . import _backends, _library
 
 
 def unit(x: Tensor) -> Tensor:
-    """x / max(|x|, 1e-12) along the last axis, computed in float32 (float64 for float64) and rounded to the input dtype."""
+    """Compute x / max(|x|, 1e-12) along the last axis, in float32 or float64, rounded to the input dtype."""
     return torch.nn.functional.normalize(x.to(_library.accumulate_dtype(x)), dim=-1, eps=1e-12).to(x.dtype)
 
 
 def alignment_features(
     query: Tensor, ref_query: Tensor, similarity: str, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """The tensors whose per-head dot product is the similarity, in the input dtype."""
+    """Compute the features whose per-head dot product is the similarity, in the input dtype."""
     if similarity == "dot":
         return query, ref_query
     if _library.wants_gradient(query, ref_query):

@@ -19,6 +19,7 @@ if (
 
 from qalign_kernels import _backends
 from qalign_kernels.testing import poisoned_memory, random_features
+from tests.tiers import pytest_addoption, pytest_runtest_call, pytest_runtest_setup  # noqa: F401
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -1,28 +1,44 @@
-"""The project as files: its root, and what setup.py declares."""
+"""The project as files: its root, and what pyproject.toml declares."""
 
 import functools
-import runpy
+import importlib
 import shutil
 import subprocess
-import sys
+import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @functools.cache
 def packaging_arguments() -> dict[str, Any]:
-    """Read the arguments that setup.py gives to setuptools."""
-    given: dict[str, Any] = {}
-    fake = SimpleNamespace(setup=given.update, find_packages=lambda include: include)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "setuptools", fake)
-        runpy.run_path(str(ROOT / "setup.py"))
-    return given
+    """Read what pyproject.toml declares, under setuptools' names; extras of this package within extras are resolved."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, tool = declared["project"], declared["tool"]["setuptools"]
+    module, _, name = tool["dynamic"]["version"]["attr"].rpartition(".")
+    return {
+        "name": project["name"],
+        "version": getattr(importlib.import_module(module), name),
+        "urls": project["urls"],
+        "install_requires": project["dependencies"],
+        "extras_require": {extra: _resolved(project, extra) for extra in project["optional-dependencies"]},
+        "package_data": tool["package-data"],
+    }
+
+
+def _resolved(project: dict[str, Any], extra: str) -> list[str]:
+    found: list[str] = []
+    for text in project["optional-dependencies"][extra]:
+        requirement = Requirement(text)
+        if requirement.name == project["name"]:
+            found += [inner for name in sorted(requirement.extras) for inner in _resolved(project, name)]
+        else:
+            found.append(text)
+    return found
 
 
 def own_files() -> list[Path]:

@@ -1,4 +1,4 @@
-"""Toy kernels for the static gate: one that is well behaved, one that spills, one that wants more shared memory than a block has."""
+"""Toy kernels for the static gate: a good one, one that spills, and one that wants too much shared memory."""
 
 import torch
 import triton
@@ -51,9 +51,20 @@ def _run(
     query, key = (torch.empty(tokens, head_dim, dtype=dtype, device="meta") for _ in range(2))
     out: Tensor = torch.empty(tokens, device="meta")
     launch(
-        toy_row_max_kernel, (tokens // block_m,), num_warps=num_warps, num_stages=num_stages, query_ptr=query, key_ptr=key, out_ptr=out,
-        tokens=tokens, stride_token=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, HEAD_DIM=head_dim, COPIES=copies,
-    )  # fmt: skip
+        toy_row_max_kernel,
+        (tokens // block_m,),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        query_ptr=query,
+        key_ptr=key,
+        out_ptr=out,
+        tokens=tokens,
+        stride_token=head_dim,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        HEAD_DIM=head_dim,
+        COPIES=copies,
+    )
 
 
 def good(head_dim: int, dtype: torch.dtype, tokens: int) -> None:

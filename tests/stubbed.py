@@ -25,7 +25,7 @@ with stub_driver(Path(sys.argv[1])) as stub:
 
 
 def run_over_stub(body: str, folder: Path) -> Any:
-    """What the code, which sees `torch` and `stub`, assigns to `result`; `folder` keeps what it compiles."""
+    """Run code that sees `torch` and `stub`, and give its `result`; `folder` keeps compiled kernels."""
     if reason := missing():
         pytest.skip(reason)
     code = HEAD + textwrap.indent(textwrap.dedent(body), "    ") + "\n    print(json.dumps(result))\n"

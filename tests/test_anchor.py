@@ -88,6 +88,6 @@ def test_boxes_and_pictures_are_named_when_refused() -> None:
     ):
         anchor_align(PICTURE[0], (0, 0, 1, 1), (0, 0, 1, 1))
     with pytest.raises(
-        ValueError, match=r"mask: expected bool \[h, w\] with something in it, got torch.bool \[4, 4\] with 0"
+        ValueError, match=r"mask: expected bool \[h, w\] with a pixel inside, got torch.bool \[4, 4\] with 0"
     ):
         object_box(torch.zeros(4, 4, dtype=torch.bool))

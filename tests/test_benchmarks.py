@@ -1,4 +1,4 @@
-"""The benchmarks: their inputs and peers, the refusal to show an unchecked figure, memory, rows and reports."""
+"""The benchmarks: inputs and peers, failing checks, memory, rows and reports."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from benchmarks.quality import bounded, distillation, distillation_step
 from benchmarks.speed import command as speed
 from benchmarks.speed import memory
 from benchmarks.static import cases
-from benchmarks.static.command import BUDGETS
+from benchmarks.static.budgets import BUDGETS
 from benchmarks.suite import eager
 from benchmarks.suite.shapes import CONTIGUOUS, Shape, make_inputs
 from qalign.embedded import scenes
@@ -28,10 +28,36 @@ from qalign_kernels.bench.ops import OPS
 ROOT = Path(__file__).parents[1]
 SMALL = Shape("small", 2, 4, 300, 40)
 COLUMNS = [
-    "device", "torch", "triton", "op", "shape", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "saved_mib", "ratio_to_sdpa",
-    "unique_fraction", "host_us", "host_bound", "layout", "commit", "graph_p20_ms", "graph_p50_ms", "graph_p80_ms", "graph_tflops",
-    "ceiling_tflops", "implementation", "output_mib", "asked_fraction", "layers", "gradient_difference",
-]  # fmt: skip
+    "device",
+    "torch",
+    "triton",
+    "op",
+    "shape",
+    "dtype",
+    "provider",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "tflops",
+    "peak_mib",
+    "saved_mib",
+    "ratio_to_sdpa",
+    "unique_fraction",
+    "host_us",
+    "host_bound",
+    "layout",
+    "commit",
+    "graph_p20_ms",
+    "graph_p50_ms",
+    "graph_p80_ms",
+    "graph_tflops",
+    "ceiling_tflops",
+    "implementation",
+    "output_mib",
+    "asked_fraction",
+    "layers",
+    "gradient_difference",
+]
 
 
 def _speed(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
@@ -67,7 +93,7 @@ def test_inputs_match_the_promised_fraction_of_tokens(correlated, fraction, with
 
 
 @pytest.mark.parametrize("fraction", [0.35, 0.55, 0.63, 1.0])
-def test_correlated_inputs_match_the_asked_fraction(fraction):
+def test_correlated_inputs_match_the_chosen_fraction(fraction):
     inputs = make_inputs(Shape("", 2, 4, 256, 40), True, torch.float32, "cpu", asked_fraction=fraction)
     match = similarity_argmax(inputs.query, inputs.ref_query, backend="tiled")
     assert measure.unique_fraction(match.index) == pytest.approx(fraction, abs=0.01)
@@ -181,7 +207,8 @@ def test_rows_have_their_columns(tmp_path):
 def test_no_figure_for_a_failed_check(tmp_path):
     sabotage = (
         "from qalign_kernels.bench import ops\n"
-        "ops.OPS[:] = [op._replace(run=lambda x, backend: x.counts + 1) if op.name == 'match_counts' else op for op in ops.OPS]"
+        "wrong = {'run': lambda x, backend: x.counts + 1}\n"
+        "ops.OPS[:] = [op._replace(**wrong) if op.name == 'match_counts' else op for op in ops.OPS]"
     )
     done = _speed("--op", "match_counts", "--json", str(tmp_path / "rows.json"), code=sabotage)
     assert done.returncode == 1
@@ -296,22 +323,12 @@ def test_report_writes_tables_and_a_plot(results, tmp_path):
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_readme_section_is_replaced_and_nothing_else(results, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    assert _report(results, "--readme", readme) == 0
-    text = readme.read_text()
-    assert (
-        text.startswith(f"before\n{report.BEGIN}\n")
-        and text.endswith(f"{report.END}\nafter\n")
-        and "old" not in text
-    )
-    assert (
-        "| qalign_attention | [1, 8, 1024, 40] | tiled | 1.5 | 0.75 | 4.25 | - | 4.5 | 12.8 | - | - |" in text
-    )
+def test_summary_has_ours_beside_eager(results):
+    line = "| qalign_attention | [1, 8, 1024, 40] | tiled | 1.5 | 0.75 | 4.25 | - | 4.5 | 12.8 | - | - |"
+    assert line in report.summary(report.by_device(report.read([results]).times)[0])
 
 
-def test_report_tells_accuracy_and_machine_code(results, tmp_path):
+def test_report_shows_accuracy_and_machine_code(results, tmp_path):
     checked = {"op": "attention", "backend": "tiled", "cases": 2, "failures": [], "passed": True}
     validation = {"device": ["Toy"], "rows": [{**checked, "dtype": "float32", "error": 1.5e-7, "ratio": 0.3}]}
     validation["rows"].append(
@@ -386,14 +403,6 @@ def test_report_names_a_bad_file(tmp_path, content):
     file.write_text(content)
     with pytest.raises(ValueError, match=f"^{file}: expected"):
         _report(file)
-
-
-def test_readme_without_markers_is_left_alone(results, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing to replace\n")
-    with pytest.raises(ValueError, match="expected the markers"):
-        _report(results, "--readme", readme)
-    assert readme.read_text() == "nothing to replace\n"
 
 
 def test_distillation_resumes_and_refuses_other_settings(tmp_path, monkeypatch, capsys):

@@ -169,7 +169,7 @@ def files_of(parser, options):
         ),
         (
             f"{TRANSFER} --out {{}}/o.png --grid {{}}/o.png/g.png",
-            "--grid: expected a folder above it, got {}/o.png, the file of --out",
+            "--grid: expected a folder to write to, got {}/o.png, the file of --out",
         ),
         (
             f"{TRANSFER} --out {{}}/o.png --cache {{}}/file",
@@ -217,7 +217,7 @@ def files_of(parser, options):
         ),
         ("benchmarks bounded --json {}/x --sheet {}", "--sheet: expected a file to write, got the folder {}"),
         ("benchmarks distillation_step --json {}", "--json: expected a file to write, got the folder {}"),
-        ("benchmarks report {}/file --readme {}/file", "--readme: expected another file than that of FILE"),
+        ("benchmarks report {}/file --out {}/file", "--out: expected a folder to write to, got {}/file"),
         ("benchmarks gpu --out {}/file", "--out: expected a folder, got the file {}/file"),
         ("qalign.embedded.train --work {}/file", "--work: expected a folder, got the file {}/file"),
         (
@@ -314,7 +314,7 @@ def test_a_full_disk_leaves_the_old_file_alone(folder, capsys):
     assert status == 2
     assert (
         capsys.readouterr().err
-        == f"qalign_kernels.validate: {report}: expected to be written, got File too large\n"
+        == f"qalign_kernels.validate: {report}: expected a file that can be written, got File too large\n"
     )
     assert report.read_text() == "old" and {path.name for path in folder.iterdir()} == {
         "a.png",
@@ -383,7 +383,8 @@ def test_a_full_disk_leaves_the_old_file_alone(folder, capsys):
             "--rates: expected without --iterations 0",
         ),
         (
-            "qalign bound --prompt fox --box fox 0 0 1 1 --iterations 0 --keep-boxes --layers up --out {}/o.png",
+            "qalign bound --prompt fox --box fox 0 0 1 1 --out {}/o.png --iterations 0 --keep-boxes "
+            "--layers up",
             "--layers: expected without both",
         ),
         (
@@ -449,7 +450,7 @@ def test_settings_are_read_exactly_as_the_table_says(refinement):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Folders of models: "sd", and those of other kinds: "flux" (without weights), "unconditional" and "inpainting"."""
+    """Folders with the model "sd" and with other kinds: "flux", "unconditional", "inpainting"."""
     from diffusers import (
         DDPMPipeline,
         DDPMScheduler,
@@ -490,7 +491,8 @@ def model(tmp_path_factory):
     [
         (
             "--model {}/flux",
-            "--model: expected Stable Diffusion or Stable Diffusion XL, got FluxPipeline without unet, vae, text_encoder",
+            "--model: expected Stable Diffusion or Stable Diffusion XL, "
+            "got FluxPipeline without unet, vae, text_encoder",
         ),
         (
             "--model {}/unconditional",
@@ -499,11 +501,11 @@ def model(tmp_path_factory):
         ("--model {}/inpainting", "--model: expected a UNet for the VAE's 4 latent channels, got one for 9"),
         (
             "--model {}/sd --device banana",
-            "--device: expected one that torch can compute on here, such as cpu, got 'banana'",
+            "--device: expected a device that torch can use here, such as cpu, got 'banana'",
         ),
         (
             "--model {}/sd --device meta",
-            "--device: expected one that torch can compute on here, such as cpu, got 'meta'",
+            "--device: expected a device that torch can use here, such as cpu, got 'meta'",
         ),
         (
             "--model {}/sd --steps 1000 --skip 0.99",
@@ -533,7 +535,7 @@ def test_bad_models_devices_and_steps_give_one_line(folder, model, options, mess
 def test_cuda_without_a_gpu_is_one_line(folder, text, capsys):
     assert run(folder, text) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--device: expected one that torch can compute on here, such as cpu, got 'cuda' (" in line
+    assert "--device: expected a device that torch can use here, such as cpu, got 'cuda' (" in line
 
 
 @pytest.mark.parametrize(
@@ -547,18 +549,18 @@ def test_cuda_without_a_gpu_is_one_line(folder, text, capsys):
         ),
         (TypeError("method: expected a method, got 3"), 2, "method: expected a method, got 3"),
         (FileNotFoundError(2, "No such file", "x.json"), 2, "x.json: No such file"),
-        (KeyError("rows"), 3, "internal error: KeyError: 'rows' (--debug shows where)"),
+        (KeyError("rows"), 3, "internal error: KeyError: 'rows' (--debug shows the traceback)"),
         (
             RuntimeError("Given groups=1, expected input"),
             3,
-            "internal error: RuntimeError: Given groups=1, expected input (--debug shows where)",
+            "internal error: RuntimeError: Given groups=1, expected input (--debug shows the traceback)",
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to"),
             3,
-            "out of memory: expected more of it, or less to do, got CUDA out of memory",
+            "out of memory: expected enough memory for this run, got CUDA out of memory",
         ),
-        (MemoryError(), 3, "out of memory: expected more of it, or less to do, got none"),
+        (MemoryError(), 3, "out of memory: expected enough memory for this run, got none"),
     ],
 )
 def test_errors_have_one_line_and_a_status(error, status, text):
@@ -573,7 +575,7 @@ def test_debug_shows_where_an_error_came_from(debug, monkeypatch, capsys):
     monkeypatch.setattr(env, "report", broken)
     assert env.main(["--debug"] * debug) == 3
     *before, line = capsys.readouterr().err.splitlines()
-    assert line == "qalign_kernels.env: internal error: KeyError: 'gone' (--debug shows where)"
+    assert line == "qalign_kernels.env: internal error: KeyError: 'gone' (--debug shows the traceback)"
     assert any("in broken" in each for each in before) is debug
 
 
@@ -625,6 +627,7 @@ def test_an_interrupted_validation_keeps_its_rows(tmp_path, monkeypatch, capsys)
     assert [row["dtype"] for row in json.loads(file.read_text())["rows"]] == ["float32", "float16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["qalign methods", "qalign_kernels.env"])
 def test_closed_pipe_ends_a_command_silently(arguments):
     reading, writing = os.pipe()
@@ -641,11 +644,12 @@ def test_closed_pipe_ends_a_command_silently(arguments):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 def test_the_embedded_model_loads_without_a_word():
     code = (
-        "from qalign import AppearanceTransferPipeline, AttentionDistillationPipeline, BoundedAttentionPipeline\n"
-        "for kind in (AppearanceTransferPipeline, AttentionDistillationPipeline, BoundedAttentionPipeline):\n"
-        "    kind.embedded()\n"
+        "import qalign\n"
+        "for kind in ('AppearanceTransfer', 'AttentionDistillation', 'BoundedAttention'):\n"
+        "    getattr(qalign, f'{kind}Pipeline').embedded()\n"
         "from diffusers.utils import logging as first\n"
         "from transformers.utils import logging as second\n"
         "print([(each.get_verbosity(), each.is_progress_bar_enabled()) for each in (first, second)])\n"

@@ -1,4 +1,4 @@
-"""The command line: help without torch, errors of one line, and files that hold what they say; on a tiny Stable Diffusion in a folder."""
+"""The command line on a tiny Stable Diffusion: help without torch, errors of one line, written files."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ from PIL import Image  # noqa: E402
 
 from qalign import QAlign, attach, embedded, methods, pipelines  # noqa: E402
 from qalign import __main__ as command_line  # noqa: E402
-from qalign.commands import _shared, compare, demo, transfer  # noqa: E402
+from qalign.commands import _demo_transfer, _leakage_tables, _shared, compare, transfer  # noqa: E402
 from qalign.context.layers import short_name, token_grid  # noqa: E402
 from qalign.context.regions import Regions  # noqa: E402
 from qalign.embedded import scenes  # noqa: E402
@@ -31,6 +31,7 @@ from qalign_kernels.testing import random_features  # noqa: E402
 from tests.processors import models  # noqa: E402
 
 SIZE = 32  # pixels of the tiny model
+TRANSFER = "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,8 @@ def run(folder, text):
 
 
 def test_help_needs_neither_torch_nor_diffusers():
-    code = "import sys; from qalign.__main__ import parser; parser(); print({'torch', 'numpy', 'diffusers', 'matplotlib'} & set(sys.modules))"
+    heavy = {"torch", "numpy", "diffusers", "matplotlib"}
+    code = f"import sys; from qalign.__main__ import parser; parser(); print({heavy} & set(sys.modules))"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -122,10 +124,10 @@ def test_help_has_examples_that_parse(command, capsys):
         ),
         (
             "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method masa",
-            "invalid choice: 'masa'",
+            "dream_matcher, got 'masa'",
         ),
         (
-            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --method cross_image --topk 3",
+            f"{TRANSFER} --method cross_image --topk 3",
             "--topk: expected with --method qalign",
         ),
         (
@@ -153,11 +155,11 @@ def test_help_has_examples_that_parse(command, capsys):
             "hf download no/such --local-dir such",
         ),
         (
-            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --adain masked --noun zebra --prompt horse",
+            f"{TRANSFER} --model {{}}/model --adain masked --noun zebra --prompt horse",
             "noun: expected a word",
         ),
         (
-            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --layers top",
+            f"{TRANSFER} --model {{}}/model --layers top",
             "layers: expected names or patterns",
         ),
         (
@@ -177,7 +179,7 @@ def test_help_has_examples_that_parse(command, capsys):
             "a.png: expected a label map, one channel",
         ),
         (
-            "transfer --appearance {}/a.png --structure {}/b.png --out {}/o.png --model {}/model --regions self",
+            f"{TRANSFER} --model {{}}/model --regions self",
             "noun: expected a word of the prompt",
         ),
         ("transfer --appearance {}/a.png", "required: --structure, --out"),
@@ -192,7 +194,7 @@ def test_help_has_examples_that_parse(command, capsys):
         ("scenes --count 0 --out {}/s", "expected a number above zero"),
         ("scenes --seed -1 --out {}/s", "expected a whole number, got '-1'"),
         ("compare --structure {}/a.png", "expected either --structure and --appearance, or --scenes"),
-        ("compare --scenes 0 --method bounded", "invalid choice: 'bounded'"),
+        ("compare --scenes 0 --method bounded", "dream_matcher, got 'bounded'"),
         ("distill --content {}/a.png --out {}/o.png", "required: --style"),
         (
             "distill --style {}/a.png --content {}/none.png --out {}/o.png",
@@ -285,7 +287,8 @@ def test_choices_are_those_of_the_library():
 
 
 def test_transfer_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
-    options = "--model {}/model --steps 6 --swap-guidance 2 --refinement guided --strength 5 --aligned structure --inversion ddim"
+    options = "--model {}/model --steps 6 --swap-guidance 2 --inversion ddim"
+    options += " --refinement guided --strength 5 --aligned structure"
     outputs = f"--out {tmp_path}/new/o.png --grid {tmp_path}/grid.png"
     assert (
         run(folder, f"transfer --appearance {{}}/a.png --structure {{}}/b.png {{}}/c.png {options} {outputs}")
@@ -401,10 +404,12 @@ def only_diffusers_extra(monkeypatch):
 @pytest.mark.parametrize(
     "text",
     [
-        "transfer --appearance {0}/a.png --structure {0}/b.png --model {0}/model --steps 2 --skip 0 --out {1}/o.png",
+        "transfer --appearance {0}/a.png --structure {0}/b.png --model {0}/model --steps 2 --skip 0 "
+        "--out {1}/o.png",
         "distill --style {0}/a.png --content {0}/b.png --model {0}/model --steps 2 --out {1}/o.png",
         "texture --style {0}/a.png --size 40x32 --model {0}/model --steps 2 --out {1}/o.png",
-        "bound --prompt fox --box fox 0 0 1 1 --model {0}/model --steps 2 --labels-out {1}/l.png --out {1}/o.png",
+        "bound --prompt fox --box fox 0 0 1 1 --model {0}/model --steps 2 --labels-out {1}/l.png "
+        "--out {1}/o.png",
         "scenes --count 2 --size 16 --out {1}",
         "methods",
     ],
@@ -437,7 +442,8 @@ def test_missing_packages_are_named_first(text, refusal, folder, tmp_path, only_
 
 
 def test_correspond_writes_its_pictures(folder, tmp_path, capsys):
-    text = f"correspond --structure {{}}/a.png --appearance {{}}/b.png --model {{}}/model --point 3,4 --out {tmp_path}/c"
+    pictures = "--structure {}/a.png --appearance {}/b.png"
+    text = f"correspond {pictures} --model {{}}/model --point 3,4 --out {tmp_path}/c"
     assert run(folder, text) == 0
     assert (
         run(folder, f"correspond --scenes 0 --model {{}}/model --layer up_blocks.2 --out {tmp_path}/s") == 0
@@ -589,10 +595,12 @@ def _report(pairs, agreement):
 
 
 def test_demo_sets_its_figures_beside_the_committed_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "COMMITTED", tmp_path / "leakage.json")
-    assert demo.committed() == {}
-    demo.COMMITTED.write_text(json.dumps(_report(180, 0.75)))
-    lines = demo.table({"6 pairs": _report(6, 0.5)} | demo.committed()).splitlines()
+    monkeypatch.setattr(_demo_transfer, "COMMITTED", tmp_path / "leakage.json")
+    assert _demo_transfer.committed() == {}
+    _demo_transfer.COMMITTED.write_text(json.dumps(_report(180, 0.75)))
+    lines = _leakage_tables.summary_table(
+        {"6 pairs": _report(6, 0.5)} | _demo_transfer.committed()
+    ).splitlines()
     assert lines[0].split() == ["attention", "leakage", "6", "pairs", "180", "pairs,", "as", "committed"]
     assert lines[1].split() == ["Cross-Image", "Q-Align", "QAlignWarp"] * 2
     assert lines[2].split()[-6:] == ["0.500"] * 3 + ["0.750"] * 3
@@ -603,7 +611,7 @@ def test_demo_sets_its_figures_beside_the_committed_ones(tmp_path, monkeypatch):
 
 
 def test_demo_reads_a_method_s_leakage_by_layer():
-    curves = demo.by_layer(_report(6, 0.5)["methods"]["qalign"]["by_layer_and_step"])
+    curves = _demo_transfer.by_layer(_report(6, 0.5)["methods"]["qalign"]["by_layer_and_step"])
     assert curves["up.0"] == [(3, 0.1), (6, 0.2)]
     assert curves["up.1"][0] == (3, 0.3) and numpy.isnan(curves["up.1"][1][1])
 
@@ -627,15 +635,17 @@ def test_methods_are_all_in_the_table(capsys):
     assert lines[-1].split()[-2:] == ["10.7", "21.5"]
 
 
+@pytest.mark.slow
 def test_compare_draws_and_prints_every_named_method(folder, tmp_path, capsys):
     options = f"--model {{}}/model --steps 6 --method qalign ctrl_x eye_for_an_eye --out {tmp_path}/grid.png"
     assert run(folder, f"compare --appearance {{}}/a.png --structure {{}}/b.png {options}") == 0
-    head, *lines, where = capsys.readouterr().out.splitlines()
-    assert head.split() == "method time s peak MiB own part on background colour error".split()
+    head, *lines, first, second, where = capsys.readouterr().out.splitlines()
+    assert head.split() == "method time s peak MiB own part ↑ on background ↓ colour error ↓".split()
+    assert [first, second] == compare.LEGEND.splitlines()
     assert [line[:24].strip() for line in lines] == ["Q-Align", "Ctrl-X", "Eye-for-an-eye"]
     assert all(
         line.split()[-3:] == ["-", "-", "-"] for line in lines
-    )  # nobody knows the parts of these pictures
+    )  # the parts of these pictures are unknown
     assert where == f"grid: {tmp_path}/grid.png"
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > 800
@@ -656,7 +666,8 @@ def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
         Image.fromarray((numpy.arange(SIZE * SIZE).reshape(SIZE, SIZE) // step % 2).astype("uint8")).save(
             tmp_path / f"{name}-labels.png"
         )
-    options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7 --layers up_blocks.1 --tune-decoder 4"
+    options = "--model {}/model --steps 3 --iterations 2 --rate 0.1 --content-weight 0.7"
+    options += " --layers up_blocks.1 --tune-decoder 4"
     masks = [tmp_path / f"{name}-labels.png" for name in "ab"]
     text = (
         f"distill --appearance {{}}/a.png --content {{}}/b.png {options} --mask {masks[0]} {masks[1]} --mode"
@@ -683,10 +694,8 @@ def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
         assert f"loss={result.losses[-1, 0]:.4g}" in progress
         assert f"picture: {tmp_path}/{mode}.png" in said
         assert f"loss: {result.losses[0, 0]:.4g} to {result.losses[-1, 0]:.4g} in 6 iterations" in said
-        assert (
-            f"loss of the decoder: {result.decoder_losses[0]:.4g} to {result.decoder_losses[-1]:.4g} in 4 iterations"
-            in said
-        )
+        first, last = result.decoder_losses[0], result.decoder_losses[-1]
+        assert f"loss of the decoder: {first:.4g} to {last:.4g} in 4 iterations" in said
 
 
 @pytest.mark.parametrize(
@@ -705,7 +714,7 @@ def test_interrupted_run_writes_its_best_picture(folder, tmp_path, capsys, monke
     monkeypatch.setattr(attention_distillation, "descend", interrupted)
     options = "--style {}/a.png --model {}/model --steps 5 --iterations 1 --tune-decoder 2"
     assert run(folder, f"{text} {options} --out {tmp_path}/o.png") == 130
-    assert "interrupted: the picture is the best there was" in capsys.readouterr().out
+    assert "interrupted: the picture is the best one so far" in capsys.readouterr().out
     losses.clear()
     pipe = pipelines.AttentionDistillationPipeline.from_pipe(models.make_pipe("sd15"))
     settings = {"num_inference_steps": 5, "iterations": 1, "generator": torch.Generator().manual_seed(0)}
@@ -748,7 +757,8 @@ def test_masked_textures_have_the_size_of_their_labels(folder, tmp_path):
         "distill": lambda **more: pipe(picture(0), mode="optimise", height=48, width=64, **more),
     }
     for command, make in expected.items():
-        text = f"{command} --style {{}}/a.png --mask {tmp_path}/style.png {tmp_path}/%s.png --model {{}}/model --steps 1 --iterations 1"
+        text = f"{command} --style {{}}/a.png --mask {tmp_path}/style.png {tmp_path}/%s.png"
+        text += " --model {}/model --steps 1 --iterations 1"
         assert run(folder, f"{text % 'output'} --out {tmp_path}/{command}-o.png") == 0
         image = make(generator=torch.Generator().manual_seed(0), **options).images[0]
         assert torch.equal(pixels(tmp_path / f"{command}-o.png"), torch.tensor(numpy.asarray(image)))
@@ -760,14 +770,16 @@ def test_masked_textures_have_the_size_of_their_labels(folder, tmp_path):
         )
 
 
-BOUND = "bound --prompt fox --box fox 0 0.25 0.5 1 --model {}/model --steps 4 --seed 3 --guidance 3 --rates 300 100 --iterations 2"
+BOUND = "bound --prompt fox --box fox 0 0.25 0.5 1 --model {}/model --steps 4 --seed 3 --guidance 3"
+BOUND += " --rates 300 100 --iterations 2"
 
 
 def test_bound_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
     assert (
         run(
             folder,
-            f"{BOUND} --size 40x32 --layers up_blocks.1 mid --labels-out {tmp_path}/l.png --out {tmp_path}/o.png",
+            f"{BOUND} --size 40x32 --layers up_blocks.1 mid "
+            f"--labels-out {tmp_path}/l.png --out {tmp_path}/o.png",
         )
         == 0
     )

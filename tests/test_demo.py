@@ -1,4 +1,4 @@
-"""The first part of the demo on small networks: its truth, its figures, its files; and the command line of both parts."""
+"""The demo on small networks: true matches, figures, files, and the command line of both parts."""
 
 import json
 import math
@@ -11,9 +11,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("skimage")
 
 from qalign import __main__ as command_line  # noqa: E402
+from qalign.commands import _demo_step, _demo_transfer  # noqa: E402
 from qalign.commands import demo as command  # noqa: E402
 from qalign.embedded.scenes import held_out_pairs, render  # noqa: E402
-from qalign.evaluation import photographs  # noqa: E402
+from qalign.evaluation import denoising_step, photographs  # noqa: E402
 from qalign.evaluation.peak_memory import MIB, PeakMemory  # noqa: E402
 from qalign.pipelines import AppearanceTransferPipeline  # noqa: E402
 from qalign_kernels.testing import judge  # noqa: E402
@@ -25,8 +26,8 @@ CHANNELS = (32, 64, 128)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    found = photographs.run(size=128, channels=CHANNELS)
-    command.write_step(found, out)
+    found = denoising_step.run(size=128, channels=CHANNELS)
+    _demo_step.write_step(found, out)
     return out, found.report
 
 
@@ -35,7 +36,7 @@ def test_writes_the_picture_and_all_figures(finished):
     assert (out / "correspondences.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "demo.json").read_text()) == report
     assert [layer["tokens"] for layer in report["layers"]] == [16, 16, 64, 64, 256, 256]
-    assert set(report["steps"]) == set(photographs.VARIANTS)
+    assert set(report["steps"]) == set(denoising_step.VARIANTS)
 
 
 def test_both_paths_agree_and_edit_only_output(finished):
@@ -57,9 +58,9 @@ def test_figures_are_within_what_they_can_be(finished):
 
 
 def test_render_prints_every_layer_and_every_step(finished):
-    text = command.render_step(finished[1])
+    text = _demo_step.render_step(finished[1])
     assert all(layer["layer"] in text for layer in finished[1]["layers"])
-    assert text.count("Q-Align, ") == 2
+    assert all(text.count(name) >= 1 for name in denoising_step.VARIANTS.values())
 
 
 def test_photographs_show_points_at_their_true_positions():
@@ -105,7 +106,7 @@ def test_effective_keys_is_the_exponential_of_the_entropy():
         return torch.special.entr(map_).sum(-1).exp().mean()
 
     for given, weight in ((None, torch.ones(1, 1, 1, 48)), (counts, counts.unsqueeze(2))):
-        actual = torch.tensor(photographs.effective_keys(query.float(), key.float(), given))
+        actual = torch.tensor(denoising_step.effective_keys(query.float(), key.float(), given))
         same_precision = truth(query.float(), key.float(), weight.float())
         verdict = judge(actual, same_precision, truth(query, key, weight.double()), 48)
         assert verdict.passed, verdict
@@ -114,8 +115,8 @@ def test_effective_keys_is_the_exponential_of_the_entropy():
 def test_spread_of_uniform_and_of_one_hot_attention():
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
     moments = torch.cat([points, points.square().sum(-1, keepdim=True)], -1)
-    assert photographs.spread_px(moments.mean(0)) == pytest.approx(math.sqrt(2))
-    assert photographs.spread_px(moments) == 0
+    assert denoising_step.spread_px(moments.mean(0)) == pytest.approx(math.sqrt(2))
+    assert denoising_step.spread_px(moments) == 0
 
 
 def test_peak_memory_sees_what_was_held_inside_only():
@@ -170,7 +171,7 @@ def test_the_second_part_transfers_matches_and_measures(monkeypatch, tmp_path, c
         classmethod(lambda cls, dtype: cls.from_pipe(models.make_pipe("small"))),
     )
     for name, value in {"STEPS": 4, "MEASURED_STEPS": 8, "ROWS": 1}.items():
-        monkeypatch.setattr(command, name, value)
+        monkeypatch.setattr(_demo_transfer, name, value)
     assert command_line.main(["demo", "--only", "transfer", "--pairs", "1", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     written = {"transfer.png", "transfer_matches.png", "heat_maps.png", "leakage.png", "leakage.json"}
@@ -184,8 +185,8 @@ def test_the_second_part_transfers_matches_and_measures(monkeypatch, tmp_path, c
 def test_grid_row_is_what_the_pipeline_paints():
     pipe = AppearanceTransferPipeline.from_pipe(models.make_pipe("small"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "STEPS", 4)
-        row = command.transfer(pipe, seed=2)
+        patch.setattr(_demo_transfer, "STEPS", 4)
+        row = _demo_transfer.transfer(pipe, seed=2)
     assert list(row) == ["structure", "appearance", "Cross-Image", "Q-Align", "QAlignWarp"]
     pair = held_out_pairs(1, 2)[0]
     size = row["structure"].shape[-1]

@@ -8,24 +8,8 @@ import re
 import pytest
 import torch
 
+import qalign_kernels
 from tests.project import ROOT
-
-NOT_RUNNING_YET = (
-    "qalign",
-    "qalign.context.regions",
-    "qalign.evaluation.resuming",
-    "qalign.pipelines.appearance_transfer",
-    "qalign.pipelines.attention_distillation",
-    "qalign.pipelines.base",
-    "qalign.processors.attach",
-    "qalign.processors.feature_bank",
-    "qalign.sampling.anchor_align",
-    "qalign.sampling.attention_reader",
-    "qalign.sampling.decoder_tuning",
-    "qalign.sampling.guidance",
-    "qalign.sampling.object_masks",
-    "qalign_kernels._backends",
-)
 
 
 def modules() -> list[str]:
@@ -33,7 +17,7 @@ def modules() -> list[str]:
     files = [file for package in ("qalign_kernels", "qalign") for file in (ROOT / package).rglob("*.py")]
     shown = [file.relative_to(ROOT) for file in files if ">>> " in file.read_text(encoding="utf-8")]
     names = [".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in shown]
-    return sorted(set(names) - set(NOT_RUNNING_YET))
+    return sorted(set(names))
 
 
 @functools.cache
@@ -43,7 +27,7 @@ def pictures() -> list[torch.Tensor]:
 
 
 def namespace() -> dict:
-    """What an example may use without an import: `torch`, a small pipeline, a prompt, two pictures, latents."""
+    """What an example may use without an import: torch, a small pipeline, a prompt, two pictures, latents."""
     models = importlib.import_module("tests.processors.models")
     appearance, structure = pictures()
     noise = torch.randn(1, 4, models.SIZE, models.SIZE, generator=torch.Generator().manual_seed(0))
@@ -59,7 +43,16 @@ def namespace() -> dict:
 
 def fewer_steps(source: str) -> str:
     """The same example with two denoising steps where it has many."""
-    return re.sub(r"(num_inference_steps ?= ?)\d+", r"\g<1>2", source)
+    return re.sub(r"(num_inference_steps\"? ?[=:] ?)\d+", r"\g<1>2", source)
+
+
+def failures(test: doctest.DocTest, names: dict) -> str:
+    """What doctest reports of an example that runs with these names; empty where it succeeds."""
+    test.globs.update({**names, **test.globs})
+    report: list[str] = []
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    doctest.DocTestRunner(optionflags=options).run(test, out=report.append)
+    return "".join(report)
 
 
 @pytest.mark.parametrize("name", modules())
@@ -67,14 +60,16 @@ def test_docstring_examples_run(name):
     pytest.importorskip("diffusers")
     module = importlib.import_module(name)
     tests = [test for test in doctest.DocTestFinder(exclude_empty=True).find(module) if test.examples]
-    if not tests:
-        return
     assert tests
     for test in tests:
-        test.globs.update({**namespace(), **test.globs})
         for example in test.examples:
             example.source = fewer_steps(example.source)
-        report: list[str] = []
-        options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-        doctest.DocTestRunner(optionflags=options).run(test, out=report.append)
-        assert not report, "".join(report)
+        assert not (report := failures(test, namespace())), report
+
+
+@pytest.mark.parametrize("name", qalign_kernels.__all__)
+def test_public_names_of_kernels_show_running_examples(name):
+    """A new public op, class or context manager of `qalign_kernels` needs an example."""
+    test, *_ = doctest.DocTestFinder().find(getattr(qalign_kernels, name), name)
+    assert any(example.want for example in test.examples)
+    assert not (report := failures(test, {"torch": torch})), report

@@ -1,4 +1,4 @@
-"""The GPU run, without a GPU: stages that fail, hang and overrun, workers that die, verdicts, plans, the report."""
+"""The GPU run without a GPU: failing and hanging stages, dying workers, verdicts, plans, the report."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from benchmarks.suite import providers, rows, shapes
 from benchmarks.suite.rows import Row
 from benchmarks.suite.shapes import Shape
 from benchmarks.tune import candidates, trials
-from benchmarks.tune import command as tune
+from benchmarks.tune.table import shipped_tile
 from qalign_kernels import _backends
 from qalign_kernels._triton import _configs
 from qalign_kernels.bench import ops
@@ -98,7 +98,7 @@ def test_stage_is_shortened_for_those_behind_it(tmp_path):
     assert 20 <= granted <= 25
 
 
-def test_report_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys):
+def test_report_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "text", lambda folder, outcomes: 1 / 0)
     assert command.execute([_stage("good", ":")], tmp_path, 60, report.text) == 1
     assert "report: ZeroDivisionError" in capsys.readouterr().out
@@ -141,8 +141,15 @@ def test_minutes_without_first_only(monkeypatch, capsys, tmp_path):
 def test_stages_fit_in_the_time_of_the_command(tmp_path):
     stages = {stage.name: stage for stage in command.stages(tmp_path)}
     assert list(stages) == [
-        "environment", "compile", "must_show", "validate", "ceilings", "speed", "validate rest", "sanitizer",
-    ]  # fmt: skip
+        "environment",
+        "compile",
+        "must_show",
+        "validate",
+        "ceilings",
+        "speed",
+        "validate rest",
+        "sanitizer",
+    ]
     least = {name: stage.least_seconds for name, stage in stages.items()}
     assert sum(least.values()) < 150
     before = sum(
@@ -381,8 +388,10 @@ def _process_or_error(what):
     return os.getpid()
 
 
-@pytest.mark.parametrize("wrong, told", [("raise", "ValueError: this call is wrong"), ("die", "exit code 7")])
-def test_process_answers_calls_until_one_goes_wrong(tmp_path, wrong, told):
+@pytest.mark.parametrize(
+    "wrong, error", [("raise", "ValueError: this call is wrong"), ("die", "exit code 7")]
+)
+def test_process_answers_calls_until_one_goes_wrong(tmp_path, wrong, error):
     forks.preload()
     caller, log = forks.Worker(), tmp_path / "log"
     try:
@@ -392,7 +401,7 @@ def test_process_answers_calls_until_one_goes_wrong(tmp_path, wrong, told):
     finally:
         caller.end()
     assert first.value == second.value and first.error is None
-    assert failed.value is None and told in failed.error
+    assert failed.value is None and error in failed.error
     assert third.value not in (None, first.value)
 
 
@@ -427,8 +436,8 @@ def test_candidates_are_tiles_of_this_table_that_fit():
             key = _configs.Key(row["op"], row["mode"], "sm_90", "3.7", "bfloat16", 4096, head_dim)
             found = candidates.tiles(key)
             assert found and all(_configs.fits(tile, key, 2) for tile in found), (key, found)
-            shipped = tune.shipped_tile(key, 2)
-            assert set(found) - {shipped} <= set(tune.candidate_tiles(key, shipped))
+            shipped = shipped_tile(key, 2)
+            assert set(found) - {shipped} <= set(candidates.candidate_tiles(key, shipped))
 
 
 @pytest.mark.parametrize(
@@ -512,7 +521,7 @@ def test_first_report_names_wrong_and_missing_ops(tmp_path):
     )
 
 
-def test_what_json_has_no_word_for_is_null(tmp_path):
+def test_numbers_that_are_not_finite_become_null(tmp_path):
     rows.write(tmp_path / "rows.json", [{"error": float("inf"), "tile": (1, float("nan"))}])
     assert json.loads((tmp_path / "rows.json").read_text()) == [{"error": None, "tile": [1, None]}]
 
@@ -554,7 +563,7 @@ def test_peer_that_hangs_is_a_note(tmp_path):
     peer = "attention fa3 [1, 2, 3, 4]"
     code, journal = _supervise(tmp_path, peer, "exec sleep 600", stall_seconds=3)
     assert code == 0
-    assert journal.texts("note") == [f"{peer}: did not come to an end"] and not journal.texts("failure")
+    assert journal.texts("note") == [f"{peer}: did not finish"] and not journal.texts("failure")
 
 
 def test_worker_is_stopped_when_time_is_up(tmp_path):
@@ -668,7 +677,7 @@ def test_worker_without_time_measures_nothing(on_cpu, tmp_path):
     (tmp_path / "logs").mkdir()
     worker.measure_groups([GROUP], where, arguments.Clock(1))
     assert (
-        where.journal.texts("note") == [f"{GROUP.name}: not measured for want of time"]
+        where.journal.texts("note") == [f"{GROUP.name}: not measured, no time left"]
         and not where.rows.exists()
     )
 
@@ -695,13 +704,13 @@ def test_validation_merges_jobs_and_names_missing_ones(tmp_path, capsys):
     again = validation.Merged(tmp_path, [], "Toy")
     assert again.conclude() == 1
     said = capsys.readouterr().out
-    assert "not ended: float16 attention, ended its process with exit code -11" in said
-    assert "not ended: float32 attention, stopped" in said and "3 cases, 0 failed, 2 ops not ended" in said
-    assert "not run for want of memory: attention, bfloat16, B=9" in said
+    assert "unfinished: float16 attention, ended its process with exit code -11" in said
+    assert "unfinished: float32 attention, stopped" in said and "3 cases, 0 failed, 2 ops unfinished" in said
+    assert "not run for lack of memory: attention, bfloat16, B=9" in said
     assert rows.kind_of(again.content) == rows.VALIDATION
     text = report.text(tmp_path, [Outcome("validate", "failed", 0.1, "")])
     assert (
-        "Not run for want of memory: attention, bfloat16, B=9." in text
+        "Not run for lack of memory: attention, bfloat16, B=9." in text
         and "float32 attention (stopped)" in text
     )
     merged.add(jobs[0], forks.Answer({"rows": [row], "dropped": []}))
@@ -728,7 +737,7 @@ def test_sanitizer_reads_the_summary(tmp_path, monkeypatch, code, summary, expec
     ]
 
 
-def test_sanitizer_that_is_not_installed_is_told(tmp_path, monkeypatch):
+def test_missing_sanitizer_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(sanitizer, "program", lambda: None)
     monkeypatch.setattr(sys, "argv", ["sanitizer", "--out", str(tmp_path), "--seconds", "60"])
     assert sanitizer.main() == 0

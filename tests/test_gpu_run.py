@@ -20,14 +20,15 @@ ROOT = Path(__file__).parents[1]
 MOST_FILES, MOST_SECONDS = 8, 300
 LAG_SECONDS = 5  # of what is shown behind what was written: half a second, and more on a busy machine
 COMMANDS = {"first": ("--first",), "minutes": ("--minutes", "4.5")}
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="the stub driver is a library for Linux"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the stub driver is a library for Linux"),
+]
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory) -> Path:
-    """Where the stub driver and what was compiled are kept for all tests."""
+    """Make a folder for the stub driver and the compiled kernels, shared by all tests."""
     if reason := missing():
         pytest.skip(reason)
     return tmp_path_factory.mktemp("driver")
@@ -35,13 +36,13 @@ def driver(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def work():
-    """Where the command works: a short path, for the sockets of multiprocessing take at most 107 characters."""
+    """Make a folder with a short path: sockets of multiprocessing take at most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="q") as folder:
         yield Path(folder)
 
 
 def _start(driver: Path, work: Path, folder: Path, *words: str) -> subprocess.Popen:
-    """The command in a session of its own; its files lie in folder/out."""
+    """Start the command in a session of its own; its files are in folder/out."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))
     }
@@ -75,7 +76,7 @@ def _run(driver: Path, work: Path, folder: Path, *words: str) -> Path:
 
 
 def _read(file: Path):
-    """What the file holds; NaN and infinities, which Python reads, are no JSON."""
+    """Read JSON; NaN and infinities, which Python would accept, are an error."""
 
     def refuse(word):
         raise ValueError(f"{file}: expected JSON, got {word}")
@@ -88,7 +89,7 @@ def _statuses(run: dict) -> dict[str, str]:
 
 
 def test_first_contact_from_end_to_end(driver, work, tmp_path):
-    """It needs no package but torch, Triton and numpy, which the stub makes sure of."""
+    """It needs only torch, Triton and numpy; the stub blocks other packages."""
     out = _run(driver, work, tmp_path, *COMMANDS["first"])
     assert {file.name for file in out.iterdir()} == set(command.FIRST.files)
     first = _read(out / "first.json")

@@ -17,12 +17,14 @@ def rows(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_replay_takes_half_the_host_time(rows):
     ordinary, replayed = rows
     assert (ordinary["launches"], replayed["launches"]) == ("ordinary", "replayed")
     assert 0 < replayed["p20_us"] <= replayed["p50_us"] < ordinary["p50_us"] / 2
 
 
+@pytest.mark.slow
 def test_both_ways_launch_the_same_kernels(rows):
     ordinary, replayed = (list(row["kernels_us"]) for row in rows)
     assert ordinary == replayed and "_similarity_argmax_kernel" in ordinary

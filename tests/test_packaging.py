@@ -134,19 +134,9 @@ def test_hint_names_an_extra_that_exists():
     assert requirement.name == given["name"] and requirement.extras <= given["extras_require"].keys()
 
 
-def test_description_links_are_absolute():
-    given, links = packaging_arguments(), r"(!?)\[[^]]*\]\(([^)]+)\)"
-    readme, described = (
-        re.findall(links, text)
-        for text in ((ROOT / "README.md").read_text(encoding="utf-8"), given["long_description"])
-    )
-    for (picture, path), (_, link) in zip(readme, described, strict=True):
-        if path.startswith("http"):
-            assert link == path
-        else:
-            assert (ROOT / path).is_file()
-            assert link == f"{given['url']}/{'raw' if picture else 'blob'}/main/{path}"
-    assert any(picture for picture, path in readme if not path.startswith("http"))
+def test_urls_invent_no_repository():
+    """The project has no public repository that it could name: the paper is the one address."""
+    assert packaging_arguments()["urls"] == {"Paper": "https://arxiv.org/abs/2508.21090"}
 
 
 @pytest.fixture(scope="module")

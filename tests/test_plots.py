@@ -6,8 +6,8 @@ import torch
 from matplotlib import colors
 from PIL import Image
 
-from qalign.evaluation import images, plots
-from qalign.evaluation.plots import MatchPanel
+from qalign.evaluation import images, match_plots, plots
+from qalign.evaluation.match_plots import MatchPanel
 
 
 def _picture(seed, height=24, width=32):
@@ -78,7 +78,7 @@ def test_correspondence_lines_end_at_matches_coloured_by_verdict():
         MatchPanel("judged", source, target, torch.tensor([True, False, True])),
         MatchPanel("not", source, target),
     ]
-    judged, free = plots.correspondence(_picture(0), _picture(1), panels, title="t").axes
+    judged, free = match_plots.correspondence(_picture(0), _picture(1), panels, title="t").axes
     offset = 32 + 32 // 16
     for axes in (judged, free):
         ends = torch.tensor(numpy.stack([line.get_xydata() for line in axes.lines]))
@@ -92,7 +92,7 @@ def test_correspondence_lines_end_at_matches_coloured_by_verdict():
 def test_correspondence_curves_are_shares_within_a_distance():
     panels = [MatchPanel("m", torch.zeros(1, 2), torch.zeros(1, 2))]
     errors = torch.tensor([3.0, 1.0, 2.0, 2.0])
-    axes = plots.correspondence(
+    axes = match_plots.correspondence(
         _picture(0),
         _picture(1),
         panels,
@@ -109,7 +109,7 @@ def test_correspondence_curves_are_shares_within_a_distance():
 def test_point_heat_maps_are_hot_at_the_maximum():
     heat = torch.zeros(1, 6, 8)
     heat[0, 4, 5] = 0.7
-    figure = plots.point_heat_maps(
+    figure = match_plots.point_heat_maps(
         _picture(0),
         _picture(1),
         torch.tensor([[20.0, 10.0]]),

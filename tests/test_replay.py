@@ -92,7 +92,8 @@ def units(tensors):
 def guided(query, reference, key, value):
     guide = Guide(query, reference, 20.0)
     settings = {"scale": 0.25, "contrast": 1.0, "query_labels": None, "guide": guide, "need_lse": False}
-    return lambda: _backends.implementation("triton", "attention").attention(query, [Segment(key, value)], **settings)
+    module = _backends.implementation("triton", "attention")
+    return lambda: module.attention(query, [Segment(key, value)], **settings)
 
 result["units"] = difference(stub, units(x[:2]))
 result["units_of_one_tensor"] = difference(stub, units([x[0], x[0]]))
@@ -153,7 +154,8 @@ result["kept"] = [_replay._kind.cache_info().currsize, _replay.KEPT]
 SAME = """
     hopper_attention hopper_attention_batch_index
     qalign_attention another_scale other_tensors one_tensor_twice two_tensors_then take_rows other_strides
-    misaligned aligned_again one_row seventeen_rows float32 hopper hopper_other_tensors hopper_batch_index hopper_counted
+    misaligned aligned_again one_row seventeen_rows float32
+    hopper hopper_other_tensors hopper_batch_index hopper_counted
     other_stream exchanged_tile after_threads units units_of_one_tensor guided
 """.split()
 

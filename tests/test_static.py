@@ -1,4 +1,4 @@
-"""The static gate: its reading of machine code, and that it passes what is good and fails what is not."""
+"""The static gate: it reads machine code, passes good kernels and fails bad ones."""
 
 import argparse
 import importlib.metadata
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.static import command as static
-from benchmarks.static import machine_code
+from benchmarks.static import budgets as limits
+from benchmarks.static import command, compilation, machine_code
 from benchmarks.static.machine_code import Loop
+from benchmarks.static.row import Row, merged
 
 ROOT = Path(__file__).parents[1]
 ONE = ["--target", "sm_90", "--dtype", "bf16", "--head-dim", "64"]
@@ -32,6 +33,7 @@ def _static(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env={**inherited, **paths}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_shipped_kernels_keep_their_budgets():
     done = _static("--quick")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
@@ -45,12 +47,25 @@ def test_every_case_is_driven():
     assert len(set(names)) == len(names)
     stems = {name.split()[0] for name in names}
     assert stems == {
-        "similarity_argmax", "similarity_topk", "match_counts", "compact", "take_chosen", "rearrange_kv", "attention", "label_mass",
-        "mean_attention_map", "topk_attention", "rearranged_attention", "attention_backward", "distillation_loss", "label_mass_backward",
+        "similarity_argmax",
+        "similarity_topk",
+        "match_counts",
+        "compact",
+        "take_chosen",
+        "rearrange_kv",
+        "attention",
+        "label_mass",
+        "mean_attention_map",
+        "topk_attention",
+        "rearranged_attention",
+        "attention_backward",
+        "distillation_loss",
+        "label_mass_backward",
         "unit_features",
-    }  # fmt: skip
+    }
 
 
+@pytest.mark.slow
 def test_good_kernel_passes(tmp_path):
     done = _static("--cases", "static_toys", "--op", "good", *ONE, "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -64,6 +79,7 @@ def test_good_kernel_passes(tmp_path):
     assert 2 < row["lane_instructions"] < 8
 
 
+@pytest.mark.slow
 def test_bad_kernels_fail():
     done = _static("--cases", "static_toys", "--op", "spilling", "greedy", *ONE)
     assert done.returncode == 1
@@ -74,25 +90,26 @@ def test_bad_kernels_fail():
 
 
 def test_spills_that_a_gpu_prefers_are_allowed():
-    budgets = json.loads(static.BUDGETS.read_text())
+    budgets = json.loads(limits.BUDGETS.read_text())
     budgets["measured_spills"] = [
         {"case": "a", "target": "sm_90", "head_dim": 64, "bytes": 24, "evidence": "us"}
     ]
-    row = static.Row(["a b"], "k", "sm_90", "bf16", 64, {}, 4, 3)
+    row = Row(["a b"], "k", "sm_90", "bf16", 64, {}, 4, 3)
     others = [
-        static.Row(["b a"], "k", "sm_90", "bf16", 64, {}, 4, 3),
-        static.Row(["a b"], "k", "sm_90", "bf16", 80, {}, 4, 3),
-        static.Row(["a b"], "k", "sm_100", "bf16", 64, {}, 4, 3),
+        Row(["b a"], "k", "sm_90", "bf16", 64, {}, 4, 3),
+        Row(["a b"], "k", "sm_90", "bf16", 80, {}, 4, 3),
+        Row(["a b"], "k", "sm_100", "bf16", 64, {}, 4, 3),
     ]
-    assert static.most_spills(row, budgets) == 24
-    assert all(static.most_spills(other, budgets) == budgets["spill_bytes"] == 0 for other in others)
+    assert limits.most_spills(row, budgets) == 24
+    assert all(limits.most_spills(other, budgets) == budgets["spill_bytes"] == 0 for other in others)
     row.spill_bytes = 25
-    static.hold_limits(row, budgets)
+    limits.hold_limits(row, budgets)
     assert row.problems == ["spills 25 bytes, at most 24 allowed"]
 
 
+@pytest.mark.slow
 def test_budgets_are_held(tmp_path):
-    budgets = json.loads(static.BUDGETS.read_text())
+    budgets = json.loads(limits.BUDGETS.read_text())
     budget = {"case": "toy_good", "target": "sm_90", "dtype": "bf16", "head_dim": 64}
     here = machine_code.minor_version(importlib.metadata.version("triton"))
     loose, tight = ({"limits": {here: limit}} for limit in (100.0, 1.0))
@@ -113,16 +130,16 @@ def test_budgets_are_held(tmp_path):
 
 
 def test_triton_without_budgets_is_named():
-    budgets = json.loads(static.BUDGETS.read_text())
-    assert static.unheld_version(budgets, "3.7.9") is None
-    assert static.unheld_version(budgets, "4.0.0").startswith(
+    budgets = json.loads(limits.BUDGETS.read_text())
+    assert limits.unheld_version(budgets, "3.7.9") is None
+    assert limits.unheld_version(budgets, "4.0.0").startswith(
         "Triton 4.0.0: expected a minor version that budgets.json names"
     )
 
 
 def test_pinned_triton_has_budgets_for_every_budgeted_case():
     """Budgets once held under a Triton that no release of torch brings."""
-    budgets = json.loads(static.BUDGETS.read_text())
+    budgets = json.loads(limits.BUDGETS.read_text())
     (pinned,) = re.findall(r"^triton==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert budgets["pinned_triton"] == pinned
     assert all(pinned in budget["limits"] for budget in budgets["lane_instructions"])
@@ -140,7 +157,7 @@ def test_update_keeps_what_was_not_compiled_anew():
         }
 
     before = [row(["a", "b"], 64, 1), row(["b"], 64, 2), row(["b"], 80, 3), row(["b"], 64, 4, "sm_80")]
-    after = static.merged(before, [row(["b"], 64, 5)], {"b"}, {("sm_90", "bf16", 64)})
+    after = merged(before, [row(["b"], 64, 5)], {"b"}, {("sm_90", "bf16", 64)})
     assert [(r["cases"], r["head_dim"], r["registers"]) for r in after] == [
         (["a"], 64, 1),
         (["b"], 64, 4),
@@ -152,7 +169,7 @@ def test_update_keeps_what_was_not_compiled_anew():
 def test_interpreted_kernels_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="TRITON_INTERPRET: expected unset"):
-        static.run(argparse.Namespace())
+        command.run(argparse.Namespace())
 
 
 SASS = """
@@ -191,7 +208,7 @@ def _code(*lines: str) -> machine_code.MachineCode:
     ("before", "undefined"), [("NOP", ["UR26", "UR27"]), ("ULDC.64 UR26, c[0x0][0x210]", [])]
 )
 def test_undefined_descriptor_breaks_the_gate(before, undefined):
-    """ptxas 12.8 computed descriptors of attention at d = 40 from registers that nothing wrote: wrong results on an H200."""
+    """ptxas 12.8 computed descriptors of attention at d = 40 from unwritten registers: wrong on an H200."""
     code = _code(
         "ULDC.64 UR24, c[0x0][0x208]",
         before,
@@ -200,9 +217,9 @@ def test_undefined_descriptor_breaks_the_gate(before, undefined):
         "UIADD3.X UR27, UR27, -0x3ffffff0, URZ, UP0, !UPT",
         "EXIT",
     )
-    row = static.Row(["attention"], "attention_kernel", "sm_90", "bf16", 40, {}, 4, 3)
-    static.record_resources(row, code)
-    static.hold_limits(row, json.loads(static.BUDGETS.read_text()))
+    row = Row(["attention"], "attention_kernel", "sm_90", "bf16", 40, {}, 4, 3)
+    compilation.record_resources(row, code)
+    limits.hold_limits(row, json.loads(limits.BUDGETS.read_text()))
     assert code.undefined() == row.undefined == undefined
     assert row.problems == ["reads uniform registers before anything writes them: UR26 UR27"] * bool(
         undefined
@@ -225,10 +242,10 @@ def test_descriptors_of_other_values_are_stray(source, right):
     ]
     code = _code(*lines)
     assert code.stray_descriptors() == ([] if right else ["UR7"])
-    row = static.Row(["attention"], "attention_kernel", "sm_90", "fp16", 80, {}, 4, 3)
-    static.record_resources(row, code)
+    row = Row(["attention"], "attention_kernel", "sm_90", "fp16", 80, {}, 4, 3)
+    compilation.record_resources(row, code)
     row.undefined = []
-    static.hold_limits(row, json.loads(static.BUDGETS.read_text()))
+    limits.hold_limits(row, json.loads(limits.BUDGETS.read_text()))
     problem = "multiplies matrices at descriptors whose upper words are no constants: UR7"
     assert row.problems == ([] if right else [problem])
 
@@ -255,7 +272,7 @@ def test_registers_carried_by_loops_are_defined_before():
 
 
 def test_definitions_follow_the_flow_not_the_text():
-    """Code for rare cases stands at the end and jumps back; what one branch alone writes is undefined after the other."""
+    """Code for rare cases is at the end and jumps back; a write in one branch does not define the other."""
     away = ["BRA 0x30", "STS [UR4], R0", "EXIT", "S2UR UR4, SR_CgaCtaId", "BRA 0x10"]
     assert _code(*away).undefined() == []
     for jump in ("@P1 BRA 0x20", "BRA.U !UP1, 0x20", "BRA P1, 0x20"):
@@ -330,17 +347,21 @@ def test_amdgcn_is_read():
 
 TTGIR = """
     %r:4 = scf.for %i = %c0_i32 to %tokens step %c{step}_i32 iter_args(%a = %b) -> (f32) : i32 {{
-      %s = tt.dot %q, %k, %z : tensor<64x64xbf16, #ttg.dot_op<{{opIdx = 0}}>> * tensor<64x128xbf16, #other> -> tensor<64x128xf32, #mma>
+      %s = tt.dot %q, %k, %z : {operands} -> tensor<64x128xf32, #mma>
       scf.yield %s : f32
     }} loc(#loc)
 """
+OPERANDS = "tensor<64x64xbf16, #ttg.dot_op<{opIdx = 0}>> * tensor<64x128xbf16, #other>"
 
 
 @pytest.mark.parametrize(("step", "copies", "tiles"), [(128, 1, 1), (128, 2, 2), (256, 1, 2), (1, 1, 1)])
 def test_unrolled_loops_count_all_their_tiles(step, copies, tiles):
     once = 64 * 64 * 128 // (16 * 8 * 16) // 4
     loop = Loop(500, ["HMMA.16816.F32.BF16"] * once * copies)
-    assert static.tiles_per_pass(TTGIR.format(step=step), loop, block_n=128, num_warps=4) == tiles
+    assert (
+        compilation.tiles_per_pass(TTGIR.format(step=step, operands=OPERANDS), loop, block_n=128, num_warps=4)
+        == tiles
+    )
 
 
 @pytest.mark.parametrize(

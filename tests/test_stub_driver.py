@@ -2,9 +2,12 @@
 
 import struct
 
+import pytest
+
 from tests.stubbed import run_over_stub
 
 
+@pytest.mark.slow
 def test_a_launch_is_counted_and_recorded_as_passed(tmp_path):
     index, grid, block, stream, launches, parameters = run_over_stub(
         """

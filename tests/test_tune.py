@@ -1,4 +1,4 @@
-"""The sweep of tiles: what replaces a row and what does not, and what is left when time is up or a key is pressed."""
+"""The sweep of tiles: which tiles replace a row, and what is kept when time is up or the user interrupts."""
 
 import json
 import sys
@@ -12,7 +12,8 @@ from benchmarks.suite.rows import write
 from benchmarks.suite.shapes import Shape
 from benchmarks.tune import candidates, trials
 from benchmarks.tune import command as tune
-from benchmarks.tune.command import Change, Sweep
+from benchmarks.tune.sweep import Sweep, medians
+from benchmarks.tune.table import Change, replace, shipped_tile
 from benchmarks.tune.trials import TRIALS, Call
 from qalign_kernels import _backends
 from qalign_kernels._triton import _configs
@@ -66,7 +67,7 @@ def test_tile_is_replaced_from_two_percent_on(times, chosen):
 
 
 def test_general_kernel_replaces_a_slower_listed_one():
-    shipped = tune.shipped_tile(LISTED, 2)
+    shipped = shipped_tile(LISTED, 2)
     assert shipped == Tile(128, 128, 8, 4)
     sweep = _sweep(Fake({shipped: 1.0, None: 0.9, FAST: 0.95}), key=LISTED, candidates=(FAST, None))
     assert sweep.changes == [Change(LISTED, shipped, None, 0.9)]
@@ -75,7 +76,7 @@ def test_general_kernel_replaces_a_slower_listed_one():
 
 def test_listed_tile_replaces_the_general_kernel():
     key = LISTED._replace(triton="9.9")
-    assert tune.shipped_tile(key, 2) is None
+    assert shipped_tile(key, 2) is None
     sweep = _sweep(Fake({None: 1.0, FAST: 0.9}), key=key, candidates=(FAST,))
     assert sweep.changes == [Change(key, None, FAST, 0.9)]
 
@@ -138,7 +139,7 @@ def test_too_little_memory_is_a_note():
 def test_medians_alternate():
     asked = []
     times = {SLOW: iter((1.0, 5.0, 3.0)), FAST: iter((2.0, 2.0, 9.0))}
-    found = tune.medians([SLOW, FAST], lambda tile: (asked.append(tile), next(times[tile]))[1], 3)
+    found = medians([SLOW, FAST], lambda tile: (asked.append(tile), next(times[tile]))[1], 3)
     assert found == {SLOW: 3.0, FAST: 2.0}
     assert asked == [SLOW, FAST, FAST, SLOW, SLOW, FAST]
 
@@ -148,7 +149,7 @@ def test_medians_alternate():
 def test_neighbours(op, mode, head_dim):
     key = KEY._replace(op=op, mode=mode, head_dim=head_dim)
     tile = _configs.look_up(key, 2)
-    steps = tune.neighbours(key, tile)
+    steps = candidates.neighbours(key, tile)
     assert len(steps) >= 3 and tile not in steps and len(set(steps)) == len(steps)
     assert all(
         min(step) >= 1
@@ -162,8 +163,8 @@ def test_neighbours(op, mode, head_dim):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_listed_candidates_fit_and_keep_rows(trial, head_dim):
     key = Key(trial.op, trial.mode, "sm_90", "3.6", "bfloat16", 4096, head_dim)
-    shipped = tune.shipped_tile(key, 2)
-    tiles = tune.candidate_tiles(key, shipped)
+    shipped = shipped_tile(key, 2)
+    tiles = candidates.candidate_tiles(key, shipped)
     assert shipped not in tiles and len(set(tiles)) == len(tiles)
     assert (None in tiles) == (shipped is not None)
     for tile in filter(None, tiles):
@@ -175,9 +176,9 @@ def test_rows_of_several_keys_keep_the_others():
     shipped, half = json.loads(_configs.FILE.read_text()), LISTED._replace(dtype="float16")
     before = _configs.expand(shipped)
     assert before[LISTED] == before[half] == Tile(128, 128, 8, 4)
-    changed = _configs.expand(tune.replace(shipped, [Change(LISTED, before[LISTED], FAST, 0.5)]))
+    changed = _configs.expand(replace(shipped, [Change(LISTED, before[LISTED], FAST, 0.5)]))
     assert changed == {**before, LISTED: FAST}
-    removed = _configs.expand(tune.replace(shipped, [Change(LISTED, before[LISTED], None, 0.5)]))
+    removed = _configs.expand(replace(shipped, [Change(LISTED, before[LISTED], None, 0.5)]))
     assert removed == {key: tile for key, tile in before.items() if key != LISTED}
 
 
@@ -188,7 +189,7 @@ def test_rows_are_replaced_and_others_stay(tmp_path):
         Change(OTHER, SLOW, FAST, 0.5),
         Change(KEY._replace(triton="3.9", architecture="sm_80"), SLOW, FAST, 0.5),
     ]
-    rows = tune.replace(tune.replace(shipped, first), [Change(KEY, FAST, FASTER, 0.5)])
+    rows = replace(replace(shipped, first), [Change(KEY, FAST, FASTER, 0.5)])
     table = _configs.expand(rows)
     assert [row for row in rows if row["triton"] is None] == [row for row in shipped if row["triton"] is None]
     assert (table[KEY], table[OTHER], table[first[2].key]) == (FASTER, FAST, FAST)
@@ -272,7 +273,7 @@ def test_checks_accept_right_and_see_wrong_rows(trial, call):
 
 
 @pytest.mark.parametrize("trial", [trial for trial in TRIALS if trial.listed], ids=lambda trial: trial.name)
-def test_listed_calls_launch_the_tile_that_is_tried(trial):
+def test_listed_calls_launch_the_tried_tile(trial):
     if problem := _backends.triton_problem():
         pytest.skip(problem)
     from qalign_kernels._triton._launch import recording

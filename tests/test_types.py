@@ -74,6 +74,7 @@ def reveal(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_types_are_those_of_the_library(reveal) -> None:
     assert dict(zip(TYPES, reveal(TYPES))) == TYPES
 
@@ -84,6 +85,7 @@ def test_classes_for_the_type_checker_are_those_of_the_table() -> None:
     assert {each.name: node.module for node in found for each in node.names} == _names.MODULES
 
 
+@pytest.mark.slow
 def test_every_public_name_has_a_type(reveal) -> None:
     names = [f"{package.__name__}.{name}" for package in (qalign, qalign_kernels) for name in package.__all__]
     revealed = dict(zip(names, reveal(names)))

@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`: what a GPU can show, first in 300 s, then everything in a few minutes."""
+"""`python -m benchmarks gpu`: measure one GPU, first in 300 s, then everything in a few minutes."""
 
 from .command import READINGS, add_arguments, files, run
 

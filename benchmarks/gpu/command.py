@@ -1,4 +1,4 @@
-"""The command: its stages in order, the report after each of them, the exit code."""
+"""The command `gpu`: it runs the stages in order, writes the report after each, and sets the exit code."""
 
 import argparse
 import contextlib
@@ -44,18 +44,18 @@ Report = Callable[[Path, Sequence[Outcome]], str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="at most 8 files go there")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for at most 8 files")
     parser.add_argument(
         "--first",
         action="store_true",
-        help="in 300 s: is each op right, how fast are the main ones, is another tile faster",
+        help="in 300 s: is each op right, how fast are the main ops, is another tile faster",
     )
     parser.add_argument(
         "--minutes",
         type=_command_line.number,
         default=MINUTES,
         metavar="M",
-        help=f"time for everything else, after --first (default {MINUTES:g})",
+        help=f"time of the whole run, which comes after one with --first (default {MINUTES:g})",
     )
 
 
@@ -67,7 +67,7 @@ def _stage(
 
 
 def first_stages(folder: Path) -> list[Stage]:
-    """List what a GPU is for first; what may hang is last."""
+    """List the stages of `--first`, the most important first; a stage that may hang is last."""
     return [
         _stage(folder, "environment", "environment", 20, 5),
         _stage(folder, "right", "right", 105, 20),
@@ -79,7 +79,7 @@ def first_stages(folder: Path) -> list[Stage]:
 
 
 def stages(folder: Path) -> list[Stage]:
-    """List what is measured, the table of the report first."""
+    """List the stages of the whole run; the table of the report comes first."""
     return [
         _stage(folder, "environment", "environment", 20, 5),
         _stage(folder, "compile", "measure", 60, 10, "--compile"),
@@ -130,7 +130,7 @@ def require_gpu() -> None:
 
 @contextlib.contextmanager
 def _work_folder() -> Iterator[Path]:
-    """Make a folder of this run alone, which its end removes."""
+    """Make a folder for this run; the end of the run removes it."""
     folder = Path(tempfile.mkdtemp(prefix="qalign-gpu-"))
     (folder / "logs").mkdir()
     try:
@@ -141,7 +141,7 @@ def _work_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _ending_when_terminated() -> Iterator[None]:
-    """Inside, SIGTERM stops the stages and shows what there is, as Ctrl-C does."""
+    """Inside, SIGTERM stops the stages and shows the results so far, as Ctrl-C does."""
 
     def stop(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -154,7 +154,11 @@ def _ending_when_terminated() -> Iterator[None]:
 
 
 def execute(plan: list[Stage], folder: Path, seconds: float, report: Report) -> int:
-    """Run the stages; 0 where every one ended well, else 1. The report stands in either case."""
+    """Run the stages and write the report after each.
+
+    Returns:
+        0 where every stage succeeded, else 1.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     problems: list[str] = []
 
@@ -177,7 +181,7 @@ def _write_report(folder: Path, outcomes: list[Outcome], report: Report) -> list
     problems = []
     try:
         text = report(folder, outcomes)
-    except Exception as error:  # what was measured lies beside it as JSON
+    except Exception as error:  # the measurements are beside it as JSON
         problems.append(f"{type(error).__name__}: {error}")
         text = f"The report could not be written: {problems[0]}\n"
     with replacing(folder / "report.md") as unfinished:

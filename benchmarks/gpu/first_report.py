@@ -1,4 +1,4 @@
-"""What `gpu --first` prints out of what its stages have written, whatever is missing."""
+"""The report of `gpu --first`, from the files of its stages. A file may be missing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ SHOWN_KERNELS = 6  # of each shape
 
 
 def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
-    """Lay out stages, wrong calls, times of the main ops, their kernels, better tiles."""
+    """Lay out the stages, the wrong calls, the times of the main ops, their kernels, and the tiles."""
     names = ("right", "core", "kernels", "tiles", "gluon")
     right, core, kernels, tiles, gluon = (read_stage(folder / f"{name}.json", []) for name in names)
     parts = [
@@ -31,7 +31,7 @@ def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
 
 
 def right_text(rows: Sequence[Content]) -> str:
-    """Count the calls that are right, and name those that are not shown to be."""
+    """Count the correct calls, and list the calls that are wrong or failed."""
     wrong = [row for row in rows if not (row.get("right") and row.get("same_bits"))]
     lines = [f"{len(rows) - len(wrong)} of {len(rows)} calls are right and repeat bit by bit."]
     for row in wrong[:SHOWN_PROBLEMS]:
@@ -44,7 +44,7 @@ def right_text(rows: Sequence[Content]) -> str:
 
 
 def core_table(rows: Sequence[Row]) -> str:
-    """Lay out the main ops beside SDPA, with the share of the matmul timed between the same rounds."""
+    """Lay out the main ops beside SDPA, with their share of the matmul that was timed between the rounds."""
     yardsticks = {tuple(row.shape): row for row in rows if (row.op, row.provider) == DEFAULT[0]}
     lines = []
     for row in rows:
@@ -108,7 +108,7 @@ def other_lines(rows: Sequence[Content]) -> str:
 
 
 def gluon_lines(rows: Sequence[Content]) -> str:
-    """List the general kernel and the one for Hopper at each shape."""
+    """List the general kernel and the kernel for Hopper at each shape."""
     lines = []
     for row in rows:
         kernel = (

@@ -1,4 +1,4 @@
-"""Time that the host takes for one eager call of an op, over the stub driver: launches replayed and not."""
+"""Measure the time that the host takes for one eager call of an op, over the stub driver."""
 
 import argparse
 import statistics
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(ops: list[str], rounds: int, folder: Path) -> list[Row]:
-    """Rows of each op and shape: Triton's own launches, then replayed ones, measured in turn."""
+    """Measure each op at each shape: launches by Triton and replayed launches take turns."""
     measured = []
     with stub_driver(folder), torch.no_grad():
         from qalign_kernels._triton import _replay
@@ -65,7 +65,7 @@ def measure(ops: list[str], rounds: int, folder: Path) -> list[Row]:
         for op in ops:
             for batch, heads, tokens, dim in SHAPES:
                 stored = torch.zeros(4, batch, tokens, heads, dim, dtype=torch.bfloat16)
-                tensors = [x.transpose(1, 2) for x in stored]  # as attention processors have them
+                tensors = [x.transpose(1, 2) for x in stored]  # the layout of attention processors
 
                 def call(op: str = op, tensors: list[torch.Tensor] = tensors) -> None:
                     OPS[op](*tensors)
@@ -88,7 +88,7 @@ def measure(ops: list[str], rounds: int, folder: Path) -> list[Row]:
 
 
 def burst(call: Callable[[], None]) -> float:
-    """The median time of some calls in µs."""
+    """Measure the median time of BURST calls, in µs."""
     times = []
     for _ in range(BURST):
         start = time.perf_counter_ns()
@@ -98,7 +98,7 @@ def burst(call: Callable[[], None]) -> float:
 
 
 def kernel_times(call: Callable[[], None]) -> dict[str, float]:
-    """The median time in µs of each kernel's launch inside a call; timing them adds to the whole."""
+    """Measure the median time of each kernel launch in a call, in µs; the timing itself takes time too."""
     with _timed_launches() as times:
         for _ in range(4 * BURST):
             call()

@@ -1,4 +1,4 @@
-"""What is to be shown on one GPU, as data: limits that must hold and goals beyond them, and the verdict on measured rows."""
+"""The limits and goals for one GPU, as data, and the verdict on measured rows."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,18 +14,18 @@ FASTEST: tuple[Visit, ...] = (("attention", "sdpa cudnn"), ("attention", "fa3"))
 EAGER: tuple[Visit, ...] = (("qalign_attention", "eager sdpa"),)
 UNMASKED: tuple[Visit, ...] = (("attention", OURS),)
 NOT_CAPTURED = "not captured"
-BYTES_PER_ROW = 64  # what O(N) may be for each head of each token: maps, counts, log-sum-exps, their like
+BYTES_PER_ROW = 64  # allowed O(N) memory for each head of each token: maps, counts, log-sum-exps
 
 
 class Bar(NamedTuple):
-    """A limit; where it is on a ratio of times, to the fastest of `against` that was measured."""
+    """A limit. A limit on a ratio of times is against the fastest peer of `against` that was measured."""
 
     limit: float
     against: tuple[Visit, ...] = ()
 
 
 class Line(NamedTuple):
-    """One op at one shape, data with this U/N, and what its measure (of MEASURES) must be; each goal on its own."""
+    """One op at one shape, on data with this U/N: a limit on one of MEASURES, and goals beyond it."""
 
     what: str
     op: str
@@ -156,7 +156,13 @@ LINES = [
 
 
 class Verdict(NamedTuple):
-    """What was measured against the must and against each goal, None where it was not; `mode` of the times; the verdict in a word or two."""
+    """The outcome for one line.
+
+    Attributes:
+        measured: figures for the limit and for each goal; None where a figure was not measured.
+        mode: how the times were taken.
+        text: the verdict in a word or two.
+    """
 
     measured: tuple[float | None, ...]
     mode: str
@@ -165,7 +171,7 @@ class Verdict(NamedTuple):
 
 
 def judge(line: Line, rows: Sequence[Row]) -> Verdict:
-    """Hold the rows of inputs as attention processors have them against a line."""
+    """Compare a line with the rows of inputs in the layout of attention processors."""
     place = line.shape.size, line.asked_fraction, PROCESSOR
     found = {
         (row.op, row.provider): row for row in rows if (row.shape, row.asked_fraction, row.layout) == place
@@ -183,7 +189,7 @@ def judge(line: Line, rows: Sequence[Row]) -> Verdict:
 
 
 def _measure(line: Line, bar: Bar, mine: Row, found: dict[Visit, Row]) -> tuple[float | None, str]:
-    """Give the figure that the bar is held against, and the mode of its times."""
+    """Give the figure that is compared with the bar, and the mode of its times."""
     if line.measure == "memory ratio":
         return memory_ratio(line.shape, mine), "-"
     peers = [found[visit] for visit in bar.against if visit in found]
@@ -200,14 +206,20 @@ def _measure(line: Line, bar: Bar, mine: Row, found: dict[Visit, Row]) -> tuple[
 
 
 def ratio(mine: Row, other: Row) -> float | None:
-    """Divide times of graphs; None where one was not captured, since the host's time is no measure of a kernel."""
+    """Divide times of graphs.
+
+    None where a graph was not captured: an eager time would measure the host, not the kernel.
+    """
     if mine.graph_p50_ms is None or other.graph_p50_ms is None:
         return None
     return mine.graph_p50_ms / other.graph_p50_ms
 
 
 def memory_ratio(shape: Shape, row: Row) -> float | None:
-    """Peak memory beyond inputs, output and BYTES_PER_ROW for each head of each token, over the size of K and V (two bytes a number)."""
+    """Divide the extra memory by the size of K and V, at two bytes a number.
+
+    Extra memory is the peak beyond the inputs, the output, and BYTES_PER_ROW for each head of each token.
+    """
     if row.peak_mib is None or row.output_mib is None:
         return None
     rows = shape.batch * shape.heads * shape.tokens

@@ -1,4 +1,4 @@
-"""What is measured beside each other: groups of ops and providers on the same inputs, in the order in which they matter."""
+"""What is measured: groups of ops and providers on the same inputs, the most important group first."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from ..suite.shapes import CONTIGUOUS, PROCESSOR, SHAPES, Shape, layouts, shape_
 from .must_show import DEFAULT, LINES, OURS, Visit
 
 FRACTIONS = (0.35, 0.55, 0.63, 1.0)
-DATA_OPS = ("qalign_attention", "attention_counts")  # those whose time depends on U/N
+DATA_OPS = ("qalign_attention", "attention_counts")  # ops whose time depends on U/N
 YARDSTICKS: tuple[Visit, ...] = tuple(
     ("attention", name) for name in ("sdpa", "sdpa cudnn", "sdpa flash", "fa3", "flex", "sageattention")
 )
@@ -20,14 +20,24 @@ MATCHED_BY_PEERS = ("similarity_argmax", "similarity_argmax_per_head")
 
 CORE_SHAPES = ("sdxl", "flux", "sd15-512px", "sd15-low")
 CORE_OPS = (
-    "qalign_attention", "similarity_argmax", "attention_counts", "attention", "attention_contrast", "similarity_argmax_per_head",
-    "similarity_argmax_packed", "similarity_topk",
-)  # fmt: skip
+    "qalign_attention",
+    "similarity_argmax",
+    "attention_counts",
+    "attention",
+    "attention_contrast",
+    "similarity_argmax_per_head",
+    "similarity_argmax_packed",
+    "similarity_topk",
+)
 
 
 class Group(NamedTuple):
-    """Visits on one set of inputs; `asked_fraction` is the U/N of the data, None where matches are by chance;
-    `layout` one of `shapes.LAYOUTS`."""
+    """Visits on one set of inputs.
+
+    Attributes:
+        asked_fraction: the U/N of the data; None where matches are by chance.
+        layout: one of `shapes.LAYOUTS`.
+    """
 
     shape: Shape
     asked_fraction: float | None
@@ -42,7 +52,7 @@ class Group(NamedTuple):
 
 
 def core_groups() -> list[Group]:
-    """What Q-Align runs at the layers that take most of its time, beside the fastest that torch has."""
+    """List the ops that Q-Align runs at its most expensive layers, beside the fastest SDPA of torch."""
     groups = []
     for shape in core_shapes():
         visits = (*DEFAULT, ("attention", "sdpa cudnn"), *((op, OURS) for op in CORE_OPS))
@@ -56,7 +66,7 @@ def core_shapes() -> list[Shape]:
 
 
 def must_show_groups() -> list[Group]:
-    """Everything that a line of the table needs, no more."""
+    """List the visits that the lines of the table need."""
     visits: dict[tuple[Shape, float], dict[Visit, None]] = {}
     for line in LINES:
         wanted = visits.setdefault((line.shape, line.asked_fraction), dict.fromkeys(DEFAULT))
@@ -66,7 +76,10 @@ def must_show_groups() -> list[Group]:
 
 
 def other_groups() -> list[Group]:
-    """Shape by shape, 4096 tokens first: every op and peer on random data (main ops at the shapes of a sweep), then Q-Align against U/N."""
+    """List every op and peer on random data, then Q-Align against U/N.
+
+    Shapes of 4096 tokens come first. Shapes of a sweep have the main ops only.
+    """
     groups = []
     for shape in sorted(SHAPES, key=lambda shape: shape.tokens != 4096):
         visits = dict.fromkeys((*DEFAULT, *_every_visit(MAIN_OPS if shape.sweep else _op_names())))
@@ -88,7 +101,7 @@ def _op_names() -> list[str]:
 def _every_visit(names: Iterable[str]) -> Iterable[Visit]:
     for name in names:
         if name == "qalign_attention_correlated":
-            continue  # the data are chosen here
+            continue  # this plan chooses the data itself
         yield name, OURS
         yield name, "eager"
         if name == "attention":
@@ -106,7 +119,10 @@ def _every_visit(names: Iterable[str]) -> Iterable[Visit]:
 
 
 def compile_parts() -> list[list[Group]]:
-    """Every visit once, in parts for processes beside each other: kernels differ by head dim, hardly by the number of tokens."""
+    """List every visit once, in parts for parallel processes.
+
+    Kernels differ by head dim, and hardly by the number of tokens.
+    """
     parts: dict[tuple[int, int], list[Group]] = {}
     for shape in SHAPES:
         visits = list(_every_visit(MAIN_OPS if shape.sweep else _op_names()))

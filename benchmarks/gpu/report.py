@@ -1,4 +1,4 @@
-"""report.md out of what the stages have written, whatever is missing."""
+"""Write report.md from the files of the stages. A file may be missing."""
 
 import json
 from collections.abc import Sequence
@@ -24,15 +24,17 @@ PEERS = (
     ("attention", "flex"),
 )
 NOTE = (
-    "Times are of single calls with an empty L2 cache, medians over alternating rounds; eager: launched one by one; graph: replayed as a CUDA graph. "
-    "Ratios are times of graphs over times of graphs, of the same inputs in the same process: below 1 is faster. TFLOP/s count the op's definition, "
-    "whoever runs it; shares are of a large matmul timed between the same rounds. Inputs are [B, N, H, D] in memory, except where the op says "
-    "contiguous. U/N is the fraction of reference tokens that were matched, as measured."
+    "Times are of single calls with an empty L2 cache, medians over rounds in which providers take turns. "
+    "Eager calls launch kernel by kernel; graph times are of a replayed CUDA graph. Ratios divide times of "
+    "graphs of the same inputs in the same process: below 1 is faster. TFLOP/s count the op's definition "
+    "for every provider. Shares are of a large matmul that was timed between the same rounds. Inputs are "
+    "[B, N, H, D] in memory, except where the op says contiguous. U/N is the measured fraction of "
+    "reference tokens that were matched."
 )
 
 
 def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
-    """The whole report."""
+    """Lay out the whole report."""
     environment, ceilings = (
         read_stage(folder / "environment.json", {}),
         read_stage(folder / "ceilings.json", {}),
@@ -54,7 +56,7 @@ def text(folder: Path, outcomes: Sequence[Outcome]) -> str:
 
 
 def read_stage(file: Path, otherwise: Any) -> Any:
-    """Read what a stage has written, if anything."""
+    """Read the file of a stage, or give `otherwise` where there is none."""
     try:
         return json.loads(file.read_text())
     except (OSError, json.JSONDecodeError):
@@ -97,7 +99,8 @@ def must_show_table(rows: Sequence[Row]) -> str:
     cells = [_line_cells(line, verdict) for line, verdict in zip(LINES, verdicts)]
     words = [verdict.text.split(";")[0] for verdict in verdicts]
     total = ", ".join(f"{words.count(word)} {label}" for word, label in COUNTED)
-    return f"{markdown(('what', '[B, H, N, D]', 'U/N', 'must', 'goal', 'measured', 'mode', 'verdict'), cells)}\n\n{len(LINES)} lines: {total}."
+    head = ("what", "[B, H, N, D]", "U/N", "must", "goal", "measured", "mode", "verdict")
+    return f"{markdown(head, cells)}\n\n{len(LINES)} lines: {total}."
 
 
 COUNTED = (
@@ -128,7 +131,7 @@ def _line_cells(line: Line, verdict: Verdict) -> tuple[str, ...]:
 
 
 def speed_table(runs: Sequence[Sequence[Row]]) -> str:
-    """Every row; ratios stay within a run."""
+    """Lay out every row; ratios are between rows of the same run."""
     groups: dict[tuple, list[Row]] = {}
     for number, rows in enumerate(runs):
         for row in rows:
@@ -175,7 +178,7 @@ def _figure(value: float | None) -> str:
 
 
 def memory_table(rows: Sequence[Row]) -> str:
-    """qalign_attention against the number of tokens, at every batch, heads and head dim."""
+    """Lay out the memory of qalign_attention and attention against the number of tokens."""
     shown = [
         row
         for row in rows
@@ -209,8 +212,8 @@ def _accuracy(folder: Path) -> str:
     parts = [
         evidence.accuracy(validation),
         "\n".join(failures),
-        f"Not ended in time: {', '.join(unfinished)}." if unfinished else "",
-        f"Not run for want of memory: {'; '.join(dropped)}." if dropped else "",
+        f"Unfinished: {', '.join(unfinished)}." if unfinished else "",
+        f"Not run for lack of memory: {'; '.join(dropped)}." if dropped else "",
     ]
     return "\n\n".join(part for part in parts if part)
 

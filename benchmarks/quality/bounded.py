@@ -1,4 +1,7 @@
-"""Bounded attention on the embedded model: two creatures in boxes where the model would not put them, with masks alone and with guidance."""
+"""Bounded attention on the embedded model: two creatures in boxes at unusual places.
+
+It compares the untouched model, masks alone, and guidance.
+"""
 
 import argparse
 import functools
@@ -26,8 +29,8 @@ PROMPTS = {
     "bird": "a photo of two birds",
     "fish": "a photo of two fish",
 }
-REFERENCES = 8  # held-out scenes of the same plan, by which a picture's tokens are told apart
-OCCUPIED = 0.25  # of a box that is creature
+REFERENCES = 8  # held-out scenes of the same plan, which classify the tokens of a picture
+OCCUPIED = 0.25  # the part of a box that must be creature
 TIMESTEPS = (201, 401)  # of the denoising error
 FIGURES = {
     "time_s": "s",
@@ -48,23 +51,26 @@ METHODS = ("untouched", "masks alone", *RATES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pictures = "by each method: every plan in every layout once (default: %(default)s)"
+    pictures = "pictures by each method; 12 are every plan in every layout (default: %(default)s)"
     parser.add_argument("--pictures", type=_command_line.count, default=12, help=pictures)
     parser.add_argument(
-        "--steps", type=_command_line.count, default=20, help="of DDIM (default: %(default)s)"
+        "--steps", type=_command_line.count, default=20, help="denoising steps of DDIM (default: %(default)s)"
     )
     parser.add_argument(
-        "--guidance", type=_command_line.number, default=7.5, help="of the prompt (default: %(default)s)"
+        "--guidance",
+        type=_command_line.number,
+        default=7.5,
+        help="scale of classifier-free guidance (default: %(default)s)",
     )
     parser.add_argument(
         "--json",
         type=Path,
-        help="write the report there after every picture; what it already has is not measured again",
+        help="write the report there after every picture; figures that it already has are not measured again",
     )
     parser.add_argument(
         "--sheet",
         type=Path,
-        help="all pictures with their boxes, a row for each method; of those measured now",
+        help="draw the pictures of this run with their boxes, a row for each method",
     )
 
 
@@ -106,11 +112,14 @@ def pipeline() -> Any:
 def measure(
     plan: str, layout: str, seed: int, name: str, *, steps: int, guidance: float
 ) -> tuple[dict[str, float], Any]:
-    """Figures of one picture by one method, and the picture. All methods get the same noise, prompt and scheduler.
+    """Make one picture by one method, and measure it. All methods get the same noise, prompt and scheduler.
 
-    Shares are of tokens of the latents' grid: creature is what most of the decoder's layers read as such
-    (`qalign.evaluation.picture_metrics.read_parts`). `denoising` is the model's mean squared error on the finished
-    picture, which is larger where the picture is less like what it was trained on.
+    Shares are of the tokens of the latents. A token is creature where most layers of the decoder say so
+    (`qalign.evaluation.picture_metrics.read_parts`). `denoising` is the model's mean squared error on the
+    finished picture; it is larger for pictures that are less like the training data.
+
+    Returns:
+        The figures and the picture.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -145,7 +154,7 @@ def measure(
 
 
 def creature(picture: torch.Tensor, plan: str) -> torch.Tensor:
-    """bool [32, 32]: where a picture [3, S, S] shows a creature of a plan."""
+    """Find where a picture [3, S, S] shows a creature of a plan, bool [32, 32]."""
     from qalign.embedded.scenes import BACKGROUNDS
     from qalign.evaluation.picture_metrics import read_parts
 
@@ -167,7 +176,10 @@ def references(plan: str) -> Any:
 
 
 def shares(mask: torch.Tensor, boxes: Any) -> dict[str, float]:
-    """How much of the creature [h, w] is in the boxes, of the boxes and of the background is creature, and whether both boxes are occupied."""
+    """Measure which parts of the boxes and of the background are creature, from its mask [h, w].
+
+    `inside` is the part of the creature that is in the boxes. `both` is 1 where both boxes are occupied.
+    """
     from qalign import Regions
 
     labels = Regions.from_boxes(boxes, *mask.shape).structure
@@ -181,7 +193,7 @@ def shares(mask: torch.Tensor, boxes: Any) -> dict[str, float]:
 
 
 def denoising(picture: torch.Tensor, prompt: str) -> float:
-    """Mean squared error of the velocity that the model predicts for a noised picture, over `TIMESTEPS`."""
+    """Measure the mean squared error of the predicted velocity for a noised picture, over `TIMESTEPS`."""
     pipe = pipeline()
     clean, condition = pipe.encode(picture[None]), pipe.conditions(prompt, *picture.shape[-2:])[0]
     noise, errors = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), []

@@ -1,4 +1,7 @@
-"""Attention distillation on held-out scenes of the embedded model: loss, colours and layout, beside key and value injection."""
+"""Attention distillation on held-out scenes of the embedded model, beside key and value injection.
+
+It measures the loss, the colours and the layout.
+"""
 
 import argparse
 import time
@@ -13,7 +16,7 @@ from qalign_kernels._files import Files, replacing
 from . import method_report
 from .method_report import MethodReport
 
-TIMESTEPS = (1, 201, 401, 601, 801)  # at which clean latents are held against the style, before and after
+TIMESTEPS = (1, 201, 401, 601, 801)  # for comparing clean latents with the style
 FIGURES = {
     "time_s": "s",
     "colour_error": "colour error",
@@ -45,23 +48,26 @@ METHODS = ("untouched", *INJECTIONS, *DISTILLATIONS)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--pairs", type=_command_line.count, default=3, help="of held-out scenes (default: %(default)s)"
+        "--pairs",
+        type=_command_line.count,
+        default=3,
+        help="number of pairs of held-out scenes (default: %(default)s)",
     )
-    steps = "of the schedule; the descent at one timestep has as many (default: %(default)s)"
+    steps = "denoising steps, or iterations of the descent at one timestep (default: %(default)s)"
     parser.add_argument("--steps", type=_command_line.count, default=100, help=steps)
     parser.add_argument(
         "--seed",
         type=_command_line.seed,
         default=0,
-        help="of the pairs and of all noise (default: %(default)s)",
+        help="seed of the pairs and of all noise (default: %(default)s)",
     )
     parser.add_argument(
         "--json",
         type=Path,
-        help="write the report there after every method; what it already has is not measured again",
+        help="write the report there after every method; figures that it already has are not measured again",
     )
     parser.add_argument(
-        "--sheet", type=Path, help="the pictures, a row for each pair that was measured now as a whole"
+        "--sheet", type=Path, help="draw the pictures, a row for each pair that this run measured completely"
     )
 
 
@@ -94,9 +100,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 @torch.no_grad()
 def measure(pair: Any, name: str, *, steps: int, seed: int) -> tuple[dict[str, float], torch.Tensor]:
-    """Figures of one pair by one method, and the picture. All methods get the same pictures, prompt and seed, and `steps` steps or iterations.
+    """Make one picture by one method, and measure it.
 
-    `distillation` is that of the finished picture against the appearance, mean over `TIMESTEPS`; `loss_first` and `loss_last` are what the run saw.
+    All methods get the same pair, prompt and seed, and `steps` steps or iterations. `distillation` is the
+    loss of the finished picture against the appearance, a mean over `TIMESTEPS`. `loss_first` and `loss_last`
+    are losses of the run.
+
+    Returns:
+        The figures and the picture.
     """
     from qalign import (
         AppearanceTransferPipeline,

@@ -1,5 +1,9 @@
-"""One optimisation step of attention distillation through a whole UNet (features, loss, gradient of the latents, Adam), beside a plain pipeline:
-stock attention processors, hooked, the ideal output by `scaled_dot_product_attention`, an L1 and autograd."""
+"""One optimisation step of attention distillation through a whole UNet, beside a plain pipeline.
+
+A step computes the features, the loss, the gradient of the latents, and an Adam update. The plain pipeline
+has stock attention processors with hooks, the ideal output by `scaled_dot_product_attention`, an L1 loss and
+autograd.
+"""
 
 import argparse
 import contextlib
@@ -27,7 +31,7 @@ TIMESTEP, LEARNING_RATE = 401, 0.05
 
 
 class Model(NamedTuple):
-    """A UNet as `AttentionReader` takes it, what it is conditioned by, and latents of the picture and of the style."""
+    """A UNet as `AttentionReader` needs it, its condition, and latents of picture and style."""
 
     unet: Any
     condition: dict[str, Tensor]
@@ -39,7 +43,7 @@ class Model(NamedTuple):
 
 
 class Pipeline(NamedTuple):
-    """`loss(latents)`, differentiable, and the sizes [B, H, N, D] of the layers that it reads."""
+    """A differentiable `loss(latents)`, and the sizes [B, H, N, D] of the layers that it reads."""
 
     loss: Callable[[Tensor], Any]
     sizes: list[list[int]]
@@ -51,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=MODELS,
         default=MODELS,
-        help="embedded, or sd15: its geometry, random weights",
+        help="embedded, or sd15: the geometry of SD 1.5 with random weights",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
@@ -83,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def make(name: str, dtype: torch.dtype, device: str) -> Model:
-    """The embedded model, or a UNet of SD 1.5's geometry at 512 pixels with random weights; noise for latents."""
+    """Make the embedded model, or a UNet of SD 1.5's geometry with random weights; latents are noise."""
     from diffusers import UNet2DConditionModel
 
     from qalign import AppearanceTransferPipeline
@@ -105,7 +109,7 @@ def make(name: str, dtype: torch.dtype, device: str) -> Model:
 
 @contextlib.contextmanager
 def ours(model: Model) -> Iterator[Pipeline]:
-    """`AttentionReader` and `distillation_loss`, on the backend that "auto" takes."""
+    """Compute the loss by `AttentionReader` and `distillation_loss`, on the default backend."""
     from qalign import AttentionDistillation
     from qalign.sampling.attention_reader import AttentionReader
 
@@ -125,7 +129,7 @@ def ours(model: Model) -> Iterator[Pipeline]:
 
 @contextlib.contextmanager
 def plain(model: Model) -> Iterator[Pipeline]:
-    """Stock processors: hooks keep what the projections give and what the output projection is given."""
+    """Compute the loss with stock processors, whose projections are recorded by hooks."""
     from qalign.methods.attention_distillation import Losses
     from qalign.sampling.attention_reader import AttentionReader
 
@@ -176,7 +180,14 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def measure(model: Model, name: str, dtype: str, device: str, rounds: int) -> list[Row]:
-    """A row for each pipeline. `gradient_difference` is that of our first gradient to the plain one's, relative to its norm."""
+    """Measure a step of both pipelines.
+
+    `gradient_difference` is the norm of the difference of the first gradients, over the norm of the plain
+    gradient.
+
+    Returns:
+        A row for each pipeline.
+    """
     from qalign.sampling.attention_reader import frozen, gradient
 
     backend = "triton" if device == "cuda" else "tiled"

@@ -1,4 +1,7 @@
-"""Figures of methods, case by case, kept on disk after every one, so that an interrupted run goes on where it stopped."""
+"""Figures of methods for each case, written to disk after every one.
+
+A run that was interrupted continues where it stopped.
+"""
 
 import argparse
 import json
@@ -14,7 +17,7 @@ from ..suite.rows import write
 
 
 def files(options: argparse.Namespace) -> Files:
-    """What a command with --json and --sheet writes."""
+    """Name the files that a command with --json and --sheet writes."""
     return Files(
         writes=[
             (f"--{name}", path) for name in ("json", "sheet") if (path := getattr(options, name)) is not None
@@ -24,13 +27,13 @@ def files(options: argparse.Namespace) -> Files:
 
 @dataclass(frozen=True)
 class MethodReport:
-    """What was measured so far.
+    """The figures so far.
 
     Args:
         kind: what a case is, such as "pairs".
-        settings: of the run, which a report on disk must agree with.
-        path: where it is kept; None is nowhere.
-        cases: each with "methods", figures by method.
+        settings: the settings of the run; a report on disk must have the same.
+        path: the file of the report; None keeps it in memory only.
+        cases: each with "methods", the figures by method.
     """
 
     kind: str
@@ -40,10 +43,10 @@ class MethodReport:
 
     @classmethod
     def open(cls, kind: str, settings: dict[str, Any], path: Path | None) -> "MethodReport":
-        """What `path` has, or nothing.
+        """Read the report at `path`, or start an empty one.
 
         Raises:
-            ValueError: a report of other settings.
+            ValueError: the file is another report, or one of other settings.
         """
         if path is None or not path.is_file():
             return cls(kind, settings, path, [])
@@ -59,7 +62,7 @@ class MethodReport:
         return cls(kind, settings, path, found[kind])
 
     def methods(self, number: int, case: Mapping[str, Any]) -> dict[str, Any]:
-        """The figures of a case by method; `case` tells what it is where it is new."""
+        """Give the figures of a case by method; `case` describes a new case."""
         if number == len(self.cases):
             self.cases.append({**case, "methods": {}})
         return self.cases[number]["methods"]
@@ -69,7 +72,7 @@ class MethodReport:
             write(self.path, {"settings": self.settings, self.kind: self.cases})
 
     def table(self, methods: Sequence[str], figures: Mapping[str, str]) -> str:
-        """Means over the cases, a row for each method, a column for each figure under its title."""
+        """Lay out means over the cases: a row for each method, a column for each figure."""
         rows = []
         for name in methods:
             found = [case["methods"][name] for case in self.cases if name in case["methods"]]

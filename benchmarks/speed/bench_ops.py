@@ -1,4 +1,7 @@
-"""The function that pytest collects: one op, one provider, one shape, one repeat. `python -m benchmarks speed` runs it."""
+"""The function that pytest collects: one op, one provider, one shape, one repeat.
+
+`python -m benchmarks speed` runs it.
+"""
 
 import functools
 from typing import Any

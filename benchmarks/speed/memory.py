@@ -1,4 +1,4 @@
-"""Peak memory of one call on the CPU beyond its inputs, its output included."""
+"""Peak memory of one call on the CPU, beyond its inputs and with its output."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ _WARM_UP_TOKENS = 64
 
 
 def cpu_peak_mib(provider: str, op_name: str, shape: tuple, dtype: torch.dtype) -> float | None:
-    """The rise of the peak resident size in a fresh process; None where that process came to no result."""
+    """Measure the rise of the peak resident size in a fresh process; None without a result."""
     return measure.fresh_process_rise_mib(
         _prepare, provider, op_name, shape, dtype, preload="benchmarks.suite.providers"
     )

@@ -1,4 +1,4 @@
-"""`python -m benchmarks static`: every kernel compiled for every architecture and held against budgets."""
+"""`python -m benchmarks static`: compile every kernel for every architecture, and hold it to budgets."""
 
 from .command import READINGS, add_arguments, files, run
 

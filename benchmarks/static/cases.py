@@ -1,4 +1,4 @@
-"""Every launcher of the Triton backend in every variant, driven on meta tensors: what the static gate compiles."""
+"""Every launcher of the Triton backend in every variant, on meta tensors: the static gate compiles these."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,10 @@ BATCH, NUM_HEADS, TOPK, NUM_LABELS = 2, 8, 8, 4
 
 
 class Case(NamedTuple):
-    """A named way to launch kernels: `run(head_dim, dtype, tokens)` inside `_launch.recording`; core cases stand for the rest when time is short."""
+    """A named way to launch kernels: `run(head_dim, dtype, tokens)` inside `_launch.recording`.
+
+    Core cases represent the others where time is short.
+    """
 
     name: str
     run: Callable[[int, torch.dtype, int], Any]
@@ -27,7 +30,7 @@ def _module(stem: str) -> Any:
 
 
 def _features(head_dim: int, dtype: torch.dtype, tokens: int, count: int) -> list[Tensor]:
-    """[B, H, N, D] views of [B, N, H, D] storage, as attention processors have them."""
+    """Make [B, H, N, D] views of [B, N, H, D] storage, the layout of attention processors."""
     return [
         torch.empty((BATCH, tokens, NUM_HEADS, head_dim), dtype=dtype, device="meta").transpose(1, 2)
         for _ in range(count)
@@ -122,7 +125,7 @@ def _gradient(
     value_dim: int | None = None,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> Case:
-    """`needs`: of the query, the keys, the values."""
+    """Make a case of the backward pass; `needs` says which of query, keys and values need a gradient."""
 
     def run(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
         query, key = _features(head_dim, dtype, tokens, 2)
@@ -141,9 +144,18 @@ def _gradient(
         ]
         output = torch.empty(grad_output.shape, dtype=dtype, device="meta")
         return _module("attention").attention_backward(
-            grad_output, None, output, lse, query, parts, scale=head_dim**-0.5, contrast=1.0, guide=None,
-            query_labels=_integers(BATCH, tokens) if labels else None, needs=[needs[0], *[needs[1]] * segments, *[needs[2]] * segments],
-        )  # fmt: skip
+            grad_output,
+            None,
+            output,
+            lse,
+            query,
+            parts,
+            scale=head_dim**-0.5,
+            contrast=1.0,
+            guide=None,
+            query_labels=_integers(BATCH, tokens) if labels else None,
+            needs=[needs[0], *[needs[1]] * segments, *[needs[2]] * segments],
+        )
 
     return Case(f"attention_backward {name}".strip(), run)
 
@@ -175,7 +187,7 @@ def _compact(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
 
 
 def _take_chosen(head_dim: int, dtype: torch.dtype, tokens: int) -> Any:
-    """Of so many tokens that a program has several tiles of them."""
+    """Take rows of so many tokens that a program has several tiles of them."""
     sources = _features(head_dim, dtype, 4 * tokens, 2)
     return _module("rearrange").take_chosen(sources, _integers(BATCH, 1, 4 * tokens), None)
 

@@ -12,7 +12,7 @@ MEASURED_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def accuracy(validation: Row) -> str:
-    """The worst error of each op, backend and dtype, and the share of its budget that it takes."""
+    """Lay out the worst error of each op, backend and dtype, and the share of its budget."""
     rows: dict[tuple[str, str], dict[str, Row]] = {}
     for row in validation["rows"]:
         rows.setdefault((row["op"], row["backend"]), {})[row["dtype"]] = row
@@ -21,8 +21,12 @@ def accuracy(validation: Row) -> str:
         sum(row["cases"] for row in validation["rows"]),
         sum(len(row["failures"]) for row in validation["rows"]),
     )
-    note = f"{cases} cases, {failed} failed. Largest error against float64; in brackets the share of its budget that the worst case takes."
-    return f"**{'; '.join(validation['device'])}**\n\n{markdown(('op', 'backend', *MEASURED_DTYPES), lines)}\n\n{note}"
+    note = (
+        f"{cases} cases, {failed} failed. Largest error against float64; "
+        "in brackets the share of its budget that the worst case takes."
+    )
+    table = markdown(("op", "backend", *MEASURED_DTYPES), lines)
+    return f"**{'; '.join(validation['device'])}**\n\n{table}\n\n{note}"
 
 
 def _error(row: Row | None) -> str:
@@ -36,18 +40,17 @@ def _error(row: Row | None) -> str:
 
 
 def machine_code(rows: list[Row], budgets: Row) -> str:
-    """One line for each architecture, dtype and Triton, the pinned Triton first; then the kernels of the pinned one that have a budget."""
+    """Lay out one line for each architecture, dtype and Triton, the pinned Triton first.
+
+    A second table has the kernels with a budget, under the pinned Triton.
+    """
     rows = sorted(
         rows, key=lambda row: (minor_version(row["triton"]) != budgets["pinned_triton"], row["triton"])
     )
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["target"], row["dtype"], row["triton"]), []).append(row)
-    lines = [
-        [*key, len(found), max(r["registers"] for r in found), sum(r["spill_bytes"] > 0 for r in found),
-         f"{max(r['shared_kib'] for r in found):.0f} of {budgets['shared_memory_kib'][key[0]]}", sum(bool(r["problems"]) for r in found)]
-        for key, found in groups.items()
-    ]  # fmt: skip
+    lines = [_target_line(key, found, budgets) for key, found in groups.items()]
     head = (
         "architecture",
         "dtype",
@@ -74,6 +77,13 @@ def machine_code(rows: list[Row], budgets: Row) -> str:
     kernel = f"kernel (bf16, d = 64, Triton {budgets['pinned_triton']})"
     names = (kernel, "architecture", "tile", "registers", "lane-instructions per score", "budget")
     return f"{markdown(head, lines)}\n\n{markdown(names, held)}"
+
+
+def _target_line(key: tuple[str, str, str], rows: list[Row], budgets: Row) -> list[object]:
+    registers, shared_kib = (max(row[name] for row in rows) for name in ("registers", "shared_kib"))
+    spilling, broken = (sum(bool(row[name]) for row in rows) for name in ("spill_bytes", "problems"))
+    shared = f"{shared_kib:.0f} of {budgets['shared_memory_kib'][key[0]]}"
+    return [*key, len(rows), registers, spilling, shared, broken]
 
 
 def _is_budgeted(row: Row, budget: Row) -> bool:

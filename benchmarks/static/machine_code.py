@@ -1,4 +1,4 @@
-"""What a compiled kernel is made of, read from its machine code: registers, spills, matrix instructions, the hot loop."""
+"""Read the machine code of a kernel: registers, spills, matrix instructions, the hot loop."""
 
 import re
 import subprocess
@@ -22,9 +22,9 @@ _HMMA_SHAPE = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 
 
 class Instruction(NamedTuple):
-    """One instruction: its position, its name and where it may go next.
+    """One instruction: its position, its name, and where it may go next.
 
-    On NVIDIA also its operands as printed, and whether a predicate decides if it runs.
+    On NVIDIA it also has its operands as printed, and whether a predicate guards it.
     """
 
     position: int
@@ -36,7 +36,7 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A natural loop: how many instructions its body has, and its matrix instructions."""
+    """A natural loop: the number of its instructions, and its matrix instructions."""
 
     instructions: int
     matrix: list[str]
@@ -47,7 +47,7 @@ _Change = Callable[[Instruction, set[int]], set[int]]
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Resources and instructions of one kernel; `lanes` is the width of a warp."""
+    """The resources and instructions of one kernel; `lanes` is the width of a warp."""
 
     registers: int
     spill_bytes: int
@@ -62,15 +62,18 @@ class MachineCode:
         return sum(is_narrow_load(x.name) for x in self.instructions)
 
     def undefined(self) -> list[str]:
-        """The uniform registers that are read before an instruction has written them; none on AMD."""
+        """List uniform registers that are read before an instruction has written them; none on AMD."""
         return [f"UR{register}" for register in sorted(unwritten_reads(self.instructions))]
 
     def stray_descriptors(self) -> list[str]:
-        """The uniform registers from which a wgmma takes the upper word of a descriptor that is not constant."""
+        """List uniform registers that give a wgmma a variable upper word of a descriptor."""
         return [f"UR{register}" for register in sorted(variable_layouts(self.instructions))]
 
     def hot_loop(self) -> Loop | None:
-        """The innermost loop with the most matrix instructions; of equals the shortest, which is the one without a mask for the tail."""
+        """Find the innermost loop with the most matrix instructions.
+
+        Of equal loops the shortest is taken: it is the one without a mask for the tail.
+        """
         loops = [
             body
             for body in natural_loops(self.instructions)
@@ -87,8 +90,10 @@ class MachineCode:
 
 
 def is_narrow_load(name: str) -> bool:
-    """Whether the instruction reads a single 8- or 16-bit number from global memory: what a load of half-precision rows falls to
-    where the compiler does not know them to be aligned."""
+    """Whether an instruction loads a single 8- or 16-bit number from global memory.
+
+    Loads of half-precision rows become narrow where the compiler does not know that they are aligned.
+    """
     return (
         re.match(r"LDG\.E(\.\w+)*\.[US](8|16)\b|(global|buffer|flat)_load_[us]?(short|byte)", name)
         is not None
@@ -96,19 +101,22 @@ def is_narrow_load(name: str) -> bool:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether the instruction multiplies matrices (tcgen05's counterparts that move or signal do not)."""
+    """Whether an instruction multiplies matrices. Instructions of tcgen05 that move or signal do not."""
     return "HGMMA" in name or re.match(r"UTC\w*MMA", name) is not None or "HMMA" in name or "mfma" in name
 
 
 def matrix_family(names: Iterable[str]) -> str:
-    """The family of the matrix instructions present: HGMMA, UTCHMMA, HMMA, MFMA, or "-"."""
+    """Name the family of the matrix instructions: HGMMA, UTCHMMA, HMMA, MFMA, or "-"."""
     families = {re.match(r"HGMMA|UTC\w*MMA|HMMA|v_s?mfma", name) for name in names}
     found = sorted({"MFMA" if "mfma" in match.group() else match.group() for match in families if match})
     return "+".join(found) or "-"
 
 
 def multiply_adds(name: str, num_warps: int) -> int | None:
-    """Multiply-adds that `num_warps` warps do by issuing this matrix instruction once each; None where its name does not tell."""
+    """Count the multiply-adds of `num_warps` warps that issue this matrix instruction once each.
+
+    None where the name of the instruction does not give its shape.
+    """
     if name.startswith("HMMA"):
         shape = next((part for part in name.split(".") if part in _HMMA_SHAPE), None)
         return _HMMA_SHAPE[shape] * num_warps if shape else None
@@ -147,10 +155,11 @@ def parse_sass(text: str) -> list[Instruction]:
 
 
 def uniform_registers(instruction: Instruction) -> tuple[set[int], set[int]]:
-    """The numbers of the uniform registers that an NVIDIA instruction reads, and of those that it writes.
+    """List the numbers of the uniform registers that an NVIDIA instruction reads, and those that it writes.
 
-    Of a pair or a wider group all count. An HGMMA takes two descriptors from four registers, and only the
-    upper two where its first matrix is in vector registers; any other descriptor has two.
+    All registers of a pair or of a wider group count. An HGMMA takes two descriptors from four registers; it
+    takes only the upper two where its first matrix is in vector registers. Any other descriptor has two
+    registers.
     """
     name, parts = instruction.name, instruction.name.split(".")
     operands = [text.strip() for text in instruction.operands.split(",")]
@@ -174,7 +183,7 @@ def uniform_registers(instruction: Instruction) -> tuple[set[int], set[int]]:
 
 
 def unwritten_reads(instructions: list[Instruction]) -> set[int]:
-    """The numbers of the uniform registers that some path from the first instruction reads and has not written.
+    """List the uniform registers that are read before they are written, on some path from the start.
 
     A predicated write counts as a write, and a call writes nothing.
     """
@@ -187,9 +196,10 @@ def unwritten_reads(instructions: list[Instruction]) -> set[int]:
 def variable_layouts(instructions: list[Instruction]) -> set[int]:
     """The numbers of the uniform registers that hold the upper word of a wgmma descriptor but no constant.
 
-    The upper word is the layout of a tile in shared memory, which the compiler knows: it comes from immediates, by way
-    of vector registers or not, and from carries. A kernel argument or an address in it means that ptxas took a wrong
-    register, and the lower word is wrong then too. A pair begins at an even register.
+    The upper word is the layout of a tile in shared memory, which the compiler knows: it comes from
+    immediates, by way of vector registers or not, and from carries. A kernel argument or an address in it
+    means that ptxas took a wrong register, and the lower word is wrong then too. A pair begins at an even
+    register.
     """
     registers = [uniform_registers(x) for x in instructions]
 
@@ -200,7 +210,7 @@ def variable_layouts(instructions: list[Instruction]) -> set[int]:
         stem, *parts = x.name.split(".")
         variable = set(writes)
         if stem == "R2UR" or (stem.startswith("U") and "c[" not in x.operands):
-            step = 2 if "64" in parts else 1  # the words of pairs are added each to its like
+            step = 2 if "64" in parts else 1  # of pairs, low words are added to low words and high to high
             variable = {to for to in writes if any((to - source) % step == 0 for source in reads & before)}
         return (before if x.predicated else before - writes) | variable
 
@@ -211,11 +221,11 @@ def variable_layouts(instructions: list[Instruction]) -> set[int]:
 
 
 def _on_some_path(instructions: list[Instruction], first: set[int], after: _Change) -> list[set[int]]:
-    """Which registers have a property before each instruction, on some path from the first one.
+    """List the registers with a property before each instruction, on some path from the first one.
 
     Args:
         first: the registers that have it at the start.
-        after: the registers that have it after an instruction, given those that have it before.
+        after: gives the registers that have it after an instruction, from those that have it before.
     """
     before: list[set[int]] = [set() for _ in instructions]
     before[0] = first
@@ -232,9 +242,11 @@ def _on_some_path(instructions: list[Instruction], first: set[int], after: _Chan
 
 
 def read_amdgcn(text: str, shared_bytes: int) -> MachineCode:
-    """Registers are the vector registers of a lane, accumulators included; spills are bytes of private memory and spilled vectors.
+    """Read the assembly of an AMD kernel.
 
-    A scalar that the compiler "spills" goes into a lane of a vector register: it costs instructions, which are counted, and no memory.
+    Registers are the vector registers of a lane, accumulators included. Spills are bytes of private memory
+    and of spilled vector registers. A "spilled" scalar goes into a lane of a vector register: it costs
+    counted instructions and no memory.
     """
     numbers = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
     spills = numbers["private_segment_fixed_size"] + 4 * numbers["vgpr_spill_count"]
@@ -258,7 +270,7 @@ def parse_amdgcn(text: str) -> list[Instruction]:
 
 
 def natural_loops(instructions: list[Instruction]) -> list[frozenset[int]]:
-    """The loops of the flow graph, as sets of instruction positions; loops with one header are merged."""
+    """List the loops of the flow graph as sets of positions; loops with one header are merged."""
     after = {x.position + 1 for x in instructions if x.jump is not None or not x.falls_through}
     targets_of_jumps = {x.jump for x in instructions if x.jump is not None}
     starts = sorted(start for start in {0} | after | targets_of_jumps if start < len(instructions))
@@ -288,7 +300,7 @@ def natural_loops(instructions: list[Instruction]) -> list[frozenset[int]]:
 
 
 def _dominators(successors: list[list[int]], predecessors: list[list[int]]) -> list[int]:
-    """The dominators of each block as a bit set; 0 for a block that is never reached."""
+    """Give the dominators of each block as a bit set; 0 for an unreachable block."""
     everything = (1 << len(successors)) - 1
     reached, stack = {0}, [0]
     while stack:
@@ -310,7 +322,7 @@ def _dominators(successors: list[list[int]], predecessors: list[list[int]]) -> l
 
 
 def _reaching(block: int, header: int, predecessors: list[list[int]]) -> set[int]:
-    """Blocks from which `block` is reached without passing `header`."""
+    """List the blocks from which `block` is reached without passing `header`."""
     found, stack = {block}, [block]
     while stack:
         current = stack.pop()

@@ -1,4 +1,4 @@
-"""What people write today: eager PyTorch that materialises scores, in chunks of 1024 query rows. The peers of the ops."""
+"""The ops in eager PyTorch, as people write them today; scores are materialised, 1024 query rows a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ ROWS = 1024
 
 
 def peer(op_name: str) -> Callable[[Inputs], Any]:
-    """The function here that stands for an op of `qalign_kernels.bench.ops`."""
+    """Give the function of this module for an op of `qalign_kernels.bench.ops`."""
     same = {
         "similarity_argmax_packed": similarity_argmax_per_head,
         "qalign_attention_correlated": qalign_attention,
@@ -70,7 +70,7 @@ def attention(x: Inputs) -> Tensor:
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, contrast: float = 1.0
 ) -> Tensor:
-    """`bias` [B, 1, 1 or N_q, N_k] is added to the logits."""
+    """Attend in chunks; `bias` [B, 1, 1 or N_q, N_k] is added to the logits."""
     result, start = [], 0
     for rows in _chunks(query * query.shape[-1] ** -0.5):
         logits = rows @ key.mT
@@ -163,19 +163,23 @@ def qalign_attention_topk(x: Inputs) -> Tensor:
 
 
 def attention_gradient(x: Inputs) -> tuple[Tensor, ...]:
-    """By SDPA."""
+    """Compute the gradients by SDPA."""
     return gradient(scaled_dot_product_attention, x)
 
 
 def gradient(attend: Callable[..., Tensor], x: Inputs) -> tuple[Tensor, ...]:
-    """Of query, key and value, for an output weighted by `output_gradient`."""
+    """Compute the gradients of query, key and value, for an output weighted by `output_gradient`."""
     leaves = learned(x.query, x.key, x.value)
     with torch.enable_grad():
         return torch.autograd.grad(attend(*leaves), leaves, grad_outputs=x.output_gradient)
 
 
 def distillation_step(x: Inputs) -> tuple[Tensor, ...]:
-    """Attention Distillation by two SDPA calls and an L1: the gradients of query, key and value, and the loss."""
+    """Compute Attention Distillation by two SDPA calls and an L1.
+
+    Returns:
+        The gradients of query, key and value, and the loss.
+    """
     leaves = learned(x.query, x.key, x.value)
     ideal = scaled_dot_product_attention(x.query, x.ref_query, x.value)
     with torch.enable_grad():

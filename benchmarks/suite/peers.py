@@ -1,6 +1,7 @@
-"""Other people's kernels, where they are installed. Each function returns a call without arguments; what is not there raises ImportError.
+"""Kernels of other projects, where they are installed. Each function returns a call without arguments.
 
-Inputs are brought into the peer's own layout, normalised and squared outside the call, which favours the peer.
+The inputs are converted to the peer's layout, normalised and squared outside the call, which favours the
+peer. A missing package raises ImportError.
 """
 
 import importlib
@@ -18,7 +19,7 @@ FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 
 
 def fa3(x: Inputs) -> Callable[[], Tensor]:
-    """FlashAttention 3's forward, [B, N, H, D] inside."""
+    """Run the forward pass of FlashAttention 3, which takes [B, N, H, D]."""
     function = _first_found(FA3_MODULES, "flash_attn_func")
     query, key, value = (part.transpose(1, 2).contiguous() for part in (x.query, x.key, x.value))
 
@@ -30,13 +31,13 @@ def fa3(x: Inputs) -> Callable[[], Tensor]:
 
 
 def sageattention(x: Inputs) -> Callable[[], Tensor]:
-    """Attention with 8-bit scores: not the same numbers."""
+    """Attend with 8-bit scores, which are not the same numbers."""
     function = importlib.import_module("sageattention").sageattn
     return lambda: function(x.query, x.key, x.value, is_causal=False)
 
 
 def flash_kmeans(x: Inputs, joint: bool) -> Callable[[], Tensor]:
-    """Nearest centroid among vectors of equal norm, which is the most similar one: the index only."""
+    """Find the nearest centroid among vectors of equal norm, which is the most similar one; index only."""
     assign = importlib.import_module("flash_kmeans.assign_euclid_triton").euclid_assign_triton
     points, centroids = ((_joined(part) if joint else part.flatten(0, 1)) for part in (x.query, x.ref_query))
     points, centroids = (
@@ -47,14 +48,15 @@ def flash_kmeans(x: Inputs, joint: bool) -> Callable[[], Tensor]:
     return lambda: assign(points, centroids, **squares)
 
 
-COUNT_CHANNELS = 8  # two, and what keeps rows aligned to 16 bytes
+COUNT_CHANNELS = 8  # two channels, padded so that rows are aligned to 16 bytes
 NEVER = -30000.0  # a logit whose weight is zero, finite in float16
 
 
 def _with_counts(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [q, 1, 1], key [k, high, low] with high + low = ln(counts) / scale, and a value of the same width.
+    """Extend the query by ones and the key by its counts, and pad the value to the same width.
 
-    Two channels of the inputs' precision hold the logarithm about as well as fp32 does.
+    The query becomes [q, 1, 1] and the key [k, high, low], with high + low = ln(counts) / scale. Two channels
+    of the inputs' precision hold the logarithm about as well as fp32 does.
     """
     dtype, scale = x.key.dtype, x.query.shape[3] ** -0.5
     logit = (x.counts.float().log() / scale).clamp(min=NEVER)
@@ -68,14 +70,14 @@ def _with_counts(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def counted_sdpa(x: Inputs) -> Callable[[], Tensor]:
-    """Attention with counts by any SDPA: the counts are two more channels."""
+    """Attend with counts by any SDPA; two more channels hold the counts."""
     scale, width = x.query.shape[3] ** -0.5, x.value.shape[3]
     query, key, value = (_as_processors(part) for part in _with_counts(x))
     return lambda: scaled_dot_product_attention(query, key, value, scale=scale)[..., :width]
 
 
 def counted_varlen(x: Inputs) -> Callable[[], Tensor]:
-    """Attention with counts over the keys that have one, whose number stays on the device."""
+    """Attend with counts over the keys that were matched; their number stays on the device."""
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     if "seqused_k" not in inspect.signature(attend).parameters:
         raise ImportError("varlen_attn of this torch has no seqused_k")

@@ -1,4 +1,8 @@
-"""Who may serve a measured op: our backends, the reference, eager PyTorch and its compiled form, SDPA by name, FlexAttention, other peers."""
+"""The providers of a measured op.
+
+They are our backends, the reference, eager PyTorch and its compiled form, SDPA by name, FlexAttention and
+others.
+"""
 
 import contextlib
 import functools
@@ -38,7 +42,7 @@ MAIN_OPS = ("attention", "similarity_argmax", "qalign_attention", "qalign_attent
 
 
 def names(op: Op, shape: Shape, device: str, quick: bool) -> list[str]:
-    """The providers measured beside each other; SDPA on the same shape is always among them, as the yardstick."""
+    """List the providers that are measured beside each other; SDPA on the same shape is always there."""
     cuda = device == "cuda"
     result = [*(OURS if cuda else ("tiled",)), SDPA, "eager"]
     if (
@@ -61,12 +65,12 @@ def names(op: Op, shape: Shape, device: str, quick: bool) -> list[str]:
 
 
 def _reference_gib(shape: Shape) -> float:
-    """Four score matrices in float32 at once, about what the reference holds."""
+    """Estimate the memory of the reference: four score matrices in float32."""
     return 16 * shape.scores / 2**30
 
 
 def build(provider: str, op: Op, x: Inputs) -> Callable[[], Any]:
-    """A function without arguments that does the op once; raises where the provider cannot run here."""
+    """Make a function without arguments that does the op once; raise where the provider cannot run here."""
     if provider in OURS or provider == "reference":
         return lambda: op.run(x, provider)
     if provider == "eager":
@@ -90,7 +94,7 @@ def build(provider: str, op: Op, x: Inputs) -> Callable[[], Any]:
 
 
 def sdpa_implementation(provider: str, x: Inputs) -> str | None:
-    """Name what torch chooses for SDPA on these inputs, without a profiler; None for what is not SDPA."""
+    """Name the implementation that torch chooses for SDPA on these inputs; None for other providers."""
     if provider not in (SDPA, *FORCED_SDPA):
         return None
     forced = FORCED_SDPA.get(provider)
@@ -104,7 +108,7 @@ def sdpa_implementation(provider: str, x: Inputs) -> str | None:
 
 
 def _flash_implementation() -> str:
-    """Name the FlashAttention that this torch is set to: FA2 unless another one was activated."""
+    """Name the FlashAttention that torch uses: FA2, unless another one was activated."""
     active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
     return active or "FA2"
 
@@ -138,14 +142,14 @@ def _flex(op_name: str, x: Inputs, options: dict[str, Any] | None) -> Callable[[
 
 
 def flops(provider: str, op: Op, shape: Shape) -> float | None:
-    """FLOPs of the op's definition; SDPA and FlexAttention do plain attention whatever they stand beside."""
+    """Count FLOPs of the op's definition. SDPA and FlexAttention always do plain attention."""
     if provider.startswith(SDPA) and provider not in CHANNEL_PEERS:
         return attention_flops(shape.sizes)
     return op.flops(shape.sizes) if op.flops else None
 
 
 def refusal(provider: str, op: Op, x: Inputs) -> str | None:
-    """Why one of our backends cannot serve this op here, or None."""
+    """Give the reason why one of our backends cannot serve this op here, or None."""
     if provider != "triton":
         return None
     return _backends.triton_refusal(x.query, (x.query.shape[3],))

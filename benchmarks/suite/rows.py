@@ -1,6 +1,6 @@
-"""Result files: the row of a timed call, the same on every device, and the functions that write and read files.
+"""Result files: the row of a timed call, the same on every device, and how files are written and read.
 
-A file is written whole or not at all. A list has one row a line; `kind_of` tells what a file holds.
+A file is written whole or not at all. A list has one row a line. `kind_of` tells what a file holds.
 """
 
 import functools
@@ -16,7 +16,7 @@ from qalign_kernels.bench import measure
 
 from .shapes import PROCESSOR
 
-TIMES, COMPILED, HOST, VALIDATION, STAGE = "times", "static", "host", "validate", "gpu"  # kinds of files
+TIMES, COMPILED, HOST, VALIDATION, STAGE = "times", "static", "host", "validate", "gpu"  # the kinds of files
 
 
 class Row(NamedTuple):
@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
     Attributes:
         shape: [batch, heads, tokens, head_dim].
-        tflops: of the definition of the op, whoever runs it.
+        tflops: by the definition of the op, for every provider.
         peak_mib: memory beyond the inputs, the output included.
         saved_mib: what autograd keeps for the backward pass.
         ratio_to_sdpa: time over that of SDPA on the same shape in the same run.

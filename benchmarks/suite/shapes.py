@@ -1,4 +1,4 @@
-"""The attention shapes of real models, and inputs for them: random, or correlated as the features of two similar pictures are."""
+"""The attention shapes of real models, and inputs for them, random or correlated as in similar pictures."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,10 @@ FOLDED_HEAD_DIM = 64  # joint scores of heads in a row are taken in parts of thi
 
 
 class Shape(NamedTuple):
-    """One self-attention layer: [batch, heads, tokens, head_dim]. `sweep`: only the main ops, for plots against tokens and for one more model."""
+    """One self-attention layer: [batch, heads, tokens, head_dim].
+
+    A `sweep` shape is measured with the main ops only: for plots against tokens, and for one more model.
+    """
 
     name: str
     batch: int
@@ -32,12 +35,12 @@ class Shape(NamedTuple):
 
     @property
     def scores(self) -> int:
-        """Score elements E = B·H·N²."""
+        """Count score elements, E = B·H·N²."""
         return self.sizes.scores
 
     @property
     def large(self) -> bool:
-        """Too long for a quick look on a CPU."""
+        """Whether the shape takes too long for a quick look on a CPU."""
         return self.scores * self.head_dim > 4e10
 
 
@@ -80,15 +83,20 @@ def make_inputs(
     asked_fraction: float = UNIQUE_FRACTION,
     layout: str = PROCESSOR,
 ) -> Inputs:
-    """Draw normal features; `correlated` makes each query a noisy copy of its match among `asked_fraction` of
-    the reference tokens, else matches are by chance. `layout` is one of LAYOUTS."""
+    """Draw normal features.
+
+    Args:
+        correlated: make each query a noisy copy of its match; otherwise matches are by chance.
+        asked_fraction: the fraction of reference tokens that are matched, where `correlated`.
+        layout: one of LAYOUTS.
+    """
     fraction = asked_fraction if correlated else None
     inputs = draw_inputs(shape.sizes, dtype, device, matched_fraction=fraction, seed=seed)
     return in_processor_layout(inputs) if layout == PROCESSOR else inputs
 
 
 def layouts(op_name: str, shape: Shape) -> tuple[str, ...]:
-    """Name the layouts in which an op takes different kernels: joint scores fold the heads of one only."""
+    """Name the layouts in which an op uses different kernels: joint scores fold the heads in one of them."""
     folds = op_name in JOINT_OPS and shape.head_dim != FOLDED_HEAD_DIM
     folds = folds and shape.heads * shape.head_dim % FOLDED_HEAD_DIM == 0
     return LAYOUTS if folds else (PROCESSOR,)

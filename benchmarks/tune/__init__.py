@@ -1,4 +1,4 @@
-"""`python -m benchmarks tune`: tiles that are faster on this GPU, into the table that the kernels read."""
+"""`python -m benchmarks tune`: write tiles that are faster on this GPU into the table of the kernels."""
 
 from .command import add_arguments, files, run
 

@@ -1,4 +1,4 @@
-"""What each row of the tile table is tried on: the op that times it, and the further calls that take the same tile."""
+"""For each row of the tile table: the op that times it, and the other calls that use the same tile."""
 
 import functools
 from collections.abc import Callable
@@ -28,8 +28,8 @@ from ..suite import shapes
 from ..suite.shapes import FOLDED_HEAD_DIM, Shape
 
 LABELS = ("bit_sets", "half_sets", "query_bit_sets", "query_half_sets", "classes")
-HEADS = {40: 8, 64: 10, 80: 8, 128: 24, 160: 8}  # as the models that have these head dims
-USUAL_TOKENS = (4096, 1024, 16384, 256)  # most usual first
+HEADS = {40: 8, 64: 10, 80: 8, 128: 24, 160: 8}  # heads by head dim, as in the models
+USUAL_TOKENS = (4096, 1024, 16384, 256)  # the most usual first
 LARGE_K = 64
 LISTED_ARCHITECTURE = "sm_90"
 LISTED_HEAD_DIMS = {
@@ -40,14 +40,19 @@ LISTED_HEAD_DIMS = {
 
 
 class Call(NamedTuple):
-    """As an `Op`: `run(inputs, backend)`, and `check(inputs, result, backend)` against float64 within the error budget."""
+    """A call like an `Op`: `run(inputs, backend)`, and `check(inputs, result, backend)` against float64."""
 
     run: Callable[[Inputs, str], Any]
     check: Callable[[Inputs, Any, str], bool]
 
 
 class Trial(NamedTuple):
-    """`timed` decides which tile of (op, mode) is the fastest; `others` launch it too, in other variants, and must stay right."""
+    """The calls for one (op, mode) of the table.
+
+    Attributes:
+        timed: decides which tile is the fastest.
+        others: further variants that use the same tile; they must stay right.
+    """
 
     op: str
     mode: str
@@ -60,7 +65,7 @@ class Trial(NamedTuple):
 
     @property
     def listed(self) -> bool:
-        """Whether its kernel serves only what a row of the table names, and the general kernel the rest."""
+        """Whether its kernel serves only keys with a row in the table; the general kernel serves the rest."""
         return (self.op, self.mode) in LISTED_WORK
 
     def serves(self, architecture: str, head_dim: int) -> bool:
@@ -72,7 +77,7 @@ class Trial(NamedTuple):
 
 
 def make_inputs(key: Key, device: str = "cuda") -> Inputs:
-    """Correlated inputs of the key's dtype, head dim and largest number of tokens, laid out so that the launch looks up this key."""
+    """Draw correlated inputs for a key: its dtype, head dim and largest number of tokens."""
     tokens = key.tokens or USUAL_TOKENS[0]
     batch = 2 if tokens <= 4096 and key.head_dim < 128 else 1
     shape = Shape("", batch, HEADS[key.head_dim], tokens, key.head_dim)
@@ -80,7 +85,7 @@ def make_inputs(key: Key, device: str = "cuda") -> Inputs:
 
 
 def make_ragged(inputs: Inputs, key: Key) -> Inputs:
-    """The inputs without their last tokens, so that no tile divides them."""
+    """Cut the last tokens, so that no tile divides their number."""
     tokens = inputs.query.shape[2] - 7
     index = inputs.match_map[:, :, :tokens].clamp(max=tokens - 1)
     counts = torch.zeros_like(index).scatter_add_(2, index.long(), torch.ones_like(index))
@@ -90,7 +95,7 @@ def make_ragged(inputs: Inputs, key: Key) -> Inputs:
 
 
 def _laid_out(inputs: Inputs, key: Key) -> Inputs:
-    """[B, N, H, D] storage as attention processors have it, except where that would fold the heads into another head dim."""
+    """Store [B, N, H, D] as attention processors do, unless that would fold the heads."""
     unfolded = key.op == "similarity" and key.mode in ("joint", "topk") and key.head_dim != FOLDED_HEAD_DIM
     features = {name: getattr(inputs, name) for name in FEATURES}
     lay_out = Tensor.contiguous if unfolded else processor_layout
@@ -161,7 +166,7 @@ def _match(similarity: str, joint: bool, k: int | None = None, labels: bool = Fa
 
 
 def _candidates(x: Inputs) -> Tensor:
-    """The match of each query and TOPK - 1 tokens that lie at equal distances from it, int32 [B, 1, N, K]."""
+    """Give the match of each query and TOPK - 1 tokens at equal distances from it, int32 [B, 1, N, K]."""
     tokens = x.key.shape[2]
     offsets = torch.arange(TOPK, device=x.match_map.device) * (tokens // TOPK)
     return ((x.match_map.unsqueeze(-1) + offsets) % tokens).int()
@@ -208,28 +213,58 @@ _CONTRASTED = _attention(contrast=CONTRAST)
 _SHARED_GRADIENT = Call(
     functools.partial(gradient, shared=True), functools.partial(check_gradient, shared=True)
 )
-# what Q-Align runs for every layer first
+# the calls that Q-Align makes for every layer come first
 TRIALS = (
-    Trial("similarity", "joint", _OPS["similarity_argmax"], (_match("cosine", True, labels=True), _match("dot", True))),
+    Trial(
+        "similarity",
+        "joint",
+        _OPS["similarity_argmax"],
+        (_match("cosine", True, labels=True), _match("dot", True)),
+    ),
     Trial("attention", "counted softmax", _OPS["attention_counts"]),
     Trial("attention", "softmax", _attention(), (_attention(segments=2),)),
-    Trial("attention", "contrast", _attention(counts=True, contrast=CONTRAST), (_CONTRASTED, _attention(contrast=CONTRAST, segments=2))),
-    Trial("attention", "guided", _OPS["qalign_attention_guided"], (_attention(guided=True, labels=True, contrast=CONTRAST),)),
     Trial(
-        "similarity", "topk", _OPS["similarity_topk"],
-        (_match("cosine", True, LARGE_K), _match("cosine", True, TOPK, labels=True), _match("dot", False, TOPK)),
+        "attention",
+        "contrast",
+        _attention(counts=True, contrast=CONTRAST),
+        (_CONTRASTED, _attention(contrast=CONTRAST, segments=2)),
+    ),
+    Trial(
+        "attention",
+        "guided",
+        _OPS["qalign_attention_guided"],
+        (_attention(guided=True, labels=True, contrast=CONTRAST),),
+    ),
+    Trial(
+        "similarity",
+        "topk",
+        _OPS["similarity_topk"],
+        (
+            _match("cosine", True, LARGE_K),
+            _match("cosine", True, TOPK, labels=True),
+            _match("dot", False, TOPK),
+        ),
     ),
     Trial("topk_attention", "softmax", _topk_attention(1.0)),
     Trial("topk_attention", "contrast", _topk_attention(CONTRAST)),
-    Trial("attention", "lse", _CONTRASTED, (_attention(contrast=CONTRAST, counts=True, labels=True), _OPS["mean_attention_map"])),
+    Trial(
+        "attention",
+        "lse",
+        _CONTRASTED,
+        (_attention(contrast=CONTRAST, counts=True, labels=True), _OPS["mean_attention_map"]),
+    ),
     Trial("similarity", "exact", _OPS["similarity_argmax_per_head"], (_match("cosine", False, labels=True),)),
     Trial("similarity", "packed", _OPS["similarity_argmax_packed"]),
     Trial(
-        "attention", "busy softmax", _OPS["attention_labels"],
+        "attention",
+        "busy softmax",
+        _OPS["attention_labels"],
         (_attention(counts=True, labels=True, segments=2), _OPS["distillation_step"]),
     ),
     Trial(
-        "attention", "busy contrast", _attention(labels=True, contrast=CONTRAST),
+        "attention",
+        "busy contrast",
+        _attention(labels=True, contrast=CONTRAST),
         (_attention(counts=True, labels=True, segments=2, contrast=CONTRAST),),
     ),
     Trial("attention", "exact", _OPS["label_mass"], (Call(_counted_mass, _check_counted_mass),)),
@@ -237,11 +272,11 @@ TRIALS = (
     Trial("attention_backward", "queries", _OPS["attention_gradient"]),
     Trial("attention_backward", "keys", _OPS["attention_gradient"]),
     Trial("attention_backward", "shared keys", _SHARED_GRADIENT),
-    # kernels in Gluon for sm_90, which serve only what a row of the table names
+    # kernels in Gluon for sm_90; they serve only keys with a row in the table
     Trial("similarity", "joint hopper", _OPS["similarity_argmax"], (_match("dot", True),)),
     Trial("attention", "counted softmax hopper", _OPS["attention_counts"], (_OPS["qalign_attention"],)),
     Trial("attention", "softmax hopper", _attention()),
-)  # fmt: skip
+)
 
 
 def trial_named(name: str) -> Trial:
@@ -264,10 +299,13 @@ CORE_HEAD_DIMS = (64, 40, 128)
 
 
 def order(trial: Trial, key: Key) -> tuple:
-    """Sorts keys by what matters most: bfloat16, then what Q-Align runs at the usual head dims, by its usual numbers of tokens."""
+    """Sort keys by importance: bfloat16, then the ops of Q-Align at usual head dims and numbers of tokens."""
     folded = trial.name in ("similarity joint", "similarity topk") and key.head_dim != FOLDED_HEAD_DIM
     minor = trial.name not in CORE or key.head_dim not in CORE_HEAD_DIMS or folded
     return (
-        key.dtype != "bfloat16", minor, USUAL_TOKENS.index(key.tokens or USUAL_TOKENS[0]), TRIALS.index(trial),
+        key.dtype != "bfloat16",
+        minor,
+        USUAL_TOKENS.index(key.tokens or USUAL_TOKENS[0]),
+        TRIALS.index(trial),
         (*CORE_HEAD_DIMS, *HEADS).index(key.head_dim),
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""The commands of `python -m qalign`, one module each, as `qalign_kernels._command_line` describes them."""
+"""The commands of `python -m qalign`, one module each, as `qalign_kernels._command_line` describes."""
 
 import importlib.util
 import sys
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def _load_without_torch(name: str) -> None:
-    """Import a module of `qalign_kernels` that needs no torch, without its package, which imports torch.
+    """Import a module of `qalign_kernels` that needs no torch, but not its package, which imports torch.
 
-    So `--help` answers at once. Later imports find the module under its own name.
+    `--help` then answers at once. Later imports find the module under its own name.
     """
     if name in sys.modules:
         return

@@ -1,4 +1,4 @@
-"""What `distill` and `texture` share: the arguments of a run, label maps, and the report of its result."""
+"""Shared by `distill` and `texture`: the arguments of a run, label maps, and the report of the result."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,18 +12,23 @@ if TYPE_CHECKING:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of a run of the optimiser."""
+    """Add the options of the optimiser."""
     run = parser.add_argument_group("distillation")
-    run.add_argument("--steps", type=count, metavar="N", help="of the schedule (default: as published)")
+    run.add_argument("--steps", type=count, metavar="N", help="denoising steps (default: as published)")
     run.add_argument(
-        "--iterations", type=count, metavar="M", help="of the optimiser at each step (default: as published)"
+        "--iterations",
+        type=count,
+        metavar="M",
+        help="optimiser iterations in each step (default: as published)",
     )
-    run.add_argument("--rate", type=positive, metavar="R", help="of the optimiser (default: as published)")
+    run.add_argument(
+        "--rate", type=positive, metavar="R", help="learning rate of the optimiser (default: as published)"
+    )
     run.add_argument(
         "--layers",
         nargs="+",
         metavar="NAME",
-        help="self-attention layers: up, names, patterns (default: the last six of the decoder)",
+        help="self-attention layers: up, names or patterns (default: the last six of the decoder)",
     )
     run.add_argument(
         "--tune-decoder",
@@ -32,9 +37,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         const=75,
         default=0,
         metavar="N",
-        help="decode sharply: tune the VAE's decoder to the style first, for N iterations (default without N: %(const)s; without it: not at all)",
+        help="tune the VAE's decoder to the style for N iterations (default N: %(const)s), for sharpness",
     )
-    run.add_argument("--seed", type=seed, default=0, help="of all noise (default: %(default)s)")
+    run.add_argument("--seed", type=seed, default=0, help="seed of all noise (default: %(default)s)")
 
 
 def run_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def read_regions(
     style_wanted: tuple[int, int] | None,
     output_wanted: tuple[int, int] | None,
 ) -> "Regions":
-    """The label maps of a style and of the output, by `read_label_map`."""
+    """Read the label maps of a style and of the output, as `read_label_map`."""
     from ..context.regions import Regions
 
     style, output = (
@@ -70,16 +75,16 @@ def read_regions(
 
 
 def report(result: Any, path: Path) -> int:
-    """Write the picture, say how the loss went, and whether it was all."""
+    """Write the picture, and print the losses and whether the run was interrupted."""
     write("picture", result.images[0], path)
     if len(result.losses):
         first, last = result.losses[0].tolist(), result.losses[-1].tolist()
-        say(
-            f"loss: {first[0]:.4g} to {last[0]:.4g} in {len(result.losses)} iterations; distillation {first[1]:.4g} to {last[1]:.4g}"
-        )
+        distillation = f"distillation {first[1]:.4g} to {last[1]:.4g}"
+        count = f"{len(result.losses)} iterations"
+        say(f"loss: {first[0]:.4g} to {last[0]:.4g} in {count}; {distillation}")
     if len(result.decoder_losses):
         first, last = result.decoder_losses[0].item(), result.decoder_losses[-1].item()
         say(f"loss of the decoder: {first:.4g} to {last:.4g} in {len(result.decoder_losses)} iterations")
     if result.interrupted:
-        say("interrupted: the picture is the best there was")
+        say("interrupted: the picture is the best one so far")
     return 130 if result.interrupted else 0

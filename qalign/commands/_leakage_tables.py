@@ -14,6 +14,19 @@ TITLES = {
     "layout_iou": "layout kept (part IoU)",
     "colour_error": "colour error of the parts",
 }
+COUNTS = {
+    "leaking_pairs": "leaking pairs ↓",
+    "leaking_pairs_improved": "  leak with the first, now less ↑",
+}
+SUMMARISED = (
+    "part_agreement",
+    "own_part_mass",
+    "object_background_leakage",
+    "leaking_pairs",
+    "leaking_pairs_improved",
+    "layout_iou",
+    "colour_error",
+)
 BETTER = {  # +1: more is better; -1: less is better
     "part_agreement": 1,
     "token_agreement": 1,
@@ -29,9 +42,7 @@ NOTED = (("untouched", "colour_error"), ("untouched", "layout_iou"), ("appearanc
 
 
 def leakage_table(report: Mapping[str, Any]) -> str:
-    """The report of `evaluation.leakage`: the figures of every method, then their differences from the
-    first.
-    """
+    """The report of `evaluation.leakage`: figures of every method, and differences from the first."""
     methods, settings = report["methods"], report["settings"]
     baseline = next(iter(methods))
     mean = "mean [95 % interval, pairs resampled]" if report["pairs"] > 1 else "one pair has no interval"
@@ -54,9 +65,7 @@ def leakage_table(report: Mapping[str, Any]) -> str:
 
 
 def _differences(differences: Mapping[str, Any], baseline: str) -> list[str]:
-    """A row for each figure: the difference of each method from the baseline, and whether it is better or
-    worse.
-    """
+    """The difference of each method from the baseline by figure, as better or worse."""
     lines = [row(f"difference from {baseline}", map(_name, differences), VERDICT_WIDTH)]
     for figure in TITLES:
         cells = [_verdict(figure, **other[figure]) for other in differences.values()]
@@ -109,7 +118,7 @@ def ablation_table(report: Mapping[str, Any]) -> str:
     lines += ["", f"object attention, {probed}", row("", heads)]
     for name, entry in {"self_attention": report["self_attention"], **report["refinements"]}.items():
         lines.append(row(_name(name), [cell(**entry[figure]) for figure in ATTENTION]))
-    heads = ["colour error ratio ↓", "layout kept ↑", "outside its part ↓", "leaking, less"]
+    heads = ["colour error ratio ↓", "layout kept ↑", "outside its part ↓", "leaking pairs, now less"]
     lines += ["", f"pictures, {report['transfers']['pairs']} pairs", row("", heads)]
     for name, entry in report["refinements"].items():
         picture, intervals = entry["picture"], entry["picture"]["intervals"]
@@ -122,10 +131,28 @@ def ablation_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The main figures of leakage reports side by side, by the title of each report."""
+    columns = [(name, entry) for report in reports.values() for name, entry in report["methods"].items()]
+    heads = "".join(f"{head:>{12 * len(report['methods'])}}" for head, report in reports.items())
+    lines = [
+        f"{'attention leakage':<{TITLE_WIDTH}}{heads}",
+        row("", [_name(name) for name, _ in columns], 12),
+    ]
+    for figure in SUMMARISED:
+        lines.append(row(title(figure), [_number(entry.get(figure)) for _, entry in columns], 12))
+    return "\n".join([*lines, LEGEND])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
 def title(figure: str) -> str:
-    """The title of a figure, with an arrow towards what is better."""
-    arrow = {1: " ↑", -1: " ↓"}.get(BETTER.get(figure, 0), "")
-    return TITLES[figure] + arrow
+    """The title of a figure, with an arrow towards better values."""
+    if figure in COUNTS:
+        return COUNTS[figure]
+    return f"{TITLES[figure]} {'↑' if BETTER[figure] > 0 else '↓'}"
 
 
 def row(title: str, cells: Iterable[str], width: int = WIDTH) -> str:

@@ -1,4 +1,4 @@
-"""What the commands share: pictures in, files out, and the model."""
+"""Shared by the commands: options, pictures to read, files to write, and the model."""
 
 import argparse
 import json
@@ -28,20 +28,21 @@ from ..methods._names import ALIGNED, TRANSFERS
 
 __all__ = [
     "ALIGNED", "REFINEMENTS",
-    "Files", "Parser", "Reading", "add_command", "count", "fraction", "main", "number", "positive", "replacing", "require_device", "seed", "whole",
+    "Files", "Parser", "Reading", "add_command", "count", "fraction", "main", "number", "positive",
+    "replacing", "require_device", "seed", "whole",
 ]  # fmt: skip
 
 MULTIPLE = 8  # pixels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = ("float32", "float16", "bfloat16")
-COMPARED = {
+COMPARED = {  # the methods that demo, leakage and compare show side by side
     "cross_image": "Cross-Image",
     "qalign": "Q-Align",
     "qalign_warp": "QAlignWarp",
-}  # by demo and leakage
-SIDE = 16  # of the token grid that demo and correspond show where no layer is named
+}
+SIDE = 16  # demo and correspond show the layer nearest to 16 x 16 tokens
 DEFAULT_REFINEMENT = "rearranged"
-READ_BY_REFINEMENT = {  # the settings of qalign, by the refinements that read them
+READ_BY_REFINEMENT = {  # the refinements of qalign that use each setting
     "aligned": REFINEMENTS,
     "similarity": REFINEMENTS,
     "heads": ("rearranged", "topk", "warped_values", "warped_output", "none"),
@@ -58,39 +59,48 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="embedded",
         metavar="NAME",
-        help="'embedded': the small one inside the package, for pictures of 128x128; a folder with a Stable Diffusion (XL) model in diffusers' "
-        "form; or the id of one on the Hugging Face Hub (default: %(default)s)",
+        help="'embedded' (the small model inside the package, for pictures of 128x128), a folder with a "
+        "Stable Diffusion (XL) model, or the id of one on the Hugging Face Hub (default: %(default)s)",
     )
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of the networks; latents are float32 always (default: %(default)s)",
+        help="dtype of the networks; latents are always float32 (default: %(default)s)",
     )
     group.add_argument(
-        "--device", metavar="NAME", help="cuda, mps or cpu (default: the first of these that is there)"
+        "--device", metavar="NAME", help="cuda, mps or cpu (default: the first of these that is available)"
     )
     group.add_argument(
         "--offload",
         action="store_true",
-        help="keep only the network that runs on the device, for little memory",
+        help="keep only the running network on the device, to save memory",
     )
 
 
-def title_of(method: str) -> str:
-    """A method as the field calls it, by its name in `METHODS`."""
-    from ..methods import METHODS as KINDS
+def method_name(text: str) -> str:
+    """A method's name, or package.module:Class for a method outside this package, which is imported later."""
+    if text not in METHODS and ":" not in text:
+        raise argparse.ArgumentTypeError(
+            f"expected package.module:Class or one of {', '.join(METHODS)}, got {text!r}"
+        )
+    return text
 
-    return KINDS[method].card.title  # type: ignore[attr-defined]
+
+def title_of(method: str) -> str:
+    """The title of a method, such as "Q-Align", by its name in `METHODS` or as package.module:Class."""
+    from ..methods import find_method
+
+    return find_method(method).title()
 
 
 def refinement_of(options: argparse.Namespace) -> str:
-    """That of qalign in this call."""
+    """The refinement of qalign in this call."""
     return options.refinement or DEFAULT_REFINEMENT
 
 
 def size(text: str) -> tuple[int, int]:
-    """(width, height) of "S" or "WxH", each a multiple of 8."""
+    """Read "S" or "WxH" as (width, height), each a multiple of 8."""
     sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
     if len(sides) not in (1, 2) or min(sides) <= 0:
         raise argparse.ArgumentTypeError(f"expected a size such as 512 or 512x768, got {text!r}")
@@ -107,7 +117,7 @@ def nearest(width: int, height: int) -> str:
 
 
 def picture_path(text: str) -> Path:
-    """A file to write a picture to."""
+    """The path of a picture to write."""
     path = Path(text)
     if path.suffix.lower() not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"expected a file that ends in {', '.join(SUFFIXES)}, got {text!r}")
@@ -115,7 +125,7 @@ def picture_path(text: str) -> Path:
 
 
 def label_path(text: str) -> Path:
-    """A file to write labels to, in the one format that keeps them."""
+    """The path of a label map to write, as PNG, the one format that keeps labels."""
     path = Path(text)
     if path.suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"expected a file that ends in .png, got {text!r}")
@@ -123,7 +133,7 @@ def label_path(text: str) -> Path:
 
 
 def given_files(options: argparse.Namespace, *names: str) -> list[tuple[str, Path]]:
-    """(option, path) of those options that were given, each a path or a list of paths."""
+    """(option, path) for each given option, whose value is a path or a list of paths."""
     found = [(f"--{name.replace('_', '-')}", getattr(options, name)) for name in names]
     lists = [
         (option, value if isinstance(value, list) else [value])
@@ -134,10 +144,10 @@ def given_files(options: argparse.Namespace, *names: str) -> list[tuple[str, Pat
 
 
 def require_pair(options: argparse.Namespace) -> bool:
-    """Whether --structure and --appearance are given, and not --scenes.
+    """Whether --structure and --appearance are given instead of --scenes.
 
     Raises:
-        ValueError: both, neither, or a half.
+        ValueError: both ways are used, or neither, or one picture is missing.
     """
     given = [getattr(options, name) is not None for name in ("structure", "appearance", "scenes")]
     if given not in ([True, True, False], [False, False, True]):
@@ -146,14 +156,17 @@ def require_pair(options: argparse.Namespace) -> bool:
 
 
 def read_pictures(paths: Sequence[Path], wanted: tuple[int, int] | None) -> list[Any]:
-    """RGB pictures of one size: their own, or `wanted` (width, height), for which they are scaled and their middle is cut out."""
+    """Read RGB pictures of one size.
+
+    With `wanted` (width, height), each picture is scaled, and its middle is cut out. Without it, the
+    pictures must have one size.
+    """
     pictures = [_read_picture(path, wanted) for path in paths]
     for path, picture in zip(paths, pictures):
         if picture.size != pictures[0].size:
             first, other = (f"{picture.width}x{picture.height}" for picture in (pictures[0], picture))
-            raise ValueError(
-                f"{path}: expected the size of {paths[0]}, {first}, got {other}; --size {first} makes them equal"
-            )
+            advice = f"--size {first} makes them equal"
+            raise ValueError(f"{path}: expected the size of {paths[0]}, {first}, got {other}; {advice}")
     return pictures
 
 
@@ -180,15 +193,15 @@ def _read_picture(path: Path, wanted: tuple[int, int] | None) -> Any:
 def _check_sides(path: Path, width: int, height: int) -> None:
     if width % MULTIPLE or height % MULTIPLE:
         near = nearest(width, height)
-        raise ValueError(
-            f"{path}: expected sides that are multiples of {MULTIPLE}, got {width}x{height}; --size {near} is the nearest"
-        )
+        expected, advice = f"sides that are multiples of {MULTIPLE}", f"--size {near} is the nearest"
+        raise ValueError(f"{path}: expected {expected}, got {width}x{height}; {advice}")
 
 
 def read_label_map(path: Path, size: tuple[int, int] | None, wanted: tuple[int, int] | None) -> Any:
-    """The labels [h, w] of a picture of `size` (width, height), scaled and cut as `read_pictures` does for `wanted`, to the nearest label.
+    """Read the labels [h, w] of a picture of `size` (width, height).
 
-    Without `size` they are of a picture that is still to be made.
+    With `wanted` they are scaled and cut as in `read_pictures`, to the nearest label. Without `size` they
+    belong to a picture that is still to be made.
     """
     from PIL import Image, ImageOps
 
@@ -208,14 +221,13 @@ def read_label_map(path: Path, size: tuple[int, int] | None, wanted: tuple[int, 
     if size is None:
         _check_sides(path, labels.shape[1], labels.shape[0])
     elif labels.shape != (size[1], size[0]):
-        raise ValueError(
-            f"{path}: expected labels of its picture's {size[0]}x{size[1]} pixels, got {labels.shape[1]}x{labels.shape[0]}"
-        )
+        expected, got = f"{size[0]}x{size[1]}", f"{labels.shape[1]}x{labels.shape[0]}"
+        raise ValueError(f"{path}: expected labels of its picture's {expected} pixels, got {got}")
     return labels
 
 
 def load_pipeline(options: argparse.Namespace) -> Any:
-    """The appearance transfer pipeline that `add_model_arguments` describes, on its device."""
+    """Load the appearance transfer pipeline that the options of `add_model_arguments` describe."""
     import torch
 
     from ..pipelines import AppearanceTransferPipeline
@@ -238,35 +250,42 @@ def load_pipeline(options: argparse.Namespace) -> Any:
 
 
 def _load_stock(model: str, dtype: Any) -> Any:
-    """The pipeline on a model of a folder or of the Hub. Its kind is known before its weights are read."""
+    """Load a model of a folder or of the Hub. Its kind is checked before its weights are read."""
     from diffusers import DiffusionPipeline
 
     from ..pipelines import AppearanceTransferPipeline
 
     name = model.rstrip("/").split("/")[-1]
-    got = f"{model!r}; `hf download {model if model.count('/') == 1 else 'NAMESPACE/MODEL'} --local-dir {name}` fetches one where there is a network"
-    wanted = "--model: expected 'embedded', a folder with a model_index.json, or the id of a model on the Hugging Face Hub (and a network)"
+    hub_id = model if model.count("/") == 1 else "NAMESPACE/MODEL"
+    got = f"{model!r}; `hf download {hub_id} --local-dir {name}` downloads a model"
+    wanted = (
+        "--model: expected 'embedded', a folder with a model_index.json, "
+        "or the id of a model on the Hugging Face Hub (and a network)"
+    )
     if Path(model).exists() and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"{wanted}, got a path without one, {got}")
     try:
         index = json.loads(_index_of(model).read_text(encoding="utf-8"))
         foreign = [name for name in ("unet", "vae", "text_encoder", "tokenizer") if name not in index]
-        stock = None if foreign else DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
-    except Exception as error:  # of the hub's client, of requests, of the loader: each has its own family
+        stock = (
+            None
+            if foreign
+            else DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+        )
+    except Exception as error:  # each library below has its own types
         reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
         raise ValueError(f"{wanted}, got {got} ({reason})") from error
     try:
         if foreign:
-            raise TypeError(
-                f"expected Stable Diffusion or Stable Diffusion XL, got {index.get('_class_name')} without {', '.join(foreign)}"
-            )
+            got = f"{index.get('_class_name')} without {', '.join(foreign)}"
+            raise TypeError(f"expected Stable Diffusion or Stable Diffusion XL, got {got}")
         return AppearanceTransferPipeline.from_pipe(stock)
     except (TypeError, ValueError) as error:
         raise ValueError(f"--model: {str(error).removeprefix('pipeline: ')}") from error
 
 
 def _index_of(model: str) -> Path:
-    """The file of a model that names its parts."""
+    """The file of a model that lists its parts."""
     if Path(model).exists():
         return Path(model) / "model_index.json"
     from huggingface_hub import hf_hub_download
@@ -275,7 +294,7 @@ def _index_of(model: str) -> Path:
 
 
 def write(what: str, content: Any, path: Path) -> None:
-    """Write text, a PIL image or a figure, and say where."""
+    """Write text, a PIL image or a figure, and print where."""
     with replacing(path) as temporary:
         if isinstance(content, str):
             temporary.write_text(content, encoding="utf-8")

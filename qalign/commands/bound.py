@@ -1,13 +1,18 @@
-"""Draw a picture with each subject in a box of its own, by bounded attention: subjects see neither each other nor each other's words.
+"""Draw a picture with each subject in a box, by bounded attention.
 
-In the first steps the latents are moved until the subjects' attention lies in their boxes; later masks that follow the subjects take the boxes'
-place. A box is x0 y0 x1 y1, fractions of the width and height from the upper left corner; the last one is in front. Ctrl-C writes what there is.
+A subject attends neither the other subjects nor their words. In the first steps, the latents move until the
+attention of each subject lies in its box. Later, masks that follow the subjects replace the boxes. A box is
+x0 y0 x1 y1, in fractions of width and height from the upper left corner. Where boxes overlap, the last one
+is in front. Ctrl-C stops and writes the picture so far.
 
 examples:
-  python -m qalign bound --prompt "a photo of two birds" --box bird 0.05 0.3 0.45 0.9 --box bird 0.55 0.3 0.95 0.9 --out O.png
-  python -m qalign bound --prompt "a photo of two fish" --box fish 0.3 0.05 0.7 0.45 --box fish 0.3 0.55 0.7 0.95 --labels-out L.png --out O.png
-  python -m qalign bound --model ./stable-diffusion-xl-base-1.0 --dtype float16 --prompt "a red cat and a grey dog on a sofa" \\
-      --box "red cat" 0.05 0.3 0.45 0.9 --box "grey dog" 0.55 0.3 0.95 0.9 --out O.png
+  python -m qalign bound --prompt "a photo of two birds" --out O.png \\
+      --box bird 0.05 0.3 0.45 0.9 --box bird 0.55 0.3 0.95 0.9
+  python -m qalign bound --prompt "a photo of two fish" --labels-out L.png --out O.png \\
+      --box fish 0.3 0.05 0.7 0.45 --box fish 0.3 0.55 0.7 0.95
+  python -m qalign bound --model ./stable-diffusion-xl-base-1.0 --dtype float16 --out O.png \\
+      --prompt "a red cat and a grey dog on a sofa" \\
+      --box "red cat" 0.05 0.3 0.45 0.9 --box "grey dog" 0.55 0.3 0.95 0.9
 """
 
 import argparse
@@ -30,10 +35,8 @@ from ._shared import (
     write,
 )
 
-EMBEDDED_RATES = (
-    100.0,
-    25.0,
-)  # those of Stable Diffusion hardly move the small model's latents (python -m benchmarks bounded)
+# The rates for Stable Diffusion hardly move the small model's latents (python -m benchmarks bounded).
+EMBEDDED_RATES = (100.0, 25.0)
 
 READINGS = (
     Reading(("rates",), lambda options: options.iterations != 0, "without --iterations 0"),
@@ -54,46 +57,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar=("WORDS", "X0", "Y0", "X1", "Y1"),
-        help="words of the prompt (their plural in s will do), and where what they name belongs; once for each subject",
+        help="a subject: words of the prompt (or their singular), then its box; repeat for each subject",
     )
-    pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
+    pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="picture to write")
     pictures.add_argument(
         "--labels-out",
         type=label_path,
         metavar="L.png",
-        help="also the subjects' masks in the end: 1 the first, 0 none",
+        help="also write the final masks of the subjects as labels: 1 for the first, 0 for none",
     )
     pictures.add_argument(
-        "--size", type=size, metavar="S|WxH", help="in pixels, multiples of 8 (default: the model's own)"
+        "--size", type=size, metavar="S|WxH", help="size in pixels, multiples of 8 (default: the model's own)"
     )
 
     run = parser.add_argument_group("guidance")
-    run.add_argument("--steps", type=count, default=50, metavar="N", help="of DDIM (default: %(default)s)")
     run.add_argument(
-        "--guidance", type=number, default=7.5, metavar="S", help="of the prompt (default: %(default)s)"
+        "--steps", type=count, default=50, metavar="N", help="denoising steps of DDIM (default: %(default)s)"
+    )
+    run.add_argument(
+        "--guidance",
+        type=number,
+        default=7.5,
+        metavar="S",
+        help="classifier-free guidance scale (default: %(default)s)",
     )
     run.add_argument(
         "--rates",
         type=number,
         nargs=2,
         metavar=("FIRST", "LAST"),
-        help="of the descent in the first guided step and the last (default: as published, of the embedded model "
-        f"{EMBEDDED_RATES[0]:g} {EMBEDDED_RATES[1]:g}); larger ones obey more and look worse",
+        help="rates of the descent in the first and last guided step; with larger rates the subjects follow "
+        "the boxes more, and the picture looks worse (default: as published; for the embedded model "
+        f"{EMBEDDED_RATES[0]:g} {EMBEDDED_RATES[1]:g})",
     )
     run.add_argument(
         "--iterations",
         type=whole,
         metavar="M",
-        help="at most, in each guided step; 0: masks alone (default: 5, as published)",
+        help="largest number of iterations in a guided step; 0 uses masks alone (default: 5, as published)",
     )
     run.add_argument(
         "--layers",
         nargs="+",
         metavar="NAME",
-        help="in which the loss is read: names, patterns (default: as published)",
+        help="layers of the loss: names or patterns (default: as published)",
     )
-    run.add_argument("--keep-boxes", action="store_true", help="do not let masks take the boxes' place")
-    run.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
+    run.add_argument("--keep-boxes", action="store_true", help="keep the boxes; do not replace them by masks")
+    run.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: %(default)s)")
     add_model_arguments(parser)
 
 

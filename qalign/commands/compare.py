@@ -1,13 +1,14 @@
-"""Transfer one picture's appearance to another by every method, side by side.
+"""Compare all methods of appearance transfer on one pair of pictures.
 
-Writes one grid, with time, peak memory and leakage under each picture, and prints the table. Leakage needs labels: it is measured with --scenes,
-and for pictures that `scenes` wrote, whose labels lie beside them (SEED-labels.png). Times are of one run each.
+The command writes one grid, with time, peak memory and leakage at each picture, and prints these figures as
+a table. Leakage needs part labels: those of --scenes, or the files SEED-labels.png beside pictures that
+`scenes` wrote. Each time is one run.
 
 examples:
   python -m qalign compare --scenes 0 --out compare.png
   python -m qalign compare --appearance scenes/0001.png --structure scenes/0003.png --out compare.png
-  python -m qalign compare --model ./stable-diffusion-v1-5 --size 512 --steps 50 --prompt "a photo of a zebra" \\
-      --appearance zebra.jpg --structure horse.jpg --out compare.png
+  python -m qalign compare --model ./stable-diffusion-v1-5 --size 512 --steps 50 --out compare.png \\
+      --prompt "a photo of a zebra" --appearance zebra.jpg --structure horse.jpg
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._shared import (
+    COMPARED,
     METHODS,
     Files,
     Reading,
@@ -24,6 +26,7 @@ from ._shared import (
     count,
     given_files,
     load_pipeline,
+    method_name,
     picture_path,
     read_pictures,
     require_pair,
@@ -41,43 +44,50 @@ if TYPE_CHECKING:
 
 NEEDS = ("diffusers", "transformers", "PIL", "matplotlib", "psutil")
 READINGS = (Reading(("size",), lambda options: options.scenes is None, "without --scenes"),)
-HEAD = ("method", "time s", "peak MiB", "own part", "on background", "colour error")
+HEAD = ("method", "time s", "peak MiB", "own part ↑", "on background ↓", "colour error ↓")
+LEGEND = """\
+own part, on background: object attention in its own part, and on background; - if unknown
+colour error: of the parts, relative to the untouched structure; ↑ more is better, ↓ less is better"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument(
-        "--appearance", type=Path, metavar="A.png", help="whose colours and textures to take"
+        "--appearance", type=Path, metavar="A.png", help="picture with the colours and textures"
     )
-    pictures.add_argument("--structure", type=Path, metavar="B.png", help="what to give them to")
+    pictures.add_argument("--structure", type=Path, metavar="B.png", help="picture with the layout")
     pictures.add_argument(
         "--scenes",
         type=seed,
         metavar="SEED",
-        help="two held-out scenes in place of --appearance and --structure",
+        help="use two held-out scenes in place of --appearance and --structure",
     )
     pictures.add_argument(
         "--size",
         type=size,
         metavar="S|WxH",
-        help="scale and crop both pictures to this, multiples of 8 (default: their own)",
+        help="scale and crop both pictures to this size, multiples of 8 (default: their own)",
     )
     pictures.add_argument(
         "--out",
         type=picture_path,
         default=Path("compare.png"),
         metavar="GRID.png",
-        help="where to (default: %(default)s)",
+        help="grid to write (default: %(default)s)",
     )
     run = parser.add_argument_group("transfer")
     run.add_argument(
-        "--method", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)} (default: all)"
+        "--method",
+        nargs="+",
+        type=method_name,
+        metavar="NAME",
+        help=f"methods to compare: {', '.join(METHODS)}, or package.module:Class for your own (default: all)",
     )
     run.add_argument("--prompt", default="", help="what the pictures show")
     run.add_argument(
-        "--steps", type=count, default=20, metavar="N", help="of the schedule (default: %(default)s)"
+        "--steps", type=count, default=20, metavar="N", help="denoising steps (default: %(default)s)"
     )
-    run.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
+    run.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: %(default)s)")
     add_model_arguments(parser)
 
 
@@ -91,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     from ..evaluation.match_figures import held_out_scenes
     from ..evaluation.method_comparison import compare_methods
     from ..evaluation.plots import comparison_grid
-    from ..pipelines import METHODS as KINDS
+    from ..methods import TRANSFERS, find_method
     from ..pipelines.pictures import to_tensors
 
     prompt, labels = options.prompt, None
@@ -108,7 +118,8 @@ def run(options: argparse.Namespace) -> int:
         )
         labels, prompt = (of_appearance, of_structure), prompt or caption
     pipe.set_progress_bar_config(disable=True)
-    methods = {name: KINDS[name]() for name in options.method or METHODS}
+    names = options.method or [*COMPARED, *(name for name in METHODS if name not in COMPARED)]
+    methods = {name: find_method(name, TRANSFERS)() for name in names}
     compared = compare_methods(
         pipe,
         appearance,
@@ -118,19 +129,23 @@ def run(options: argparse.Namespace) -> int:
         methods=methods,
         num_inference_steps=options.steps,
         seed=options.seed,
-        told=_tell,
+        callback=_announce,
     )
     for line in table(compared):
         say(line)
     titles = {"structure": structure, "appearance": appearance} | {
         caption_of(name, each): each.picture for name, each in compared.items()
     }
-    write("grid", comparison_grid(titles, title="Appearance transfer, one pair"), options.out)
+    write(
+        "grid",
+        comparison_grid(titles, title="The structure of the first picture with the appearance of the second"),
+        options.out,
+    )
     return 0
 
 
 def labels_beside(appearance: Path, structure: Path, picture: "Tensor") -> "tuple[Tensor, Tensor] | None":
-    """The label maps of both pictures, where `scenes` wrote them and they fit; otherwise None."""
+    """The label maps that `scenes` wrote beside both pictures, or None if they do not fit."""
     from ..context.regions import read_labels
 
     beside = [path.with_name(f"{path.stem}-labels.png") for path in (appearance, structure)]
@@ -141,15 +156,15 @@ def labels_beside(appearance: Path, structure: Path, picture: "Tensor") -> "tupl
 
 
 def table(compared: "dict[str, Compared]") -> list[str]:
-    lines = ["".join([f"{HEAD[0]:<24}", *(f"{title:>15}" for title in HEAD[1:])])]
+    lines = ["".join([f"{HEAD[0]:<24}", *(f"{title:>16}" for title in HEAD[1:])])]
     for name, each in compared.items():
         cells = (
             f"{each.time_s:.2f}",
             f"{each.peak_mib:.0f}",
             *map(_figure, (each.own_part_mass, each.object_background_leakage, each.colour_ratio)),
         )
-        lines.append("".join([f"{title_of(name):<24}", *(f"{cell:>15}" for cell in cells)]))
-    return lines
+        lines.append("".join([f"{title_of(name):<24}", *(f"{cell:>16}" for cell in cells)]))
+    return [*lines, *LEGEND.splitlines()]
 
 
 def caption_of(name: str, each: "Compared") -> str:
@@ -163,5 +178,5 @@ def _figure(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
-def _tell(name: str) -> None:
+def _announce(name: str) -> None:
     sys.stderr.write(f"compare: {title_of(name)}\n")

@@ -1,13 +1,14 @@
-"""Show which tokens of two pictures match, by query-query similarity (Q-Align) and by query-key similarity (Cross-Image).
+"""Draw which tokens of two pictures match, by the queries (Q-Align) and by queries and keys (Cross-Image).
 
-Writes correspondences.png, lines between the pictures, and heat_maps.png, where given points look. With --scenes the pictures are two
-held-out scenes whose parts are known: lines are then green where they end in their own part, and the shares are printed.
+The command writes correspondences.png with matches as lines between the pictures, and heat_maps.png with
+the places where given points look. With --scenes, the pictures are two held-out scenes with known parts.
+Lines are then green if they end in the same part, and the fraction of these matches is printed.
 
 examples:
   python -m qalign correspond --scenes 0 --out matches
-  python -m qalign correspond --structure b.png --appearance a.png --size 128 --point 40,64 --point 90,30 --out matches
-  python -m qalign correspond --model ./stable-diffusion-v1-5 --size 512 --layer up_blocks.2 --noise 0.25 --prompt "a photo of a horse" \\
-      --structure horse.jpg --appearance zebra.jpg --out matches
+  python -m qalign correspond --structure b.png --appearance a.png --size 128 --point 40,64 --out matches
+  python -m qalign correspond --model ./stable-diffusion-v1-5 --size 512 --layer up_blocks.2 --noise 0.25 \\
+      --prompt "a photo of a horse" --structure horse.jpg --appearance zebra.jpg --out matches
 """
 
 import argparse
@@ -36,26 +37,26 @@ READINGS = (Reading(("size",), lambda options: options.scenes is None, "without 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--structure", type=Path, metavar="B.png", help="where the lines begin")
-    pictures.add_argument("--appearance", type=Path, metavar="A.png", help="where they end")
+    pictures.add_argument("--structure", type=Path, metavar="B.png", help="picture where the lines begin")
+    pictures.add_argument("--appearance", type=Path, metavar="A.png", help="picture where the lines end")
     pictures.add_argument(
         "--scenes",
         type=seed,
         metavar="SEED",
-        help="two held-out scenes in place of --structure and --appearance",
+        help="use two held-out scenes in place of --structure and --appearance",
     )
     pictures.add_argument(
         "--size",
         type=size,
         metavar="S|WxH",
-        help="scale and crop both pictures to this, multiples of 8 (default: their own)",
+        help="scale and crop both pictures to this size, multiples of 8 (default: their own)",
     )
     pictures.add_argument(
         "--out",
         type=Path,
         default=Path("correspond_out"),
         metavar="DIR",
-        help="where to (default: %(default)s)",
+        help="folder for both figures (default: %(default)s)",
     )
     shown = parser.add_argument_group("what is shown")
     shown.add_argument(
@@ -63,25 +64,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=point,
         action="append",
         metavar="X,Y",
-        help="in pixels of the structure, for the heat maps; repeatable",
+        help="a point for the heat maps, in pixels of the structure; may be repeated",
     )
     shown.add_argument(
-        "--lines", type=count, default=80, metavar="N", help="at most so many (default: %(default)s)"
+        "--lines", type=count, default=80, metavar="N", help="largest number of lines (default: %(default)s)"
     )
     shown.add_argument(
         "--layer",
         metavar="NAME",
-        help=f"a self-attention layer or pattern (default: of the decoder, nearest {SIDE}x{SIDE} tokens)",
+        help=f"a self-attention layer or pattern (default: of the decoder, nearest to {SIDE}x{SIDE} tokens)",
     )
     shown.add_argument(
         "--noise",
         type=number,
         default=0.3,
         metavar="F",
-        help="timestep as a fraction of those of training (default: %(default)s)",
+        help="timestep as a fraction of the training timesteps (default: %(default)s)",
     )
     shown.add_argument("--prompt", default="", help="what the pictures show")
-    shown.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
+    shown.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: %(default)s)")
     add_model_arguments(parser)
 
 
@@ -131,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
     shown = captures[0] if options.layer else match_figures.choose(captures, SIDE)
     lines, shares = match_figures.draw_lines(shown, structure, appearance, labels, most=options.lines)
     for signal, share in shares.items():
-        say(f"{signal}: {share:.1%} of the object's tokens are matched to their own part in {shown.layer}")
+        say(f"{signal}: {share:.1%} of the object's tokens match their own part, in {shown.layer}")
     points = (
         torch.tensor(options.point)
         if options.point

@@ -1,16 +1,20 @@
-"""Give a picture the textures and colours of another by attention distillation: its latents move until self-attention draws from the style.
+"""Give a picture the textures and colours of a style picture, by attention distillation.
 
-"optimise" moves clean latents, one step at each timestep; "sample" draws a picture by a prompt and moves it at every step. Without --content the
-picture is new. --mask gives label maps (one channel or a palette whose values are labels): then like draws from like, and a new picture has the size
-of its labels. Ctrl-C writes what there is.
+The latents move until self-attention gives the result that it would give with the style's keys and values.
+The mode "optimise" moves clean latents. The mode "sample" draws a picture from a prompt and moves its
+latents at every step. Without --content, the picture is new. --mask gives label maps of style and output,
+with one channel or a palette: each label then takes from the same label, and a new picture has the size of
+its label map. Ctrl-C stops and writes the picture so far.
 
 examples:
   python -m qalign distill --style A.png --content B.png --size 128 --steps 100 --out O.png
-  python -m qalign distill --style scenes/0001.png --content scenes/0003.png --mask scenes/0001-labels.png scenes/0003-labels.png --out O.png
+  python -m qalign distill --style scenes/0001.png --content scenes/0003.png --out O.png \\
+      --mask scenes/0001-labels.png scenes/0003-labels.png
   python -m qalign distill --style A.png --content B.png --size 128 --tune-decoder --out O.png
   python -m qalign distill --style A.png --mask A-labels.png O-labels.png --steps 300 --out O.png
-  python -m qalign distill --style A.png B.png --mode sample --size 128 --prompt "a photo of a bird" --out O.png
-  python -m qalign distill --model ./stable-diffusion-v1-5 --size 512 --style A.jpg --content B.jpg --content-weight 0.25 --out O.png
+  python -m qalign distill --style A.png B.png --mode sample --size 128 --prompt "a bird" --out O.png
+  python -m qalign distill --model ./stable-diffusion-v1-5 --size 512 --style A.jpg --content B.jpg \\
+      --content-weight 0.25 --out O.png
 """
 
 import argparse
@@ -67,10 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="A.png",
-        help="whose textures and colours to take; one or several",
+        help="style: one or several pictures with the textures and colours",
     )
     pictures.add_argument(
-        "--content", type=Path, metavar="B.png", help="what to give them to (default: a new picture)"
+        "--content",
+        type=Path,
+        metavar="B.png",
+        help="picture with the content (default: none, for a new picture)",
     )
     pictures.add_argument(
         "--mask",
@@ -79,43 +86,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("A-labels.png", "O-labels.png"),
         help="label maps of style and output",
     )
-    pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
+    pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="picture to write")
     pictures.add_argument(
         "--size",
         type=size,
         metavar="S|WxH",
-        help="scale and crop all pictures to this, multiples of 8 (default: their own)",
+        help="scale and crop all pictures to this size, multiples of 8 (default: their own)",
     )
     add_run_arguments(parser)
+    _add_mode(parser)
+    add_model_arguments(parser)
+
+
+def _add_mode(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("mode")
     run.add_argument("--mode", choices=MODES, default="optimise", help="default: %(default)s")
-    run.add_argument("--prompt", default="", help="of sample")
+    run.add_argument("--prompt", default="", help="prompt of --mode sample")
     run.add_argument(
         "--guidance",
         type=number,
         default=7.5,
         metavar="S",
-        help="of the prompt, in sample (default: %(default)s)",
+        help="classifier-free guidance scale of --mode sample (default: %(default)s)",
     )
     run.add_argument(
         "--content-weight",
         type=number,
         default=0.2,
         metavar="L",
-        help="of the content's queries (default: %(default)s)",
+        help="weight of the loss that keeps the content's queries (default: %(default)s)",
     )
     run.add_argument(
-        "--no-adain", action="store_true", help="do not give sample's latents the style's statistics"
+        "--no-adain", action="store_true", help="without AdaIN of the latents to the style, in --mode sample"
     )
     run.add_argument(
-        "--from-noise", action="store_true", help="let optimise start from noise, not from the content"
+        "--from-noise", action="store_true", help="start --mode optimise from noise, not from the content"
     )
     run.add_argument(
         "--anneal",
         action="store_true",
-        help="let optimise's rate fall to 0: less of the optimiser's noise in the picture",
+        help="let the rate of --mode optimise fall to 0, for a picture with less noise",
     )
-    add_model_arguments(parser)
 
 
 def files(options: argparse.Namespace) -> Files:

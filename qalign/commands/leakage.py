@@ -1,18 +1,18 @@
-"""Measure attention leakage of Cross-Image and Q-Align on held-out scenes whose parts are known.
+"""Measure the attention leakage of Cross-Image, Q-Align and QAlignWarp on held-out scenes with known parts.
 
-The appearance of one scene is transferred to another, and every edited layer tells where matches and attention go: how many matches end in
-the same part, how much attention stays there, how much of the object's falls on background, and how many pairs leak. Intervals are a paired
-bootstrap over pairs. With --ablation, every matching signal and every refinement in place of the two methods.
+The appearance of one scene is transferred to another. The table then says how many matches end in the same
+part, how much attention stays in it, how much attention of the object lies on background, how many pairs
+leak, and how well layout and colours come out. Intervals are a paired bootstrap over pairs. With
+--ablation, the command compares all matching signals and all refinements.
 
-With --json FILE a run can be stopped: the results of each pair are kept in FILE.partial until the report is complete. The same command
-continues from there; --pairs may change.
+With --json FILE, a run can be stopped. The results of each pair stay in FILE.partial until the report is
+complete, and the same command continues from there. --pairs may change in between.
 
 examples:
   python -m qalign leakage --pairs 180 --json leakage.json
-  accelerate launch --multi_gpu --num_processes 2 -m qalign leakage     (the same figures from two processes, on GPUs or without any)
   python -m qalign leakage --pairs 24 --refinement topk --topk 4 --layers up
-  python -m qalign leakage --pairs 24 --refinement rearranged --aligned output     # the paper's reading
   python -m qalign leakage --pairs 48 --ablation --transfers 12
+  accelerate launch --multi_gpu --num_processes 2 -m qalign leakage   (two processes; no GPU is needed)
 """
 
 import argparse
@@ -71,17 +71,21 @@ READINGS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured = parser.add_argument_group("measurement")
     measured.add_argument(
-        "--pairs", type=count, default=180, metavar="N", help="of held-out scenes (default: %(default)s)"
+        "--pairs",
+        type=count,
+        default=180,
+        metavar="N",
+        help="number of pairs of held-out scenes (default: %(default)s)",
     )
     measured.add_argument(
-        "--seed", type=seed, default=0, help="chooses the pairs and all noise (default: %(default)s)"
+        "--seed", type=seed, default=0, help="seed of the pairs and of all noise (default: %(default)s)"
     )
-    measured.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    measured.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
     measured.add_argument(
         "--threshold",
         type=number,
         metavar="MASS",
-        help="a pair leaks above this cross-region mass (default: qalign.evaluation.leakage's)",
+        help="a pair leaks if more attention than this leaves its part (default: 0.79)",
     )
     measured.add_argument(
         "--every", type=count, default=3, metavar="N", help="measure every N-th step (default: %(default)s)"
@@ -94,39 +98,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=24,
         metavar="N",
-        help="pairs that --ablation transfers (default: %(default)s)",
+        help="number of pairs that --ablation transfers (default: %(default)s)",
     )
+    _add_method(parser)
+    add_model_arguments(parser)
 
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method")
-    method.add_argument("--refinement", choices=REFINEMENTS, help="of qalign (default: its own)")
+    method.add_argument(
+        "--refinement",
+        choices=REFINEMENTS,
+        help="how attention of qalign uses the alignment (default: rearranged, as in the paper)",
+    )
     method.add_argument(
         "--aligned",
         choices=ALIGNED,
-        help="of qalign: whose queries are aligned with the appearance's (default: output)",
+        help="the queries that qalign aligns with the appearance's (default: output, as in the paper)",
     )
-    method.add_argument("--topk", type=count, metavar="K", help="of qalign: reference tokens per query")
+    method.add_argument("--topk", type=count, metavar="K", help="reference tokens for each query of qalign")
+    method.add_argument("--strength", type=number, metavar="TAU", help="weight of the alignment of qalign")
     method.add_argument(
-        "--strength", type=number, metavar="TAU", help="of qalign: the weight of the alignment"
-    )
-    method.add_argument(
-        "--contrast", type=positive, metavar="C", help="of both; 1 is none (default: their own)"
+        "--contrast",
+        type=positive,
+        metavar="C",
+        help="contrast of cross_image and qalign; 1 is no contrast (default: 1.67)",
     )
     method.add_argument(
         "--layers",
         nargs="+",
         metavar="NAME",
-        help="self-attention layers: up, names, patterns (default: the method's own)",
+        help="self-attention layers: up, names or patterns (default: the method's own)",
     )
     method.add_argument(
-        "--steps", type=count, default=20, metavar="N", help="of the schedule (default: %(default)s)"
+        "--steps", type=count, default=20, metavar="N", help="denoising steps (default: %(default)s)"
     )
     method.add_argument(
         "--adain",
         choices=("masked", "whole", "none"),
         default="none",
-        help="of the latents (default: %(default)s)",
+        help="AdaIN of the latents (default: %(default)s)",
     )
-    add_model_arguments(parser)
 
 
 def files(options: argparse.Namespace) -> Files:
@@ -137,7 +149,7 @@ def files(options: argparse.Namespace) -> Files:
 
 
 def partial_of(report: Path) -> Path:
-    """Where the results of pairs are kept until the report is complete."""
+    """The folder that keeps the results of pairs until the report is complete."""
     return Path(f"{report}.partial")
 
 
@@ -175,7 +187,7 @@ def settings_of(options: argparse.Namespace) -> "Settings":
 
 
 def compared(options: argparse.Namespace) -> "dict[str, CrossImage]":
-    """The methods to compare: Q-Align with the settings that were given, the others with the contrast alone."""
+    """The methods to compare: Q-Align with all given settings, Cross-Image with the contrast."""
     from dataclasses import replace
 
     from ..evaluation.leakage import compared_methods
@@ -218,7 +230,7 @@ def _measure(
 
 @contextlib.contextmanager
 def _progress(shown: bool) -> Iterator[Callable[[Iterable], Iterable]]:
-    """A bar around an iterable, which ends its line whatever happens."""
+    """A progress bar around an iterable. It ends its line after an error too."""
     from tqdm import tqdm
 
     with contextlib.ExitStack() as bars:

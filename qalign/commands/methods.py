@@ -1,8 +1,9 @@
-"""The methods of this library: paper, what each edits and where, what it is made of, and what it costs.
+"""List the methods of this library: paper, steps and cost; then what each edits, its layers and its ops.
 
-Costs are of one edited layer and output row, in 10^9 multiply-adds: the first self-attention of SD 1.5 at 512 pixels (4096 tokens, 8 heads
-of 40 channels) and of SDXL at 1024 (4096 tokens, 10 heads of 64), beside the stock self-attention that is replaced. They are counted, not
-timed; masks, norms and gathers are left out. Below each method: what it edits in the output rows, its default layers, and the ops it uses.
+The cost is that of one edited layer and output row, in 10^9 multiply-adds, beside the self-attention that
+it replaces. It is given for the first self-attention layer of SD 1.5 at 512 pixels (4096 tokens, 8 heads of
+40 channels) and of SDXL at 1024 pixels (4096 tokens, 10 heads of 64). It is counted, not timed, without
+masks, norms and gathers.
 
 examples:
   python -m qalign methods
@@ -18,19 +19,19 @@ HEAD = ("name", "method", "arXiv", "steps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """Add no arguments: the command has none."""
 
 
 def run(options: argparse.Namespace) -> int:
     from ..methods import METHODS
 
     stock = {family: 2 * tokens**2 * channels / 1e9 for family, (tokens, channels) in SHAPES.items()}
-    cards = {name: kind.card for name, kind in METHODS.items()}  # type: ignore[attr-defined]
+    cards = {name: kind.card for name, kind in METHODS.items() if kind.card is not None}
     lines = [(*HEAD, *stock)]
     lines += [
         (name, card.title, card.paper, card.steps, *_costs(card.cost, stock)) for name, card in cards.items()
     ]
-    lines.append(("-", "stock self-attention", "-", "-", *_costs(1.0, stock)))
+    lines.append(("-", "plain self-attention", "-", "-", *_costs(1.0, stock)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         say("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())

@@ -1,8 +1,8 @@
-"""Write sample pictures of the scenes that the embedded model was trained on, with the label of every pixel.
+"""Write sample pictures for the model inside the package, with the part label of every pixel.
 
-For each scene SEED.png and SEED-labels.png, whose pixel values are the labels (a palette shows them in
-colours). --sheet also writes one figure of up to 24 of them, above their labels; it needs matplotlib.
-Scenes with even seeds are for training, those with odd seeds are held out.
+Each scene gives SEED.png and SEED-labels.png. The pixel values of the second file are the labels, and a
+palette shows them in colours. --sheet also draws up to 24 scenes above their labels, and needs matplotlib.
+Scenes with even seeds are for training. Scenes with odd seeds are held out.
 
 examples:
   python -m qalign scenes --count 12 --out scenes
@@ -23,12 +23,14 @@ SHEET = 24
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--count", type=count, default=12, metavar="N", help="how many (default: %(default)s)"
+        "--count", type=count, default=12, metavar="N", help="number of scenes (default: %(default)s)"
     )
     parser.add_argument(
         "--seed", type=seed, default=0, help="number of the first scene (default: %(default)s)"
     )
-    parser.add_argument("--held-out", action="store_true", help="scenes that the model was not trained on")
+    parser.add_argument(
+        "--held-out", action="store_true", help="write scenes that the model was not trained on"
+    )
     parser.add_argument(
         "--size",
         type=count,
@@ -37,9 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="side of the pictures (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("scenes"), metavar="DIR", help="where to (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("scenes"),
+        metavar="DIR",
+        help="folder for the pictures (default: %(default)s)",
     )
-    parser.add_argument("--sheet", type=picture_path, metavar="SHEET.png", help="also one figure of all")
+    parser.add_argument(
+        "--sheet", type=picture_path, metavar="SHEET.png", help="also draw the first 24 scenes as one figure"
+    )
 
 
 def files(options: argparse.Namespace) -> Files:
@@ -63,9 +71,8 @@ def run(options: argparse.Namespace) -> int:
                 picture.save(temporary)
         if len(shown) < SHEET:
             shown.append((scene.image[0], scene.labels[0], f"{place}: {scene.captions[0]}"))
-    say(
-        f"scenes: {options.count} pictures and their labels in {options.out}, {seeds[0]:04}.png to {seeds[-1]:04}.png"
-    )
+    names = f"{seeds[0]:04}.png to {seeds[-1]:04}.png"
+    say(f"scenes: {options.count} pictures and their labels in {options.out}, {names}")
     say("labels: " + ", ".join(f"{number} {part}" for number, part in enumerate(PARTS)))
     if options.sheet:
         from ..evaluation.plots import contact_sheet

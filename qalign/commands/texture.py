@@ -1,12 +1,14 @@
-"""Grow a texture to any size by attention distillation, in overlapping windows of the size that the model knows.
+"""Make a texture of any size by attention distillation, in overlapping windows of the model's own size.
 
-Time grows with the number of windows, memory hardly. --mask gives label maps of the texture and of the output (one channel or a palette whose values
-are labels): then like draws from like. Ctrl-C writes what there is.
+The time grows with the number of windows, the memory hardly. --mask gives label maps of texture and output,
+with one channel or a palette: each label then takes from the same label. Ctrl-C stops and writes the
+picture so far.
 
 examples:
   python -m qalign texture --style A.png --size 768x256 --steps 20 --out O.png
   python -m qalign texture --style A.png --mask A-labels.png O-labels.png --steps 20 --out O.png
-  python -m qalign texture --model ./stable-diffusion-v1-5 --dtype float16 --style A.jpg --size 2048x1024 --stride 16 --out O.png
+  python -m qalign texture --model ./stable-diffusion-v1-5 --dtype float16 --style A.jpg --size 2048x1024 \\
+      --stride 16 --out O.png
 """
 
 import argparse
@@ -34,19 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="A.png",
-        help="the texture; one or several",
+        help="one or several pictures of the texture",
     )
     pictures.add_argument(
         "--style-size",
         type=size,
         metavar="S|WxH",
-        help="scale and crop it to this, multiples of 8 (default: its own)",
+        help="scale and crop the texture to this size, multiples of 8 (default: its own)",
     )
     pictures.add_argument(
         "--size",
         type=size,
         metavar="S|WxH",
-        help="of the output, in pixels, multiples of 8 (default: of O-labels.png)",
+        help="size of the output in pixels, multiples of 8 (default: that of O-labels.png)",
     )
     pictures.add_argument(
         "--mask",
@@ -55,19 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("A-labels.png", "O-labels.png"),
         help="label maps of texture and output",
     )
-    pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="where to")
+    pictures.add_argument("--out", type=picture_path, required=True, metavar="O.png", help="picture to write")
     add_run_arguments(parser)
     windows = parser.add_argument_group("windows")
     windows.add_argument(
-        "--window", type=count, metavar="N", help="side in latents (default: the model's own size)"
+        "--window",
+        type=count,
+        metavar="N",
+        help="side of a window in latents (default: the model's own size)",
     )
-    windows.add_argument("--stride", type=count, metavar="N", help="in latents (default: half a window)")
+    windows.add_argument(
+        "--stride", type=count, metavar="N", help="distance of windows in latents (default: half a window)"
+    )
     windows.add_argument(
         "--batch",
         type=count,
         default=8,
         metavar="N",
-        help="windows in one call of the network (default: %(default)s)",
+        help="number of windows in one call of the network (default: %(default)s)",
     )
     add_model_arguments(parser)
 

@@ -1,17 +1,21 @@
-"""Give one or more pictures the appearance of another.
+"""Give one or more pictures the appearance of another picture.
 
-Both are inverted into noise and denoised together; in chosen self-attention layers the output reads the keys and values of the appearance.
-With the embedded model pictures are of 128x128 pixels; `scenes` writes some that it knows.
+Both pictures are inverted into noise and denoised together. In chosen self-attention layers, the output
+attends keys and values of the appearance. The default method is Q-Align as in its paper. The model inside
+the package knows pictures of 128x128 pixels: `python -m qalign scenes` writes some, and --size 128 scales
+your own.
 
 examples:
-  python -m qalign transfer --appearance zebra.png --structure horse.png --size 128 --out out.png --grid grid.png
-  python -m qalign transfer --appearance a.png --structure b.png c.png --method cross_image --steps 50 --out out.png
-  python -m qalign transfer --appearance a.png --structure b.png --method qalign --refinement topk --topk 4 --out out.png
-  python -m qalign transfer --appearance a.png --structure b.png --method qalign_warp --out out.png  # this library's variant
-  python -m qalign transfer --appearance a.png --structure b.png --prompt "a bird" --regions self --out out.png
-  python -m qalign transfer --appearance a.png --structure b.png --regions a-labels.png b-labels.png --out out.png
-  python -m qalign transfer --model ./stable-diffusion-v1-5 --dtype float16 --size 512 --prompt "a photo of a zebra" --noun zebra \\
-      --steps 100 --cache inversions --appearance zebra.jpg --structure horse.jpg giraffe.jpg --out out.png
+  python -m qalign transfer --appearance zebra.png --structure horse.png --size 128 --out out.png
+  python -m qalign transfer --appearance a.png --structure b.png c.png --out o.png --grid grid.png
+  python -m qalign transfer --appearance a.png --structure b.png --method qalign_warp --out o.png
+  python -m qalign transfer --appearance a.png --structure b.png --method cross_image --steps 50 --out o.png
+  python -m qalign transfer --appearance a.png --structure b.png --refinement topk --topk 4 --out o.png
+  python -m qalign transfer --appearance a.png --structure b.png --prompt "a bird" --regions self --out o.png
+  python -m qalign transfer --appearance a.png --structure b.png --regions la.png lb.png --out o.png
+  python -m qalign transfer --model ./stable-diffusion-v1-5 --dtype float16 --size 512 --steps 100 \\
+      --prompt "a photo of a zebra" --noun zebra --adain masked --cache inversions \\
+      --appearance zebra.jpg --structure horse.jpg giraffe.jpg --out out.png
 """
 
 import argparse
@@ -31,6 +35,7 @@ from ._shared import (
     fraction,
     given_files,
     load_pipeline,
+    method_name,
     number,
     picture_path,
     positive,
@@ -46,36 +51,40 @@ OPTION_NEEDS = {"grid": ("matplotlib",)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "refinement": {
         "choices": REFINEMENTS,
-        "help": "of qalign: how attention follows the alignment (default: rearranged, as in the paper)",
+        "help": "how attention of qalign uses the alignment (default: rearranged, as in the paper)",
     },
     "aligned": {
         "choices": ALIGNED,
-        "help": "of qalign and qalign_warp: whose queries are aligned with the appearance's (default: the method's own)",
+        "help": "queries that are aligned (default: output for qalign, both for qalign_warp)",
     },
     "similarity": {
         "choices": ("cosine", "dot"),
-        "help": "of qalign and qalign_warp: by which queries are aligned",
+        "help": "similarity of the alignment (default: cosine)",
     },
     "heads": {
         "choices": ("joint", "per_head"),
-        "help": "of qalign and qalign_warp: one alignment for all heads, or one for each",
+        "help": "one alignment for all heads together, or one for each head (default: joint)",
     },
     "topk": {
         "type": count,
         "metavar": "K",
-        "help": "of qalign: best-aligned tokens for each query, with --refinement topk",
+        "help": "number of best-aligned tokens that a query attends, with --refinement topk",
     },
     "strength": {
         "type": number,
         "metavar": "TAU",
-        "help": "of qalign: weight of the alignment, with --refinement guided or soft",
+        "help": "weight of the alignment, with --refinement guided or soft",
     },
-    "contrast": {"type": positive, "metavar": "C", "help": "of the attention probabilities; 1 is none"},
+    "contrast": {
+        "type": positive,
+        "metavar": "C",
+        "help": "contrast of the attention probabilities; 1 is no contrast",
+    },
 }
 
 
 def _reads(name: str, *methods: str) -> Reading:
-    """A setting that qalign reads with some refinements, and `methods` always."""
+    """The reading of a setting that qalign uses with some refinements, and `methods` always."""
     refinements = READ_BY_REFINEMENT[name]
 
     def when(options: argparse.Namespace) -> bool:
@@ -104,15 +113,26 @@ READINGS = (
     Reading(
         ("seed",),
         lambda options: options.inversion == "ddpm",
-        "with --inversion ddpm (that of ddim has no noise)",
+        "with --inversion ddpm (ddim draws no noise)",
     ),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_pictures(parser)
+    _add_method(parser)
+    _add_run(parser)
+    add_model_arguments(parser)
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument(
-        "--appearance", type=Path, required=True, metavar="A.png", help="whose colours and textures to take"
+        "--appearance",
+        type=Path,
+        required=True,
+        metavar="A.png",
+        help="picture with the colours and textures",
     )
     pictures.add_argument(
         "--structure",
@@ -120,79 +140,91 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="B.png",
-        help="what to give them to; several share one run",
+        help="one or several pictures with the layout; several share one run",
     )
     pictures.add_argument(
         "--out",
         type=picture_path,
         required=True,
         metavar="O.png",
-        help="of several structures O-1.png, O-2.png, ...",
+        help="picture to write; O-1.png, O-2.png, ... for several structures",
     )
     pictures.add_argument(
         "--grid",
         type=picture_path,
         metavar="GRID.png",
-        help="also structure | appearance | output side by side",
+        help="also draw structure, appearance and output side by side",
     )
     pictures.add_argument(
         "--size",
         type=size,
         metavar="S|WxH",
-        help="scale and crop all pictures to this, multiples of 8 (default: their own)",
+        help="scale and crop all pictures to this size, multiples of 8 (default: their own)",
     )
 
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=METHODS, default="qalign", help="default: %(default)s")
+    method.add_argument(
+        "--method",
+        type=method_name,
+        default="qalign",
+        metavar="NAME",
+        help=f"{', '.join(METHODS)}, or package.module:Class for a method of your own (default: %(default)s)",
+    )
     for name, options in SETTINGS.items():
         method.add_argument(f"--{name}", **options)
     method.add_argument(
         "--layers",
         nargs="+",
         metavar="NAME",
-        help="self-attention layers: up, names, patterns (default: the method's own)",
+        help="self-attention layers: up, names or patterns (default: the method's own)",
     )
     method.add_argument(
         "--regions",
         nargs="+",
         metavar="PNG",
-        help="A-labels.png B-labels.png: what the method reads stays within a label, 0 to 30 in one channel or a palette; or 'self': object and "
-        "background as the model's own attention tells them by --prompt and --noun (default: everything is read)",
+        help="label maps A-labels.png B-labels.png (labels 0 to 30, one channel or a palette), so that each "
+        "label takes from the same label; or 'self': object and background by the model's own attention "
+        "(default: none)",
     )
 
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("transfer")
     run.add_argument("--prompt", default="", help="what the pictures show")
-    run.add_argument("--noun", help="the word of the prompt that is the object, for masks (default: guessed)")
     run.add_argument(
-        "--steps", type=count, default=50, metavar="N", help="of the schedule (default: %(default)s)"
+        "--noun", help="the word of the prompt that names the object, for masks (default: guessed)"
+    )
+    run.add_argument(
+        "--steps", type=count, default=50, metavar="N", help="denoising steps (default: %(default)s)"
     )
     run.add_argument(
         "--skip",
         type=fraction,
         default=0.32,
         metavar="F",
-        help="the noisiest fraction of them is left out (default: %(default)s)",
+        help="skip this fraction of the steps, the noisiest ones (default: %(default)s)",
     )
-    run.add_argument("--inversion", choices=("ddpm", "ddim"), default="ddpm", help="default: %(default)s")
+    run.add_argument("--inversion", choices=("ddpm", "ddim"), default="ddpm", help="(default: %(default)s)")
     run.add_argument(
         "--adain",
         choices=("masked", "whole", "none"),
         default="none",
-        help="of the latents (default: %(default)s)",
+        help="AdaIN of the latents to the appearance (default: %(default)s)",
     )
     run.add_argument(
         "--swap-guidance",
         type=number,
         default=3.5,
         metavar="S",
-        help="1 is none, and faster (default: %(default)s)",
+        help="swap guidance scale; 1 is no guidance, and faster (default: %(default)s)",
     )
-    run.add_argument("--freeu", action="store_true", help="with FreeU as Cross-Image attention has it")
-    run.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
     run.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keep inversions there, and take them from there"
+        "--freeu", action="store_true", help="use FreeU with the settings of Cross-Image attention"
     )
-    add_model_arguments(parser)
+    run.add_argument("--seed", type=seed, default=0, help="seed of the noise (default: %(default)s)")
+    run.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps inversions for later calls")
 
 
 def files(options: argparse.Namespace) -> Files:
@@ -207,7 +239,7 @@ def files(options: argparse.Namespace) -> Files:
 
 
 def pictures_out(options: argparse.Namespace) -> list[Path]:
-    """Where the picture of each structure goes."""
+    """The path of the picture of each structure."""
     if len(options.structure) == 1:
         return [options.out]
     return [
@@ -217,16 +249,16 @@ def pictures_out(options: argparse.Namespace) -> list[Path]:
 
 
 def make_method(options: argparse.Namespace) -> Any:
-    """The method with the settings that were given."""
-    from ..pipelines import METHODS as KINDS
+    """The method with the given settings."""
+    from ..methods import TRANSFERS, find_method
 
-    return KINDS[options.method](
+    return find_method(options.method, TRANSFERS)(
         **{name: value for name in SETTINGS if (value := getattr(options, name)) is not None}
     )
 
 
 def make_regions(options: argparse.Namespace, picture: Any) -> Any:
-    """None, "self", or the label maps of files, scaled and cut as `picture`."""
+    """None, "self", or the label maps of files, scaled and cut like `picture`."""
     if options.regions is None:
         return None
     if len(options.structure) != 1:
@@ -234,9 +266,8 @@ def make_regions(options: argparse.Namespace, picture: Any) -> Any:
     if options.regions == ["self"]:
         return "self"
     if len(options.regions) != 2:
-        raise ValueError(
-            f"--regions: expected 'self', or label maps of the appearance and the structure, got {' '.join(options.regions)}"
-        )
+        expected = "'self', or label maps of the appearance and the structure"
+        raise ValueError(f"--regions: expected {expected}, got {' '.join(options.regions)}")
     from ..context.regions import Regions
 
     appearance, structure = (
@@ -256,8 +287,9 @@ def run(options: argparse.Namespace) -> int:
     pipe = load_pipeline(options)
     if options.model == "embedded" and appearance.size != (picture_size(pipe),) * 2:
         known, got = picture_size(pipe), "x".join(map(str, appearance.size))
+        advice = f"--size {known} scales them"
         sys.stderr.write(
-            f"transfer: the embedded model knows pictures of {known}x{known}, these are {got}; --size {known} makes them so\n"
+            f"transfer: the embedded model knows pictures of {known}x{known}, these are {got}; {advice}\n"
         )
     images = pipe(
         appearance,
@@ -282,7 +314,7 @@ def run(options: argparse.Namespace) -> int:
         from ..evaluation.plots import transfer_grid
 
         rows = [
-            {"structure": structure, "appearance": appearance, method.card.title: image}
+            {"structure": structure, "appearance": appearance, method.title(): image}
             for structure, image in zip(structures, images)
         ]
         write("grid", transfer_grid(rows), options.grid)

@@ -14,21 +14,26 @@ FOLDER = Path(__file__).parent / "weights"
 
 
 def load(dtype: torch.dtype = torch.float32) -> "StableDiffusionPipeline":
-    """The embedded model as a StableDiffusionPipeline: 128x128 pictures, 4x32x32 latents, v-prediction.
+    """Load the embedded model as a StableDiffusionPipeline.
 
-    Loading it prints nothing.
+    Its pictures have 128x128 pixels, its latents 4x32x32 values, and it predicts v. Loading prints nothing.
+
+    Args:
+        dtype: of the networks.
 
     Raises:
-        FileNotFoundError: the weights are not where the package keeps them.
+        FileNotFoundError: the package has no weights.
+
+    >>> load().unet.config.sample_size
+    32
     """
     if not (FOLDER / "model_index.json").exists():
-        raise FileNotFoundError(
-            f"embedded model: expected weights in {FOLDER}, got none; reinstall, or run python -m qalign.embedded.train"
-        )
+        advice = "reinstall, or run python -m qalign.embedded.train"
+        raise FileNotFoundError(f"embedded model: expected weights in {FOLDER}, got none; {advice}")
     with quiet_libraries():
         from diffusers import StableDiffusionPipeline
 
         pipe = StableDiffusionPipeline.from_pretrained(FOLDER, local_files_only=True, safety_checker=None)
-        pipe = pipe.to(dtype)  # from_pretrained has renamed its argument for it
+        pipe = pipe.to(dtype)  # the argument of from_pretrained has changed its name between versions
     pipe.set_progress_bar_config(disable=None)
     return pipe

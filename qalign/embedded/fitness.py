@@ -1,4 +1,4 @@
-"""Whether a model's own self-attention stays in its part: what makes it fit to judge attention leakage with."""
+"""Measure whether a model's own self-attention stays in its part, which makes it fit to measure leakage."""
 
 import contextlib
 import functools
@@ -22,16 +22,21 @@ MID_TIMESTEPS = (300, 500)
 def self_attention_fitness(
     pipe: Any, scenes: int = 48, timesteps: Sequence[int] = TIMESTEPS, batch: int = 16
 ) -> list[dict[str, Any]]:
-    """Where plain self-attention of held-out scenes goes, for each layer and noise level.
+    """Measure where self-attention without edits goes in held-out scenes, for each layer and noise level.
 
-    Over the queries that lie on a creature, heads averaged: `own_part_mass` is the attention mass on keys of the query's own part (in any
-    individual), `own_part_mass_by_part` the same with every part weighted alike, `object_to_background` the mass on the background. A token
-    has the label of most of its pixels.
+    The figures are means over the queries on a creature and over heads. `own_part_mass` is the attention
+    mass on keys of the query's own part, in any individual. `own_part_mass_by_part` weighs every part
+    alike. `object_to_background` is the mass on the background. A token has the label of most of its
+    pixels.
 
     Args:
         pipe: a Stable Diffusion pipeline trained on the scenes.
-        scenes: how many held-out scenes.
+        scenes: number of held-out scenes.
         timesteps: noise levels, of the scheduler's 1000.
+        batch: number of scenes in one call of the network.
+
+    Returns:
+        One row for each layer and timestep.
     """
     layers = {name: module for name, module in pipe.unet.named_modules() if name.endswith("attn1")}
     masses: dict[tuple[str, int], list[Tensor]] = {}
@@ -62,7 +67,7 @@ def self_attention_fitness(
 def best_decoder_layer(
     rows: Sequence[dict[str, Any]], timesteps: Sequence[int] = MID_TIMESTEPS
 ) -> dict[str, Any]:
-    """The decoder layer with the most mass in the own part at mid noise, its figures averaged over `timesteps`."""
+    """The decoder layer with the most mass in the own part, with its figures averaged over `timesteps`."""
     figures = ("own_part_mass", "own_part_mass_by_part", "object_to_background")
     best: dict[str, Any] = {}
     for layer in dict.fromkeys(decoder_layers([row["layer"] for row in rows])):
@@ -78,7 +83,7 @@ def _observe(into: list[Tensor], labels: Tensor, attn: nn.Module, inputs: Any) -
 
 
 def _own_and_background(attn: Any, hidden_states: Tensor, labels: Tensor) -> Tensor:
-    """[object queries, 4]: number of tokens, label, own-part mass and background mass."""
+    """[object queries, 4]: number of tokens, label, own-part mass, background mass."""
     q, k, _ = project(attn, hidden_states, None)
     label = token_labels(labels, token_grid(labels.shape[1:], q.shape[2]))
     mass = label_mass(q, k, label, len(PARTS), scale=attn.scale).mean(1)

@@ -36,9 +36,9 @@ def has_bfloat16() -> bool:
 def prepare_process() -> None:
     """Set the process up for fast training on a CPU.
 
-    Two things would cost more than the arithmetic. Adam's second moments become denormal numbers, which a CPU
-    handles slowly. And glibc returns every large block of memory to the system, which must then clear it
-    again.
+    Two things would cost more than the arithmetic. Adam's second moments become denormal numbers, which a
+    CPU handles slowly. And glibc returns every large block of memory to the system, which must then clear
+    it again.
     """
     torch.set_flush_denormal(True)
     with contextlib.suppress(OSError, AttributeError):

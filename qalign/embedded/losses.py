@@ -12,12 +12,11 @@ NEIGHBOURS = 48  # tokens drawn from each picture of a batch, as many of each pa
 
 
 def neighbours_loss(features: Tensor, labels: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Loss of neighbourhood components analysis: nearest neighbours in other pictures should show the same
-    part.
+    """Loss of neighbourhood components analysis: near tokens of other pictures should show the same part.
 
-    Each token has a softmax over the cosines with tokens of the other pictures. The loss is the mean of -log
-    of the share that falls on tokens of its own part. A match between pictures is a nearest neighbour, and
-    predicting the part from the direction of a feature does not make neighbours alike.
+    Each token has a softmax over the cosines with tokens of the other pictures. The loss is the mean of
+    -log of the share that falls on tokens of its own part. A match between pictures is a nearest neighbour,
+    and predicting the part from the direction of a feature does not make neighbours alike.
 
     Args:
         features: [B, N, C].

@@ -1,4 +1,4 @@
-"""diffusers and transformers without warnings and progress bars, for imports and loads that need neither."""
+"""Load with diffusers and transformers without their warnings and progress bars."""
 
 import contextlib
 import threading
@@ -10,12 +10,15 @@ _LOCK = threading.RLock()
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Log errors only and draw no progress bars; then restore the settings of both libraries. One thread at a time."""
+    """Log only errors and draw no progress bars, then restore the settings of both libraries.
+
+    One thread at a time may be inside.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     with _LOCK, contextlib.ExitStack() as restored, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # between those libraries
+        warnings.simplefilter("ignore", FutureWarning)  # of one library about the other
         for library in (diffusers_logging, transformers_logging):
             restored.callback(library.set_verbosity, library.get_verbosity())
             library.set_verbosity_error()

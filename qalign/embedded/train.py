@@ -1,8 +1,9 @@
 """`python -m qalign.embedded.train`: train the embedded model from a seed and write it as a model folder.
 
 The command has three stages: an autoencoder on crops of training scenes; a denoiser and its text encoder on
-their latents; and a measurement of the denoiser's self-attention on held-out scenes. A stage that was stopped
-continues from its checkpoint. What a step sees depends on the seed and the number of the step alone.
+their latents; and a measurement of the denoiser's self-attention on held-out scenes. A stage that was
+stopped continues from its checkpoint. What a step sees depends on the seed and the number of the step
+alone.
 
 With `--start`, the command continues from a written model, on other scenes and with a new optimizer. The
 autoencoder then stays as it is.
@@ -146,9 +147,7 @@ def write(training: Training, folder: Path) -> None:
 
 
 def contact_sheet(pipe: Any, steps: int = 50, seed: int = 0) -> Any:
-    """Draw 32 samples without a caption, and 16 with captions of held-out scenes at guidance scale 3, as one
-    image.
-    """
+    """Draw 32 samples without a caption, and 16 with captions at guidance scale 3, as one image."""
     from diffusers.utils import make_image_grid
 
     captions = render([held_out_seed(number) for number in range(16)], 8).captions

@@ -222,9 +222,7 @@ class Training:
         self.report(f"autoencoder: {psnr_db} dB, scaling factor {factor}")
 
     def autoencoder_loss(self, number: int) -> Tensor:
-        """The loss of step `number`: the L1 of pixels and of their edges, colours of the latents, and their
-        size.
-        """
+        """The loss of step `number`: pixels, edges, and the colours and size of the latents."""
         settings, model = self.settings, self.autoencoder
         count = settings.autoencoder_batch // (PICTURE // settings.crop) ** 2
         scenes = [training_seed(number * count + place) for place in range(count)]

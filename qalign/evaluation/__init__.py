@@ -1,1 +1,1 @@
-"""What is measured: leakage, correspondence, comparisons of methods, and the plots of them."""
+"""Measurements of leakage, matches and methods, and their plots. They return numbers and print nothing."""

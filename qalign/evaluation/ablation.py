@@ -18,7 +18,7 @@ from qalign_kernels import match_counts, similarity_argmax
 from ..context.layer_call import Site, take
 from ..context.layers import picture_size, token_grid
 from ..embedded.scenes import PARTS, ScenePair, held_out_pairs, render, token_labels
-from ..methods import CrossImage, QAlign
+from ..methods import CrossImage, QAlign, QAlignWarp
 from .attention_tally import Tallies, by_layer_and_step, figures, layers_of, measure, stacked, tally
 from .bootstrap import estimate, resample
 from .leakage import PairResult, Settings, check_steps, compared_methods, measure_pair, noise_seed, summarise
@@ -37,24 +37,23 @@ ATTENTION = ("own_part_mass", "object_background_leakage", "cross_region_mass")
 
 
 def refinements() -> dict[str, CrossImage]:
-    """The compared methods, then Q-Align with one setting changed: the refinement, its strength, or the
-    alignment.
+    """The compared methods, then Q-Align with other alignments, refinements and strengths.
 
-    `QAlignWarp` is "warped_output" with both queries aligned.
+    A variant of another refinement aligns both queries, as `QAlignWarp` does.
     """
     variants = compared_methods()
-    variants |= {name: QAlign(refinement=name) for name in ("warped_output", "warped_values", "none")}
-    for name, aligned in (
-        ("rearranged", "structure"),
-        ("rearranged", "both"),
-        ("warped_output", "structure"),
-    ):
-        variants[f"{name}, {aligned} aligned"] = QAlign(refinement=name, aligned=aligned)
-    for k in (1, 4, 8, 16):
-        variants[f"topk {k}"] = QAlign(refinement="topk", topk=k)
+    for aligned in ("structure", "both"):
+        variants[f"rearranged, {aligned} aligned"] = QAlign(aligned=aligned)
+    for aligned in ("output", "structure"):
+        variants[f"warped_output, {aligned} aligned"] = QAlignWarp(aligned=aligned)
+    settings: dict[str, dict[str, Any]] = {name: {"refinement": name} for name in ("warped_values", "none")}
+    settings |= {f"topk {k}": {"refinement": "topk", "topk": k} for k in (1, 4, 8, 16)}
     for strength in (5.0, 10.0, 20.0, 40.0):
-        variants[f"guided {strength:g}"] = QAlign(refinement="guided", strength=strength)
-    return variants | {"soft 20": QAlign(refinement="soft", strength=20.0)}
+        settings[f"guided {strength:g}"] = {"refinement": "guided", "strength": strength}
+    settings["soft 20"] = {"refinement": "soft", "strength": 20.0}
+    for name, setting in settings.items():
+        variants[f"{name}, both aligned"] = QAlign(aligned="both", **setting)
+    return variants
 
 
 @dataclass(frozen=True, eq=False)

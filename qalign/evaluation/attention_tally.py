@@ -28,7 +28,7 @@ from ..context.layer_call import Site, take
 from ..context.layers import token_grid
 from ..context.layout import BatchLayout
 from ..embedded.scenes import BACKGROUNDS, PARTS, token_labels
-from ..methods import CrossImage, QAlign
+from ..methods import CrossImage, QAlign, Wrapped
 from ..methods._editing import Editing
 from .bootstrap import finite
 from .picture_metrics import OBJECT
@@ -37,7 +37,7 @@ TALLIED = ("tokens", "counterparts", "right", "own", "background")
 Tallies = dict[tuple[str, int], Tensor]  # by layer and step: float64 [PARTS, TALLIED]
 
 
-class Measured:
+class Measured(Wrapped):
     """A method that also counts where its matches and its attention go. Its output does not change.
 
     Steps that read the keys of the structure cannot leak, and are not measured.
@@ -48,8 +48,11 @@ class Measured:
         every: measure steps that are a multiple of this.
     """
 
+    method: Editing
+
     def __init__(self, method: Editing, labels: Mapping[str, Tensor], *, every: int = 1) -> None:
-        self.method, self.labels, self.every = method, labels, every
+        super().__init__(method)
+        self.labels, self.every = labels, every
         self.tallies: Tallies = {}
         self._tokens: dict[int, dict[str, Tensor]] = {}
 
@@ -60,9 +63,6 @@ class Measured:
             counts = measure(self.method, q, k, labels, site.output_rows(q), site.reference_rows(q), site)
             self.tallies[site.layer, site.step] = counts.sum(0).cpu()
         return self.method.attend(q, k, v, site)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.method, name)  # everything else that callers read is the method's
 
     def _row_labels(self, q: Tensor, layout: BatchLayout) -> Tensor:
         """int64 [B, N]."""
@@ -136,8 +136,7 @@ def tally(index: Tensor, mass: Tensor, query_labels: Tensor, key_labels: Tensor)
 
 
 def figures(tallies: Tensor) -> dict[str, Tensor]:
-    """The figures over object queries that tallies [..., PARTS, TALLIED] give: [...], NaN where there is no
-    query.
+    """The figures over object queries of tallies [..., PARTS, TALLIED]: [...], NaN without queries.
 
     `part_agreement` is the mean of right for each part, averaged over the parts, so that small parts count as
     much as the body. `token_agreement` and `own_part_mass` are means over queries, and `cross_region_mass` is

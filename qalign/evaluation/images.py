@@ -1,4 +1,4 @@
-"""Pictures and label maps as PIL images: what is written where no figure is drawn. Needs Pillow and numpy."""
+"""Pictures and label maps as PIL images. Needs Pillow and numpy, but not matplotlib."""
 
 import colorsys
 from typing import Any
@@ -36,6 +36,6 @@ def label_picture(labels: Tensor) -> Image.Image:
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:
-    """Choose colours for labels 0, 1, ...: those of the scenes' parts, then hues a golden section apart."""
+    """Colours of the labels 0, 1, ...: those of the parts of scenes, then hues a golden section apart."""
     more = [colorsys.hsv_to_rgb(0.618 * number % 1, 0.6, 0.9) for number in range(count - len(PALETTE))]
     return [*PALETTE, *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in more)][:count]

@@ -124,7 +124,7 @@ def check_steps(methods: Mapping[str, CrossImage], settings: Settings) -> None:
     Raises:
         ValueError: a method has none.
     """
-    from ..pipelines.appearance_transfer import edited_steps
+    from ..pipelines.transfer_inputs import edited_steps
 
     for name, method in methods.items():
         if not any(step % settings.every == 0 for step in edited_steps(method, settings.steps)):
@@ -214,9 +214,7 @@ def summarise(
 
 
 def _columns(results: Sequence[PairResult], tallies: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each figure of each pair, averaged over layers, steps and parts, by "method/figure": float64
-    [pairs].
-    """
+    """Each figure of each pair, averaged over layers and steps, by "method/figure": float64 [pairs]."""
     columns = {
         f"{name}/{figure}": value.flatten(1).nanmean(1)
         for name in tallies
@@ -233,9 +231,7 @@ def _columns(results: Sequence[PairResult], tallies: Mapping[str, Tensor]) -> di
 def _verdicts(
     results: Sequence[PairResult], tallies: Mapping[str, Tensor], threshold: float
 ) -> dict[str, Tensor]:
-    """Which pairs leak, and which pairs that leak by the first method leak less by another: float64
-    [pairs].
-    """
+    """Which pairs leak, and which leaking pairs of the first method improve: float64 [pairs]."""
     mass = {
         name: figures(table)["cross_region_mass"].flatten(1).nanmean(1) for name, table in tallies.items()
     }

@@ -1,4 +1,4 @@
-"""Figures of matches between two pictures: lines, heat maps, and the scenes, layer and points that they show by default."""
+"""Figures of matches between two pictures, and the scenes, layer and points that they show by default."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from ..context.layers import short_name, token_grid
 from ..embedded.scenes import BACKGROUNDS, PARTS, held_out_pairs, render, token_labels
 from .correspondence import SIGNALS, STRENGTH, Capture, token_centres
-from .plots import MatchPanel, correspondence, point_heat_maps
+from .match_plots import MatchPanel, correspondence, point_heat_maps
 
 
 def held_out_scenes(seed: int, size: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], str]:
-    """Structure and appearance [3, size, size], their labels, and a prompt."""
+    """Two held-out scenes of a seed: structure and appearance [3, size, size], their labels, and a prompt."""
     pair = held_out_pairs(1, seed)[0]
     scenes = render([pair.structure, pair.appearance], size)
     return (
@@ -25,7 +25,7 @@ def held_out_scenes(seed: int, size: int) -> tuple[Tensor, Tensor, tuple[Tensor,
 
 
 def choose(captures: Sequence[Capture], side: int) -> Capture:
-    """The layer whose tokens are nearest to side x side, the last of several."""
+    """The layer whose number of tokens is nearest to side x side. Of several, the last."""
     return min(reversed(captures), key=lambda capture: abs(capture.query.shape[2] - side * side))
 
 
@@ -37,7 +37,17 @@ def draw_lines(
     *,
     most: int = 80,
 ) -> tuple[Figure, dict[str, float]]:
-    """Lines between two pictures by both signals; with labels, those of objects' tokens, and which share of these is right."""
+    """Draw matches by both signals as lines, and return the fraction of right matches by signal.
+
+    With labels, the lines are those of object tokens, and a match is right if it ends in the same part.
+    Without labels, the fractions are empty.
+
+    Args:
+        capture: the queries and keys of a layer.
+        structure, appearance: [3, H, W] in [0, 1], of one size.
+        labels: int64 [H, W] of structure and appearance, or None.
+        most: the largest number of lines.
+    """
     size = (structure.shape[1], structure.shape[2])
     grid = token_grid(size, capture.query.shape[2])
     centres = token_centres(size, grid)
@@ -54,16 +64,13 @@ def draw_lines(
             agrees = of_appearance[index] == of_structure
             shares[name] = agrees[judged].double().mean().item()
             title, right = (
-                f"{title}: {shares[name]:.0%} of {int(judged.sum())} tokens are matched to their own part",
+                f"{title}: {shares[name]:.0%} of {int(judged.sum())} tokens match their own part",
                 agrees[kept],
             )
         panels.append(MatchPanel(title, centres[kept], centres[index[kept]], right))
-    colours = (
-        "green where they end in the part where they begin"
-        if labels is not None
-        else "coloured by where they begin"
-    )
-    note = f"{len(kept)} {'tokens of the object' if labels is not None else 'tokens'} as lines, {colours}."
+    note = f"{len(kept)} tokens as lines, coloured by where they begin."
+    if labels is not None:
+        note = f"{len(kept)} tokens of the object as lines: green if they end in the same part, red if not."
     title = f"Matches in {short_name(capture.layer)}, {grid[0]} x {grid[1]} tokens"
     return correspondence(structure, appearance, panels, title=title, note=note), shares
 
@@ -75,7 +82,10 @@ def draw_heat_maps(
     points: Tensor,
     labels: tuple[Tensor, Tensor] | None,
 ) -> Figure:
-    """Where the tokens under `points` [P, 2] look, by both signals; with labels, how much of it is in their own part."""
+    """Draw where the tokens under `points` [P, 2] look, by both signals.
+
+    With labels, each map says how much of it is in the part of the point.
+    """
     size = (structure.shape[1], structure.shape[2])
     grid = token_grid(size, capture.query.shape[2])
     tokens = torch.cdist(points.float(), token_centres(size, grid)).argmin(1).tolist()
@@ -83,7 +93,7 @@ def draw_heat_maps(
         SIGNALS[signal]: torch.stack([capture.heat(token, signal).cpu().reshape(grid) for token in tokens])
         for signal in reversed(SIGNALS)
     }
-    note = f"Softmax over the appearance's tokens of q·k, heads averaged, and of {STRENGTH:g} cos(q, q); cross: the peak."
+    note = f"Softmax over the appearance of q·k (mean of heads) and of {STRENGTH:g} cos(q, q). Cross: peak."
     captions = None
     if labels is not None:
         of_structure, of_appearance, _ = _judged(labels, grid)
@@ -95,15 +105,15 @@ def draw_heat_maps(
             ]
             for name, heats in maps.items()
         }
-        note += " In the corner: the point's part, and the share that falls on it."
-    title = f"Where one point looks, {short_name(capture.layer)}"
+        note += " In the corner: the part of the point, and how much of the map lies on it."
+    title = f"Where a point looks in {short_name(capture.layer)}"
     return point_heat_maps(structure, appearance, points, maps, title=title, note=note, captions=captions)
 
 
 def default_points(
     capture: Capture, structure: Tensor, labels: tuple[Tensor, Tensor] | None, most: int = 3
 ) -> Tensor:
-    """Points [P, 2]: in the middle of tokens of the object's largest parts that both scenes show; without labels, along the diagonal."""
+    """Points [P, 2] in the largest object parts of both scenes, or on the diagonal without labels."""
     height, width = structure.shape[1:]
     if labels is None:
         return torch.stack([torch.linspace(0, side, most + 2)[1:-1] for side in (width, height)], -1)
@@ -118,7 +128,10 @@ def default_points(
 
 
 def _judged(labels: tuple[Tensor, Tensor], grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token labels [N] of structure and appearance, and which of the structure's are of an object's part that the appearance shows too."""
+    """Token labels [N] of structure and appearance, and which tokens of the structure can be judged.
+
+    These are the tokens of an object part that the appearance shows too.
+    """
     of_structure, of_appearance = token_labels(torch.stack(labels), grid).long()
     return (
         of_structure,

@@ -1,4 +1,4 @@
-"""Every method of appearance transfer on one pair of pictures: the picture, its time and memory, and where its attention went."""
+"""Compare methods of appearance transfer on one pair: the picture, its time and memory, and its leakage."""
 
 import math
 import time
@@ -15,21 +15,21 @@ from .attention_tally import Measured, figures
 from .peak_memory import PeakMemory
 from .picture_metrics import OBJECT, colour_error
 
-UNREAD = (
-    CtrlX,
-    EyeForAnEye,
-)  # their output attends itself: what it took of the appearance stands in no attention map
+# Their output attends itself, so no attention map shows what it takes from the appearance.
+UNREAD = (CtrlX, EyeForAnEye)
 
 
 @dataclass(frozen=True, eq=False)
 class Compared:
-    """What one method made of a pair.
+    """The result of one method on a pair.
 
     Attributes:
         picture: [3, S, S] in [0, 1].
-        time_s: of the transfer, inversion apart, in seconds. peak_mib: peak memory above the level before it, in MiB.
-        own_part_mass, object_background_leakage: as `leakage`, mean over layers and steps; NaN where that is not known.
-        colour_ratio: part colour error over that of the untouched structure; NaN without labels.
+        time_s: seconds of the transfer, without the inversion.
+        peak_mib: peak memory in MiB, above the level before the transfer.
+        own_part_mass, object_background_leakage: as in `leakage`, averaged over layers and steps; NaN if
+            unknown.
+        colour_ratio: the part colour error, divided by that of the untouched structure; NaN without labels.
     """
 
     picture: Tensor
@@ -51,20 +51,25 @@ def compare_methods(
     methods: Mapping[str, Method] | None = None,
     num_inference_steps: int = 20,
     seed: int = 0,
-    told: Callable[[str], None] = lambda name: None,
+    callback: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Compared]:
     """Transfer the appearance by every method, from one inversion.
+
+    Time and memory belong to a run that measures nothing else. Leakage is measured in a second run.
 
     Args:
         pipe: an `AppearanceTransferPipeline`.
         appearance, structure: [3, S, S] in [0, 1].
-        prompt: what both show.
-        labels: int64 [S, S] of appearance and structure, by `qalign.embedded.scenes.PARTS`; None measures no leakage.
-        methods: by name; None is all that transfer, by their defaults.
-        told: called with each name before its turn.
+        prompt: what both pictures show.
+        labels: int64 [S, S] of appearance and structure, indices into `qalign.embedded.scenes.PARTS`. None
+            measures no leakage.
+        methods: by name; None is every method of transfer with its defaults.
+        num_inference_steps: of the schedule.
+        seed: of the noise.
+        callback: called with the name of each method before its run.
 
-    Time and memory are of a run that measures nothing else; leakage is read in a second one. Raises FloatingPointError where a method's picture
-    is not finite.
+    Raises:
+        FloatingPointError: a method's picture is not finite.
     """
     methods = {name: kind() for name, kind in METHODS.items()} if methods is None else methods
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +79,7 @@ def compare_methods(
     options: dict[str, Any] = {"inversion": inversion, "adain": None, "output_type": "pt"}
     result = {}
     for name, method in methods.items():
-        told(name)
+        callback(name)
         begun = time.perf_counter()
         with PeakMemory(pipe.device) as memory:
             picture = pipe(None, None, prompt, method=method, **options).images[0].float().cpu()
@@ -91,7 +96,7 @@ def compare_methods(
 def colour_ratio(
     picture: Tensor, appearance: Tensor, structure: Tensor, labels: tuple[Tensor, Tensor]
 ) -> float:
-    """Mean part colour error of the picture, over that of the structure as it was."""
+    """The mean part colour error of the picture, divided by that of the untouched structure."""
     of_appearance, of_structure = labels
     after, before = (
         colour_error(each, of_structure, appearance, of_appearance)[OBJECT].nanmean()
@@ -103,7 +108,10 @@ def colour_ratio(
 def attention_figures(
     pipe: Any, method: Any, labels: tuple[Tensor, Tensor], prompt: str, options: Mapping[str, Any]
 ) -> tuple[float, float]:
-    """(own_part_mass, object_background_leakage) of a transfer, mean over the measured layers and steps; NaN where none was edited."""
+    """(own_part_mass, object_background_leakage) of a transfer, averaged over measured layers and steps.
+
+    Both are NaN if no measured step was edited.
+    """
     of_appearance, of_structure = labels
     rows = {
         "output": of_structure,
@@ -113,7 +121,7 @@ def attention_figures(
     }
     measured = Measured(method, rows, every=3)
     pipe(None, None, prompt, method=measured, **options)
-    if not measured.tallies:  # so few steps that no measured one is edited
+    if not measured.tallies:  # there are so few steps that no measured step is edited
         return math.nan, math.nan
     found = figures(torch.stack(list(measured.tallies.values())))
     return found["own_part_mass"].nanmean().item(), found["object_background_leakage"].nanmean().item()

@@ -1,4 +1,4 @@
-"""The queries and keys that a denoiser's self-attention makes of noised pictures."""
+"""The queries and keys of noised pictures in the self-attention of a denoiser."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,19 +9,20 @@ from torch import Tensor
 from ..context.layer_call import Site
 from ..context.layers import decoder_layers
 from ..context.layout import BatchLayout
+from ..methods import Method
 from ..processors.attach import attach
 
 
 class Features(NamedTuple):
-    """Queries and keys [B, H, N, D] of one layer, and the site where they met."""
+    """Queries and keys [B, H, N, D] of one layer, and the layer call that they belong to."""
 
     q: Tensor
     k: Tensor
     site: Site
 
 
-class _Kept:
-    """Stock attention that keeps what each layer attends."""
+class _Kept(Method):
+    """Attention without edits that keeps the queries and keys of each layer."""
 
     def __init__(self) -> None:
         self.layers: dict[str, Features] = {}
@@ -32,9 +33,6 @@ class _Kept:
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         return decoder_layers(names)
-
-    def takes_structure(self, step: int, total: int) -> bool:
-        return False
 
 
 @torch.inference_mode()
@@ -47,14 +45,24 @@ def noised_features(
     seeds: Sequence[int],
     layers: str | Sequence[str] | None = None,
 ) -> dict[str, Features]:
-    """Queries and keys of noised pictures, by self-attention layer of the decoder, in one stock UNet call.
+    """Read queries and keys of noised pictures in one call of the UNet without edits.
 
     Args:
         pipe: an `AppearanceTransferPipeline`.
         pictures: [B, 3, S, S] in [0, 1].
-        timesteps: int64 [B]; each row is noised to its own.
-        seeds: of the noise of each row.
-        layers: as `attach`; None is all of the decoder.
+        timesteps: int64 [B], the noise level of each row.
+        prompt: of all rows.
+        seeds: B numbers, the seed of the noise of each row.
+        layers: as in `attach`; None is every layer of the decoder.
+
+    Returns:
+        By name of the self-attention layer.
+
+    >>> from qalign import AppearanceTransferPipeline
+    >>> tool = AppearanceTransferPipeline.from_pipe(pipe)
+    >>> kept = noised_features(tool, structure[None], torch.tensor([300]), prompt, seeds=[0])
+    >>> {features.q.shape[0] for features in kept.values()}
+    {1}
     """
     latents = pipe.encode(pictures)
     noise = torch.stack(

@@ -1,6 +1,7 @@
-"""What a picture of the embedded model shows, measured: the colours of its parts, and its layout.
+"""Measure a picture of the embedded model: the colours of its parts, and its layout.
 
-Part labels are those of `qalign.embedded.scenes.PARTS`; a layout is read from the picture by the model itself.
+Part labels are indices into `qalign.embedded.scenes.PARTS`. The layout is read from the picture by the
+model's own features.
 """
 
 from collections.abc import Mapping
@@ -16,13 +17,19 @@ from ..context.layers import token_grid
 from ..embedded.scenes import BACKGROUNDS, PARTS, Scenes, token_labels
 from .noised_features import noised_features
 
-COLOURED = 1e-3  # a part has a colour where it covers this share of the picture
+COLOURED = 1e-3  # a part has a colour if it covers this fraction of the picture
 LAYOUT_NOISE = 0.4  # of the training timesteps, at which the layout of a finished picture is read
 OBJECT = slice(len(BACKGROUNDS), None)
 
 
 def part_colours(picture: Tensor, labels: Tensor) -> Tensor:
-    """The mean colour of each part of a picture [3, S, S]: float64 [PARTS, 3], NaN for parts that are (nearly) out of view."""
+    """The mean colour of each part of a picture [3, S, S]: float64 [PARTS, 3], NaN if hardly in view.
+
+    >>> from qalign.embedded.scenes import render
+    >>> scene = render([3], 32)
+    >>> part_colours(scene.image[0], scene.labels[0]).shape
+    torch.Size([12, 3])
+    """
     members = F.one_hot(labels.flatten(), len(PARTS)).double()
     pixels = members.sum(0).unsqueeze(1)
     return torch.where(
@@ -31,9 +38,16 @@ def part_colours(picture: Tensor, labels: Tensor) -> Tensor:
 
 
 def colour_error(picture: Tensor, labels: Tensor, appearance: Tensor, appearance_labels: Tensor) -> Tensor:
-    """Euclidean RGB distance between the mean colours of each part: float64 [PARTS], NaN unless both show it.
+    """The Euclidean RGB distance between the mean colours of each part: float64 [PARTS].
 
-    `labels` says where the parts of `picture` ought to be: for a transferred picture, the structure's labels.
+    It is NaN for a part that one of the pictures does not show.
+
+    Args:
+        picture: [3, S, S].
+        labels: int64 [S, S], where the parts of `picture` should be. For a transferred picture, the
+            structure's labels.
+        appearance: [3, S, S].
+        appearance_labels: int64 [S, S].
     """
     return (part_colours(picture, labels) - part_colours(appearance, appearance_labels)).norm(dim=-1)
 
@@ -48,8 +62,10 @@ def part_iou(found: Tensor, truth: Tensor) -> float:
 def read_layouts(
     pipe: Any, pictures: Mapping[str, Tensor], scenes: Scenes, prompt: str, *, seed: int
 ) -> dict[str, float]:
-    """Mean part IoU between the structure's layout and that of each picture [3, S, S], as `read_parts` sees it by the two scenes (appearance,
-    structure). Averaged over the decoder's layers.
+    """The mean part IoU between the structure's layout and the layout of each picture [3, S, S].
+
+    `read_parts` reads the layouts by the two scenes (appearance, structure). The result is averaged over the
+    decoder's layers.
     """
     read = read_parts(pipe, torch.stack(list(pictures.values())), scenes, prompt, seed=seed)
     scores = torch.zeros(len(pictures), dtype=torch.float64)
@@ -62,15 +78,20 @@ def read_layouts(
 
 
 def read_parts(pipe: Any, pictures: Tensor, scenes: Scenes, prompt: str, *, seed: int) -> dict[str, Tensor]:
-    """The part that each token of some pictures shows, as the model itself sees it: int32 [B, N] on the CPU, by self-attention layer of the decoder.
+    """Read which part each token of a picture shows, by the model's own features.
 
-    A token of a noised picture takes the label of that token of the scenes, noised on their own, whose queries are most alike by joint cosine
-    similarity.
+    A token of a noised picture takes the label of the most similar token of the noised scenes, by joint
+    cosine similarity of queries.
 
     Args:
-        pictures: [B, 3, S, S] in [0, 1], which share one noise, so that they are compared by what they show.
-        scenes: whose labels are known.
-        prompt: of all of them.
+        pipe: an `AppearanceTransferPipeline`.
+        pictures: [B, 3, S, S] in [0, 1]. They share one noise, so they differ only in what they show.
+        scenes: scenes with known labels; each has a noise of its own.
+        prompt: of all pictures and scenes.
+        seed: of the noise.
+
+    Returns:
+        By self-attention layer of the decoder, int32 [B, N] on the CPU.
     """
     timestep = int(LAYOUT_NOISE * pipe.scheduler.config.num_train_timesteps)
     count, known = len(pictures), len(scenes.image)

@@ -12,7 +12,7 @@ Progress = Callable[[Iterable], Iterable]
 
 
 def processes() -> Any:
-    """accelerate's `PartialState`, which joins processes that run without GPUs only where it is told that they do."""
+    """accelerate's `PartialState`. It joins processes without GPUs only if it knows that they have none."""
     from accelerate import PartialState
 
     wanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -20,7 +20,7 @@ def processes() -> Any:
 
 
 def leave() -> None:
-    """Wait for the other processes and part from them: one that ends while they are still connected may be aborted."""
+    """Wait for the other processes and disconnect, since a process that just ends may abort."""
     state = processes()
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -29,7 +29,11 @@ def leave() -> None:
 def gathered(
     work: Callable[[Item], Result], items: Sequence[Item], progress: Progress = iter
 ) -> list[Result]:
-    """`work` of every item, each done in one of the launched processes; in the order of the items, the same in each process."""
+    """Do `work` for every item, each in one of the launched processes.
+
+    Returns:
+        The results in the order of the items, the same in each process.
+    """
     from accelerate.utils import gather_object
 
     with processes().split_between_processes(list(items)) as mine:

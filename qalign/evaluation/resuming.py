@@ -1,4 +1,4 @@
-"""Results of a long run, kept on disk one by one, so that a stopped run can continue."""
+"""Keep the results of a long run on disk one by one, so that a stopped run can continue."""
 
 import dataclasses
 import io
@@ -17,10 +17,17 @@ Result = TypeVar("Result")
 
 
 class KeptResults:
-    """A folder with one file for each result, all of the same settings. Several processes may share it.
+    """A folder with one file for each result, all of the same settings. Processes may share it.
 
-    >>> kept = KeptResults(Path("report.json.partial"), {"steps": 20})
-    >>> results = list(map(kept.keeping("pair", measure, PairResult), pairs))
+    >>> import tempfile
+    >>> from dataclasses import make_dataclass
+    >>> Item, Result = make_dataclass("Item", ["seed"]), make_dataclass("Result", ["value"])
+    >>> kept = KeptResults(Path(tempfile.mkdtemp()) / "report.json.partial", {"steps": 20})
+    >>> work = kept.keeping("square", lambda item: Result(item.seed**2), Result)
+    >>> [work(Item(seed)).value for seed in (2, 3, 2)]  # the third is read from its file
+    [4, 9, 4]
+    >>> len(kept)
+    2
     >>> kept.remove()
 
     Args:
@@ -51,12 +58,12 @@ class KeptResults:
     def keeping(
         self, name: str, work: Callable[[Item], Result], kind: Callable[..., Result]
     ) -> Callable[[Item], Result]:
-        """`work`, which returns the kept result of an item where there is one.
+        """Return a `work` that reads the result of an item from its file, or computes it and keeps it.
 
         Args:
-            name: of this work; one folder may hold the results of several.
-            work: its items are dataclasses of numbers.
-            kind: the dataclass of its results, whose fields hold plain values and tensors.
+            name: of this work. One folder may hold the results of several works.
+            work: takes items that are dataclasses of numbers.
+            kind: the dataclass of its results. Its fields hold plain values and tensors.
         """
 
         def keep(item: Item) -> Result:
@@ -75,12 +82,12 @@ class KeptResults:
         return keep
 
     def remove(self) -> None:
-        """Remove the folder, once the report is complete."""
+        """Remove the folder when the report is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def keeping(
     kept: KeptResults | None, name: str, work: Callable[[Any], Result], kind: Callable[..., Result]
 ) -> Callable[[Any], Result]:
-    """`work`, with its results kept where there is a place for them."""
+    """`work` with its results kept, or `work` itself if nothing keeps them."""
     return work if kept is None else kept.keeping(name, work, kind)

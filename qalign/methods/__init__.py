@@ -4,6 +4,8 @@
 """
 
 import importlib
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,15 @@ if TYPE_CHECKING:
     from ._editing import Editing as Editing
     from ._editing import Hook as Hook
     from ._editing import Method as Method
+    from ._editing import Project as Project
+    from ._editing import Wrapped as Wrapped
     from ._editing import require_method as require_method
 
 _MODULES = {
     **_names.MODULES,
-    **dict.fromkeys(("Card", "Editing", "Hook", "Method", "require_method"), "_editing"),
+    **dict.fromkeys(
+        ("Card", "Editing", "Hook", "Method", "Project", "Wrapped", "require_method"), "_editing"
+    ),
 }
 
 
@@ -43,7 +49,50 @@ TRANSFERS: Mapping[str, "type[Method]"] = _Classes(_names.TRANSFERS)  # the meth
 METHODS: Mapping[str, "type[Method]"] = _Classes(_names.TRANSFERS | _names.OTHERS)
 
 if not TYPE_CHECKING:
-    __all__ = sorted(["METHODS", "TRANSFERS", *_MODULES])
+    __all__ = sorted(["METHODS", "TRANSFERS", "find_method", *_MODULES])
+
+
+def find_method(name: str, known: Mapping[str, "type[Method]"] = METHODS) -> "type[Method]":
+    """Find the class of a method by its name, also of a method outside this package.
+
+    >>> from qalign.methods import find_method
+    >>> find_method("qalign").__name__, find_method("qalign.methods.qalign:QAlignWarp").__name__
+    ('QAlign', 'QAlignWarp')
+
+    Args:
+        name: a key of `known`, or "package.module:Class" for a class in any module that can be imported.
+        known: the methods that have a name.
+
+    Raises:
+        ValueError: an unknown name, a module that cannot be imported, a class that is missing, is no method,
+            or has a setting without a default.
+    """
+    if name in known:
+        return known[name]
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        expected = f"a method, 'package.module:Class' or one of {', '.join(known)}"
+        raise ValueError(f"method: expected {expected}, got {name!r}")
+    module, kind = name.split(":")
+    try:
+        found = vars(importlib.import_module(module)).get(kind)
+    except ImportError as error:
+        raise ValueError(
+            f"method: expected a module to import, got {module!r} of {name!r} ({error})"
+        ) from error
+    if found is None:
+        raise ValueError(f"method: expected a class of {module}, got {kind!r}, which it does not define")
+    base = __getattr__("Method")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"method: expected a class that extends qalign.Editing, got {name!r}: {found!r}")
+    settings = inspect.signature(found).parameters.values()
+    unset = [
+        each.name for each in settings if each.default is each.empty and each.kind is not each.VAR_KEYWORD
+    ]
+    if unset:
+        raise ValueError(
+            f"method: expected settings with defaults in {name!r}, got none for {', '.join(unset)}"
+        )
+    return found
 
 
 def __getattr__(name: str) -> Any:

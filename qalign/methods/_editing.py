@@ -1,9 +1,9 @@
-"""What most methods share: they edit the output rows, and every other row is stock attention."""
+"""The base classes of methods: what a method may define, and what it does where it defines nothing."""
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,40 +12,21 @@ from ..context.layer_call import Site
 from ..context.layers import decoder_layers
 
 Hook = Callable[[nn.Module, Tensor, Tensor, Site], Tensor]  # (module, its input, its output, site) -> output
-
-
-class Method(Protocol):
-    """Frozen settings with one function on [B, H, N, D] tensors, and what `attach` asks of them.
-
-    What a method may have besides:
-        default_steps: a (start, stop) for `attach` where the user gives none.
-        prepare(hidden, project, site): what it makes of the hidden states [B, N, C] before `project` gives queries, keys and values of them.
-        hooks(model): by module name, what it makes of the output [B, ...] of modules that are no attention; `site.replace` puts the edited
-            rows in place.
-        cross_layers(names), attend_cross(q, k, v, site): which cross-attention layers it acts on, and their attention output; keys and values are
-            the prompt's.
-        start(latents, appearance), change_clean(clean, appearance, timestep): in `AppearanceTransferPipeline`, what the outputs' first latents
-            [outputs, C, h, w] become beside the appearance's [1, C, h, w]; and likewise their x̂_0 in a step.
-    """
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """The attention output of every row of the batch, [B, H, N, D]."""
-
-    def default_layers(self, names: Sequence[str]) -> list[str]:
-        """Which of a denoiser's self-attention layers the method edits where the user names none."""
-
-    def takes_structure(self, step: int, total: int) -> bool:
-        """Whether keys and values come from the structure at this step."""
+Project = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # hidden states -> queries, keys and values
 
 
 class Card(NamedTuple):
-    """A method in a line of `python -m qalign methods`.
+    """Describe a method in one entry of `python -m qalign methods`.
 
     Attributes:
-        title: as the field calls it. paper: its arXiv id, or where it was published.
-        edits: what becomes of the output rows. layers: by default, on SD 1.5 and SDXL. steps: by default.
-        uses: the ops it is made of.
-        cost: of an edited layer and output row, in units of the self-attention that it replaces, at large N.
+        title: the name that the field uses.
+        paper: the arXiv id, or the place of publication.
+        edits: what replaces the attention output of the output rows.
+        layers: the layers that are edited by default, on SD 1.5 and SDXL.
+        steps: the denoising steps in which they are edited by default.
+        uses: the ops that compute it.
+        cost: the multiply-adds of an edited layer and output row at large N. The unit is the self-attention
+            that the method replaces.
     """
 
     title: str
@@ -57,11 +38,86 @@ class Card(NamedTuple):
     cost: float
 
 
-class Editing:
-    """The base of a method: its `edit` gives the attention output of the output rows.
+class Method:
+    """The base of all methods. This class itself changes nothing: each ability has its neutral default here.
 
-    All other rows are stock attention. A method is a frozen dataclass of settings. It knows tensors and
-    roles, never a step number or a batch position: `site` knows those.
+    A method of your own extends `Editing`, which needs a single function. Extend `Method` to decide about
+    every row of the batch. Settings are immutable: a method is a frozen dataclass.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, Site
+    >>> from qalign.methods import Method
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> torch.equal(Method().attend(q, k, v, site), site.plain(q, k, v))
+    True
+
+    Attributes:
+        card: the entry in `python -m qalign methods`. Only the methods of this package have one.
+        default_steps: the fractions (start, stop) of the denoising loop in which the method edits when the
+            user names none. None is the whole loop.
+    """
+
+    card: ClassVar[Card | None] = None
+    default_steps: ClassVar[tuple[float, float] | None] = None
+
+    @classmethod
+    def title(cls) -> str:
+        """Return the name that tables and pictures show: that of the card, or the name of the class."""
+        return cls.__name__ if cls.card is None else cls.card.title
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Return the self-attention output [B, H, N, D] of every row; here stock attention."""
+        return site.plain(q, k, v)
+
+    def default_layers(self, names: Sequence[str]) -> list[str]:
+        """Select the self-attention layers that are edited by default; here the decoder's last six."""
+        return last_six(names)
+
+    def takes_structure(self, step: int, total: int) -> bool:
+        """Return whether output rows read the structure, and not the appearance, at `step` of `total`."""
+        return False
+
+    def prepare(self, hidden: Tensor, project: Project, site: Site) -> Tensor:
+        """Return the hidden states [B, N, C] that are projected; `project` gives queries, keys and values."""
+        return hidden
+
+    def hooks(self, model: nn.Module) -> dict[str, Hook]:
+        """Return functions that change the outputs of modules other than attention, by module name.
+
+        A function gets the module, its input, its output [B, ...] and the site, and returns the new output.
+        `site.replace` writes the edited rows into it.
+        """
+        return {}
+
+    def cross_layers(self, names: Sequence[str]) -> list[str]:
+        """Select the cross-attention layers in which `attend_cross` runs; here none."""
+        return []
+
+    def attend_cross(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Return the cross-attention output [B, H, N, D] of every row; keys and values are the prompt's."""
+        return site.plain(q, k, v)
+
+    def start(self, latents: Tensor, appearance: Tensor) -> Tensor:
+        """Return the outputs' first latents [outputs, C, h, w] in `AppearanceTransferPipeline`.
+
+        The appearance's latents are [1, C, h, w].
+        """
+        return latents
+
+    def change_clean(self, clean: Tensor, appearance: Tensor, timestep: int) -> Tensor:
+        """Return the outputs' clean latents x̂_0 [outputs, C, h, w] in `AppearanceTransferPipeline`.
+
+        The appearance's x̂_0 is [1, C, h, w].
+        """
+        return clean
+
+
+class Editing(Method):
+    """The base of a method that edits the output rows. All other rows are stock attention.
+
+    A method is a frozen dataclass of settings with one function, `edit`. It knows tensors and roles, and
+    never a step number or a position in the batch: `site` knows those.
 
     >>> from dataclasses import dataclass
     >>> import torch
@@ -77,26 +133,20 @@ class Editing:
     ...         read = attention(take(q, output), appearance, scale=site.scale, query_labels=labels)
     ...         return torch.lerp(site.stock(q, k, v, output), read, self.weight)
 
-    `attach(pipe, Blend(weight=0.3))` runs it on a UNet. On tensors of three rows, two heads, 16 tokens, eight
-    channels:
+    `attach(pipe, Blend(weight=0.3))` runs it on a UNet. On tensors of three rows, two heads, 16 tokens and
+    eight channels:
 
     >>> q, k, v = torch.randn(3, 3, 2, 16, 8)
     >>> site = Site(BatchLayout("output", "appearance", "structure"))
     >>> Blend().attend(q, k, v, site).shape
     torch.Size([3, 2, 16, 8])
 
-    Attributes:
-        card: what the method is, in a line of `python -m qalign methods`; only those of this package need
-            one.
-        default_steps: (start, stop) as fractions of the denoising loop where the user names none; None is all of it.
-
-    What else a method may have (`prepare`, `hooks`, `attend_cross`, ...) stands in `qalign.methods.Method`.
+    The other abilities of a method (`prepare`, `hooks`, `attend_cross`, ...) are those of
+    `qalign.methods.Method`. Define the ones that you need.
     """
 
-    card: ClassVar[Card]
-    default_steps: ClassVar[tuple[float, float] | None] = None
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Return `edit` in the output rows and stock attention in the others; only stock in an idle step."""
         if site.idle:
             return site.plain(q, k, v)
         output = site.output_rows(q)
@@ -108,14 +158,14 @@ class Editing:
         return site.merge(q, k, v, edited)
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
-        """The attention output of the rows `output`, which read the rows `reference`.
+        """Return the attention output of the rows `output`, which read the rows `reference`.
 
         Args:
-            q, k, v: [B, H, N, D] of all rows of the batch; `take(q, output)` are the queries of the output
+            q, k, v: [B, H, N, D], of all rows of the batch. `take(q, output)` are the queries of the output
                 rows.
-            output: int32 [rows], which rows of the batch are edited, in every guidance part.
-            reference: int32 [rows], the row that each of these reads: its appearance, or in some steps its
-                structure.
+            output: int32 [rows], the rows of the batch that are edited, in every guidance half.
+            reference: int32 [rows], the row that each of these reads: its appearance, or its structure at
+                structure steps.
             site: layout, scale, labels and clock.
 
         Returns:
@@ -123,34 +173,66 @@ class Editing:
         """
         raise NotImplementedError
 
+
+class Wrapped(Method):
+    """The base of a method that runs another one and adds something, such as a measurement.
+
+    Every ability is the other method's.
+    """
+
+    def __init__(self, method: Method) -> None:
+        require_method(method)
+        self.method = method
+
+    @property
+    def default_steps(self) -> tuple[float, float] | None:  # type: ignore[override]
+        return self.method.default_steps
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        return self.method.attend(q, k, v, site)
+
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        """The layers that are edited where the user names none: the decoder's last six."""
-        return last_six(names)
+        return self.method.default_layers(names)
 
     def takes_structure(self, step: int, total: int) -> bool:
-        """Whether output rows read their structure instead of their appearance at this step: never."""
-        return False
+        return self.method.takes_structure(step, total)
+
+    def prepare(self, hidden: Tensor, project: Project, site: Site) -> Tensor:
+        return self.method.prepare(hidden, project, site)
+
+    def hooks(self, model: nn.Module) -> dict[str, Hook]:
+        return self.method.hooks(model)
+
+    def cross_layers(self, names: Sequence[str]) -> list[str]:
+        return self.method.cross_layers(names)
+
+    def attend_cross(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        return self.method.attend_cross(q, k, v, site)
+
+    def start(self, latents: Tensor, appearance: Tensor) -> Tensor:
+        return self.method.start(latents, appearance)
+
+    def change_clean(self, clean: Tensor, appearance: Tensor, timestep: int) -> Tensor:
+        return self.method.change_clean(clean, appearance, timestep)
 
 
 def require_method(method: Any) -> None:
-    """The argument `method` has to be an instance of a method, with every part that `attach` uses.
+    """Check that the argument `method` is an instance of a complete method.
 
     Raises:
-        TypeError: it is not one, or a part is missing.
+        TypeError: it is not an instance of a method, or it lacks a part.
     """
-    needed = ("attend", "default_layers", "takes_structure")
-    missing = [name for name in needed if not callable(getattr(method, name, None))]
-    if len(missing) == len(needed) and not hasattr(method, "edit"):
-        raise TypeError(f"method: expected an instance of a method such as QAlign(), got {method!r}")
-    if isinstance(method, type):
+    if isinstance(method, type) and issubclass(method, Method):
         name = method.__name__
         raise TypeError(f"method: expected an instance, got the class {name}: write {name}()")
-    name = type(method).__name__
-    if missing:
-        expected = f"{', '.join(needed)}, all of which qalign.Editing has"
-        raise TypeError(f"method: expected {expected}, got {name} without {', '.join(missing)}")
+    if not isinstance(method, Method):
+        advice = "a method of your own extends qalign.Editing"
+        raise TypeError(
+            f"method: expected an instance of a method such as QAlign(), got {method!r} ({advice})"
+        )
     if not isinstance(method, Editing):
         return
+    name = type(method).__name__
     if type(method).attend is Editing.attend and type(method).edit is Editing.edit:
         parts = "edit(self, q, k, v, output, reference, site) or attend(self, q, k, v, site)"
         raise TypeError(f"method: expected {name} to define {parts}, got neither")
@@ -160,11 +242,11 @@ def require_method(method: Any) -> None:
 
 
 def last_six(names: Sequence[str]) -> list[str]:
-    """The last six layers of the decoder: up_blocks.2 and up_blocks.3 of SD 1.5, up_blocks.1 of SDXL."""
+    """Select the decoder's last six: up_blocks.2 and up_blocks.3 of SD 1.5, up_blocks.1 of SDXL."""
     return decoder_layers(names)[-6:]
 
 
 def uniform(count: int, *key: int | str) -> Tensor:
-    """Numbers of [0, 1), float32 [count] on the CPU, that are a function of `key` and `count`."""
+    """Return pseudo-random float32 [count] in [0, 1) on the CPU, determined by `key` and `count`."""
     seed = random.Random(repr((*key, count))).getrandbits(62)
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))

@@ -1,10 +1,9 @@
-"""Pipelines: appearance transfer on any Stable Diffusion or Stable Diffusion XL pipeline."""
+"""Pipelines on Stable Diffusion and SDXL: appearance transfer, attention distillation, bounded attention."""
 
 from ..embedded.quiet import quiet_libraries
 
-with quiet_libraries():  # transformers would say which image library it had rather found
+with quiet_libraries():  # transformers reports the image libraries that it lacks
     from .appearance_transfer import (
-        METHODS,
         AppearanceTransferOutput,
         AppearanceTransferPipeline,
         AppearanceTransferXLPipeline,
@@ -19,6 +18,7 @@ with quiet_libraries():  # transformers would say which image library it had rat
         BoundedAttentionPipeline,
         BoundedAttentionXLPipeline,
     )
+    from .transfer_inputs import METHODS
 
 __all__ = [
     "METHODS",

@@ -1,60 +1,86 @@
-"""What the pipelines share: the networks of a Stable Diffusion pipeline, asked for latents, predictions and pictures."""
+"""The parts that all pipelines share: latents, predictions and pictures of a Stable Diffusion pipeline."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from torch import Tensor
 
-from ..sampling.inversion import Predict, require_finite
+from ..sampling.denoising import require_finite
+from ..sampling.inversion import Predict
 from ..sampling.inversion_cache import digest
 from .pictures import choose_size, to_tensors
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Condition = dict[str, Any]  # keyword arguments of the UNet for one row
+OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]  # callback_on_step_end
+
+
+class StepCallback(NamedTuple):
+    """`callback_on_step_end` of a call, and `callback_on_step_end_tensor_inputs`."""
+
+    function: OnStepEnd | None
+    names: tuple[str, ...]
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, latents: Tensor) -> Tensor | None:
+        """The latents that the function returns; None where it returns none, or there is no function."""
+        if self.function is None:
+            return None
+        returned = self.function(pipe, step, timestep, {name: latents for name in self.names}) or {}
+        return returned.get("latents")
 
 
 class LatentDiffusion:
-    """A mixin before a Stable Diffusion pipeline: pictures to float32 latents and back, and what the UNet says of them, whatever its dtype."""
+    """A mixin before a Stable Diffusion pipeline: pictures to latents and back, and predictions.
+
+    Latents and predictions are float32, whatever the dtype of the networks.
+    """
 
     _callback_tensor_inputs = ["latents"]
 
     @classmethod
     def _kinds(cls) -> tuple[Any, Any]:
-        """What `from_pipe` makes of Stable Diffusion, and of Stable Diffusion XL."""
+        """The classes that `from_pipe` makes for Stable Diffusion and for Stable Diffusion XL."""
         raise NotImplementedError
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
-        """A pipeline of this kind with the components of any other of Stable Diffusion or Stable Diffusion XL.
-
-        >>> pipe = AppearanceTransferPipeline.from_pipe(StableDiffusionPipeline.from_pretrained(folder).to(torch.bfloat16))
-
-        Weights are shared, and stay in the dtypes that they have. Call `enable_model_cpu_offload` and the like on the result.
+        """Make a pipeline of this kind from another pipeline's components.
 
         Args:
-            pipeline: a diffusers pipeline.
-            kwargs: components and settings to take in place of the pipeline's.
+            pipeline: any diffusers pipeline of Stable Diffusion or Stable Diffusion XL.
+            kwargs: components and settings that replace the pipeline's.
 
         Returns:
-            an instance of this class, or of its kin for the other family:
-            `AppearanceTransferPipeline.from_pipe` of a Stable Diffusion XL pipeline makes an
-            `AppearanceTransferXLPipeline`, which has the same methods.
+            an instance of this class. For Stable Diffusion XL, an instance of its XL class: an
+            `AppearanceTransferXLPipeline` of `AppearanceTransferPipeline`, with the same methods.
+
+        Raises:
+            TypeError: `pipeline` is of another family.
+            ValueError: its UNet has more channels than the VAE, as for inpainting.
+
+        Example:
+            >>> from qalign import AppearanceTransferPipeline
+            >>> tool = AppearanceTransferPipeline.from_pipe(pipe)
+            >>> tool.unet is pipe.unet
+            True
+
+        Notes:
+            Weights are shared and keep their dtypes and devices. Call `enable_model_cpu_offload` and the
+            like on the result.
         """
         components = getattr(pipeline, "components", {})
         if "unet" not in components or "text_encoder" not in components:
-            raise TypeError(
-                f"pipeline: expected a Stable Diffusion or Stable Diffusion XL pipeline, got {type(pipeline).__name__}"
-            )
+            expected = "a Stable Diffusion or Stable Diffusion XL pipeline"
+            raise TypeError(f"pipeline: expected {expected}, got {type(pipeline).__name__}")
         if (takes := components["unet"].config.in_channels) != (
             gives := components["vae"].config.latent_channels
         ):
-            raise ValueError(
-                f"pipeline: expected a UNet for the VAE's {gives} latent channels, got one for {takes} (inpainting?)"
-            )
+            expected = f"a UNet for the VAE's {gives} latent channels"
+            raise ValueError(f"pipeline: expected {expected}, got one for {takes} (inpainting?)")
         kind = cls._kinds()["text_encoder_2" in components]
         target: Any = cls if issubclass(cls, kind) else kind
         needed, settings = target._get_signature_keys(target)
@@ -65,23 +91,42 @@ class LatentDiffusion:
 
     @classmethod
     def embedded(cls, dtype: torch.dtype = torch.float32) -> Self:
-        """A pipeline on the small model that comes with the package: pictures of 128 x 128 pixels, nothing to download."""
+        """Make a pipeline with the small model of this package, for pictures of 128 x 128 pixels.
+
+        Args:
+            dtype: of the weights.
+
+        Returns:
+            an instance of this class, on the CPU. Nothing is downloaded.
+
+        Example:
+            >>> from qalign import AppearanceTransferPipeline
+            >>> AppearanceTransferPipeline.embedded().unet.config.sample_size
+            32
+        """
         from .. import embedded
 
         return cls.from_pipe(embedded.load(dtype))
 
     def encode(self: Any, pictures: Any) -> Tensor:
-        """float32 latents [B, C, h, w] of pictures: the mode of what the VAE says, picture by picture.
-
-        >>> clean = pipe.encode([structure, appearance])
+        """Encode pictures to latents: the mode of the VAE's distribution, picture by picture.
 
         Args:
-            pictures: one or several of one size: PIL, tensors [3, H, W] or arrays [H, W, 3], floats in [0, 1]
-                or bytes; or a batch of these.
+            pictures: one picture or several of one size: PIL, tensors [3, H, W] or arrays [H, W, 3], floats
+                in [0, 1] or bytes; or a batch of tensors or arrays.
+
+        Returns:
+            float32 [B, C, h, w], times the VAE's scaling factor.
 
         Raises:
-            TypeError, ValueError: no pictures, or not of one size. FloatingPointError: NaN or infinite
-                latents.
+            TypeError: a picture is of the wrong type.
+            ValueError: there is no picture, or the sizes differ or are no multiples of 8.
+            FloatingPointError: the latents are NaN or infinite.
+
+        Example:
+            >>> from qalign import AppearanceTransferPipeline
+            >>> AppearanceTransferPipeline.from_pipe(pipe).encode([structure, appearance]).shape
+            torch.Size([2, 4, 16, 16])
         """
         rows = to_tensors(pictures, "pictures")
         size = choose_size(rows[0], None, None, "pictures")
@@ -101,7 +146,23 @@ class LatentDiffusion:
             )
 
     def conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
-        """The UNet's keyword arguments for one row of `height` x `width` pixels, of the prompt and of the empty one."""
+        """Make the UNet's keyword arguments for a prompt.
+
+        Args:
+            prompt: one prompt.
+            height: of the pictures in pixels. Only Stable Diffusion XL uses it.
+            width: the same across.
+
+        Returns:
+            two dicts for one row, of the prompt and of the empty prompt.
+
+        Example:
+            >>> from qalign import AppearanceTransferPipeline
+            >>> tool = AppearanceTransferPipeline.from_pipe(pipe)
+            >>> condition, unconditional = tool.conditions(prompt, 32, 32)
+            >>> {name: list(value.shape) for name, value in condition.items()}
+            {'encoder_hidden_states': [1, 16, 32]}
+        """
         embeddings = self.encode_prompt(prompt, self._execution_device, 1, True)
         condition, unconditional = (
             {"encoder_hidden_states": each.to(self.unet.dtype)} for each in embeddings
@@ -109,15 +170,26 @@ class LatentDiffusion:
         return condition, unconditional
 
     def predict(self: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """float32 [B, C, h, w], the UNet's output, whatever its dtype.
+        """Run the UNet.
 
         Args:
             latents: [B, C, h, w].
             timesteps: int64 [B], or one for all rows.
-            condition: of one row, from `conditions`.
+            condition: for one row, from `conditions`.
+
+        Returns:
+            float32 [B, C, h, w], the output of the UNet.
 
         Raises:
-            FloatingPointError: NaN or infinity in the output.
+            FloatingPointError: the output has NaN or infinite values.
+
+        Example:
+            >>> from qalign import AppearanceTransferPipeline
+            >>> tool = AppearanceTransferPipeline.from_pipe(pipe)
+            >>> with torch.no_grad():
+            ...     output = tool.predict(latents, torch.tensor(301), tool.conditions(prompt, 32, 32)[0])
+            >>> output.shape
+            torch.Size([3, 4, 16, 16])
         """
         options = expand_condition(condition, len(latents))
         output = self.unet(
@@ -125,8 +197,12 @@ class LatentDiffusion:
         )[0]
         return require_finite(output, "UNet output", self.unet.dtype).float()
 
+    def _size(self: Any, latents: Tensor) -> list[int]:
+        """[height, width] of the pictures of these latents, in pixels."""
+        return [side * self.vae_scale_factor for side in latents.shape[-2:]]
+
     def _guided(self: Any, condition: Condition, unconditional: Condition, scale: float) -> Predict:
-        """The prediction with classifier-free guidance; one call of the UNet is enough where both conditions are the same."""
+        """The prediction with classifier-free guidance. Equal conditions need only one UNet call."""
         same = digest(condition) == digest(unconditional)
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
@@ -149,7 +225,7 @@ class LatentDiffusion:
 
     @contextlib.contextmanager
     def _wide_vae(self: Any) -> Iterator[None]:
-        """A VAE in float16 that its configuration says overflows, in float32 meanwhile."""
+        """Run a float16 VAE in float32 if its configuration says that it overflows."""
         if self.vae.dtype != torch.float16 or not getattr(self.vae.config, "force_upcast", False):
             yield
             return
@@ -164,7 +240,16 @@ class XLConditions:
     """The conditioning of Stable Diffusion XL, as a mixin before the others."""
 
     def conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
-        """As that of Stable Diffusion, with the pooled text and the size that the pictures are said to have had."""
+        """Make the UNet's keyword arguments for a prompt, with pooled text and size.
+
+        Args:
+            prompt: one prompt.
+            height: of the pictures in pixels, also given as their original size.
+            width: the same across.
+
+        Returns:
+            two dicts for one row, of the prompt and of the empty prompt.
+        """
         options = {
             "device": self._execution_device,
             "num_images_per_prompt": 1,
@@ -186,7 +271,7 @@ class XLConditions:
 
 
 def check_output(output_type: str, names: Sequence[str]) -> None:
-    """`output_type` and `callback_on_step_end_tensor_inputs` of a call."""
+    """Check `output_type` and `callback_on_step_end_tensor_inputs` of a call."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     if set(names) - {"latents"}:
@@ -194,7 +279,7 @@ def check_output(output_type: str, names: Sequence[str]) -> None:
 
 
 def expand_condition(condition: Condition, rows: int) -> Condition:
-    """A condition of one row for as many rows, without copies."""
+    """A condition of one row for `rows` rows, without copies."""
     return {
         name: expand_condition(each, rows) if isinstance(each, dict) else each.expand(rows, *each.shape[1:])
         for name, each in condition.items()

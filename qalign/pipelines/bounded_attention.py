@@ -1,7 +1,7 @@
-"""Bounded attention: several subjects in boxes of one picture, none of which leaks into another."""
+"""Bounded attention: several subjects in boxes of one picture, without leakage between them."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,28 +18,39 @@ from ..methods.bounded import BoundedAttention
 from ..processors.attach import find_unet, select_layers
 from ..sampling.attention_reader import AttentionReader, frozen, gradient
 from ..sampling.bounded_guidance import BoundedGuidance, MaskRefiner
-from ..sampling.inversion import set_steps
+from ..sampling.denoising import set_steps
 from ..sampling.object_masks import noun_tokens
-from .base import Condition, LatentDiffusion, XLConditions, check_output, concatenate_conditions
+from .base import (
+    Condition,
+    LatentDiffusion,
+    OnStepEnd,
+    StepCallback,
+    XLConditions,
+    check_output,
+    concatenate_conditions,
+)
 from .pictures import MULTIPLE
 
-# the closed classes that the published tagger filters: conjunctions, cardinals, determiners, prepositions, and words of place
+# in place of the published tagger: conjunctions, cardinals, determiners, prepositions and words of place
 FILTER_WORDS = tuple(
-    """a above across against all along amid among an and another any around at before behind below beneath beside between both but by during each
-    eight every five for four from in inside into left near nine no nor of off on one onto or over right seven since six some ten that the these this
-    those three through to top bottom toward towards two under underneath until upon via while with within without""".split()
+    """a above across against all along amid among an and another any around at before behind below beneath
+    beside between both but by during each eight every five for four from in inside into left near nine no
+    nor of off on one onto or over right seven since six some ten that the these this those three through to
+    top bottom toward towards two under underneath until upon via while with within without""".split()
 )
 
 
 @dataclass
 class BoundedAttentionOutput(BaseOutput):
-    """What bounded attention made.
+    """Hold the result of bounded attention.
 
     Attributes:
-        images: PIL images, an array [1, H, W, 3] or a tensor [1, C, h, w], as `output_type` says.
-        regions: the subjects' masks in the end, `structure` [h, w] of the latents' size: 1 is the first subject, 0 the background.
-        losses: float32 [readings, 2], the step and the loss before each iteration of the guidance.
-        interrupted: whether Ctrl-C or `pipe._interrupt` ended it early; the image is then the last estimate of the clean one.
+        images: as `output_type` says: PIL images, an array [1, H, W, 3] or a tensor [1, C, h, w].
+        regions: the last masks: `structure` [h, w] of the latents' size, 1 for the first subject and so on,
+            0 for the background.
+        losses: float32 [iterations, 2], the step and the loss before each iteration of the guidance.
+        interrupted: whether Ctrl-C or `pipe._interrupt` ended the run early. The image is then the last
+            estimate of the clean one.
     """
 
     images: Any
@@ -49,10 +60,10 @@ class BoundedAttentionOutput(BaseOutput):
 
 
 class BoundedAttentionMixin(LatentDiffusion):
-    """Bounded attention before a Stable Diffusion pipeline, whose components and conditioning it uses.
+    """Bounded attention as a mixin before a Stable Diffusion pipeline.
 
     Attributes:
-        default_guidance: as published for the family.
+        default_guidance: the published settings of the family.
     """
 
     default_guidance = BoundedGuidance()
@@ -79,41 +90,67 @@ class BoundedAttentionMixin(LatentDiffusion):
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> BoundedAttentionOutput:
-        """A picture with each subject in its box.
+        """Make a picture with each subject in its box.
 
-        >>> subjects = [("red bird", (0.05, 0.3, 0.45, 0.9)), ("blue bird", (0.55, 0.3, 0.95, 0.9))]
-        >>> image = pipe("a photo of a red bird and a blue bird", subjects).images[0]
+        x ← x - rate · ∂loss/∂x
 
-        Before each guided step at most `iterations` times, while the loss is `enough` or more: x <- x - rate · ∂loss/∂x, of the prompt's half. Then a
-        step of DDIM, with both halves under `BoundedAttention` in all layers. Afterwards masks that follow the subjects take the boxes' place.
+        A guided step repeats this, on the prompt's guidance half, until the loss is below
+        `guidance.enough` or `guidance.iterations` are done. Then a step of DDIM runs with both halves under
+        `BoundedAttention` in all layers. After the guided steps, masks that follow the subjects replace the
+        boxes.
 
         Args:
-            prompt: of one picture.
-            subjects: words of the prompt with the box they belong in, as `Regions.from_boxes`. All places of the words count; their plural in s will
-                do. Subjects may share words.
-            guidance: the settings; None is `default_guidance`: `BoundedGuidance()`, of SDXL with rates (18, 5).
+            prompt: one prompt.
+            subjects: pairs of words of the prompt and their box (x0, y0, x1, y1), in fractions of width and
+                height from the upper left corner. All places of the words count, and their plural in s is
+                found too. Subjects may share words.
+            guidance: the settings of the guidance. None is `default_guidance`: `BoundedGuidance()`, for
+                SDXL with rates (18, 5).
             num_inference_steps: of DDIM.
-            guidance_scale: of the prompt against the empty one.
-            layers: in which the loss is read, as `attach`; None is `BoundedGuidance.default_layers`.
-            mask_layers: in which masks are read, all of one number of tokens; None is those of `layers` in the decoder.
-            filter_words: hidden from every query where the prompt has them and no subject does.
-            latents: [1, C, h, w], the noise to begin with; None: drawn.
-            height, width: of the output in pixels, multiples of 8; None: the model's own.
-            generator: of the noise.
+            guidance_scale: of classifier-free guidance.
+            layers: of the loss, as `attach` takes them. None is `BoundedGuidance.default_layers`.
+            mask_layers: of the masks, all with the same number of tokens. None is the decoder's among
+                `layers`.
+            filter_words: words that no query sees, if the prompt has them and no subject does.
+            latents: [1, C, h, w], the noise at the start. None draws it.
+            height: of the picture in pixels, a multiple of 8. None is the model's own size.
+            width: the same across.
+            generator: of the noise. None is torch's own.
             output_type: "pil", "np", "pt" or "latent".
-            return_dict: False: the tuple (images, regions); type checkers see the output class.
-            callback_on_step_end: called with (pipe, i, timestep, {"latents": float32 [1, C, h, w]}) after each step; the latents it returns
-                replace them. `pipe._interrupt = True` ends the loop.
+            return_dict: False returns the tuple (images, regions).
+            callback_on_step_end: called after each step with (pipe, i, timestep, {"latents": latents}),
+                float32 [1, C, h, w]. Latents in the returned dict replace them. `pipe._interrupt = True`
+                ends the loop.
+            callback_on_step_end_tensor_inputs: ("latents",) or ().
 
-        Ctrl-C ends it too. Latents and loss are float32 whatever the dtype of the UNet.
+        Returns:
+            a `BoundedAttentionOutput`.
 
         Raises:
-            TypeError, ValueError: a bad argument, named. FloatingPointError: NaN or infinity in predictions or gradients.
-        Source: Bounded Attention, arXiv 2403.16990. Deviations: boxes do not overlap (the last one is in front), and are rounded at the latents' size
-        alone; a list of words stands for the tagger of filter tokens.
+            TypeError: an argument is of the wrong type; the message names it.
+            ValueError: an argument is invalid; the message names it.
+            FloatingPointError: predictions or gradients are NaN or infinite.
+
+        Example:
+            >>> from qalign import BoundedAttentionPipeline
+            >>> pipe = BoundedAttentionPipeline.from_pipe(pipe)
+            >>> subjects = [("fox", (0.0, 0.2, 0.5, 1.0)), ("ox", (0.5, 0.2, 1.0, 1.0))]
+            >>> result = pipe("a fox by an ox", subjects, num_inference_steps=50)
+            >>> result.images[0].size, result.regions.structure.unique().tolist()
+            ((32, 32), [0, 1, 2])
+
+        Notes:
+            Latents and loss are float32 whatever the dtype of the UNet. Memory is that of a backward pass
+            through the UNet down to the last layer of the loss. After Ctrl-C the result is the last
+            estimate of the clean picture. The result is deterministic for a given generator. Masks need
+            scikit-learn.
+
+        Source: Bounded Attention, arXiv 2403.16990. Deviations: boxes do not overlap (the last one is in
+        front) and are rounded to the latents' grid only; a list of words replaces the tagger of filter
+        tokens.
         """
         guidance = self.default_guidance if guidance is None else guidance
         _check(guidance, output_type, num_inference_steps, callback_on_step_end_tensor_inputs)
@@ -132,8 +169,9 @@ class BoundedAttentionMixin(LatentDiffusion):
             raise ValueError(f"latents: expected {list(shape)}, got {list(latents.shape)}")
         words, boxes = [word for word, _ in subjects], [box for _, box in subjects]
         method = _method(self.tokenizer, prompt, words, filter_words)
-        run = _Run(self, guidance, method, Regions.from_boxes(boxes, *shape[-2:]), layers, mask_layers)
-        run.told = (callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
+        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
+        regions = Regions.from_boxes(boxes, *shape[-2:])
+        run = _Run(self, guidance, method, regions, layers, mask_layers, callback)
         scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False)
         set_steps(scheduler, num_inference_steps)
         latents = run.walk(
@@ -148,27 +186,33 @@ class BoundedAttentionMixin(LatentDiffusion):
         result = BoundedAttentionOutput(
             images, run.regions, torch.tensor(run.losses).view(-1, 2), run.interrupted
         )
-        if not return_dict:
-            return result.images, result.regions  # type: ignore[return-value]
-        return result
+        both: Any = (images, run.regions)
+        return result if return_dict else both
 
 
 class BoundedAttentionPipeline(BoundedAttentionMixin, StableDiffusionPipeline):
-    """Bounded attention on Stable Diffusion. Make it by `from_pipe`, which takes SDXL too, or by `embedded`; call it as it is.
+    """Place subjects in boxes with Stable Diffusion.
 
-    >>> pipe = BoundedAttentionPipeline.embedded()
-    >>> image = pipe("a photo of two birds", [("bird", (0.05, 0.3, 0.45, 0.9)), ("bird", (0.55, 0.3, 0.95, 0.9))]).images[0]
+    `from_pipe` makes one of any pipeline of Stable Diffusion or SDXL, `embedded` makes one on the small
+    model of this package.
+
+    Example:
+        >>> from qalign import BoundedAttentionPipeline
+        >>> pipe = BoundedAttentionPipeline.from_pipe(pipe)
+        >>> image = pipe("a fox", [("fox", (0.0, 0.2, 0.5, 1.0))], num_inference_steps=50).images[0]
+        >>> image.size
+        (32, 32)
     """
 
 
 class BoundedAttentionXLPipeline(XLConditions, BoundedAttentionMixin, StableDiffusionXLPipeline):
-    """`BoundedAttentionPipeline` on Stable Diffusion XL."""
+    """Place subjects in boxes with Stable Diffusion XL. `BoundedAttentionPipeline.from_pipe` makes one."""
 
     default_guidance = BoundedGuidance(rates=(18.0, 5.0))
 
 
 class _Run:
-    """One picture on its way: what is read, and what is kept of it."""
+    """One picture on its way through the timesteps, with its readers, masks and losses."""
 
     def __init__(
         self,
@@ -178,14 +222,16 @@ class _Run:
         boxes: Regions,
         layers: str | Sequence[str] | None,
         mask_layers: str | Sequence[str] | None,
+        callback: StepCallback,
     ) -> None:
-        self.pipe, self.guidance, self.method, self.boxes, self.regions = pipe, guidance, method, boxes, boxes
-        found = list(select_layers(find_unet(pipe), layers, guidance))  # type: ignore[arg-type]
+        self.pipe, self.guidance, self.method, self.callback = pipe, guidance, method, callback
+        self.boxes = self.regions = boxes
+        chooser: Any = guidance  # has `default_layers`, as a method has
+        found = list(select_layers(find_unet(pipe), layers, chooser))
         decoder = decoder_layers(found)
         if mask_layers is None and not decoder:
-            raise ValueError(
-                f"mask_layers: expected names where `layers` has none of the decoder, got None and layers={layers!r}"
-            )
+            expected = "names if `layers` has none of the decoder"
+            raise ValueError(f"mask_layers: expected {expected}, got None and layers={layers!r}")
         self.mask_layers = decoder if mask_layers is None else mask_layers
         self.refiner = MaskRefiner(
             boxes, {label: places[-1] for label, places in method.subject_tokens.items()}
@@ -194,15 +240,14 @@ class _Run:
             pipe, found, method=replace(method, optimized=True), regions=boxes, cross=True
         )
         self.predicting = self._reader()
-        self.told: tuple[Callable | None, Sequence[str]] = (None, ())
         self.losses: list[tuple[float, float]] = []
         self.interrupted = False
 
     def walk(
         self, latents: Tensor, scheduler: DDIMScheduler, conditions: tuple[Condition, Condition], scale: float
     ) -> Tensor:
-        """The latents after the last timestep, or the last estimate of the clean ones where something ended it early."""
-        pipe, best, total, (callback, names) = self.pipe, latents, len(scheduler.timesteps), self.told
+        """The latents after the last timestep, or the last estimate of the clean ones after an interrupt."""
+        pipe, best, total = self.pipe, latents, len(scheduler.timesteps)
         condition, unconditional = conditions
         both = concatenate_conditions(unconditional, condition)
         pipe._interrupt, pipe._num_timesteps = False, total
@@ -217,9 +262,8 @@ class _Run:
                     stepped = scheduler.step(base + scale * (output - base), timestep, latents)
                     latents, best = stepped.prev_sample, stepped.pred_original_sample
                     bar.update()
-                    if callback is not None:
-                        returned = callback(pipe, step, timestep, {name: latents for name in names}) or {}
-                        latents = returned.get("latents", latents)
+                    changed = self.callback(pipe, step, timestep, latents)
+                    latents = latents if changed is None else changed
                     if pipe.interrupt and step + 1 < total:
                         self.interrupted = True
                         break
@@ -247,13 +291,13 @@ class _Run:
         return latents
 
     def _reader(self) -> AttentionReader:
-        """Of a whole step under the present masks."""
+        """A reader of whole steps under the present masks."""
         return AttentionReader(
             self.pipe, self.mask_layers, method=self.method, regions=self.regions, cross=True
         )
 
     def _predict(self, latents: Tensor, timestep: Tensor, both: Condition) -> Tensor:
-        """Of the empty prompt and the prompt; the prompt's maps go into the refiner."""
+        """Predict for the empty prompt and the prompt; the prompt's maps go to the refiner."""
         with self.predicting as read:
             output, features = read.predict(latents.expand(2, -1, -1, -1), timestep, both)
         own, words = _split(features)
@@ -263,7 +307,7 @@ class _Run:
 
 
 def _split(features: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of self- and of cross-attention."""
+    """The features of self-attention, and those of cross-attention."""
     cross = {name: layer for name, layer in features.items() if name.endswith("attn2")}
     return {name: layer for name, layer in features.items() if name not in cross}, cross
 

@@ -6,15 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MULTIPLE = 8  # pixels: what every Stable Diffusion pipeline asks of a size
+MULTIPLE = 8  # pixels: every Stable Diffusion pipeline needs sides that are multiples of it
 
 
 def to_tensors(pictures: Any, name: str) -> list[Tensor]:
-    """float32 [3, H, W] in [0, 1] of one picture, of a list, or of a batch.
+    """Convert pictures of any kind to tensors.
 
     Args:
-        pictures: PIL images; tensors [3, H, W] or [B, 3, H, W]; arrays [H, W, 3] or [B, H, W, 3]. Integers are taken as 0 to 255.
+        pictures: one picture, a list, or a batch: PIL images, tensors [3, H, W] or [B, 3, H, W], arrays
+            [H, W, 3] or [B, H, W, 3]. Floats are in [0, 1], integers in 0 to 255.
         name: of the argument, for errors.
+
+    Returns:
+        a list of float32 [3, H, W] in [0, 1].
+
+    Raises:
+        TypeError: a picture is of another kind.
+        ValueError: there is no picture, or a value is out of range.
+
+    Example:
+        >>> [list(picture.shape) for picture in to_tensors([appearance, structure], "pictures")]
+        [[3, 32, 32], [3, 32, 32]]
     """
     if isinstance(pictures, list | tuple):
         tensors = [tensor for picture in pictures for tensor in to_tensors(picture, name)]
@@ -28,18 +40,46 @@ def to_tensors(pictures: Any, name: str) -> list[Tensor]:
 
 
 def choose_size(picture: Tensor, height: int | None, width: int | None, name: str) -> tuple[int, int]:
-    """(height, width) as asked for, or else the picture's own."""
+    """Choose the size of the result.
+
+    Args:
+        picture: [3, H, W].
+        height: in pixels. None is the picture's.
+        width: the same across.
+        name: of the picture's argument, for errors.
+
+    Returns:
+        (height, width).
+
+    Raises:
+        ValueError: a side is no multiple of 8.
+
+    Example:
+        >>> choose_size(structure, 64, None, "structure")
+        (64, 32)
+    """
     size = (height or picture.shape[1], width or picture.shape[2])
     if any(side % MULTIPLE for side in size):
-        asked = "height and width" if height and width else name
-        raise ValueError(
-            f"{asked}: expected multiples of {MULTIPLE} pixels, got {size[0]} x {size[1]} (height and width resize a picture)"
-        )
+        source = "height and width" if height and width else name
+        got = f"{size[0]} x {size[1]} (height and width resize a picture)"
+        raise ValueError(f"{source}: expected multiples of {MULTIPLE} pixels, got {got}")
     return size
 
 
 def cover(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """A picture [3, H, W] scaled until it covers `size`, its middle cut out: nothing is stretched."""
+    """Scale a picture until it covers a size, and cut out the middle.
+
+    Args:
+        picture: [3, H, W] in [0, 1].
+        size: (height, width).
+
+    Returns:
+        [3, height, width]. The aspect ratio stays.
+
+    Example:
+        >>> cover(structure, (16, 64)).shape
+        torch.Size([3, 16, 64])
+    """
     if picture.shape[1:] == size:
         return picture
     scale = max(wanted / side for wanted, side in zip(size, picture.shape[1:]))

@@ -1,1 +1,1 @@
-"""What acts on latents: inversion, guidance, masks of objects, and the attention that guides or is distilled."""
+"""Work on latents: inversion, denoising, guidance, object masks, attention readers, decoder tuning."""

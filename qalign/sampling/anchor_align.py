@@ -1,4 +1,4 @@
-"""AnchorAlign: the structure scaled and moved so that its object stands where, and as tall as, the appearance's does."""
+"""AnchorAlign: scale and move the structure until its object matches the appearance's in place and height."""
 
 from collections.abc import Sequence
 
@@ -16,24 +16,35 @@ def anchor_align(
     fill: float | None = None,
     nearest: bool = False,
 ) -> Tensor:
-    """Draw the structure on a canvas of the appearance's.
+    """Scale and move a structure so that its object stands where the appearance's object stands.
 
-    s = h_a / h_s, the heights of the boxes; t = P_a - s P_s, P the middle of a box's bottom edge; Ĩ(x) = I_s((x - t) / s)
+    s = h_a / h_s,  t = P_a - s P_s,  Ĩ(x) = I_s((x - t) / s)
 
-    >>> aligned = anchor_align(structure, object_box(structure_mask), object_box(appearance_mask), size=appearance.shape[-2:])
+    h is the height of an object's box and P the middle of the box's bottom edge.
 
     Args:
-        structure: I_s [C, h, w], floats; label maps with `nearest`.
-        structure_box, appearance_box: (left, top, right, bottom) in pixels, edges and not centres: pixel i reaches from i to i + 1.
-        size: (height, width) of the canvas, the appearance's; None: the structure's.
-        fill: what the canvas has outside of the structure; None: its nearest pixel.
-        nearest: take the nearest pixel; otherwise between pixels, bilinearly. Pixels are not averaged where s is well below 1.
+        structure: I_s, floats [C, h, w].
+        structure_box: (left, top, right, bottom) of the structure's object in pixels. These are edges, not
+            centres: pixel i reaches from i to i + 1.
+        appearance_box: the same of the appearance's object.
+        size: (height, width) of the result, the appearance's. None is the size of the structure.
+        fill: the value outside of the structure. None repeats the structure's nearest pixel.
+        nearest: take the nearest pixel, as label maps need it. False interpolates bilinearly. Pixels are
+            not averaged, so an s well below 1 aliases.
 
     Returns:
-        [C, height, width].
+        [C, height, width] in the dtype of `structure`.
+
     Raises:
-        ValueError: a bad argument, named.
-    Source: SeAl (CVPR 2026), from a summary; the canvas's size and what fills it are inferred. There the boxes come from a segmentation model.
+        ValueError: an argument is invalid; the message names it.
+
+    Example:
+        >>> aligned = anchor_align(structure, (8, 8, 24, 24), (4, 16, 12, 32), size=(32, 32))
+        >>> aligned.shape
+        torch.Size([3, 32, 32])
+
+    Source: SeAl (CVPR 2026), from a summary. The size of the result and its fill are inferred. There the
+    boxes come from a segmentation model; `object_box` takes them from a mask.
     """
     if structure.ndim != 3 or not structure.is_floating_point():
         raise ValueError(
@@ -61,15 +72,26 @@ def anchor_align(
 
 
 def object_box(mask: Tensor) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) around a mask, bool [h, w], for `anchor_align`.
+    """Find the box around a mask.
+
+    Args:
+        mask: bool [h, w].
+
+    Returns:
+        (left, top, right, bottom) in pixels, as `anchor_align` takes it.
 
     Raises:
-        ValueError: nothing is in the mask.
+        ValueError: `mask` is of another kind, or empty.
+
+    Example:
+        >>> mask = torch.zeros(32, 32, dtype=torch.bool)
+        >>> mask[8:20, 4:10] = True
+        >>> object_box(mask)
+        (4, 8, 10, 20)
     """
     if mask.ndim != 2 or mask.dtype != torch.bool or not mask.any():
-        raise ValueError(
-            f"mask: expected bool [h, w] with something in it, got {mask.dtype} {list(mask.shape)} with {int(mask.sum())}"
-        )
+        got = f"{mask.dtype} {list(mask.shape)} with {int(mask.sum())}"
+        raise ValueError(f"mask: expected bool [h, w] with a pixel inside, got {got}")
     rows, columns = (mask.any(1 - axis).nonzero() for axis in (0, 1))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -77,7 +99,6 @@ def object_box(mask: Tensor) -> tuple[int, int, int, int]:
 def _box(box: Sequence[float], name: str) -> tuple[float, float, float, float]:
     sides = tuple(float(side) for side in box)
     if len(sides) != 4 or not (sides[0] < sides[2] and sides[1] < sides[3]):
-        raise ValueError(
-            f"{name}: expected (left, top, right, bottom) with left < right and top < bottom, got {tuple(box)!r}"
-        )
+        expected = "(left, top, right, bottom) with left < right and top < bottom"
+        raise ValueError(f"{name}: expected {expected}, got {tuple(box)!r}")
     return sides

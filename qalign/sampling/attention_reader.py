@@ -1,4 +1,4 @@
-"""What attention distillation asks of a UNet: the self-attention features of latents, with their gradient, and the losses' descent."""
+"""Read a UNet's self-attention features with their gradient, and descend a loss on latents."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,31 +14,47 @@ from ..context.regions import Regions
 from ..methods import Method
 from ..methods.attention_distillation import AttentionDistillation, LayerFeatures, Losses
 from ..processors.attach import attach, find_unet, select_layers
-from .inversion import require_finite
+from .denoising import require_finite
 
-SCALE = 2.0**16  # a mean over 2^20 outputs has gradients of 2^-20 each, float16 ends at 2^-24
+SCALE = 2.0**16  # a mean over 2^20 outputs has gradients of 2^-20; the least float16 is 2^-24
 
 
 class _AllRead(Exception):
-    """Every layer that was wanted has been read: the rest of the UNet is not needed."""
+    """Every chosen layer has been read: the rest of the UNet need not run."""
 
 
-class AttentionReader:
-    """Queries, keys, values and outputs of self-attention, in one pass of the UNet that ends at the last layer that is wanted.
+class AttentionReader(Method):
+    """Read queries, keys, values and outputs of attention layers in one partial pass of a UNet.
 
-    >>> with AttentionReader(pipe) as read:
-    ...     features = read(latents, timestep, condition)
-
-    Between readings the UNet is stock, or as `method` has it. Each layer is kept once for each reading: a block that gradient checkpointing runs
-    again in the backward pass, which belongs into the `with` block, changes nothing.
+    The pass ends at the last chosen layer. Between readings, inside the `with` block, the UNet runs as it
+    is, or with `method`. A block that gradient checkpointing runs again in the backward pass is read once;
+    that backward pass belongs inside the `with` block.
 
     Args:
-        pipe: with `predict(latents, timestep, condition)`, as the pipelines have it.
-        layers: as `attach`; None is the last six of the decoder, or the default of `method`.
-        method: what acts meanwhile, in its default layers and in those that are read, such as `BoundedAttention()`; the rows are those of one
-            output, one or its two guidance parts. None is stock attention.
-        regions: of `method`.
-        cross: also the cross-attention of the same transformer blocks, whose names end in attn2.
+        pipe: a pipeline of this library: its `predict(latents, timestep, condition)` is called.
+        layers: names or patterns, as `attach` takes them. None is the last six of the decoder, or the
+            default layers of `method`.
+        method: a method that acts in its default layers and in `layers`, such as `BoundedAttention()`. Its
+            batch has one output, or the two guidance halves of one. None is plain attention.
+        regions: label maps for `method`. None is none.
+        cross: read the cross-attention of the same blocks too. Those names end in "attn2".
+
+    Raises:
+        TypeError: `pipe` has no UNet.
+        ValueError: `layers` match nothing.
+
+    Example:
+        >>> from qalign import AttentionDistillationPipeline
+        >>> pipe = AttentionDistillationPipeline.from_pipe(pipe)
+        >>> condition = pipe.conditions(prompt, 32, 32)[0]
+        >>> with AttentionReader(pipe, "mid") as read:
+        ...     features = read(latents, torch.tensor(301), condition)
+        >>> {name: list(layer.query.shape) for name, layer in features.items()}
+        {'mid_block.attentions.0.transformer_blocks.0.attn1': [3, 2, 4, 32]}
+
+    Notes:
+        The features keep the graph of the pass, where gradients are enabled: its memory is that of
+        training. What the `with` block installs is removed at its end, after exceptions too.
     """
 
     def __init__(
@@ -50,11 +66,12 @@ class AttentionReader:
         regions: Regions | None = None,
         cross: bool = False,
     ) -> None:
-        self._pipe, self._method = pipe, method
+        self._pipe, self._method = pipe, method or Method()
         self._found: dict[str, LayerFeatures] = {}
         self._reading = self._ending = False
         unet = find_unet(pipe)
-        chosen = list(select_layers(unet, layers, method or AttentionDistillation()))  # type: ignore[arg-type]
+        chooser: Any = method or AttentionDistillation()  # has `default_layers`
+        chosen = list(select_layers(unet, layers, chooser))
         self.layers = chosen + [name.removesuffix("attn1") + "attn2" for name in chosen if cross]
         edited = chosen if method is None else [*chosen, *select_layers(unet, None, method)]
         self._control = attach(unet, self, layout=BatchLayout("output"), layers=edited, regions=regions)
@@ -71,13 +88,31 @@ class AttentionReader:
     def __call__(
         self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]
     ) -> dict[str, LayerFeatures]:
-        """By layer, of latents [B, C, h, w] at one timestep."""
+        """Read the chosen layers in a partial pass.
+
+        Args:
+            latents: [B, C, h, w].
+            timestep: a tensor of one element.
+            condition: of one row, from `pipe.conditions`.
+
+        Returns:
+            features by layer name. The class shows an example.
+        """
         return self._read(latents, timestep, condition, ending=True)[1]
 
     def predict(
         self, latents: Tensor, timestep: Tensor, condition: dict[str, Any]
     ) -> tuple[Tensor, dict[str, LayerFeatures]]:
-        """What `pipe.predict` returns, of a pass to the end, and what was read in it."""
+        """Read the chosen layers in a whole pass, and keep its output.
+
+        Args:
+            latents: [B, C, h, w].
+            timestep: a tensor of one element.
+            condition: of one row, from `pipe.conditions`.
+
+        Returns:
+            the output of `pipe.predict`, float32 [B, C, h, w], and the features by layer name.
+        """
         return self._read(latents, timestep, condition, ending=False)
 
     def _read(
@@ -92,15 +127,12 @@ class AttentionReader:
             self._found, self._reading = {}, False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """The method's attention, or stock attention, and a note of it."""
-        return self._note(
-            q, k, v, site, site.plain(q, k, v) if self._method is None else self._method.attend(q, k, v, site)
-        )
+        """Attend as the method does, or plainly, and keep the features. `attach` calls this."""
+        return self._note(q, k, v, site, self._method.attend(q, k, v, site))
 
     def attend_cross(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Likewise of cross-attention."""
-        edited = getattr(self._method, "attend_cross", None)
-        return self._note(q, k, v, site, edited(q, k, v, site) if edited else site.plain(q, k, v))
+        """Do the same in cross-attention."""
+        return self._note(q, k, v, site, self._method.attend_cross(q, k, v, site))
 
     def _note(self, q: Tensor, k: Tensor, v: Tensor, site: Site, output: Tensor) -> Tensor:
         if self._reading and site.layer in self.layers and site.layer not in self._found:
@@ -110,19 +142,27 @@ class AttentionReader:
         return output
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
+        """All names: the reader has chosen its layers before."""
         return list(names)
 
     def cross_layers(self, names: Sequence[str]) -> list[str]:
-        edited = self._method.cross_layers(names) if hasattr(self._method, "cross_layers") else []  # type: ignore[union-attr]
+        """The cross-attention layers that the method edits or the reader reads."""
+        edited = self._method.cross_layers(names)
         return [name for name in names if name in edited or name in self.layers]
-
-    def takes_structure(self, step: int, total: int) -> bool:
-        return False
 
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of `model` wants a gradient meanwhile, so that nothing is saved for one."""
+    """Switch off the gradients of a model's parameters inside a `with` block, which saves memory.
+
+    Args:
+        model: any module. Its parameters have their `requires_grad` again afterwards.
+
+    Example:
+        >>> with frozen(pipe.unet):
+        ...     any(parameter.requires_grad for parameter in pipe.unet.parameters())
+        False
+    """
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanting:
         parameter.requires_grad_(False)
@@ -134,20 +174,50 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def gradient(loss: Tensor, latents: Tensor) -> Tensor:
-    """Of a float32 loss by float32 latents; what float16 would round to 0 on the way through a UNet is scaled up meanwhile.
+    """Differentiate a loss by latents.
+
+    The loss is scaled by 2^16 during the backward pass, for float16 would round small gradients to 0.
+
+    Args:
+        loss: a float32 scalar.
+        latents: float32, a leaf that requires a gradient.
+
+    Returns:
+        float32 of the shape of `latents`.
 
     Raises:
-        FloatingPointError: NaN or infinity in it.
+        FloatingPointError: the gradient has NaN or infinite values.
+
+    Example:
+        >>> moving = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> gradient((moving**2).sum(), moving)
+        tensor([2., 4.])
     """
     (scaled,) = torch.autograd.grad(loss, latents, torch.full_like(loss, SCALE))
     return require_finite(scaled, "gradient of the latents", loss.dtype) / SCALE
 
 
 def descend(latents: Tensor, optimiser: torch.optim.Optimizer, loss: Callable[[Tensor], Losses]) -> Losses:
-    """One step of `optimiser` on `latents`, whose only parameter they are; the losses before it, detached.
+    """Take one step of an optimiser on latents.
+
+    Args:
+        latents: float32 [n, C, h, w] that require a gradient. They are changed in place.
+        optimiser: one whose only parameter is `latents`.
+        loss: the losses of latents.
+
+    Returns:
+        the losses before the step, detached.
 
     Raises:
-        FloatingPointError: NaN or infinity in the gradient; the latents are then as they were.
+        FloatingPointError: the gradient has NaN or infinite values. The latents are then unchanged.
+
+    Example:
+        >>> from qalign.methods.attention_distillation import Losses
+        >>> moving = torch.ones(1, 4, 8, 8, requires_grad=True)
+        >>> square = lambda x: Losses((x**2).mean(), (x**2).mean(), x.new_zeros(()))
+        >>> adam = torch.optim.Adam([moving], lr=0.5)
+        >>> [round(descend(moving, adam, square).total.item(), 3) for _ in range(2)]
+        [1.0, 0.25]
     """
     with torch.enable_grad():
         losses = loss(latents)

@@ -1,4 +1,4 @@
-"""Bounded attention's guidance: the loss that latents descend until each subject's attention stays in its region, and the masks that follow it."""
+"""Guidance of bounded attention: the loss that latents descend, and the masks that follow the subjects."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +21,23 @@ _BOUNDED = BoundedAttention()
 
 @dataclass(frozen=True, kw_only=True)
 class BoundedGuidance:
-    """When and how far latents are guided, by which loss.
+    """Set when, how far and by which loss latents are guided.
 
     Args:
-        rates: of the descent at the first guided step and at the last, linear between; published are (8, 2) for SD 1.5 and (18, 5) for SDXL.
-        until: the fraction of the steps that are guided, 15 of 50.
-        iterations: at most so many in each of them.
-        enough: the loss below which there are no more.
-        cross_weight, self_weight: of the loss's two parts.
-        refine_every: steps from one refinement of the masks to the next, the first being after the guided steps; 0: the boxes stay.
+        rates: the rate of the descent at the first guided step and at the last, linear between. Published
+            are (8, 2) for SD 1.5, the default, and (18, 5) for SDXL.
+        until: the fraction of the steps that are guided. Default 15 of 50.
+        iterations: the most iterations in a guided step.
+        enough: the loss below which a step's iterations end.
+        cross_weight: of the loss in cross-attention.
+        self_weight: of the loss in self-attention.
+        refine_every: steps between refinements of the masks, from the end of the guided steps on. 0 keeps
+            the boxes.
+
+    Example:
+        >>> from qalign import BoundedGuidance
+        >>> BoundedGuidance(rates=(18.0, 5.0)).rate(0, 50)
+        18.0
 
     Source: Bounded Attention, arXiv 2403.16990.
     """
@@ -43,10 +51,18 @@ class BoundedGuidance:
     refine_every: int = 5
 
     def rate(self, step: int, total: int) -> float | None:
-        """Of a step; None where it is not guided.
+        """Give the rate of the descent at a step.
 
-        >>> [BoundedGuidance(until=0.3).rate(step, 10) for step in range(4)]
-        [8.0, 5.0, 2.0, None]
+        Args:
+            step: from 0.
+            total: the number of steps.
+
+        Returns:
+            the rate, or None where the step is not guided.
+
+        Example:
+            >>> [BoundedGuidance(until=0.3).rate(step, 10) for step in range(4)]
+            [8.0, 5.0, 2.0, None]
         """
         guided = round(self.until * total)
         if not 0 <= step < guided:
@@ -55,10 +71,18 @@ class BoundedGuidance:
         return first + (last - first) * step / max(guided - 1, 1)
 
     def refines(self, step: int, total: int) -> bool:
-        """Whether the masks are refined before a step, which needs the maps of earlier ones.
+        """Say whether the masks are refined before a step. It is never the first, for it needs earlier maps.
 
-        >>> [step for step in range(50) if BoundedGuidance().refines(step, 50)]
-        [15, 20, 25, 30, 35, 40, 45]
+        Args:
+            step: from 0.
+            total: the number of steps.
+
+        Returns:
+            a bool.
+
+        Example:
+            >>> [step for step in range(50) if BoundedGuidance().refines(step, 50)]
+            [15, 20, 25, 30, 35, 40, 45]
         """
         after = step - round(self.until * total)
         return self.refine_every > 0 and step > 0 and after >= 0 and after % self.refine_every == 0
@@ -70,30 +94,48 @@ class BoundedGuidance:
         cross: Features | None = None,
         method: BoundedAttention = _BOUNDED,
     ) -> Tensor:
-        """How far the subjects' attention is from their regions, 0 to 2: a float32 scalar, differentiable in queries and keys.
+        """Measure how far the subjects' attention leaves their regions.
 
-        fg_s = Σ_{heads, i in s, j in C_s} P_ij,  bg_s = Σ_{heads, i in background, j in C_s} P_ij,  means over layers;
-        IoU_s = fg_s / (fg_s + S bg_s),  loss = Σ_{cross, self} weight / S Σ_s (1 - IoU_s)²
+        fg_s = Σ_{heads, i in s, j in C_s} P_ij
+        bg_s = Σ_{heads, i in background, j in C_s} P_ij
+        IoU_s = fg_s / (fg_s + S bg_s)
+        loss = Σ_{cross, self} weight / S Σ_s (1 - IoU_s)²
 
-        P is bounded attention, of cross-attention the form that holds while latents are guided, and C_s the subject's context: its region, and in
-        cross-attention its words and the end of the prompt. No map is held: P sums to masses m of keys that the same queries see, and of plain masses
-        those that a query sees are divided by their sum.
+        P is bounded attention. In cross-attention it has the form of the guided steps. fg and bg are means
+        over the layers. C_s is the context of subject s: its region, and in cross-attention its words and
+        the end of the prompt.
 
         Args:
             features: of self-attention, of one row, by layer.
-            regions: `structure`, the subjects' labels, and `background`, the label that is no subject's.
-            cross: of cross-attention, likewise; None or {} leaves that part out.
-            method: with `subject_tokens` of each subject, for `cross`.
+            regions: `structure` has the subjects' labels, and `background` is the label of no subject.
+            cross: features of cross-attention, by layer. None or {} leaves that part out.
+            method: has `subject_tokens` of each subject, for `cross`.
+
+        Returns:
+            a float32 scalar, differentiable in queries and keys.
 
         Raises:
-            ValueError: regions without background, or without subjects; `cross` without their tokens.
+            ValueError: `regions` has no background or no subjects, or `method` lacks tokens of a subject.
+
+        Example:
+            >>> from qalign import Regions
+            >>> from qalign.methods.attention_distillation import LayerFeatures
+            >>> q, k, v = torch.ones(3, 1, 2, 16, 8)
+            >>> boxes = Regions.from_boxes([(0.0, 0.0, 0.5, 0.5)], 4, 4)
+            >>> layer = LayerFeatures(q, k, v, v, None)
+            >>> loss = BoundedGuidance().loss({"one": layer}, boxes)
+            >>> round(loss.item(), 4)
+            0.2812
+
+        Notes:
+            No attention map is held. P sums to the attention mass of the keys by their labels, and the
+            masses of the keys that a query sees are divided by their sum.
         """
         subjects = subjects_of(regions)
         missing = [label for label in subjects if cross and label not in method.subject_tokens]
         if missing:
-            raise ValueError(
-                f"method: expected subject_tokens of the labels {subjects} for cross-attention, got none of {missing[0]}"
-            )
+            expected = f"subject_tokens of the labels {subjects} for cross-attention"
+            raise ValueError(f"method: expected {expected}, got none of {missing[0]}")
         found = self.self_weight * _distance(
             [_reach(layer, regions, subjects) for layer in features.values()]
         )
@@ -105,7 +147,20 @@ class BoundedGuidance:
         )
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        """Published: of SD 1.5 the mid block and the decoder's first with attention, of SDXL six early ones in up_blocks.0."""
+        """Choose the layers of the loss where the user names none, as published.
+
+        Args:
+            names: of all self-attention layers.
+
+        Returns:
+            for SD 1.5 the layers of the mid block and of the decoder's first block with attention, for SDXL
+            six early layers of up_blocks.0.
+
+        Example:
+            >>> names = ["down_blocks.0.a", "mid_block.a", "up_blocks.1.a", "up_blocks.1.b", "up_blocks.2.a"]
+            >>> BoundedGuidance().default_layers(names)
+            ['mid_block.a', 'up_blocks.1.a', 'up_blocks.1.b']
+        """
         decoder = decoder_layers(names)
         first = [name for name in decoder if name.split(".")[1] == decoder[0].split(".")[1]]
         return (
@@ -116,10 +171,20 @@ class BoundedGuidance:
 
 
 def subjects_of(regions: Regions) -> list[int]:
-    """The labels of the structure that are not the background's.
+    """List the labels of the structure that are not the background's.
+
+    Args:
+        regions: with `structure` and `background`.
+
+    Returns:
+        the labels in ascending order.
 
     Raises:
         ValueError: there is no background, or there are no subjects.
+
+    Example:
+        >>> subjects_of(Regions.from_boxes([(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)], 4, 4))
+        [1, 2]
     """
     if regions.structure is None or regions.background is None:
         raise ValueError("regions: expected Regions(structure=..., background=...), got one of them None")
@@ -132,11 +197,13 @@ def subjects_of(regions: Regions) -> list[int]:
 def _reach(
     layer: LayerFeatures, regions: Regions, subjects: Sequence[int], keys: Tensor | None = None
 ) -> Tensor:
-    """float32 [2, S]: how much of bounded attention goes from a subject's tokens to its context, and from the background's.
+    """float32 [2, S]: the attention to each subject's context, from its own tokens and from the background.
 
     `keys` are bit sets int32 [1, T]; None are those of the picture's own tokens.
     """
-    queries = regions.keys("structure", layer.query.shape[2], layer.query.device)[0, :, None]  # [N, 1]
+    queries = regions.picture_labels("structure", layer.query.shape[2], layer.query.device)[
+        0, :, None
+    ]  # [N, 1]
     kinds, ids = torch.unique(queries if keys is None else keys, return_inverse=True)
     mass = label_mass(
         layer.query, layer.key, ids.view(1, -1).int(), len(kinds), scale=layer.scale
@@ -158,21 +225,41 @@ def _distance(reach: Sequence[Tensor]) -> Tensor:
 
 
 class MaskRefiner:
-    """Masks of the subjects out of the run's own attention, in place of their boxes.
+    """Refine the subjects' boxes to masks by the attention of the run.
 
-    Per token of the mask layers' grid: clusters of the tokens by k-means on the rows of the mean self-attention map, each column divided by its
-    largest value; a subject's map is m = mean cross-attention to its noun, twice scaled to 0 to 1, once before sigmoid(10 (m - 0.2)) and once after,
-    times its present mask; a cluster c goes to the subject of the largest Σ_c m / min(Σ m, |c|), or to none if that is below `least`. A subject
-    without a cluster has its box again, which is then nobody else's.
+    It works on the grid of the mask layers. k-means clusters the rows of the mean self-attention map, each
+    column divided by its largest value. A subject's map m is the mean cross-attention to its noun, inside
+    its present mask. It is scaled to 0 to 1, passed through sigmoid(10 (m - 0.2)), and scaled again. A
+    cluster c goes to the subject with the largest Σ_c m / min(Σ m, |c|), or to none if that is below
+    `least`. A subject without a cluster gets its whole box again, and other subjects lose it.
 
     Args:
-        boxes: regions that masks begin as and fall back to.
-        nouns: by label, the place of the subject's leading noun in the prompt.
-        clusters: k-means has this times the number of subjects.
-        least: the share of a cluster that makes it a subject's.
-        seed: of the first k-means, the best of 100 starts; later ones start where the last ended.
+        boxes: the regions that the masks begin with.
+        nouns: by label, the place of the subject's main noun in the prompt.
+        clusters: the number of clusters for each subject.
+        least: the least share of a cluster that makes it a subject's.
+        seed: of the first k-means, which has 100 starts. Later ones start where the last one ended.
 
-    Memory: fp32 [N, N] and [N, T] of the mask layers' N tokens, twice while averaging.
+    Raises:
+        ValueError: `boxes` has no background or no subjects.
+
+    Example:
+        >>> from qalign import Regions
+        >>> from qalign.methods.attention_distillation import LayerFeatures
+        >>> from qalign.methods import BoundedAttention
+        >>> q, k, v = torch.randn(3, 1, 2, 16, 8)
+        >>> boxes = Regions.from_boxes([(0.0, 0.0, 0.5, 0.5)], 4, 4)
+        >>> method = BoundedAttention(subject_tokens={1: (2,)}, eos_token=4)
+        >>> refiner = MaskRefiner(boxes, {1: 2})
+        >>> own, words = LayerFeatures(q, k, v, v, None), LayerFeatures(q, k[:, :, :6], v[:, :, :6], v, None)
+        >>> refiner.add({"own": own}, boxes, {"words": words}, method)
+        >>> refiner.refine(boxes).structure.shape
+        torch.Size([4, 4])
+
+    Notes:
+        Memory is fp32 [N, N] and [N, T] for the N tokens of the mask layers, twice while averaging. The
+        masks are deterministic. k-means needs scikit-learn.
+
     Source: Bounded Attention, arXiv 2403.16990.
     """
 
@@ -193,20 +280,25 @@ class MaskRefiner:
 
     @torch.no_grad()
     def add(self, features: Features, regions: Regions, cross: Features, method: BoundedAttention) -> None:
-        """Take the maps of the last row, the conditional one, of each layer and of its cross-attention into the means.
+        """Add the maps of the last row, which is the prompt's guidance half, to the means.
+
+        Args:
+            features: of self-attention, by layer.
+            regions: the present masks.
+            cross: features of the cross-attention of the same blocks, by layer.
+            method: has `subject_tokens` and `eos_token`.
 
         Raises:
-            ValueError: layers of different grids.
+            ValueError: the layers have different grids.
         """
         sizes = {layer.query.shape[2] for layer in (*features.values(), *cross.values())} | (
             {len(self.self_map)} if self.count else set()
         )
         if len(sizes) != 1:
-            raise ValueError(
-                f"mask_layers: expected layers of one number of tokens, got {', '.join(map(str, sorted(sizes)))}"
-            )
+            got = ", ".join(map(str, sorted(sizes)))
+            raise ValueError(f"mask_layers: expected layers of one number of tokens, got {got}")
         for own, words in zip(features.values(), cross.values()):
-            queries = regions.keys("structure", own.query.shape[2], own.query.device)[0]
+            queries = regions.picture_labels("structure", own.query.shape[2], own.query.device)[0]
             tokens = method.token_labels(words.key.shape[2], own.query.device)[0]
             self.count += 1
             self.self_map = torch.lerp(
@@ -218,7 +310,14 @@ class MaskRefiner:
             )
 
     def refine(self, regions: Regions) -> Regions:
-        """The masks that follow `regions`, of the same size."""
+        """Compute the next masks.
+
+        Args:
+            regions: the present masks.
+
+        Returns:
+            masks of the size of the boxes, with their background. The class shows an example.
+        """
         grid = token_grid(self.boxes.structure.shape, len(self.self_map))
         rows = self.self_map / self.self_map.amax(0).clamp(min=_TINY)
         clusters = min(self.clusters * len(self.subjects), len(rows))
@@ -247,9 +346,27 @@ class MaskRefiner:
 
 
 def bounded_map(layer: LayerFeatures, queries: Tensor, keys: Tensor) -> Tensor:
-    """The head-averaged map of the last row's attention in which a query sees the keys whose bit set meets its own: fp32 [N, T].
+    """Average the bounded attention of the last row over its heads.
 
-    Each kind of query is mapped on the keys that it sees alone, so that no map of a head is held.
+    Each kind of query is mapped on the keys that it sees, so no map of one head is held.
+
+    Args:
+        layer: features of a layer.
+        queries: bit sets int32 [N].
+        keys: bit sets int32 [T]. A query sees the keys whose set meets its own.
+
+    Returns:
+        fp32 [N, T].
+
+    Example:
+        >>> from qalign.methods.attention_distillation import LayerFeatures
+        >>> q, k, v = torch.ones(3, 1, 2, 4, 8)
+        >>> labels = torch.tensor([1, 1, 2, 2])
+        >>> bounded_map(LayerFeatures(q, k, v, v, None), labels, labels)
+        tensor([[0.5000, 0.5000, 0.0000, 0.0000],
+                [0.5000, 0.5000, 0.0000, 0.0000],
+                [0.0000, 0.0000, 0.5000, 0.5000],
+                [0.0000, 0.0000, 0.5000, 0.5000]])
     """
     found = torch.zeros(len(queries), len(keys), device=queries.device)
     for kind in queries.unique():
@@ -261,7 +378,12 @@ def bounded_map(layer: LayerFeatures, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def word_map(attention: Tensor) -> Tensor:
-    """σ(10 (m - 0.2)) of attention [N] scaled to m of 0 to 1, and scaled so again."""
+    """Scale attention [N] to m in 0 to 1, take σ(10 (m - 0.2)), and scale again.
+
+    Example:
+        >>> word_map(torch.tensor([0.0, 1.0, 2.0]))
+        tensor([0.0000, 0.9465, 1.0000])
+    """
     return _unit(torch.sigmoid(10 * (_unit(attention) - 0.2)))
 
 

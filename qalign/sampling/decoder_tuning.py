@@ -1,4 +1,4 @@
-"""The decoder of a VAE, tuned to some pictures for a while, so that latents with their textures are decoded sharply."""
+"""Tune the decoder of a VAE to pictures for a while, so that it decodes their textures sharply."""
 
 import contextlib
 import copy
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import require_count
 from .attention_reader import frozen
-from .inversion import require_finite
+from .denoising import require_finite
 
 ITERATIONS = 75  # as published
 LEARNING_RATE = 1e-4
@@ -20,47 +20,60 @@ LEARNING_RATE = 1e-4
 def tuned_decoder(
     pipe: Any, pictures: Tensor, *, iterations: int = ITERATIONS, learning_rate: float = LEARNING_RATE
 ) -> Iterator[list[float]]:
-    """`pipe.vae` decodes with weights that reproduce `pictures` meanwhile; afterwards, whatever happened, it is bit for bit as before.
+    """Tune the decoder of `pipe.vae` to pictures, inside a `with` block.
 
-    min over the decoder's weights of mean |decode(encode(pictures)) - pictures|, of pixels in [-1, 1], by Adam; the latents stay as they are.
+    min over the decoder's weights of mean |decode(encode(pictures)) - pictures|
 
-    >>> with tuned_decoder(pipe, style):
-    ...     pictures = pipe(structure, style[0]).images
+    Pixels are in [-1, 1], and the encoder stays as it is. Afterwards the decoder is bit for bit the one
+    before, after exceptions too.
 
     Args:
-        pipe: one of the pipelines, of which the VAE and `encode` are used.
-        pictures: float32 [B, 3, H, W] in [0, 1], each with the same weight.
-        iterations: of Adam, over all pictures each; 75 as published.
-        learning_rate: 1e-4 as published.
+        pipe: one of the pipelines of this library.
+        pictures: float32 [B, 3, H, W] in [0, 1]. All have the same weight.
+        iterations: of Adam, each over all pictures. Default 75, as published.
+        learning_rate: of Adam. Default 1e-4, as published.
 
-    Yields the loss before each iteration. Nothing is drawn by chance. The VAE is float32 meanwhile, whatever its dtype, and a copy of its decoder
-    is tuned; only this copy's parameters have gradients, picture by picture. `pipe.vae.enable_gradient_checkpointing()` saves memory.
+    Yields:
+        the loss before each iteration, a list of floats.
 
     Raises:
-        ValueError: a bad argument, named, or a VAE whose weights are not in memory. FloatingPointError: NaN or infinity in latents or loss.
-    Source: Attention Distillation, arXiv 2502.20235. Deviation: published code tunes to one picture.
+        ValueError: an argument is invalid, or the weights of the VAE are not in memory.
+        FloatingPointError: latents or loss are NaN or infinite.
+
+    Example:
+        >>> from qalign import AttentionDistillationPipeline, tuned_decoder
+        >>> pipe = AttentionDistillationPipeline.from_pipe(pipe)
+        >>> with tuned_decoder(pipe, appearance[None], iterations=3) as losses:
+        ...     picture = pipe(appearance, structure, num_inference_steps=2, output_type="pt").images
+        >>> len(losses), picture.shape
+        (3, torch.Size([1, 3, 32, 32]))
+
+    Notes:
+        The result is deterministic. Inside the block the VAE is float32, and a copy of its decoder is
+        tuned, with gradients picture by picture. `pipe.vae.enable_gradient_checkpointing()` saves memory.
+
+    Source: Attention Distillation, arXiv 2502.20235. Deviation: the published code tunes to one picture.
     """
     require_count("iterations", iterations)
     if not learning_rate > 0:
         raise ValueError(f"learning_rate: expected a number above 0, got {learning_rate!r}")
     vae = pipe.vae
     if any(parameter.is_meta for parameter in vae.parameters()):
-        raise ValueError(
-            "vae: expected its weights in memory, got some that are offloaded one by one (enable_model_cpu_offload keeps them)"
-        )
+        advice = "enable_model_cpu_offload keeps them in memory"
+        raise ValueError(f"vae: expected its weights in memory, got weights offloaded one by one ({advice})")
     original, dtype = vae.decoder, vae.dtype
     with frozen(vae):
         try:
             vae.decoder = copy.deepcopy(original)
-            nn.Module.to(vae, torch.float32)  # that of diffusers warns of what is not so
+            nn.Module.to(vae, torch.float32)  # the one of diffusers gives a wrong warning
             yield _tune(pipe, pictures, iterations, learning_rate)
         finally:
             vae.decoder = original
-            nn.Module.to(vae, vae.device, dtype)  # offloading may have moved the rest meanwhile
+            nn.Module.to(vae, vae.device, dtype)  # offloading may have moved the rest
 
 
 def _tune(pipe: Any, pictures: Tensor, iterations: int, learning_rate: float) -> list[float]:
-    """The losses before each iteration of the tuning of `pipe.vae.decoder`."""
+    """Tune `pipe.vae.decoder` in place; the loss before each iteration."""
     vae, losses = pipe.vae, []
     with torch.no_grad():
         latents = pipe.encode(pictures) / vae.config.scaling_factor

@@ -1,4 +1,4 @@
-"""The FreeU of Cross-Image attention. The official one is a feature of diffusers: `pipe.enable_freeu`."""
+"""The FreeU of Cross-Image attention. The official FreeU is `pipe.enable_freeu` of diffusers."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,16 +15,34 @@ from ..processors.attach import find_unet
 def cross_image_freeu(
     pipe_or_unet: Any, *, b1: float = 1.2, b2: float = 1.4, s1: float = 0.9, s2: float = 0.2
 ) -> Iterator[None]:
-    """Scale the features that enter a UNet's up blocks, inside a `with` block.
+    """Run the FreeU of Cross-Image attention on a UNet, inside a `with` block.
 
-    Where they are as wide as the UNet's widest block (1280 channels in SD 1.5): the first half of the channels times b1, then the lowest
-    frequencies of all times s1. Where they are as wide as the next narrower (640): b2 and s2. Elsewhere nothing.
-    The lowest frequencies are the ±1 around the centre of the shifted spectrum.
+    At the entry of the up blocks, the features as wide as the widest block (1280 channels in SD 1.5)
+    change: the first half of the channels times b1, then the lowest frequencies of all channels times s1.
+    Features of the next width (640) change by b2 and s2. Other widths stay. The lowest frequencies are the
+    ±1 around the centre of the shifted spectrum.
 
-    Unlike the official FreeU this filters the backbone and not the skip connections, once for a block. The skips stay as they are.
+    The official FreeU filters the skip connections. This one filters the backbone, once for a block.
 
     Args:
-        pipe_or_unet: a pipeline with a UNet, or the UNet. Enter before it is compiled.
+        pipe_or_unet: a pipeline with a UNet, or the UNet. Enter the block before torch.compile.
+        b1: the factor of the first half of the channels, at the widest features.
+        b2: the same at the next width.
+        s1: the factor of the lowest frequencies, at the widest features.
+        s2: the same at the next width.
+
+    Raises:
+        TypeError: there is no UNet.
+
+    Example:
+        >>> inputs = {"timestep": torch.tensor(301), "encoder_hidden_states": torch.zeros(3, 7, 32)}
+        >>> with torch.no_grad(), cross_image_freeu(pipe):
+        ...     noise = pipe.unet(latents, **inputs).sample
+        >>> noise.shape
+        torch.Size([3, 4, 16, 16])
+
+    Notes:
+        The filter works in float32. The hooks are removed at the end, after exceptions too.
 
     Source: Cross-Image attention, arXiv 2311.03335; FreeU, arXiv 2309.11497.
     """
@@ -45,7 +63,7 @@ def cross_image_freeu(
 
 
 def _boost(features: Tensor, backbone: float, low: float) -> Tensor:
-    """[B, C, h, w]: the first half of the channels scaled, then the low frequencies of all; the filter works in float32."""
+    """Features [B, C, h, w] with the first half of the channels scaled, then the low frequencies of all."""
     first, second = features.float().tensor_split([features.shape[1] // 2], dim=1)
     return fourier_filter(torch.cat([first * backbone, second], dim=1), threshold=1, scale=low).to(
         features.dtype

@@ -1,4 +1,4 @@
-"""Guidance: swap guidance, away from the prediction without the edit and past the one with it; Delta-Bridge; scales that change with the step."""
+"""Guidance: swap guidance of Cross-Image attention, Delta-Bridge of SeAl, scales by step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,14 +11,24 @@ from .._checks import require_count
 
 
 def swap_scales(steps: int, scale: float = 3.5, *, start: float = 10 / 68) -> Tensor:
-    """The guidance scale of every executed step, float32 [steps] on the CPU.
+    """List the scales of swap guidance for all steps that run.
 
-    γ_i = linspace(scale, max(scale / 2, 1), steps)_i from the fraction `start` of the steps on, and 1, no guidance, before.
+    γ_i = linspace(scale, max(scale / 2, 1), steps)_i where i / steps >= start, and 1 before: no guidance.
 
     Args:
-        steps: how many are executed.
-        scale: of the first step; 1 or less is no guidance anywhere.
-        start: i takes part where i / steps >= start; as published, 10 of 68.
+        steps: the number of steps that run.
+        scale: the first value of the ramp. At 1 or below, all scales are 1.
+        start: the fraction of the steps at which guidance begins. Default 10 / 68, as published.
+
+    Returns:
+        float32 [steps], on the CPU.
+
+    Raises:
+        ValueError: `steps` is negative or no integer.
+
+    Example:
+        >>> swap_scales(4, 3.0, start=0.25).tolist()
+        [1.0, 2.5, 2.0, 1.5]
 
     Source: Cross-Image attention, arXiv 2311.03335.
     """
@@ -31,12 +41,45 @@ def swap_scales(steps: int, scale: float = 3.5, *, start: float = 10 / 68) -> Te
 
 
 def swap_guided(plain: Tensor, swapped: Tensor, scale: float | Tensor) -> Tensor:
-    """plain + scale · (swapped - plain): predictions without and with the edit, any shapes that broadcast."""
+    """Guide a prediction away from the one without the edit.
+
+    plain + scale · (swapped - plain)
+
+    Args:
+        plain: the prediction without the edit.
+        swapped: the prediction with the edit, of a shape that broadcasts.
+        scale: γ, a number or a tensor. 1 is no guidance.
+
+    Returns:
+        the guided prediction.
+
+    Example:
+        >>> swap_guided(torch.zeros(2), torch.ones(2), 3.5)
+        tensor([3.5000, 3.5000])
+
+    Source: Cross-Image attention, arXiv 2311.03335.
+    """
     return plain + scale * (swapped - plain)
 
 
 def early_scales(steps: int, scale: float = 7.0, *, early: float = 20.0, count: int = 3) -> Tensor:
-    """Scales of classifier-free guidance, float32 [steps] on the CPU: `early` at the first `count` steps, then `scale`.
+    """List scales of classifier-free guidance that are larger in the first steps.
+
+    Args:
+        steps: the number of steps.
+        scale: of the later steps.
+        early: of the first steps.
+        count: the number of first steps.
+
+    Returns:
+        float32 [steps], on the CPU.
+
+    Raises:
+        ValueError: `steps` is negative or no integer.
+
+    Example:
+        >>> early_scales(5).tolist()
+        [20.0, 20.0, 20.0, 7.0, 7.0]
 
     Source: Visual Style Prompting, arXiv 2402.12974, "advanced sampling".
     """
@@ -45,30 +88,39 @@ def early_scales(steps: int, scale: float = 7.0, *, early: float = 20.0, count: 
 
 
 def guidance_by_step(scales: Sequence[float] | Tensor) -> Callable[[Any, int, Any, dict], dict]:
-    """A `callback_on_step_end` that gives each step of a stock pipeline its own scale of classifier-free guidance.
-
-    >>> scales = early_scales(50)
-    >>> pipe(prompts, num_inference_steps=50, guidance_scale=float(scales[0]), callback_on_step_end=guidance_by_step(scales))
+    """Make a `callback_on_step_end` that sets the scale of classifier-free guidance of each step.
 
     Args:
-        scales: of every step, each above 1, for the batch has both guidance parts throughout. The first is the call's `guidance_scale`.
+        scales: of all steps, each above 1, so that the batch always has both guidance halves. The first one
+            is also the `guidance_scale` of the call.
+
+    Returns:
+        the callback for a stock pipeline of diffusers.
 
     Raises:
-        ValueError: a scale of 1 or less; and in the call, whose `guidance_scale` is not the first.
+        ValueError: a scale is 1 or less. The callback raises it too if the `guidance_scale` of the call is
+            not the first scale.
+
+    Example:
+        >>> scales = early_scales(2, count=1)
+        >>> options = {"num_inference_steps": 2, "output_type": "pt", "guidance_scale": float(scales[0])}
+        >>> pipe(prompt, callback_on_step_end=guidance_by_step(scales), **options).images.shape
+        torch.Size([1, 3, 32, 32])
+
+    Source: Visual Style Prompting, arXiv 2402.12974.
     """
     values = [float(scale) for scale in scales]
     if not values or min(values) <= 1:
         raise ValueError(f"scales: expected one or more above 1, got {min(values, default=None)!r}")
 
-    def told(pipe: Any, step: int, timestep: Any, given: dict) -> dict:
+    def callback(pipe: Any, step: int, timestep: Any, given: dict) -> dict:
         if step == 0 and abs(pipe.guidance_scale - values[0]) > 1e-6 * values[0]:
-            raise ValueError(
-                f"guidance_scale: expected {values[0]:g}, the first of the scales, got {pipe.guidance_scale!r}"
-            )
+            expected = f"{values[0]:g}, the first of the scales"
+            raise ValueError(f"guidance_scale: expected {expected}, got {pipe.guidance_scale!r}")
         pipe._guidance_scale = values[min(step + 1, len(values) - 1)]
         return given
 
-    return told
+    return callback
 
 
 def delta_bridge(
@@ -81,17 +133,31 @@ def delta_bridge(
     kernel: int = 3,
     count: int = 2,
 ) -> Tensor:
-    """Classifier-free guidance by the output's prompt, and a smoothed difference to that by the appearance's.
+    """Combine three predictions by Delta-Bridge: guidance plus a smoothed difference of two prompts.
 
-    ε̂ = ε(z, ∅) + w g_gen + λ Δ_f,  g = ε(z, c) - ε(z, ∅),  Δ_f = `low_pass`(g_gen - g_app); λ = 0 is classifier-free guidance.
+    ε̂ = ε(z, ∅) + w g_gen + λ low_pass(g_gen - g_app),  g = ε(z, c) - ε(z, ∅)
 
     Args:
-        unconditional, generated, appearance: ε(z, ∅), ε(z, c_gen) and ε(z, c_app) [B, C, h, w]: three predictions for the same latents.
+        unconditional: ε(z, ∅) [B, C, h, w].
+        generated: ε(z, c_gen), of the output's prompt and the same latents.
+        appearance: ε(z, c_app), of the appearance's prompt and the same latents.
         scale: w.
-        strength: λ of this step, as `delta_bridge_strengths` gives it.
-        kernel, count: as `low_pass`.
+        strength: λ of this step, as in `delta_bridge_strengths`. 0 is classifier-free guidance.
+        kernel: as `low_pass`.
+        count: as `low_pass`.
 
-    Source: SeAl (CVPR 2026), from its project page. Not published there, and inferred here: kernel, count, w and the schedule of λ.
+    Returns:
+        ε̂ [B, C, h, w].
+
+    Raises:
+        ValueError: `kernel` or `count` is invalid.
+
+    Example:
+        >>> delta_bridge(latents, latents + 1, latents, 2.0, 0.5).sub(latents).mean().item()
+        2.5
+
+    Source: SeAl (CVPR 2026), from its project page. Kernel, count, w and the schedule of λ are not
+    published there; they are inferred.
     """
     towards = generated - unconditional
     return (
@@ -104,11 +170,28 @@ def delta_bridge(
 def delta_bridge_strengths(
     steps: int, strength: float = 1.0, *, hold: float = 0.4, end: float = 0.8
 ) -> Tensor:
-    """λ of every step, float32 [steps] on the CPU: `strength` up to the progress `hold`, from there linearly to 0 at `end`, and 0 after.
+    """List the strength λ of Delta-Bridge for all steps.
 
     λ(γ) = strength · clip((end - γ) / (end - hold), 0, 1),  γ = i / (steps - 1)
 
-    Source: SeAl (CVPR 2026) says that λ acts early to midway and decays to 0; this shape and its defaults are inferred.
+    Args:
+        steps: the number of steps.
+        strength: λ up to the progress `hold`.
+        hold: the progress γ at which λ begins to fall.
+        end: the progress γ at which λ reaches 0.
+
+    Returns:
+        float32 [steps], on the CPU.
+
+    Raises:
+        ValueError: `steps` is negative or no integer, or not 0 <= hold < end <= 1.
+
+    Example:
+        >>> delta_bridge_strengths(5, hold=0.25, end=0.75).tolist()
+        [1.0, 1.0, 0.5, 0.0, 0.0]
+
+    Source: SeAl (CVPR 2026) says that λ acts from early to midway and decays to 0. The shape and its
+    defaults are inferred.
     """
     require_count("steps", steps)
     if not 0 <= hold < end <= 1:
@@ -118,7 +201,23 @@ def delta_bridge_strengths(
 
 
 def low_pass(x: Tensor, *, kernel: int = 3, count: int = 2) -> Tensor:
-    """The mean over kernel x kernel neighbours, `count` times over; at the borders over those that are there. [B, C, h, w] to the same."""
+    """Smooth a map by repeated means over kernel x kernel neighbours.
+
+    Args:
+        x: [B, C, h, w].
+        kernel: an odd number of pixels.
+        count: how often the mean is taken.
+
+    Returns:
+        [B, C, h, w]. At a border the mean is over the neighbours inside.
+
+    Raises:
+        ValueError: `kernel` is even or below 1, or `count` is negative.
+
+    Example:
+        >>> low_pass(torch.tensor([[[[0.0, 3.0, 0.0]]]]), count=1).flatten().tolist()
+        [1.5, 1.0, 1.5]
+    """
     if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel: expected an odd integer of at least 1, got {kernel!r}")
     require_count("count", count)

@@ -1,4 +1,4 @@
-"""Inversion: the noise from which a diffusion model reproduces given latents, and the step that does it. Arithmetic in float32."""
+"""Inversion: the noise from which a diffusion model reproduces given latents. Arithmetic is in float32."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,28 +15,33 @@ from torch import Tensor
 
 from qalign_kernels._files import replacing
 
-from .._checks import require_count
+from .denoising import noise_levels, posterior, require_ddim, require_finite, set_steps, spread
 
-Predict = Callable[
-    [Tensor, Tensor], Tensor
-]  # (latents [B, C, h, w], timesteps int64 [B]) -> the guided output, in the scheduler's prediction_type
+# (latents [B, C, h, w], timesteps int64 [B]) -> the guided output, in the scheduler's prediction type
+Predict = Callable[[Tensor, Tensor], Tensor]
 
 KINDS = ("ddpm", "ddim")
 _FORMAT = "qalign.inversion.1"
-_HALF_ADVICE = "float16 overflowed: load the pipeline in torch.bfloat16, or put its VAE in torch.float32 and upcast_attention=True on its UNet"
-_FULL_ADVICE = "its range is not the cause: look at the weights, the adapters and the pictures"
 
 
 @dataclass(frozen=True, eq=False)
 class Inversion:
-    """What an inversion found, noisiest first.
+    """Hold the result of an inversion, noisiest first.
 
     Attributes:
         kind: "ddpm" or "ddim".
-        latents: float32 [T + 1, B, C, h, w], before each of T steps; the last are the clean ones.
-        noises: float32 [T, B, C, h, w], z of each step, the last one zero; None of a deterministic inversion.
+        latents: float32 [T + 1, B, C, h, w], the latents before each of the T steps, then the clean ones.
+        noises: float32 [T, B, C, h, w], z of each step, zero in the last. None if `kind` is "ddim".
         timesteps: int64 [T], on the CPU.
-        eta: the weight of the noises in `denoise_step`.
+        eta: η, the weight of the noises in `denoise_step`; 0 if `kind` is "ddim".
+
+    Raises:
+        ValueError: the shapes or the kind do not fit together.
+
+    Example:
+        >>> one = Inversion("ddim", torch.zeros(3, 2, 4, 8, 8), None, torch.tensor([500, 0]), 0.0)
+        >>> one.latents.shape
+        torch.Size([3, 2, 4, 8, 8])
     """
 
     kind: str
@@ -52,14 +57,27 @@ class Inversion:
         if len(shape) != 5 or shape[0] != steps + 1:
             raise ValueError(f"latents: expected [T + 1 = {steps + 1}, B, C, h, w], got {shape}")
         if (self.noises is None) != (self.kind == "ddim"):
+            expected = "None" if self.kind == "ddim" else "a tensor"
             raise ValueError(
-                f"noises: expected {'None' if self.kind == 'ddim' else 'a tensor'} of {self.kind}, got {type(self.noises).__name__}"
+                f"noises: expected {expected} with kind {self.kind!r}, got {type(self.noises).__name__}"
             )
         if self.noises is not None and list(self.noises.shape) != [steps, *shape[1:]]:
             raise ValueError(f"noises: expected {[steps, *shape[1:]]}, got {list(self.noises.shape)}")
 
     def to(self, device: torch.device | str) -> Self:
-        """The same with latents and noises on `device`."""
+        """Return the inversion with latents and noises on `device`.
+
+        Args:
+            device: any torch device. The timesteps stay on the CPU.
+
+        Returns:
+            a new Inversion; tensors that are there already are shared.
+
+        Example:
+            >>> one = Inversion("ddim", torch.zeros(3, 2, 4, 8, 8), None, torch.tensor([500, 0]), 0.0)
+            >>> one.to("cpu").latents.device
+            device(type='cpu')
+        """
         return replace(
             self,
             latents=self.latents.to(device),
@@ -67,7 +85,22 @@ class Inversion:
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file, and the folder it is in; whoever reads `path` meanwhile finds the old file or the whole new one."""
+        """Write a safetensors file, and its folder if there is none.
+
+        Args:
+            path: of the file. An existing file is replaced in one move: a reader never sees half a file.
+
+        Raises:
+            OSError: the file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> one = Inversion("ddim", torch.zeros(3, 2, 4, 8, 8), None, torch.tensor([500, 0]), 0.0)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     one.save(f"{folder}/one.safetensors")
+            ...     Inversion.load(f"{folder}/one.safetensors").timesteps
+            tensor([500,   0])
+        """
         tensors = {
             name: getattr(self, name).contiguous()
             for name in ("latents", "noises", "timesteps")
@@ -80,16 +113,27 @@ class Inversion:
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> Self:
-        """Read what `save` wrote; FileNotFoundError where nothing is, ValueError where it is anything else."""
+        """Read a file that `save` wrote.
+
+        Args:
+            path: of the file.
+            device: for latents and noises; default the CPU.
+
+        Returns:
+            the inversion. `save` shows an example.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is something else, or damaged.
+        """
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"path: expected a file written by Inversion.save, got {os.fspath(path)!r}, which is not there"
-            )
+            got = f"{os.fspath(path)!r}, which does not exist"
+            raise FileNotFoundError(f"path: expected a file written by Inversion.save, got {got}")
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"format {metadata.get('format')!r} in place of {_FORMAT!r}")
+                    raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             found = cls(
                 metadata["kind"],
@@ -117,25 +161,47 @@ def invert_ddpm(
     batch_size: int = 8,
     progress: Callable[[int], Any] | None = None,
 ) -> Inversion:
-    """Edit-friendly DDPM inversion: independently noised latents, and the noises that lead from each to the next.
+    """Invert by edit-friendly DDPM: find latents and the noises that lead from each to the next.
 
-    x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε_t,  z_t = (x_{t-1} - μ_t(x_t)) / (η σ_t),  then x_{t-1} ← μ_t + η σ_t z_t; μ and σ as in `denoise_step`.
+    x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε_t
+    z_t = (x_{t-1} - μ_t(x_t)) / (η σ_t)
+    x_{t-1} ← μ_t + η σ_t z_t
 
-    Every ε_t is its own draw, so no x_t depends on a prediction, and predictions of several timesteps share a batch. The last z is zero:
-    there the model's own estimate is taken, and only there do the noises lead anywhere but to the stored latents.
+    μ and σ are those of `denoise_step`. Every ε_t is drawn on its own. No x_t depends on a prediction, so
+    several timesteps share one batch. The last z is zero: the last step takes the model's own estimate, and
+    denoising may end elsewhere than at `clean`.
 
     Args:
-        predict: the model, guidance applied. Its rows are whole timesteps, each with all images in their order.
-        scheduler: a DDIMScheduler, which is left set to `steps` timesteps. It is not asked to clip: latents have no bounds.
-        clean: [B, C, h, w].
-        steps: T.
-        eta: in (0, 1].
-        generator: one for all images, drawn from image by image, so that an image's noise does not depend on those after it; or one each.
-        batch_size: rows of one call of `predict`, rounded down to whole timesteps, but one timestep at least.
-        progress: called with the number of timesteps done since the last call, as `tqdm.update`.
+        predict: the model with guidance, (latents [R, C, h, w], timesteps int64 [R]) -> [R, C, h, w].
+            The R rows are whole timesteps, each with all B images in their order.
+        scheduler: a DDIMScheduler. It is left set to `steps` timesteps. Its clipping is ignored.
+        clean: [B, C, h, w], x_0.
+        steps: T, at least 1.
+        eta: η in (0, 1].
+        generator: of the noise: one for all images, or a list with one for each. One generator draws
+            image after image, so an image's noise does not depend on later images. None is torch's own.
+        batch_size: rows in one call of `predict`, rounded down to whole timesteps, and at least one
+            timestep.
+        progress: called with the number of timesteps that are newly done, like `tqdm.update`; None is none.
+
+    Returns:
+        an `Inversion` of kind "ddpm" on the device of `clean`.
 
     Raises:
-        TypeError, ValueError: a bad argument, named. FloatingPointError: a prediction with NaN or infinity.
+        TypeError: `scheduler` is not a DDIMScheduler.
+        ValueError: an argument is invalid; the message names it.
+        FloatingPointError: a prediction has NaN or infinite values.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> clean = torch.randn(2, 4, 8, 8)
+        >>> found = invert_ddpm(lambda x, t: torch.zeros_like(x), DDIMScheduler(), clean, steps=5)
+        >>> found.latents.shape, found.noises.shape
+        (torch.Size([6, 2, 4, 8, 8]), torch.Size([5, 2, 4, 8, 8]))
+
+    Notes:
+        Memory is 2T + 1 latents. The result is deterministic for a given generator.
+
     Source: arXiv 2304.06140.
     """
     if not 0 < eta <= 1:
@@ -144,18 +210,17 @@ def invert_ddpm(
         )
     clean, timesteps = _begin(scheduler, clean, steps)
     images = len(clean)
-    alpha = _rows(_levels(scheduler, timesteps)[0].unsqueeze(1), clean.unsqueeze(0))
+    alpha = spread(noise_levels(scheduler, timesteps)[0].unsqueeze(1), clean.unsqueeze(0))
     latents = torch.cat(
         [alpha.sqrt() * clean + (1 - alpha).sqrt() * _draws(generator, steps, clean), clean.unsqueeze(0)]
     )
     noises = torch.empty_like(latents[:-1])
     together = max(1, batch_size // images)
-    for start in reversed(
-        range(0, steps, together)
-    ):  # least noisy first: a corrected x_{t-1} has already been predicted from
+    # least noisy first: the prediction from x_{t-1} is done before x_{t-1} is corrected
+    for start in reversed(range(0, steps, together)):
         some = slice(start, min(start + together, steps))
         sample, timestep = latents[some].flatten(0, 1), timesteps[some].repeat_interleave(images)
-        mean, deviation = _posterior(scheduler, _predict(predict, sample, timestep), timestep, sample, eta)
+        mean, deviation = posterior(scheduler, _predict(predict, sample, timestep), timestep, sample, eta)
         mean, deviation = mean.unflatten(0, (-1, images)), deviation.unflatten(0, (-1, images))
         noises[some] = (latents[1:][some] - mean) / deviation
         latents[1:][some] = mean + deviation * noises[some]
@@ -174,9 +239,34 @@ def invert_ddim(
     steps: int,
     progress: Callable[[int], Any] | None = None,
 ) -> Inversion:
-    """Deterministic inversion: DDIM's equation run from clean to noise by diffusers' DDIMInverseScheduler. Arguments as `invert_ddpm`.
+    """Invert by DDIM: run its equation from clean latents to noise.
 
-    Each step takes the prediction at its own start for that at its end, so that going back is near, and nearer with more steps.
+    Each step uses the prediction at its start in place of the one at its end. Denoising therefore returns
+    near `clean`, and nearer with more steps.
+
+    Args:
+        predict: the model with guidance, (latents [B, C, h, w], timesteps int64 [B]) -> [B, C, h, w].
+        scheduler: a DDIMScheduler. It is left set to `steps` timesteps. Its clipping is ignored.
+        clean: [B, C, h, w], x_0.
+        steps: T, at least 1.
+        progress: called with 1 after each step, like `tqdm.update`; None is none.
+
+    Returns:
+        an `Inversion` of kind "ddim", without noises, on the device of `clean`.
+
+    Raises:
+        TypeError: `scheduler` is not a DDIMScheduler.
+        ValueError: an argument is invalid; the message names it.
+        FloatingPointError: a prediction has NaN or infinite values.
+
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> clean = torch.randn(2, 4, 8, 8)
+        >>> invert_ddim(lambda x, t: torch.zeros_like(x), DDIMScheduler(), clean, steps=5).latents.shape
+        torch.Size([6, 2, 4, 8, 8])
+
+    Notes:
+        Memory is T + 1 latents. The result is deterministic.
 
     Source: arXiv 2010.02502.
     """
@@ -192,98 +282,21 @@ def invert_ddim(
     return Inversion("ddim", torch.stack(latents[::-1]), None, timesteps, 0.0)
 
 
-def denoise_step(
-    scheduler: DDIMScheduler,
-    output: Tensor,
-    timestep: int | Tensor,
-    sample: Tensor,
-    *,
-    noise: Tensor | None = None,
-    eta: float = 1.0,
-    change: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """One step towards the clean latents, float32.
-
-    x_{t-1} = μ + η σ_t z,  μ = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1} - η σ_t²) ε̂,  σ_t² = (1 - ᾱ_{t-1}) / (1 - ᾱ_t) · (1 - ᾱ_t / ᾱ_{t-1});
-    ᾱ_{t-1} below timestep 0 is the scheduler's `final_alpha_cumprod`. Between 0 and 1, η is not squared under the root, as published.
-
-    Args:
-        scheduler: a DDIMScheduler with its timesteps set. It is not asked to clip, and nothing in it is changed.
-        output: [B, C, h, w], the model's, in the scheduler's prediction_type: ε, v or x_0.
-        timestep: an int, or a tensor of one on any device (from a GPU it has to wait for it).
-        sample: [B, C, h, w], x_t.
-        noise: z [B, C, h, w]; None is the deterministic step of DDIM, η = 0.
-        change: what is made of x̂_0 before the step; ε̂ stays as it was.
-
-    Raises:
-        TypeError, ValueError: a bad argument, named.
-    Source: arXiv 2010.02502, 2304.06140.
-    """
-    _check_scheduler(scheduler)
-    if scheduler.num_inference_steps is None:
-        raise ValueError("scheduler: expected set_timesteps to have been called, got none set")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: expected a number in [0, 1], got {eta!r}")
-    timesteps = torch.as_tensor(timestep, device="cpu").reshape(1)
-    mean, deviation = _posterior(
-        scheduler, output.float(), timesteps, sample.float(), eta if noise is not None else 0.0, change
-    )
-    return mean if noise is None else mean + deviation * noise.to(mean)
-
-
-def require_finite(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """`tensor`, if nothing in it is NaN or infinite; else a FloatingPointError that says what to change. Waits for the device.
-
-    Args:
-        name: of the tensor, for the message.
-        dtype: in which it was computed.
-    """
-    wrong = tensor.numel() - int(tensor.isfinite().sum())
-    if wrong:
-        advice = _HALF_ADVICE if dtype == torch.float16 else _FULL_ADVICE
-        raise FloatingPointError(
-            f"{name}: expected finite values, got {wrong} of {tensor.numel()} NaN or infinite in {dtype} ({advice})"
-        )
-    return tensor
-
-
-def set_steps(scheduler: Any, steps: int) -> None:
-    """Set a scheduler to `steps` inference steps.
-
-    Raises:
-        ValueError: no steps, or more than the scheduler has timesteps (one fewer where they begin at 1).
-    """
-    require_count("steps", steps, 1)
-    known = scheduler.config.num_train_timesteps
-    if steps <= known:
-        scheduler.set_timesteps(steps)
-    if steps > known or int(scheduler.timesteps.max()) >= known:
-        raise ValueError(
-            f"steps: expected fewer inference steps than the {known} of the model's training, got {steps}"
-        )
-
-
 def _begin(scheduler: DDIMScheduler, clean: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """The clean latents in float32, and the timesteps on the CPU, noisiest first."""
     if clean.ndim != 4 or not clean.is_floating_point() or not len(clean):
         raise ValueError(
             f"clean: expected floating-point latents [B, C, h, w], got {clean.dtype} {list(clean.shape)}"
         )
-    _check_scheduler(scheduler)
+    require_ddim(scheduler)
     set_steps(scheduler, steps)
     return require_finite(clean, "clean latents", clean.dtype).float(), scheduler.timesteps.cpu().long()
-
-
-def _check_scheduler(scheduler: DDIMScheduler) -> None:
-    if not isinstance(scheduler, DDIMScheduler):
-        advice = "DDIMScheduler.from_config(pipe.scheduler.config)"
-        raise TypeError(f"scheduler: expected a DDIMScheduler ({advice}), got {type(scheduler).__name__}")
 
 
 def _draws(
     generator: torch.Generator | Sequence[torch.Generator] | None, steps: int, clean: Tensor
 ) -> Tensor:
-    """Independent normal noise [steps, B, C, h, w], image after image."""
+    """Normal noise [steps, B, C, h, w], drawn for image after image."""
     images = len(clean)
     generators = (
         [generator] * images
@@ -307,47 +320,3 @@ def _draws(
 def _predict(predict: Predict, sample: Tensor, timesteps: Tensor) -> Tensor:
     output = predict(sample, timesteps.to(sample.device))
     return require_finite(output, "model output", output.dtype).float()
-
-
-def _levels(scheduler: DDIMScheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """ᾱ_t and ᾱ_{t-1} of timesteps [T], float64 on the CPU, where t-1 is one step of the schedule."""
-    alphas, final = scheduler.alphas_cumprod.cpu().double(), scheduler.final_alpha_cumprod.cpu().double()
-    previous = timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    return alphas[timesteps], torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
-
-
-def _rows(values: Tensor, like: Tensor) -> Tensor:
-    """Values of the leading dimensions, with dimensions for the others of `like`, in its dtype and on its device."""
-    return values.view(*values.shape, *[1] * (like.ndim - values.ndim)).to(like.dtype).to(like.device)
-
-
-def _posterior(
-    scheduler: DDIMScheduler,
-    output: Tensor,
-    timesteps: Tensor,
-    sample: Tensor,
-    eta: float,
-    change: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """μ [B, C, h, w] and η σ_t [B or 1, 1, 1, 1] of `denoise_step` for timesteps [B or 1] on the CPU."""
-    if output.shape != sample.shape:
-        raise ValueError(f"output: expected {list(sample.shape)} as the sample, got {list(output.shape)}")
-    alpha, before = _levels(scheduler, timesteps)
-    variance = (1 - before) / (1 - alpha) * (1 - alpha / before)
-    direction = (1 - before - eta * variance).clamp(min=0).sqrt()
-    signal, noise, signal_before, direction, deviation = (
-        _rows(x, sample)
-        for x in (alpha.sqrt(), (1 - alpha).sqrt(), before.sqrt(), direction, eta * variance.sqrt())
-    )
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        clean, epsilon = (sample - noise * output) / signal, output
-    elif kind == "v_prediction":
-        clean, epsilon = signal * sample - noise * output, signal * output + noise * sample
-    elif kind == "sample":
-        clean, epsilon = output, (sample - signal * output) / noise
-    else:
-        raise ValueError(f"scheduler: expected prediction_type epsilon, v_prediction or sample, got {kind!r}")
-    if change is not None:
-        clean = change(clean)
-    return signal_before * clean + direction * epsilon, deviation

@@ -1,4 +1,4 @@
-"""Inversions on disk: one safetensors file per picture, named by everything that the inversion depends on."""
+"""Inversions on disk: one safetensors file per picture. Its name hashes all that the inversion depends on."""
 
 import hashlib
 import json
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .inversion import Inversion
 
-SAMPLES = 16  # of each parameter
+SAMPLES = 16  # values of each parameter
+# attributes of FreeU and of adapters that change a UNet's results
 NOT_PARAMETERS = (
     "b1",
     "b2",
@@ -23,18 +24,41 @@ NOT_PARAMETERS = (
     "_active_adapter",
     "_disable_adapters",
     "merged_adapters",
-)  # of FreeU and of adapters
+)
 _log = logging.getLogger("qalign")
 
 
 class InversionCache:
-    """A folder of inversions; without a folder it finds nothing and keeps nothing."""
+    """Keep inversions in a folder.
+
+    Args:
+        folder: of the safetensors files. None keeps and finds nothing.
+
+    Example:
+        >>> import tempfile
+        >>> one = Inversion("ddim", torch.zeros(3, 1, 4, 8, 8), None, torch.tensor([500, 0]), 0.0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = InversionCache(folder).fill(["a"], lambda rows: one)
+        ...     found = InversionCache(folder).fill(["a"], None)
+        >>> torch.equal(made.latents, found.latents)
+        True
+    """
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
 
     def fill(self, keys: Sequence[str], make: Callable[[list[int]], Inversion]) -> Inversion:
-        """The inversion of all pictures, from the folder where it has their key; `make` is asked for the others by their numbers, if any."""
+        """Collect the inversion of all pictures, and make those that the folder does not have.
+
+        Args:
+            keys: one for each picture.
+            make: called with the numbers of the missing pictures, returns their inversion. It is not called
+                if none is missing.
+
+        Returns:
+            the inversion of all pictures, in the order of `keys`. A file that cannot be read is made again,
+            with a warning.
+        """
         found = {row: inverted for row, key in enumerate(keys) if (inverted := self._load(key)) is not None}
         missing = [row for row in range(len(keys)) if row not in found]
         if missing:
@@ -75,14 +99,25 @@ def _join(inversions: list[Inversion]) -> Inversion:
 
 
 def digest(*parts: Any) -> str:
-    """sha256 of tensors by their bytes, of models by their configuration and some of each parameter, of anything else by its JSON.
+    """Hash things by sha256.
 
-    Entries of a dict whose name begins with an underscore do not count: diffusers keeps paths and versions there.
+    Args:
+        parts: a tensor counts by its bytes, a model by its configuration and some values of each parameter,
+            anything else by its JSON. Entries of a dict whose name begins with an underscore do not count:
+            diffusers keeps paths and versions there.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> digest(latents, {"steps": 50}) == digest(latents.clone(), {"steps": 50, "_version": 1})
+        True
     """
     whole = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
-            part = digest(dict(part.config), *_samples(part))  # type: ignore[arg-type]
+            config: Any = part.config
+            part = digest(dict(config), *_samples(part))
         elif isinstance(part, Tensor):
             part = hashlib.sha256(
                 f"{list(part.shape)}".encode() + part.detach().float().cpu().numpy().tobytes()
@@ -96,9 +131,9 @@ def digest(*parts: Any) -> str:
 
 
 def _samples(model: nn.Module) -> list[Any]:
-    """The name of each parameter and some of its values; those that are offloaded to where they cannot be read count by name.
+    """The name of each parameter and some of its values, the factors of FreeU and the state of adapters.
 
-    With them, what else changes a UNet's results: the factors of FreeU and the state of adapters.
+    Parameters on the meta device, offloaded one by one, count by name alone.
     """
     samples: list[Any] = [
         str({name: state[name] for name in NOT_PARAMETERS if name in state})

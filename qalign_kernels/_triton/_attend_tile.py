@@ -21,7 +21,7 @@ PARTS = tl.constexpr(8)  # of a row sum: lanes keep them apart and add them afte
 
 
 class State(NamedTuple):
-    """What a tile of queries has gathered: maximum logit, sum of the weights, weighted sum of the values."""
+    """The sums of a tile of queries: maximum logit, sum of the weights, weighted sum of the values."""
 
     running_max: Any
     row_sum: Any
@@ -29,7 +29,7 @@ class State(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """Weights are clamp(amount · probability + floor, 0, 1), probabilities by the `known` log2-sum-exp."""
+    """Weights are clamp(amount · probability + floor, 0, 1); `known` is the log2-sum-exp of the logits."""
 
     known: Any
     amount: Any
@@ -39,8 +39,8 @@ class Contrast(NamedTuple):
 class Variant(NamedTuple):
     """The constexpr settings of a kernel.
 
-    KNOWN_LSE with a contrast, EXACT_WEIGHTS where weights are not rounded. LOOP_ONCE where even a product that is
-    computed once stands in a loop: see `_attention_choice.loop_once`.
+    KNOWN_LSE with a contrast, EXACT_WEIGHTS where weights are not rounded. LOOP_ONCE where even a product
+    that is computed once stands in a loop: see `_attention_choice.loop_once`.
     """
 
     SEGMENTS: Any
@@ -78,9 +78,8 @@ def _attend_tile(
 ):
     """One query tile meets one key tile.
 
-    MASKED where some keys may not be present, COMPARED where labels may differ, FIXED where the maximum
-    stays. With counts a FIXED maximum is the same one, `common_max`, for all queries: shift and count then
-    cost an addition for a key, not one for a score.
+    MASKED if some keys may not be present, COMPARED if labels may differ, FIXED if the maximum stays. With
+    counts all queries have one FIXED maximum, `common_max`: shift and count cost one addition for a key.
     """
     running_max, row_sum, output = state
     tile = score_tile(query, segment, row, keys, variant.KEY_WIDTH, MASKED, COMPARED, variant.BLOCK_N)
@@ -128,7 +127,7 @@ def _attend_tile(
 
 @triton.jit
 def _accumulate_exactly(output, weights, tile, present, width, MASKED: tl.constexpr):
-    """As `accumulate`, with weights in three bfloat16 parts, which hold their 24 bits. There is no tail."""
+    """As `accumulate`, with a weight as three bfloat16 numbers, which hold its 24 bits. There is no tail."""
     value = load_rows(tile.value, tile.tokens, present, width.D, 0, width.MAIN, MASKED)
     main = output.main
     for _ in tl.static_range(3):

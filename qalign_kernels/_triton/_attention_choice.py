@@ -21,8 +21,8 @@ from ._segments import SegmentArguments, unsigned
 
 LN_2 = 0.6931471805599453
 FIXED_TARGETS = ("sm_90", "interpreter")
-LOOP_TARGETS = ("sm_90", "interpreter")  # see `loop_once`; the interpreter, so that tests run these loops
-# head dims up to which the kernel with both loops is known not to spill there
+LOOP_TARGETS = ("sm_90", "interpreter")  # see `loop_once`; in the interpreter tests run these loops
+# the largest head dims for which the kernel with both loops does not spill on these targets
 FIXED_WIDTHS = {"plain": 128, "counts": 128, "distance": 64}
 COPY_ALIGNMENT = 16  # of rows that the bulk copy engine reads, in bytes
 NARROWEST_VALUE = 16  # channels that a kernel without output is compiled for
@@ -41,13 +41,14 @@ class AttentionCall(NamedTuple):
             may have any strides.
         lse: float32 [B, H, N_Q], written in `lse_unit`: ln 2 for natural logarithms, 1 for base 2.
         query_labels: int32 [B or 1, N_Q], the label sets of the queries.
-        query_order: int32 [B or 1, 1, N_Q]. Tiles take queries in this order where segments are sorted by label.
+        query_order: int32 [B or 1, 1, N_Q]. Tiles take queries in this order where segments are sorted by
+            label.
         guide: Features of queries and keys whose products are added to the logits, and their strength.
         contrast: The factor c of the contrast.
         known: float32 [B, H, N_Q], the log2-sum-exp of a first launch.
         exact_weights: Whether weights meet the values unrounded.
-        match: int64 [B, G, N_Q] as `_tile.pack_match` makes it, of the maps of the first segment's counts. Queries
-            whose match has score NaN give NaN.
+        match: int64 [B, G, N_Q] as `_tile.pack_match` makes it, of the maps of the first segment's counts.
+            Queries whose match has score NaN give NaN.
         distance: float32 [B, H, N_Q], the mean of |output - attention| over the channels of each query.
         signs: int8 [B, H, N_Q, D_V], contiguous, the signs of output - attention.
     """
@@ -74,12 +75,12 @@ class AttentionCall(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How a call is served: the tile, whether by the kernel for Hopper, and two variants of the kernel."""
+    """How a call is served."""
 
     tile: Tile
-    hopper: bool
-    fixed: bool
-    loop_once: bool
+    hopper: bool  # whether by the kernel for Hopper
+    fixed: bool  # whether the maximum of the first key tile may serve for all tiles
+    loop_once: bool  # whether every product stands in a loop
 
 
 def choose(call: AttentionCall) -> Choice:
@@ -97,8 +98,8 @@ def loop_once(target: str, dims: tuple[int, ...]) -> bool:
     """Whether every product stands in a pipelined loop, even one that is computed once.
 
     ptxas 12.8, the assembler of Triton 3.6 and 3.7, reads wrong addresses on sm_90 where a part of a head dim
-    has fewer than 64 channels and its product stands outside such a loop. `stray_descriptors` in
-    benchmarks/machine_code.py finds these products. Wider parts are faster without the loop.
+    has fewer than 64 channels and its product stands outside such a loop. `make static` finds these products
+    as stray descriptors. Wider parts are faster without the loop.
     """
     return target in LOOP_TARGETS and min(part for dim in dims for part in split_head_dim(dim) if part) < 64
 

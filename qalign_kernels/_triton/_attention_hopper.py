@@ -2,18 +2,18 @@
 
 N_Q queries, N_K keys, D channels. Tensors are [B, H, N, D]. `_attention_choice.py` says which calls take it.
 
-1. The producer copies the queries once. Then it copies tiles of keys and values into a ring of buffers, with the
-   bulk copy engine. What the engine reads beyond the tensor is zero. The last tile of keys comes first: no other
-   tile may be incomplete.
-2. A consumer multiplies its queries and the next tile of keys before it multiplies the weights and values of the
-   current tile. In this way exponentials and products overlap.
+1. The producer copies the queries once. Then it copies tiles of keys and values into a ring of buffers, with
+   the bulk copy engine. What the engine reads beyond the tensor is zero. The last tile of keys comes first:
+   no other tile may be incomplete.
+2. A consumer multiplies its queries and the next tile of keys before it multiplies the weights and values of
+   the current tile. In this way exponentials and products overlap.
 3. If FIXED, the largest score of the first tile serves as the maximum of all tiles, which saves the running
-   maximum. If it was too far from the true maximum of a query, both consumers walk over all keys again, with a
-   running maximum.
+   maximum. If it was too far from the true maximum of a query, both consumers walk over all keys again, with
+   a running maximum.
 4. A consumer divides by the sum of the weights and writes its output through shared memory.
 
-Why this file has more than 400 lines: `tests/gluon_on_cpu.py` runs the kernel on the CPU from the source of one
-file, so producer, consumer and what they share stand in it.
+Why this file has more than 400 lines: `tests/gluon_on_cpu.py` runs the kernel on the CPU from the source of
+one file, so producer, consumer and what they share stand in it.
 """
 
 from typing import Any, NamedTuple
@@ -36,12 +36,12 @@ from ._tile import unpack_match
 
 CONSUMERS = gl.constexpr(2)
 CONSUMER_REGISTERS = gl.constexpr(240)
-PARTS = gl.constexpr(8)  # of a row sum, which lanes have apart: they meet after the last tile
+PARTS = gl.constexpr(8)  # of a row sum: lanes keep them apart and add them after the last tile
 FIXED_LIMIT = gl.constexpr(2.0**64)  # of a row sum, and of its inverse, with the maximum of one tile
 
 
 class Ring(NamedTuple):
-    """What is in shared memory: tiles, the barriers that say which are full or empty, and verdicts."""
+    """Shared memory: tiles, barriers that say which are full or empty, and the verdicts of the consumers."""
 
     query_tiles: Any
     key_tiles: Any
@@ -51,7 +51,7 @@ class Ring(NamedTuple):
     keys_empty: Any
     values_full: Any
     values_empty: Any
-    verdicts: Any  # of each consumer: whether it must meet all keys again
+    verdicts: Any  # of each consumer: whether it must walk over all keys again
     judged: Any
 
 
@@ -69,7 +69,7 @@ class Place(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What is written; None for what a call has not. The match of a query may make its output NaN."""
+    """Where results go; None for a tensor that the call does not have. A match may make an output NaN."""
 
     output_ptr: Any
     lse_ptr: Any
@@ -87,7 +87,7 @@ class State(NamedTuple):
 
 
 class Weighed(NamedTuple):
-    """The weights of a tile of scores, the maximum so far, and what sums so far are to be scaled by."""
+    """The weights of a tile of scores, the maximum so far, and the factor for earlier sums."""
 
     weights: Any
     running_max: Any
@@ -96,7 +96,7 @@ class Weighed(NamedTuple):
 
 @gluon.jit
 def _copy_tiles(key, value, ring, place, step):
-    """Copy all tiles of keys and values, the last one first; returns the number of the next step."""
+    """Copy all tiles of keys and values, the last one first. Returns the number of the next step."""
     BUFFERS: gl.constexpr = ring.key_tiles.shape[0]
     BLOCK_N: gl.constexpr = key.block_type.shape[2]
     for done in range(place.tiles):
@@ -117,7 +117,7 @@ def _copy_tiles(key, value, ring, place, step):
 
 @gluon.jit
 def _produce(query, key, value, ring, place, FIXED: gl.constexpr):
-    """Copy queries, keys and values; keys and values again if a consumer must meet them again."""
+    """Copy queries, keys and values. Copy keys and values again if a consumer must walk over them again."""
     ROWS: gl.constexpr = query.block_type.shape[2]
     full = ring.queries_full.index(0)
     mbarrier.expect(full, CONSUMERS * query.block_type.nbytes)
@@ -134,7 +134,7 @@ def _produce(query, key, value, ring, place, FIXED: gl.constexpr):
 
 @gluon.jit
 def _refused(ring):
-    """Whether the maximum of one tile did not serve one of the consumers."""
+    """Whether the maximum of the first tile failed for one of the consumers."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     mbarrier.wait(ring.judged.index(0), 0)
     refused = ring.verdicts.index(0).load(LANES)
@@ -145,7 +145,7 @@ def _refused(ring):
 
 @gluon.jit
 def _judge(ring, row_sum, inside, PART: gl.constexpr):
-    """Say whether a query's row sum is out of bounds, or NaN, and hear whether another consumer's is."""
+    """Tell the others whether a row sum is out of bounds or NaN. Returns whether any consumer's is."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     good = (row_sum < FIXED_LIMIT) & (row_sum > 1 / FIXED_LIMIT)
     bad = gl.max((inside & ~good).to(gl.int32), 0)
@@ -157,7 +157,7 @@ def _judge(ring, row_sum, inside, PART: gl.constexpr):
 
 @gluon.jit
 def _start_scores(ring, step, PART: gl.constexpr, LAYOUT: gl.constexpr):
-    """Begin the products of the queries and the next tile of keys."""
+    """Start to multiply the queries and the next tile of keys."""
     ROWS: gl.constexpr = ring.query_tiles.shape[3]
     BLOCK_N: gl.constexpr = ring.key_tiles.shape[3]
     D: gl.constexpr = ring.key_tiles.shape[4]
@@ -170,7 +170,7 @@ def _start_scores(ring, step, PART: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _start_output(ring, step, weights, output):
-    """Begin to add the weighted values of a tile to the output."""
+    """Start to add the weighted values of a tile to the output."""
     BLOCK_N: gl.constexpr = ring.value_tiles.shape[3]
     D: gl.constexpr = ring.value_tiles.shape[4]
     values = ring.value_tiles.index(step % ring.value_tiles.shape[0]).reshape([BLOCK_N, D])
@@ -191,7 +191,7 @@ def _release(empty, step):
 
 @gluon.jit
 def _factor(segment):
-    """What makes logits of scores; the scale of a segment is above 0."""
+    """The factor from scores to logits. The scale of a segment is above 0; NEGATIVE gives the sign."""
     if segment.NEGATIVE:
         return -segment.scale
     else:
@@ -209,7 +209,7 @@ def _largest(scores, segment):
 
 @gluon.jit
 def _weigh(scores, log_weights, running_max, segment, FIXED: gl.constexpr, MASKED: gl.constexpr):
-    """Weights of a tile of scores. With counts a FIXED maximum is the same for all queries."""
+    """The weights of a tile of scores. With counts, all queries have the same FIXED maximum."""
     factor = _factor(segment)
     rescale = running_max
     if FIXED:
@@ -238,7 +238,7 @@ def _weigh(scores, log_weights, running_max, segment, FIXED: gl.constexpr, MASKE
 
 @gluon.jit
 def _sum(weights, FIXED: gl.constexpr):
-    """The sum of each row; if FIXED in PARTS."""
+    """The sum of each row. If FIXED, it stays in PARTS."""
     if FIXED:
         parts = gl.reshape(weights, [weights.shape[0], weights.shape[1] // PARTS, PARTS])
         return gl.sum(parts, 1)
@@ -248,7 +248,10 @@ def _sum(weights, FIXED: gl.constexpr):
 
 @gluon.jit
 def _attend(ring, segment, place, step, PART: gl.constexpr, FIXED: gl.constexpr, LAYOUT: gl.constexpr):
-    """The queries of a consumer meet all keys. If FIXED, the maximum is that of the first tile they meet."""
+    """The queries of a consumer meet all keys. If FIXED, the maximum is that of the first tile.
+
+    It stays in one piece because a product starts in one pass of the loop and is awaited in the next.
+    """
     ROWS: gl.constexpr = ring.query_tiles.shape[3]
     BLOCK_N: gl.constexpr = ring.key_tiles.shape[3]
     D: gl.constexpr = ring.value_tiles.shape[4]
@@ -297,7 +300,7 @@ def _attend(ring, segment, place, step, PART: gl.constexpr, FIXED: gl.constexpr,
         else:
             row_sum = row_sum * weighed.rescale + _sum(weighed.weights, FIXED)
         later_weights = gl.convert_layout(weighed.weights.to(ELEMENT), WEIGHTS)
-        # for the compiler, a wait in a loop of its own: it holds the weights back from behind the next one
+        # this wait keeps the compiler from moving the computation of the weights behind the next wait
         _await(ring.values_full, step + 1)
         output, weights = warpgroup_mma_wait(0, (pending_output, weights))
         _release(ring.keys_empty, step + 1)
@@ -374,7 +377,10 @@ def attention_hopper_kernel(
     BLOCK_N: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
-    """BLOCK_M queries for each consumer, of one batch row and head, against every key."""
+    """BLOCK_M queries for each consumer, of one batch row and head, against every key.
+
+    It is long because all shared memory and all barriers of the partitions are made here.
+    """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     D: gl.constexpr = query.block_type.shape[3]
     ring = Ring(
@@ -428,7 +434,7 @@ def attention_hopper_kernel(
 
 
 def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """[B, H, N, D] features as the bulk copy engine reads them, `rows` tokens of a head at a time."""
+    """Features [B, H, N, D] as the bulk copy engine reads them, `rows` tokens of a head at a time."""
     block = [1, 1, rows, x.shape[3]]
     # the stride of a dimension of one is any number
     strides = [stride if size > 1 else x.shape[3] for stride, size in zip(x.stride()[:3], x.shape)]
@@ -437,7 +443,7 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def arguments(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> dict[str, Any]:
-    """What the kernel takes for these features and this tile, and the general one does not."""
+    """The arguments that only this kernel takes."""
     rows = tile.block_m // CONSUMERS.value
     return {
         "query": descriptor(query, rows),

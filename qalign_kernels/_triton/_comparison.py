@@ -1,7 +1,7 @@
 """The distance of an output from the attention that a kernel has computed, in the place of writing it.
 
-`distillation_loss` needs it: the mean of |output - attention| over the channels of each query, and the signs of
-the differences, from which the gradient follows.
+`distillation_loss` needs it: the mean of |output - attention| over the channels of each query, and the signs
+of the differences, from which the gradient follows.
 """
 
 import triton
@@ -14,7 +14,7 @@ from ._tile import load_rows
 def _compare_channels(
     compared, signs_ptrs, ideal, queries, inside, D_V: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Sum of |output - ideal| over some channels, the ideal rounded as the output is; write the signs."""
+    """Sum |output - ideal| over some channels and write the signs. The ideal is rounded like the output."""
     output = load_rows(compared, queries, inside, D_V, FIRST, WIDTH, True)
     difference = output.to(tl.float32) - ideal.to(output.dtype).to(tl.float32)
     if signs_ptrs is not None:
@@ -27,7 +27,7 @@ def _compare_channels(
 
 @triton.jit
 def _compare_parts(compared, signs_ptrs, parts, factors, queries, inside, width):
-    """The sum over all channels, where the ideal is `parts` times the factor of each row."""
+    """Sum |output - ideal| over all channels. The ideal is `parts` times the factor of each row."""
     main = parts.main * factors
     total = _compare_channels(compared, signs_ptrs, main, queries, inside, width.D, 0, width.MAIN)
     if width.TAIL > 0:

@@ -1,8 +1,10 @@
-"""Tiles as data: which one a kernel takes is a pure function of op, architecture, Triton, dtype, tokens and head dim over `tiles.json`.
+"""Tiles as data: `tiles.json` lists them, and a pure function looks them up.
 
-A row of the file holds for an op, its modes, an architecture (or a family of them), a minor version of Triton, dtypes, a bucket of query
-tokens and head dims; null is every version or every number of tokens. Of the rows that hold the most particular is taken: its own
-architecture before the family, then its own version of Triton, then its own bucket. `python -m benchmarks tune` writes rows.
+A row of the file names an op, its modes, an architecture or a family of them, a minor version of Triton,
+dtypes, a bucket of query tokens, and head dims. Null stands for every version, or for every number of tokens.
+
+Several rows may match a call. The most specific one is taken: a row of the architecture before one of its
+family, then a row of the Triton version, then a row of the bucket. `python -m benchmarks tune` writes rows.
 """
 
 import contextlib
@@ -17,17 +19,22 @@ from typing import Any, NamedTuple
 import torch
 
 FILE = Path(__file__).with_name("tiles.json")
-TOKEN_BUCKETS = (256, 1024, 4096, 16384)  # the most query tokens of each; the last takes all that have more
+TOKEN_BUCKETS = (256, 1024, 4096, 16384)  # the most query tokens of each; the last also takes longer ones
 FAMILIES = {
-    "sm_80": "ampere", "sm_86": "ampere", "sm_89": "ampere", "sm_90": "hopper", "sm_100": "hopper", "sm_120": "ampere", "gfx942": "cdna",
-}  # fmt: skip
-
+    "sm_80": "ampere",
+    "sm_86": "ampere",
+    "sm_89": "ampere",
+    "sm_90": "hopper",
+    "sm_100": "hopper",
+    "sm_120": "ampere",
+    "gfx942": "cdna",
+}
 
 _generation = 0
 
 
 class Tile(NamedTuple):
-    """Query rows and key columns of one score tile, and how it is run."""
+    """Query rows and key columns of one tile of scores, and the options of its launch."""
 
     block_m: int
     block_n: int
@@ -36,7 +43,10 @@ class Tile(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a tile is chosen for. `triton` is a minor version ("3.6"), `tokens` a bucket; None is every one."""
+    """What a tile is chosen for.
+
+    `triton` is a minor version ("3.6") and `tokens` a bucket. None stands for all of them.
+    """
 
     op: str
     mode: str
@@ -48,23 +58,21 @@ class Key(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a program holds, in tiles: of queries and keys × head dim, fp32 of queries × keys and queries × head dim. Loops may stage queries too."""
+    """How many tiles of each kind a program holds."""
 
-    queries: int
-    keys: int
-    scores: int
-    outputs: int
-    staged_queries: bool = False
+    queries: int  # [BLOCK_M, D], input dtype
+    keys: int  # [BLOCK_N, D], input dtype
+    scores: int  # [BLOCK_M, BLOCK_N], fp32
+    outputs: int  # [BLOCK_M, D], fp32
+    staged_queries: bool = False  # whether the loop loads queries in every stage, too
 
 
 _SOFTMAX = Work(queries=1, keys=2, scores=2, outputs=1)  # scores and weights
 WORK = {
     ("attention", "softmax"): _SOFTMAX,
     ("attention", "counted softmax"): _SOFTMAX,
-    (
-        "attention",
-        "busy softmax",
-    ): _SOFTMAX,  # "busy" keeps more: labels, counts beside other segments, or a comparison
+    # "busy" keeps more: labels, counts beside other segments, or a comparison
+    ("attention", "busy softmax"): _SOFTMAX,
     ("attention", "contrast"): _SOFTMAX,
     ("attention", "busy contrast"): _SOFTMAX,
     ("attention", "exact"): _SOFTMAX,  # unrounded weights
@@ -72,36 +80,36 @@ WORK = {
     ("attention", "guided"): Work(queries=2, keys=3, scores=3, outputs=1),
     ("attention", "map"): Work(queries=1, keys=1, scores=2, outputs=0, staged_queries=True),
     ("attention_backward", "queries"): Work(queries=2, keys=2, scores=3, outputs=1),
-    ("attention_backward", "keys"): Work(
-        queries=2, keys=2, scores=3, outputs=2
-    ),  # the tile's rows are keys, its columns queries
-    ("attention_backward", "shared keys"): Work(
-        queries=2, keys=2, scores=3, outputs=2
-    ),  # read through a batch index
+    # here the rows of the tile are keys, its columns queries; "shared keys" are read through a batch index
+    ("attention_backward", "keys"): Work(queries=2, keys=2, scores=3, outputs=2),
+    ("attention_backward", "shared keys"): Work(queries=2, keys=2, scores=3, outputs=2),
     ("similarity", "exact"): Work(queries=1, keys=1, scores=3, outputs=0),
     ("similarity", "packed"): Work(queries=1, keys=1, scores=2, outputs=0),
     ("similarity", "joint"): Work(queries=1, keys=1, scores=1, outputs=0, staged_queries=True),
     ("similarity", "topk"): Work(queries=1, keys=1, scores=2, outputs=0, staged_queries=True),
-    ("topk_attention", "softmax"): Work(
-        queries=0, keys=0, scores=0, outputs=4
-    ),  # a gathered key and value for each query
+    # a gathered key and value for each query
+    ("topk_attention", "softmax"): Work(queries=0, keys=0, scores=0, outputs=4),
     ("topk_attention", "contrast"): Work(queries=0, keys=0, scores=0, outputs=4),
 }
-LISTED_WORK = {  # of kernels that serve only what a row names; `num_stages` are the buffers of their ring
+# Kernels that serve only what a row names. Their `num_stages` is the number of buffers of their ring.
+LISTED_WORK = {
     ("attention", "softmax hopper"): _SOFTMAX,
     ("attention", "counted softmax hopper"): _SOFTMAX,
     ("similarity", "joint hopper"): Work(queries=1, keys=1, scores=1, outputs=0, staged_queries=True),
 }
 INTERPRETED = {
-    "attention": Tile(32, 32, 4, 1), "attention_backward": Tile(32, 32, 4, 1), "similarity": Tile(64, 32, 4, 1), "topk_attention": Tile(16, 16, 4, 1),
-}  # fmt: skip
+    "attention": Tile(32, 32, 4, 1),
+    "attention_backward": Tile(32, 32, 4, 1),
+    "similarity": Tile(64, 32, 4, 1),
+    "topk_attention": Tile(16, 16, 4, 1),
+}
 
 
 @functools.cache
 def choose_tile(op: str, mode: str, target: str, head_dim: int, dtype: torch.dtype, tokens: int) -> Tile:
     """The tile of an (op, mode) of WORK on `target` ("sm_90", "gfx942", "interpreter") for `tokens` queries.
 
-    What the table lacks, an architecture or a wider head dim, takes the nearest tile, made smaller until it fits.
+    If the table has no row for an architecture or a head dim, the nearest tile is made smaller until it fits.
     """
     if target == "interpreter":
         return INTERPRETED[op]
@@ -145,12 +153,12 @@ def listed_tile(
 
 @functools.cache
 def tiles() -> dict[Key, Tile]:
-    """The rows of the file, one entry for each mode, dtype and head dim that a row names."""
+    """The rows of the file, with one entry for each mode, dtype and head dim of a row."""
     return expand(json.loads(FILE.read_text(encoding="utf-8")))
 
 
 def expand(rows: list[dict[str, Any]]) -> dict[Key, Tile]:
-    """Rows as the file has them by key; raises where two of them hold for the same."""
+    """The tile of each key of the rows; raises if two rows have the same key."""
     table: dict[Key, Tile] = {}
     for row in rows:
         for key in row_keys(row):
@@ -161,7 +169,7 @@ def expand(rows: list[dict[str, Any]]) -> dict[Key, Tile]:
 
 
 def row_keys(row: dict[str, Any]) -> list[Key]:
-    """What a row holds for."""
+    """The keys of a row."""
     return [
         Key(row["op"], mode, row["architecture"], row["triton"], dtype, row["tokens"], head_dim)
         for mode in row["modes"]
@@ -171,7 +179,10 @@ def row_keys(row: dict[str, Any]) -> list[Key]:
 
 
 def put(key: Key, tile: Tile | None) -> Tile | None:
-    """Give `key` the tile in this process, or with None its row back to the more general ones; returns what it had."""
+    """Set the tile of `key` in this process; None removes its entry, so that a more general row serves it.
+
+    Returns the tile that was there before.
+    """
     global _generation
     before = tiles().pop(key, None)
     if tile is not None:
@@ -183,15 +194,15 @@ def put(key: Key, tile: Tile | None) -> Tile | None:
 
 
 def generation() -> int:
-    """A number that changes with the table: what was chosen under another one may be out of date."""
+    """A number that changes with the table: a tile chosen under another number may be out of date."""
     return _generation
 
 
 @contextlib.contextmanager
 def trying(key: Key, tile: Tile | None) -> Iterator[None]:
-    """Inside, launches that `key` describes take `tile`, or with None what they would without its row.
+    """Inside, launches of `key` take `tile`; with None the tile that they would get without its row.
 
-    A tile is tried without the kernels for Hopper, which would take its launches.
+    A tile is tried with the kernels for Hopper switched off, because these would take its launches.
     """
     changes: list[tuple[Key, Tile | None]] = [(key, tile)]
     if tile is not None:
@@ -225,7 +236,7 @@ def token_bucket(tokens: int) -> int:
 
 
 def nearest_architecture(target: str) -> str:
-    """The architecture of FAMILIES that `target` is likest: itself, else the newest before it, else the oldest."""
+    """The architecture of FAMILIES nearest to `target`: itself, the newest older one, or the oldest."""
     if target in FAMILIES:
         return target
     if not target.startswith("sm_"):
@@ -234,10 +245,10 @@ def nearest_architecture(target: str) -> str:
     return max((pair for pair in known if pair[0] <= int(target[3:])), default=min(known))[1]
 
 
-# what one program may have, from the vendors' tables
+# the most that one program may have, from the vendors' tables
 SHARED_MEMORY_KIB = {
-    "sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_110": 227, "sm_120": 99,
-    "sm_121": 99, "gfx90a": 64, "gfx942": 64, "gfx950": 160,
+    "sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227,
+    "sm_103": 227, "sm_110": 227, "sm_120": 99, "sm_121": 99, "gfx90a": 64, "gfx942": 64, "gfx950": 160,
 }  # fmt: skip
 LEAST_SHARED_MEMORY_KIB = 64
 REDUCTIONS_KIB = 2
@@ -250,7 +261,11 @@ def _work(key: Key) -> Work:
 
 
 def shared_memory_kib(tile: Tile, key: Key, itemsize: int) -> float:
-    """At most what a program takes: query tiles, key tiles of every stage, or one fp32 tile of scores if that is more; and reductions."""
+    """An upper bound of the shared memory of a program, in KiB.
+
+    It holds the query tiles and the key tiles of every stage, or one fp32 tile of scores if that is larger;
+    and room for reductions.
+    """
     work = _work(key)
     queries = work.queries * tile.block_m * (tile.num_stages if work.staged_queries else 1)
     keys = work.keys * tile.block_n * tile.num_stages
@@ -259,7 +274,7 @@ def shared_memory_kib(tile: Tile, key: Key, itemsize: int) -> float:
 
 
 def accumulators(tile: Tile, key: Key) -> float:
-    """fp32 numbers of scores and outputs that a thread keeps, one register each."""
+    """How many fp32 numbers of scores and outputs a thread keeps, in one register each."""
     work = _work(key)
     columns = work.scores * tile.block_n + work.outputs * sum(split_head_dim(key.head_dim))
     lanes = 64 if key.architecture.startswith("gfx9") else 32
@@ -272,7 +287,11 @@ def fits(tile: Tile, key: Key, itemsize: int) -> bool:
 
 
 def fit(tile: Tile, key: Key, itemsize: int) -> Tile:
-    """The tile made smaller until it fits: stages while shared memory lacks, then columns, then rows; the smallest one even if it does not."""
+    """The tile, made smaller until it fits.
+
+    Stages go first, if shared memory is short; then columns, then rows. The smallest tile is returned even if
+    it does not fit.
+    """
     while not fits(tile, key, itemsize):
         crowded = accumulators(tile, key) > MOST_ACCUMULATORS
         if tile.num_stages > 1 and not crowded:
@@ -287,21 +306,30 @@ def fit(tile: Tile, key: Key, itemsize: int) -> Tile:
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """A head dim as a power of two plus a smaller power-of-two tail (0 for none): 40 = 32 + 16 (8 masked), 160 = 128 + 32."""
+    """A head dim as a power of two and a smaller power of two, its tail, or 0.
+
+    40 gives 32 and 16, of which 8 channels are masked; 160 gives 128 and 32.
+    """
     main = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - main
     return main, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
-PROGRAM_OVERHEAD_TILES = 2  # what a program does before its first tile and after its last, in tiles
+PROGRAM_OVERHEAD_TILES = 2  # the work of a program before its first tile and after its last one, in tiles
 
 
 @functools.cache
 def split_keys(programs: int, key_tiles: int, most_tiles: int, at_once: int) -> tuple[int, int]:
-    """Divide the key tiles of a row tile among programs: the shortest schedule where `at_once` programs run.
+    """Divide the key tiles of a row tile among programs, so that the schedule is the shortest.
+
+    Args:
+        programs: How many row tiles there are.
+        key_tiles: How many key tiles a row tile meets.
+        most_tiles: The most key tiles of one program.
+        at_once: How many programs run at the same time.
 
     Returns:
-        Over how many programs the tiles are split, and how many tiles each takes, at most `most_tiles`.
+        Over how many programs the key tiles are split, and how many of them each program takes.
     """
     schedules = []
     for wanted in range(1, key_tiles + 1):
@@ -313,5 +341,5 @@ def split_keys(programs: int, key_tiles: int, most_tiles: int, at_once: int) -> 
 
 
 def schedule_length(programs: int, tiles: int, at_once: int) -> int:
-    """How long programs of `tiles` tiles each take where `at_once` of them run, in tiles."""
+    """The time of programs with `tiles` tiles each, in tiles, if `at_once` of them run at the same time."""
     return -(-programs // at_once) * (tiles + PROGRAM_OVERHEAD_TILES)

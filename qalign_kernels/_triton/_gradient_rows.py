@@ -3,7 +3,7 @@
 For a tile of queries:
 
 1. Load the gradient of the output, the output and the log-sum-exp.
-2. Write log2 of the sum of the exponentials, infinity for a query without keys: all its probabilities become 0.
+2. Write log2 of the sum of the exponentials. A query without keys gets infinity: its probabilities are 0.
 3. Write delta, the sum over the channels of gradient times output, minus the gradient of the log-sum-exp.
 
 `QuerySide` holds the result beside the queries, as the launches of both gradients take them.
@@ -25,7 +25,7 @@ GRADIENT_ROWS = 32
 
 
 class QuerySide(NamedTuple):
-    """The queries [B, H, N_Q, D], the gradient of their output [B, H, N_Q, D_V], and what was computed of both."""
+    """Queries [B, H, N_Q, D], the gradient of their output [B, H, N_Q, D_V], and their saved sums."""
 
     query: Tensor
     labels: Tensor | None

@@ -1,11 +1,12 @@
-"""The joint argmax on Hopper, in Gluon: one warp loads, eight multiply.
+"""The joint argmax on Hopper, in Gluon: one warp loads, eight warps multiply.
 
-`similarity._hopper_tile` says which calls take it. Gluon gives each warp its role. The producer copies tiles of
-queries and keys, BLOCK_K channels at a time, with the bulk copy engine into a ring of buffers; the consumers
-multiply each buffer and keep the best score of every query and its index. Rows of queries beyond the end belong
-to the next batch row, or are zero: their matches are not written.
+B batch rows, N_Q and N_K tokens, C channels of all heads. `similarity._hopper_tile` says which calls take it.
 
-B batch rows, N_Q and N_K tokens, C channels of all heads.
+1. The producer copies tiles of queries and keys into a ring of buffers, BLOCK_K channels at a time, with the
+   bulk copy engine. Rows of queries beyond the end belong to the next batch row, or are zero.
+2. The consumers multiply buffer after buffer and sum the scores of one tile of keys.
+3. They keep the best score of every query and its index.
+4. They write the matches of the queries that exist.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 class Ring(NamedTuple):
-    """Buffers of queries and keys in shared memory; which of them are full, and which are empty."""
+    """Buffers of queries and keys in shared memory, and barriers that say which are full or empty."""
 
     queries: Any
     keys: Any
@@ -40,7 +41,7 @@ class Ring(NamedTuple):
 
 
 class Place(NamedTuple):
-    """The first rows of a program's queries and keys among those of all batch rows, and its tiles of keys."""
+    """The first rows of the queries and keys of a program in their matrices, and its tiles of keys."""
 
     query: Any
     keys: Any
@@ -49,7 +50,7 @@ class Place(NamedTuple):
 
 @gluon.jit
 def _produce(query, reference, ring, place, channels):
-    """Copy the channels of the queries and of one tile of keys after the other."""
+    """Copy the channels of the queries with those of one tile of keys after the other."""
     BUFFERS: gl.constexpr = ring.full.shape[0]
     BLOCK_N: gl.constexpr = reference.block_type.shape[0]
     BLOCK_K: gl.constexpr = reference.block_type.shape[1]
@@ -68,7 +69,7 @@ def _produce(query, reference, ring, place, channels):
 
 @gluon.jit
 def _multiply(ring, step, steps, LAYOUT: gl.constexpr):
-    """fp32 [BLOCK_M, BLOCK_N] of the next `steps` buffers after the first `step`."""
+    """The scores of `steps` buffers, from number `step` on: fp32 [BLOCK_M, BLOCK_N]."""
     BUFFERS: gl.constexpr = ring.full.shape[0]
     BLOCK_M: gl.constexpr = ring.queries.shape[1]
     BLOCK_N: gl.constexpr = ring.keys.shape[1]
@@ -89,7 +90,7 @@ def _multiply(ring, step, steps, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _consume(pair, outputs, ring, tiles, row, reference_batch, row_tile, LAYOUT: gl.constexpr):
-    """Write the best score of each query and the lowest index that has it."""
+    """Write the best score of each query and the lowest index with this score."""
     BLOCK_M: gl.constexpr = ring.queries.shape[1]
     BLOCK_N: gl.constexpr = ring.keys.shape[1]
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
@@ -124,7 +125,7 @@ def joint_argmax_hopper_kernel(
     BLOCK_N: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
-    """A tile of queries against its split of the keys; descriptors of the rows of all batch rows, [B·N, C]."""
+    """A tile of queries against its split of the keys. Descriptors are those of matrices [B·N, C]."""
     BLOCK_K: gl.constexpr = query.block_type.shape[1]
     WARPS: gl.constexpr = gl.num_warps()
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -161,7 +162,7 @@ def joint_argmax_hopper_kernel(
 
 
 def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """[B, H, N, D] features, their heads in a row, as a matrix of all tokens that is read `rows` at a time."""
+    """Features [B, H, N, D] with heads side by side as a matrix [B·N, C], read `rows` tokens at a time."""
     batch, heads, tokens, dim = x.shape
     pitch, block = x.stride(2), [rows, BLOCK_K]
     height = (batch - 1) * (x.stride(0) // pitch) + tokens
@@ -170,7 +171,7 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def arguments(query: Tensor, reference: Tensor, tile: Tile) -> dict[str, Any]:
-    """What the kernel takes for these features and this tile, and nothing else takes."""
+    """The arguments that only this kernel takes."""
     return {
         "query": descriptor(query, tile.block_m),
         "reference": descriptor(reference, tile.block_n),

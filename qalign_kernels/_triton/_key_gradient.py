@@ -35,7 +35,7 @@ from ._tile import (
 
 
 class Counts(NamedTuple):
-    """How often each key counts, int32 [B, G, N_K]; with one map its stride of maps is 0."""
+    """How often each key counts, int32 [B, G, N_K]. One map serves all heads by a stride of 0."""
 
     pointer: Any
     stride_b: Any
@@ -44,7 +44,7 @@ class Counts(NamedTuple):
 
 
 class KeyPlace(NamedTuple):
-    """Which keys a program has: `tokens` of one batch row and head."""
+    """The keys of a program: `tokens` of one batch row and head."""
 
     batch: Any
     head: Any
@@ -52,7 +52,7 @@ class KeyPlace(NamedTuple):
 
 
 class HeldKeys(NamedTuple):
-    """A tile of keys: keys, values, log2 of the counts and label sets, 0 where there are none."""
+    """A tile of keys: keys, values, log2 of the counts, and label sets; 0 for what is absent."""
 
     key: Parts
     value: Parts
@@ -78,7 +78,7 @@ class KeySums(NamedTuple):
 
 
 class KeyVariant(NamedTuple):
-    """Which kernel this is; constexpr. RAGGED where the last tile of queries may be incomplete."""
+    """The constexpr settings of a kernel. RAGGED if the last tile of queries may be incomplete."""
 
     RAGGED: Any
     HAS_KEY: Any
@@ -118,7 +118,7 @@ def launch_key_gradient(
 
 
 def _count_arguments(counts: Tensor | None) -> Counts | None:
-    """Counts as the kernel takes them."""
+    """Counts as kernels read them."""
     if counts is None:
         return None
     batch, maps, token = counts.stride()
@@ -127,7 +127,7 @@ def _count_arguments(counts: Tensor | None) -> Counts | None:
 
 @triton.jit
 def _key_gradient_tile(sums, start, limit, held, readers, segment, variant, COUNTED: tl.constexpr):
-    """What the queries from `start` on add to the sums of a tile of keys; scores lie as [keys, queries]."""
+    """What the queries from `start` on add to the sums of a tile of keys. Scores are [keys, queries]."""
     key_sums, value_sums = sums
     MASKED: tl.constexpr = variant.RAGGED
     columns = tl.arange(0, variant.BLOCK_N)
@@ -198,7 +198,7 @@ def _read_by(sums, readers, batch, limit, keys, segment, counts, H, N_Q, variant
 
 @triton.jit
 def _read_by_all(sums, readers, keys, segment, counts, B, H, N_Q, variant):
-    """The same of every batch row that reads the keys, in order; without a batch index that is their own."""
+    """What all batch rows that read the keys add, in order. Without a batch index it is one row."""
     if segment.rows_ptr is None:
         sums = _read_by(sums, readers, keys.batch, N_Q, keys, segment, counts, H, N_Q, variant)
     else:

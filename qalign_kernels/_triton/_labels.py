@@ -1,7 +1,11 @@
-"""Tokens sorted by their label sets: a tile of queries meets few keys that it does not see.
+"""Tokens sorted by their label sets, so that a tile of queries meets few keys that it does not see.
 
-It also compares labels with hardly any. A set is of a class: 0 several labels, 1 all of them (-1), 2 + b the
-label b alone, 34 none. Sorted tokens lie class after class, in order within each.
+A label set belongs to a class: 0 has several labels, 1 all of them (-1), 2 + b the label b alone, 34 none.
+
+1. Tokens are sorted by class, and keep their order within a class.
+2. A tile of queries of one class sees the keys of its own class, and those with all labels, without comparing
+   labels. It compares labels only with keys of several labels.
+3. A tile with queries of several classes compares labels with the keys of all classes in its range.
 """
 
 from collections.abc import Iterable
@@ -15,16 +19,14 @@ from torch import Tensor
 from ._launch import launch
 from .rearrange import Multiplicity
 
-SORTED_FROM = (
-    2048  # queries, and keys of a segment with labels; sorting costs what it saves where there are fewer
-)
+SORTED_FROM = 2048  # queries, and keys of a segment with labels: with fewer, sorting costs what it saves
 SORT_BLOCK = 1024
 CLASSES = tl.constexpr(35)
 NONE = tl.constexpr(34)  # the class of the empty set
 
 
 class Labels(NamedTuple):
-    """The label sets of tokens [B or 1, N], int32; with one row its stride of batch rows is 0."""
+    """The label sets of tokens, int32 [B or 1, N]. One row serves all batch rows by a stride of 0."""
 
     pointer: Any
     stride_b: Any
@@ -34,8 +36,8 @@ class Labels(NamedTuple):
 class Spans(NamedTuple):
     """Which sorted keys a tile of queries meets.
 
-    `whole` many, in whole tiles, without comparing labels, then `compared` many. The other fields say where
-    these lie in the order: see `free_slot` and `compared_slots`.
+    The first `whole` keys come in whole tiles, without comparing labels. The next `compared` keys are
+    compared. The other fields say where these keys lie in the order: see `free_slot` and `compared_slots`.
     """
 
     whole: Any
@@ -48,6 +50,15 @@ class Spans(NamedTuple):
     compared_first: Any
 
 
+class SortedTokens(NamedTuple):
+    """Tokens in the order of their classes."""
+
+    order: Tensor  # int32 [B_l, 1, N], or as the order of a multiplicity
+    weights: Tensor | None  # float32, the counts in this order
+    log_weights: Tensor | None  # float32, log2 of the counts
+    starts: Tensor  # int32 [..., 36], where each class starts; the last entry is the number of tokens
+
+
 def label_arguments(labels: Tensor | None) -> Labels | None:
     """Labels as kernels take them."""
     if labels is None:
@@ -55,15 +66,8 @@ def label_arguments(labels: Tensor | None) -> Labels | None:
     return Labels(labels, labels.stride(0) if labels.shape[0] > 1 else 0, labels.stride(1))
 
 
-def sort_tokens(
-    labels: Tensor, multiplicity: Multiplicity | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Sort the tokens of each row, or those that a multiplicity chose, by the class of their labels [B_l, N].
-
-    Returns:
-        Their order int32 [B_l, 1, N] or as that of the multiplicity, its weights and their logarithms in this
-        order, and where each class starts, int32 [..., 36]: the last entry is the number of tokens.
-    """
+def sort_tokens(labels: Tensor, multiplicity: Multiplicity | None = None) -> SortedTokens:
+    """Sort tokens by the class of their labels [B_l, N]: all tokens, or those that a multiplicity chose."""
     tokens = labels.shape[1]
     shape = (labels.shape[0], 1, tokens) if multiplicity is None else multiplicity.weights.shape
     order = torch.empty(shape, device=labels.device, dtype=torch.int32)
@@ -95,25 +99,24 @@ def sort_tokens(
         N=tokens,
         BLOCK=SORT_BLOCK,
     )
-    return order, weights, log_weights, starts
+    return SortedTokens(order, weights, log_weights, starts)
 
 
 def sort_queries(query_labels: Tensor | None, key_labels: Iterable[Tensor | None]) -> Tensor | None:
-    """The order of the queries where it pays to sort them, and keys with labels as well; else None."""
+    """The order of the queries, or None if sorting queries and keys by label would not save time."""
     if query_labels is None or query_labels.shape[1] < SORTED_FROM:
         return None
     if all(labels is None or labels.shape[1] < SORTED_FROM for labels in key_labels):
         return None
-    return sort_tokens(query_labels)[0]
+    return sort_tokens(query_labels).order
 
 
 @triton.jit
 def label_class(labels):
     """The class of each int32 bit set."""
     bits = labels.to(tl.uint32, bitcast=True)
-    power = bits.to(tl.float32).to(
-        tl.int32, bitcast=True
-    )  # of a single bit the exponent says which one it is
+    # the exponent of a single bit is its position
+    power = bits.to(tl.float32).to(tl.int32, bitcast=True)
     single = 2 + ((power >> 23) & 255) - 127
     several = tl.where(labels == -1, 1, 0)
     return tl.where(bits == 0, NONE, tl.where((bits & (bits - 1)) == 0, single, several))
@@ -126,7 +129,7 @@ def _or(left, right):
 
 @triton.jit
 def _tokens_at(slots, inside, given_order_ptr, labels_ptr, stride_n):
-    """The tokens of some slots, by the given order if there is one, and their classes; NONE if not inside."""
+    """The tokens of some slots and their classes. A slot that is not inside has class NONE."""
     tokens = slots
     if given_order_ptr is not None:
         tokens = tl.load(given_order_ptr + slots, mask=inside, other=0)
@@ -148,7 +151,11 @@ def _sort_tokens_kernel(
     N,
     BLOCK: tl.constexpr,
 ):
-    """One row: which classes occur, then the tokens of each class that does, by a scan of all."""
+    """Sort the tokens of one row.
+
+    1. Find out which classes occur.
+    2. For each of them, scan all tokens and write those of the class behind the ones before.
+    """
     row = tl.program_id(0).to(tl.int64)
     labels_ptr = labels.pointer + (row // G) * labels.stride_b
     order_ptr += row * N
@@ -185,14 +192,15 @@ def _sort_tokens_kernel(
 
 @triton.jit
 def visible_spans(starts_ptr, lowest, highest, BLOCK_N: tl.constexpr):
-    """What queries of the classes from `lowest` to `highest` see of sorted keys.
+    """Which sorted keys queries of the classes from `lowest` to `highest` meet.
 
-    A tile of one class sees that of all labels and its own freely and compares with the sets of several
-    labels. A mixed one compares with all from its lowest to its highest.
+    Queries of one class see the keys with all labels, and those of their own class, without comparing. They
+    are compared with keys of several labels. Queries of several classes are compared with every class in
+    their range.
     """
     several, everything, end = tl.load(starts_ptr + 1), tl.load(starts_ptr + 2), tl.load(starts_ptr + NONE)
     own_start = tl.load(starts_ptr + lowest)
-    own = tl.load(starts_ptr + tl.minimum(highest + 1, NONE)) - own_start  # 0 for the class that sees nothing
+    own = tl.load(starts_ptr + tl.minimum(highest + 1, NONE)) - own_start  # 0 for the empty set
     one_label, all_labels = (lowest == highest) & (lowest > 1), (lowest == highest) & (lowest == 1)
     free_first = tl.where(
         all_labels, end - several, tl.where(one_label & (lowest < NONE), everything - several, 0)
@@ -218,7 +226,7 @@ def visible_spans(starts_ptr, lowest, highest, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def free_slot(start, spans):
-    """Where the keys of a whole tile begin in their order."""
+    """Where the keys of a whole tile begin in the order."""
     return tl.where(
         start < spans.whole_first, spans.several + start, spans.own_start + start - spans.whole_first
     )
@@ -226,7 +234,7 @@ def free_slot(start, spans):
 
 @triton.jit
 def compared_slots(positions, spans):
-    """Where the compared keys are: the rest of those of all labels, the first classes, the own classes."""
+    """Where compared keys are: the rest of the keys with all labels, the first classes, the own classes."""
     others = positions - spans.rest_first
     last = others - spans.compared_first
     return tl.where(

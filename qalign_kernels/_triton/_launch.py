@@ -1,4 +1,7 @@
-"""The one door through which kernels are launched, so that a launch can also be recorded and compiled for a GPU that is not here."""
+"""All kernels are launched here.
+
+Therefore every launch can also be recorded, and compiled for a GPU that this machine does not have.
+"""
 
 import contextlib
 import threading
@@ -9,7 +12,7 @@ import torch
 
 
 class Launch(NamedTuple):
-    """A kernel, its named arguments (constexprs included) and its compile options, as a launch would take them."""
+    """A recorded launch: the kernel, its arguments by name with constexprs, and its compile options."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -18,7 +21,7 @@ class Launch(NamedTuple):
 
 
 class _Thread(threading.local):
-    """Who watches the launches of this thread."""
+    """The watcher of the launches of this thread."""
 
     watcher: Callable | None = None
 
@@ -29,20 +32,19 @@ _thread = _Thread()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **arguments: Any) -> None:
-    """Run `kernel` over `grid` on the device of its tensors, or note the launch inside `recording`."""
+    """Run `kernel` over `grid` on the device of its tensors; inside `recording`, only note the launch."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, num_warps, num_stages))
     else:
-        with torch.cuda.device_of(
-            next(x for x in arguments.values() if isinstance(x, torch.Tensor))
-        ):  # Triton launches on the current device
+        tensor = next(x for x in arguments.values() if isinstance(x, torch.Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device
             compiled = kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
         if _thread.watcher is not None:
             _thread.watcher(kernel, grid, arguments, compiled)
 
 
 def compiled(kernel: Any, *, num_warps: int, num_stages: int, **arguments: Any) -> Any:
-    """Compile and load `kernel` as `launch` would take it; None in the interpreter and inside `recording`."""
+    """The kernel, compiled and loaded as for `launch`; None in the interpreter and inside `recording`."""
     tensor = next(x for x in arguments.values() if isinstance(x, torch.Tensor))
     if _recorded is not None or target_of(tensor.device) == "interpreter":
         return None
@@ -53,13 +55,13 @@ def compiled(kernel: Any, *, num_warps: int, num_stages: int, **arguments: Any) 
 
 
 def plain() -> bool:
-    """Whether launches of this thread only run: they are not noted, nor watched."""
+    """Whether launches of this thread are neither recorded nor watched."""
     return _recorded is None and _thread.watcher is None
 
 
 @contextlib.contextmanager
 def watching(watcher: Callable[[Any, tuple[int, ...], dict[str, Any], Any], None]) -> Iterator[None]:
-    """Inside, each launch of this thread is followed by `watcher(kernel, grid, arguments, compiled kernel)`."""
+    """Inside, `watcher(kernel, grid, arguments, compiled kernel)` follows each launch of this thread."""
     _thread.watcher = watcher
     try:
         yield
@@ -69,9 +71,9 @@ def watching(watcher: Callable[[Any, tuple[int, ...], dict[str, Any], Any], None
 
 @contextlib.contextmanager
 def recording(target: str) -> Iterator[list[Launch]]:
-    """Inside, launchers run nothing: they choose their configuration for `target` ("sm_90", "gfx942") and the launches are collected.
+    """Inside, launches are collected and nothing runs. Tensors may live on the meta device.
 
-    Tensors may live on the meta device.
+    Tiles and kernels are those for `target` ("sm_90", "gfx942").
     """
     global _recorded, _assumed_target
     previous = _recorded, _assumed_target
@@ -83,7 +85,7 @@ def recording(target: str) -> Iterator[list[Launch]]:
 
 
 def target_of(device: torch.device) -> str:
-    """The architecture that a launch on `device` compiles for: "sm_90", "gfx942", or "interpreter" for the CPU."""
+    """The architecture that a launch compiles for: "sm_90", "gfx942"; "interpreter" on the CPU."""
     if _assumed_target is not None:
         return _assumed_target
     if device.type != "cuda":

@@ -1,4 +1,7 @@
-"""What the kernels of similarity_argmax share: their inputs, the best of a tile of scores, how matches are written."""
+"""What the kernels of similarity_argmax share.
+
+Their inputs, the best score of a tile, and how matches are written.
+"""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +14,11 @@ from ._tile import FAR, Features, pack_match, unpack_match
 
 
 class Matching(NamedTuple):
-    """What is matched with what: features [B, H, N, D], label sets [B or 1, N], and the rows of the reference."""
+    """The features [B, H, N, D] that are matched, and the settings.
+
+    Label sets are int32 [B or 1, N]. The batch index, int32 [B], names the row of the reference of each query
+    row.
+    """
 
     query: Tensor
     reference: Tensor
@@ -28,7 +35,7 @@ class Matching(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """What the kernels read of queries and reference; None where a call has none."""
+    """Queries and reference as kernels read them; None for a tensor that the call does not have."""
 
     query: Features
     reference: Features
@@ -59,7 +66,10 @@ class Best(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Where matches go: to index and score, or to packed matches, which may be counted; None where a call has none."""
+    """Where matches go: to index and score, or to packed matches, which may be counted.
+
+    None for a tensor that the call does not have.
+    """
 
     index_ptr: Any
     score_ptr: Any
@@ -83,21 +93,21 @@ def _maximum(left, right):
 
 @triton.jit
 def best_column(scores, columns):
-    """The largest score of each row, NaN where it has one, and the lowest of its columns (any for NaN)."""
+    """The largest score of each row and the lowest column with it. NaN is the largest, at any column."""
     score = tl.reduce(scores, 1, _maximum)
     return Best(score, tl.min(tl.where(scores == score[:, None], columns, FAR), 1))
 
 
 @triton.jit
 def better(best, later):
-    """The best of two, of which one has the later tokens: of equal scores the earlier one's, NaN above all."""
+    """The better of two matches; `later` has the later tokens. The earlier wins a tie, NaN wins always."""
     index = tl.where(later.score > best.score, later.index, best.index)
     return Best(_maximum(best.score, later.score), index)
 
 
 @triton.jit
 def store_best(pair, outputs, row, tokens, best):
-    """Write the best matches of the tokens of a row that exist; they lack the queries' norms."""
+    """Write the best matches of the tokens that exist, and apply the norms of the queries."""
     inside = tokens < pair.N_Q
     out = row * pair.N_Q + tokens
     score = best.score
@@ -115,7 +125,7 @@ def store_best(pair, outputs, row, tokens, best):
         match = pack_match(score, index)
         before = tl.atomic_max(outputs.match_ptr + out, match, mask=inside, sem="relaxed")
         if outputs.counts_ptr is not None:
-            # in any order of the splits, each takes the count from the match it beat, and the best keeps it
+            # the splits may come in any order: each takes the count from the match that it beats
             counts_ptr = outputs.counts_ptr + row * pair.N_K
             won = inside & (match > before)
             lost_score, lost = unpack_match(before)

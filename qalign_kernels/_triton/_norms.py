@@ -1,6 +1,7 @@
-"""What the similarity kernels find written when they start: inverse norms, empty matches, counts of 0.
+"""Inverse norms, empty matches and counts of 0, which the similarity kernels need when they start.
 
-One launch writes all of it. Its first programs have a block of queries each, the others a block of the reference:
+One launch writes all of it. Its first programs have a block of queries each, the others a block of reference
+tokens:
 
 1. Sum the squares of the channels of each token, over one head or over all heads of a joint map.
 2. Write 1 / max(norm, 1e-12).
@@ -16,12 +17,12 @@ from ._launch import launch
 from ._matches import Matching, Pair
 from ._tile import NOTHING, Rows, advance, features, load_rows
 
-PREPARED_ROWS = 64  # heads of tokens that are loaded at once, by which fewer loads wait for one another
-PREPARED_HEADS = 16  # the most of them that are one token's
+PREPARED_ROWS = 64  # tokens times heads that are loaded at once, so that few loads wait for one another
+PREPARED_HEADS = 16  # the most heads of one token among them
 
 
 def per_token(x: Tensor, maps: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised, a number for each map and token of `x`: [B, G, N]."""
+    """An uninitialised tensor with a number for each map and token of `x`: [B, G, N]."""
     return x.new_empty((x.shape[0], maps, x.shape[2]), dtype=dtype)
 
 
@@ -94,7 +95,7 @@ def _store_inverse_norms(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of tokens of one map, HEADS of its heads at once."""
+    """Write the inverse norms of a block of tokens of one map, from HEADS of its heads at once."""
     blocks = tl.cdiv(N, BLOCK)
     row, start = (program // blocks).to(tl.int64), (program % blocks) * BLOCK
     first_head = (row // MAPS) * source.pitch_b + (row % MAPS) * HEADS_PER_MAP * source.pitch_h
@@ -116,7 +117,7 @@ def _store_inverse_norms(
 
 @triton.jit
 def _clear_matches(match_ptr, counts_ptr, program, N_Q, N_K, BLOCK: tl.constexpr):
-    """No match for a block of queries, and no counts for this block's share of the reference tokens."""
+    """Write "no match" for a block of queries, and counts of 0 for its share of the reference tokens."""
     blocks = tl.cdiv(N_Q, BLOCK)
     row, block = (program // blocks).to(tl.int64), program % blocks
     tokens = block * BLOCK + tl.arange(0, BLOCK)
@@ -145,7 +146,7 @@ def _prepare_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of queries, or of the reference's tokens: the programs of the queries come first."""
+    """A block of queries, or of reference tokens. The programs of the queries come first."""
     program = tl.program_id(0)
     if program < QUERY_PROGRAMS:
         if match_ptr is not None:

@@ -1,7 +1,7 @@
-"""How many programs of a launch a GPU runs at once: what the registers and shared memory of its kernel allow.
+"""How many programs of a launch a GPU runs at once, from the registers and shared memory of the kernel.
 
-A bound from the tile would not do: programs of one tile take 98 or 184 registers a thread by what else they
-do, so that a multiprocessor holds one to four of them. Only the compiler knows which.
+The tile alone does not tell. Programs with one tile take 98 or 184 registers a thread, depending on what else
+they do, so that a multiprocessor holds one to four of them. Only the compiler knows which.
 """
 
 from typing import Any, NamedTuple
@@ -11,17 +11,17 @@ import torch
 from ._configs import SHARED_MEMORY_KIB, nearest_architecture
 from ._launch import compiled, target_of
 
-ASSUMED_PROGRAMS = 264  # where nothing is compiled: two on each multiprocessor of an H100
+ASSUMED_PROGRAMS = 264  # if nothing is compiled: two on each multiprocessor of an H100
 PARTS = 4  # of a multiprocessor, each with its own warps and registers
 
 
 class Multiprocessor(NamedTuple):
-    """What the programs on one multiprocessor share, in all of its parts together."""
+    """The resources of one multiprocessor, in all of its parts together."""
 
     registers: int
     warps: int
     lanes: int  # of a warp
-    granule: int  # registers are allocated to a warp in multiples of it
+    granule: int  # a warp gets registers in multiples of this number
     reserved_kib: int  # of shared memory, for each program
 
 
@@ -40,9 +40,9 @@ MULTIPROCESSORS = {
 
 
 def programs_at_once(kernel: Any, *, num_warps: int, num_stages: int, **arguments: Any) -> int:
-    """Count the programs of such a launch that its device runs at once; compiles the kernel.
+    """Count the programs of such a launch that the device runs at once. The kernel is compiled for it.
 
-    ASSUMED_PROGRAMS where nothing is compiled: in the interpreter and inside `recording`.
+    Returns ASSUMED_PROGRAMS in the interpreter and inside `recording`, where nothing is compiled.
     """
     made = compiled(kernel, num_warps=num_warps, num_stages=num_stages, **arguments)
     if made is None:
@@ -56,7 +56,7 @@ def programs_on_one(target: str, registers: int, shared_memory: int, num_warps: 
     """Count the programs that one multiprocessor holds, at least 1.
 
     Args:
-        target: The architecture ("sm_90", "gfx942"); one without a row takes the nearest.
+        target: The architecture ("sm_90", "gfx942"). An unknown one counts as the nearest known one.
         registers: Of a thread.
         shared_memory: Of a program, in bytes.
         num_warps: Of a program.

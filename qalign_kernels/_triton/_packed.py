@@ -1,7 +1,7 @@
 """The argmax to 16 bits of a score, packed: one and a half instructions for a score.
 
-1. The bits of a float32 score that is not negative compare as the score does. Their seven low bits are replaced
-   by a code of the tile and of the column, even or odd.
+1. The bits of a float32 score that is not negative compare as the score does. Their seven low bits are
+   replaced by a code of the tile and of the column, even or odd.
 2. One maximum then keeps score and code of every two columns together.
 3. After the last tile, the columns meet, and the index follows from the code.
 4. Where a tile has queries whose best score is negative, a second walk compares inverted bits.
@@ -20,7 +20,7 @@ PTX_TARGETS = ("sm_90", "sm_100", "sm_103")
 
 @triton.jit
 def _pack(bits, code, PTX: tl.constexpr):
-    """int32 with their seven low bits replaced by `code`: two instructions in LLVM, one in inline PTX."""
+    """int32 numbers with `code` as their seven low bits: two instructions in LLVM, one in inline PTX."""
     if PTX:
         code = tl.zeros_like(bits) + code
         instruction: tl.constexpr = "lop3.b32 $0, $1, 0xFFFFFF80, $2, 0xEA;"
@@ -49,10 +49,10 @@ def _largest(first, second, third, PTX: tl.constexpr):
 
 @triton.jit
 def _walk_packed(pair, opened, tiles, variant, NEGATIVE: tl.constexpr, PTX: tl.constexpr):
-    """The best of rows with a score that is not negative, of the other rows if NEGATIVE.
+    """The best score of rows that have one not below 0; if NEGATIVE, of the other rows.
 
-    There the bits compare as the scores do. Their seven low ones become a code, which is larger the earlier
-    the tile and, of two columns, for the even one. The index is the lowest that has the upper bits.
+    The bits of these scores compare as the scores do. The seven low bits become a code. It is larger for an
+    earlier tile, and for the even one of two columns. Among equal upper bits, the lowest index is returned.
     """
     HALF: tl.constexpr = variant.BLOCK_N // 2
     best = tl.full([variant.BLOCK_M, HALF], -FAR - 1, tl.int32)
@@ -81,5 +81,5 @@ def _best_packed(pair, opened, tiles, variant, PTX: tl.constexpr):
         other = _walk_packed(pair, opened, tiles, variant, True, PTX)
         index = tl.where(bits < 0, other.index, index)
         bits = tl.where(bits < 0, other.score, bits)
-    middle = bits ^ (CODES // 2)  # of the scores that share the upper bits
+    middle = bits ^ (CODES // 2)  # the middle of all scores with these upper bits
     return Best(middle.to(tl.float32, bitcast=True), index)

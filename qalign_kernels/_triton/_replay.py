@@ -1,13 +1,19 @@
-"""Launch again what a call launched before, without working out tiles, strides and specialisations anew.
+"""Repeat the launches of an earlier call of the same kind.
 
-What a launcher does depends on its settings and on the shapes, strides, dtypes and alignment of its tensors,
-never on their values. The second call of a kind is watched: its allocations, its launches, and which tensor
-each pointer is. From the third on, outputs are allocated, intermediates share one allocation, and Triton's
-compiled launchers run with the known arguments. A call that does anything else, such as computing with torch,
-is never replayed.
+Tiles, strides and signatures are then not computed again.
 
-Replay uses Triton's own launch of a compiled kernel, `kernel.run`, whose arguments are the same in the
-versions of REPLAYED. Other versions, hooks, recording, the interpreter and AMD GPUs take the ordinary path.
+The launches of a call depend on its settings and on the shapes, strides, dtypes and alignment of its tensors,
+never on their values. Calls that agree in all of these are of one kind.
+
+1. The first call of a kind runs as usual.
+2. The second call is watched: what it allocates, what it launches, and which tensor each pointer belongs to.
+3. From the third call on, the outputs are allocated, all intermediates share one allocation, and the compiled
+   kernels run with the known arguments.
+
+A call that does anything else, for example computes with torch, is never replayed.
+
+Replay uses Triton's own launch of a compiled kernel, `kernel.run`. Its arguments are the same in the versions
+of REPLAYED. Other versions, hooks, recording, the interpreter and AMD GPUs take the ordinary path.
 """
 
 import contextlib
@@ -26,9 +32,9 @@ from triton.runtime import driver
 from . import _configs, _launch
 
 REPLAYED = ("3.6", "3.7", "3.8")
-KEPT = 1024  # kinds of call; the one that was not used for longest goes first
-ALIGNMENT = 16  # in bytes: Triton compiles apart for pointers that are multiples of it
-SPACING = 256  # in bytes, of intermediates in their allocation
+KEPT = 1024  # kinds of call; the least recently used one is dropped first
+ALIGNMENT = 16  # in bytes: Triton compiles another kernel for pointers that are multiples of it
+SPACING = 256  # of intermediates in their allocation, in bytes
 _SCALARS = frozenset({int, float, bool, str, type(None), torch.dtype})
 _SEQUENCES: tuple[type, ...] = (tuple, list, type({}.values()))
 _ALLOCATIONS = {
@@ -50,7 +56,7 @@ class Buffer(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """A kernel's arguments. A slot (place, what) puts a numbered pointer, or more arguments, into `values`."""
+    """The arguments of a kernel. A slot (place, what) puts a numbered pointer, or a tuple, into `values`."""
 
     values: list[Any]
     slots: tuple[tuple[int, Any], ...]
@@ -63,7 +69,7 @@ class Arguments(NamedTuple):
 
 
 class Address(NamedTuple):
-    """A tensor as tensor maps see it: where it begins."""
+    """A tensor as tensor maps see it: its first address."""
 
     pointer: int
 
@@ -72,7 +78,7 @@ class Address(NamedTuple):
 
 
 class Map(NamedTuple):
-    """A Gluon descriptor, of which Triton's launch makes a tensor map; its tensor is a numbered pointer."""
+    """A Gluon descriptor, which Triton's launch turns into a tensor map. Its tensor is a numbered pointer."""
 
     descriptor: Any
     number: int
@@ -91,8 +97,24 @@ class Step(NamedTuple):
     arguments: Arguments
 
 
+class Launched(NamedTuple):
+    """A launch as the watched call did it."""
+
+    kernel: Any
+    grid: Any  # one to three numbers
+    arguments: dict[str, Any]
+    compiled: Any
+
+
+class Watched(NamedTuple):
+    """The result of a watched call, and how the call is replayed, or None."""
+
+    result: Any
+    plan: "Plan | None"
+
+
 class Plan(NamedTuple):
-    """A call as it is replayed. Pointers are numbered: the call's tensors, its outputs, its intermediates."""
+    """A call as it is replayed. Pointers are numbered: tensors of the call, outputs, intermediates."""
 
     outputs: tuple[Buffer, ...]
     offsets: tuple[int, ...]  # of intermediates in their allocation
@@ -102,7 +124,7 @@ class Plan(NamedTuple):
 
 
 class _Kind:
-    """What is known of a kind of call."""
+    """One kind of call: whether it was seen, its plan, and whether it cannot be replayed."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -112,7 +134,7 @@ class _Kind:
 
 @functools.cache
 def replayed(module: ModuleType) -> "_Replayed":
-    """The functions of a module of launchers, each replayed where that is possible."""
+    """The functions of a module of launchers, each replayed if possible."""
     return _Replayed(module)
 
 
@@ -125,7 +147,7 @@ class _Replayed:
 
 
 def call(function: Callable, *arguments: Any, **settings: Any) -> Any:
-    """`function(*arguments, **settings)`, replayed if it can be."""
+    """`function(*arguments, **settings)`, replayed if possible."""
     key: list[Any] = []
     tensors: list[Tensor] = []
     usable = _possible() and not _off and _launch.plain() and not _hooked()
@@ -134,7 +156,7 @@ def call(function: Callable, *arguments: Any, **settings: Any) -> Any:
     pointers = [tensor.data_ptr() for tensor in tensors]
     index = tensors[0].get_device()
     key += [function, index, _configs.generation(), knobs.runtime.debug, *settings]
-    key += map(pointers.index, pointers)  # which of them are one
+    key += map(pointers.index, pointers)  # which of them are the same
     key += [pointer % ALIGNMENT for pointer in pointers]
     kind = _kind(tuple(key))
     if kind.plan is not None:
@@ -149,7 +171,7 @@ def call(function: Callable, *arguments: Any, **settings: Any) -> Any:
 
 @contextlib.contextmanager
 def ordinary() -> Iterator[None]:
-    """Inside, every call is Triton's own launch: to compare with. Process-wide."""
+    """Inside, every call takes Triton's own launch, as a comparison. Process-wide."""
     global _off
     before, _off = _off, True
     try:
@@ -165,12 +187,12 @@ def _kind(key: tuple[Any, ...]) -> _Kind:
 
 @functools.cache
 def _possible() -> bool:
-    """Whether this Triton and this GPU are ones whose launches are known."""
+    """Whether the launches of this Triton and this GPU are known."""
     return _configs.triton_minor() in REPLAYED and not torch.version.hip and not knobs.runtime.interpret
 
 
 def _hooked() -> bool:
-    """Whether launches are watched, or compilation is changed, by Triton's hooks."""
+    """Whether hooks of Triton watch launches or change compilation."""
     runtime = knobs.runtime
     hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
     return bool(
@@ -181,7 +203,7 @@ def _hooked() -> bool:
 
 
 def _describe(values: Any, tensors: list[Tensor], key: list[Any]) -> bool:
-    """Collect the tensors, and in the key what decides the launches; False for what is of another kind."""
+    """Collect tensors, and in the key all that decides the launches; False for an unknown type of value."""
     for value in values:
         kind = type(value)
         if kind in _SCALARS:
@@ -225,7 +247,7 @@ def _run(steps: Sequence[Step], stream: int, pointers: list[int]) -> None:
 
 
 def _structure(result: Any, leaf: Callable[[Any], Any]) -> Any:
-    """`result` with `leaf` of each of its leaves, None apart."""
+    """`result` with `leaf` applied to each leaf that is not None."""
     if result is None:
         return None
     if not isinstance(result, (tuple, list)):
@@ -235,14 +257,14 @@ def _structure(result: Any, leaf: Callable[[Any], Any]) -> Any:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees what a call allocates and launches."""
+    """Notes what a call allocates and launches."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
         self.unfit = False
         self.allocated: list[Tensor] = []  # kept, so that no address comes twice
-        self.launched: list[tuple[Any, ...]] = []
+        self.launched: list[Launched] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -255,12 +277,11 @@ class _Watch(TorchDispatchMode):
 
 def _watched(
     function: Callable, arguments: Any, settings: dict[str, Any], device: torch.device, pointers: list[int]
-) -> tuple[Any, Plan | None]:
-    """The result of the call, and how it is replayed, or None."""
+) -> Watched:
     watch = _Watch(device)
-    with _launch.watching(lambda *launched: watch.launched.append(launched)), watch:
+    with _launch.watching(lambda *launched: watch.launched.append(Launched(*launched))), watch:
         result = function(*arguments, **settings)
-    return result, None if watch.unfit else _plan(watch, result, pointers)
+    return Watched(result, None if watch.unfit else _plan(watch, result, pointers))
 
 
 def _plan(watch: _Watch, result: Any, pointers: list[int]) -> Plan | None:
@@ -303,7 +324,7 @@ def _bytes(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _step(launched: tuple[Any, ...], known: dict[int, int]) -> Step:
+def _step(launched: Launched, known: dict[int, int]) -> Step:
     kernel, grid, arguments, compiled = launched
     defaults = {name: parameter.default for name, parameter in kernel.signature.parameters.items()}
     values = [arguments.get(name, default) for name, default in defaults.items()]

@@ -1,9 +1,10 @@
 """One tile of queries against one tile of reference tokens: what all similarity kernels begin with.
 
 1. `_open_tile` finds the queries of a program, their labels, and the batch row of the reference.
-2. `_score_tile` multiplies them with a tile of reference tokens, divides by the norms of these, and sets pairs
-   whose labels do not meet to -inf.
-3. In a joint map the score is a sum over the heads, head after head: the channels of all heads are too many to hold.
+2. `_score_tile` multiplies them with a tile of reference tokens, divides by the norms of these, and sets
+   pairs whose labels do not meet to -inf.
+3. In a joint map the score is a sum over the heads, head after head: the channels of all heads are too many
+   to hold.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from ._tile import Parts, Rows, advance, load_parts, load_rows, rows_of, skip, s
 
 
 class Opened(NamedTuple):
-    """A tile of queries and where their keys are; 0 for what is absent and, if joint, for the channels."""
+    """A tile of queries and where their keys are; 0 for what is absent. A joint map holds no channels."""
 
     tokens: Any
     channels: Parts
@@ -28,7 +29,7 @@ class Opened(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """Which kernel this is; constexpr. SHORT where the reference has less than BLOCK_N tokens."""
+    """The constexpr settings of a kernel. SHORT if the reference has fewer than BLOCK_N tokens."""
 
     JOINT: Any
     SHORT: Any
@@ -39,7 +40,7 @@ class Variant(NamedTuple):
 
 @triton.jit
 def _open_tile(pair, row, row_tile, variant):
-    """The tile's queries, those beyond the end as the last one, and their keys."""
+    """The queries of a tile and their keys. Beyond the end, the last query stands again."""
     tokens = tl.minimum(row_tile * variant.BLOCK_M + tl.arange(0, variant.BLOCK_M), pair.N_Q - 1).to(tl.int64)
     maps = 1 if variant.JOINT else pair.H
     batch, head = row // maps, row % maps
@@ -59,7 +60,7 @@ def _open_tile(pair, row, row_tile, variant):
 
 @triton.jit
 def _score_tile(pair, opened, start, variant):
-    """fp32 [BLOCK_M, BLOCK_N] of the keys from `start` on, without the query's norm; -inf where unseen."""
+    """Scores of the keys from `start` on, -inf if unseen, without the query's norm: [BLOCK_M, BLOCK_N]."""
     columns = tl.arange(0, variant.BLOCK_N)
     if variant.SHORT:
         columns = tl.minimum(columns, pair.N_K - 1)
@@ -80,7 +81,7 @@ def _score_tile(pair, opened, start, variant):
 
 @triton.jit
 def _sum_of_heads(pair, opened, keys, tokens, variant):
-    """fp32 [BLOCK_M, BLOCK_N], head after head: the channels of all of them are too many to hold."""
+    """The sum of the scores of all heads, head after head: fp32 [BLOCK_M, BLOCK_N]."""
     query_ptr, key_ptr = opened.query.pointer, keys.pointer
     scores = tl.zeros([variant.BLOCK_M, variant.BLOCK_N], tl.float32)
     for _ in range(pair.H):

@@ -1,7 +1,10 @@
-"""What kernels read of queries and of segments of keys, and how a tile of queries meets them.
+"""Queries and segments of keys as kernels read them, and the scores of one tile of both.
 
-N_K keys of a segment, D and D_V channels. `SegmentArguments` is what a launch passes, `SegmentRow` where one
-batch row and head of it lies, `KeyTile` some of its keys, `ScoreTile` their scores.
+N_K keys of a segment, D and D_V channels.
+
+1. The host makes `SegmentArguments` of each segment: keys with counts are gathered, keys with labels sorted.
+2. A kernel opens one batch row and head of it: `SegmentRow`.
+3. It takes BLOCK_N of its keys at a time, `KeyTile`, and computes their scores, `ScoreTile`.
 """
 
 from collections.abc import Sequence
@@ -16,15 +19,15 @@ from ._tile import Features, Parts, Rows, features, load, rows_of, skip, split_s
 from .rearrange import compact, take_chosen
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-TINY = 1e-37  # in the place of a scale of 0
+TINY = 1e-37  # replaces a scale of 0
 
 
 class SegmentArguments(NamedTuple):
-    """What the kernel reads of one segment; None where the segment has none.
+    """One segment as a kernel reads it. A field is None if the segment has no such tensor.
 
-    Of a segment with counts the keys with a count above zero are read, which are `unique` many and weigh
-    `weights`, 2^`log_weights`: gathered before, or through `order`. One whose keys are sorted by their labels
-    is read through it too; its classes begin at `starts`.
+    With counts, a kernel reads only the `unique` keys whose count is above zero. They were gathered before,
+    or are read through `order`. Their weights are the counts, and `log_weights` the log2 of these. Keys that
+    are sorted by label are read through `order` as well; their classes begin at `starts`.
     """
 
     key: Features
@@ -45,12 +48,12 @@ class SegmentArguments(NamedTuple):
     starts_ptr: Tensor | None
     maps: int
     order_stride_b: int
-    NEGATIVE: Any = tl.constexpr(False)  # whether its keys meet the negated queries: `scale` is above 0
+    NEGATIVE: Any = tl.constexpr(False)  # whether queries are negated, because `scale` is always above 0
     RAGGED: Any = tl.constexpr(True)  # whether its last tile of keys may be incomplete
 
 
 class QueryTile(NamedTuple):
-    """Queries: their channels, those for the guide, their label sets and the range of their classes."""
+    """Queries: their channels, those of the guide, their label sets, and the range of their classes."""
 
     channels: Parts
     guide: Parts
@@ -61,7 +64,7 @@ class QueryTile(NamedTuple):
 
 
 class SegmentRow(NamedTuple):
-    """Where one batch row and head of a segment lies; any pointer where the segment has no such tensor."""
+    """One batch row and head of a segment. A pointer is arbitrary if the segment has no such tensor."""
 
     key: Rows
     value: Rows
@@ -76,7 +79,7 @@ class SegmentRow(NamedTuple):
 
 
 class KeyTile(NamedTuple):
-    """BLOCK_N keys: `columns` of the order if the segment has one, else those from `start` on."""
+    """BLOCK_N keys: `columns` of the order if the segment has one, else the keys from `start` on."""
 
     start: Any
     columns: Any
@@ -84,7 +87,7 @@ class KeyTile(NamedTuple):
 
 
 class ScoreTile(NamedTuple):
-    """Scores [BLOCK_M, BLOCK_N] of the keys at `tokens`, -inf if unseen; times `factor` they are logits."""
+    """Scores [BLOCK_M, BLOCK_N] of the keys at `tokens`, -inf if unseen. Times `factor` they are logits."""
 
     scores: Any
     factor: Any
@@ -105,10 +108,10 @@ def segment_arguments(
     guide_key: Tensor | None = None,
     by_label: bool = False,
 ) -> SegmentArguments:
-    """One segment as the kernel takes it.
+    """One segment as a kernel reads it.
 
-    Keys with counts are gathered, or with labels compacted: a launch more. Keys with labels are sorted
-    `by_label`: a launch more, too.
+    Counts cost one more launch: the counted keys are gathered, or with labels listed in an order. Sorting
+    keys with labels, `by_label`, costs one more launch, too.
     """
     rows, maps = (0, 0) if counts is None else counts.shape[:2]
     multiplicity, starts = None, None
@@ -148,15 +151,15 @@ def segment_arguments(
 
 
 def unsigned(segment: SegmentArguments) -> SegmentArguments:
-    """The segment with the sign of its scale moved to the queries.
+    """The segment with a positive scale; NEGATIVE says that the queries carry its sign.
 
-    A scale of 0 becomes tiny, because -inf times it must stay -inf.
+    A scale of 0 becomes tiny, so that -inf times the scale stays -inf.
     """
     return segment._replace(scale=max(abs(segment.scale), TINY), NEGATIVE=tl.constexpr(segment.scale < 0))
 
 
 def walked(segments: Sequence[SegmentArguments], block_n: int) -> tuple[SegmentArguments, ...]:
-    """The segments as kernels take them that walk over all of their keys, `block_n` at a time."""
+    """The segments for a kernel that walks over all of their keys, `block_n` at a time."""
     return tuple(_walked(s if s.guide is not None else unsigned(s), block_n) for s in segments)
 
 
@@ -164,7 +167,7 @@ def _walked(segment: SegmentArguments, block_n: int) -> SegmentArguments:
     if segment.order_ptr is None:
         whole = segment.unique_ptr is None and segment.N_K % block_n == 0
         return segment._replace(RAGGED=tl.constexpr(not whole))
-    # a pitch known to the compiler makes the address of a gathered key one multiply-add
+    # if the compiler knows the pitch, the address of a gathered key is one multiply-add
     known = {
         name: tensor._replace(pitch_n=tl.constexpr(tensor.pitch_n))
         for name in ("key", "value", "guide")
@@ -174,7 +177,7 @@ def _walked(segment: SegmentArguments, block_n: int) -> SegmentArguments:
 
 
 def query_arguments(query: Tensor, labels: Tensor | None) -> dict[str, Any]:
-    """The queries and their labels as every kernel names them."""
+    """The queries and their labels, by the names of the kernels' arguments."""
     return {
         "query": features(query),
         "query_labels": label_arguments(labels),
@@ -185,7 +188,7 @@ def query_arguments(query: Tensor, labels: Tensor | None) -> dict[str, Any]:
 
 @triton.jit
 def load_query_labels(query_labels, batch, queries, inside):
-    """The label sets of a tile of queries; a stand-in that no kernel reads where there are none."""
+    """The label sets of a tile of queries. Without labels the result is arbitrary, and no kernel reads it."""
     labels = queries
     if query_labels is not None:
         pointers = query_labels.pointer + batch * query_labels.stride_b + queries * query_labels.stride_n
@@ -195,7 +198,7 @@ def load_query_labels(query_labels, batch, queries, inside):
 
 @triton.jit
 def opposite(query):
-    """The query tile with its sign turned; the guide keeps its own."""
+    """The query tile with the opposite sign; the guide keeps its sign."""
     channels = Parts(-query.channels.main, -query.channels.tail)
     return QueryTile(
         channels, query.guide, query.guide_strength, query.labels, query.lowest_class, query.highest_class
@@ -204,7 +207,7 @@ def opposite(query):
 
 @triton.jit
 def open_segment(segment, batch, head):
-    """Where the keys of one batch row and head are, and how many."""
+    """Where the keys of one batch row and head are, and how many there are."""
     key_row = batch
     if segment.rows_ptr is not None:
         key_row = tl.load(segment.rows_ptr + batch * segment.rows_stride).to(tl.int64)
@@ -244,7 +247,7 @@ def score_tile(
     """
     key, value, guide, labels_ptr = row.key, row.value, row.guide, row.labels_ptr
     if segment.order_ptr is None:
-        # the offsets inside a tile stay as they are from tile to tile, only the base moves
+        # offsets inside a tile are the same for all tiles: only the base moves
         tokens = tl.arange(0, BLOCK_N).to(tl.int64)
         first = tl.cast(keys.start, tl.int64)
         key = skip(key, first)

@@ -1,9 +1,9 @@
-"""What several kernels share: tuples of a tensor or a tile, and helpers that load, multiply and store them.
+"""Tensors and tiles that several kernels share, and helpers that load, multiply and store them.
 
-A head dim is MAIN + TAIL channels (`split_head_dim`), of which D exist. A pitch is a stride in bytes: one
-multiply-add makes an address of it.
+A head dim takes MAIN + TAIL channels (`split_head_dim`), of which D exist. A pitch is a stride in bytes: with
+it, an address is one multiply-add.
 
-Fields in capitals are constexpr as long as a tuple is only passed on: an assignment makes tensors of them.
+Fields in capitals are constexpr as long as a tuple is only passed on. An assignment makes tensors of them.
 """
 
 from typing import Any, NamedTuple
@@ -19,9 +19,9 @@ NOTHING = tl.constexpr(-0x7F800001)  # -inf as `ordered` gives it
 
 
 class Features(NamedTuple):
-    """A tensor [B, H, N, D]: its pitches of batch row, head and token in bytes, the stride of its channels.
+    """A tensor [B, H, N, D]: pitches of batch row, head and token in bytes, and the stride of channels.
 
-    The pitch of a head is then a multiple of 16 also at head dim 40, and the loads stay wide.
+    In bytes, the pitch of a head is a multiple of 16 even at head dim 40, so that loads stay wide.
     """
 
     pointer: Any
@@ -48,14 +48,14 @@ class Width(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The two parts of a tile of rows; the tail counts only where the width has one."""
+    """The two parts of a tile of rows. The tail is arbitrary if the width has none."""
 
     main: Any
     tail: Any
 
 
 class TokenTile(NamedTuple):
-    """Which tokens a program has: those of row b·H + h that are `inside`."""
+    """The tokens of a program: those of row b·H + h that are `inside`."""
 
     row: Any
     batch: Any
@@ -65,19 +65,19 @@ class TokenTile(NamedTuple):
 
 
 def features(tensor: torch.Tensor) -> Features:
-    """A tensor as kernels take it."""
+    """A tensor as kernels read it."""
     batch, head, token = (stride * tensor.element_size() for stride in tensor.stride()[:3])
     return Features(tensor, batch, head, token, tensor.stride(3))
 
 
 def width(dim: int) -> Width:
-    """The channels of a head as kernels take them."""
+    """The channels of a head as kernels count them."""
     return Width(*(tl.constexpr(x) for x in (dim, *split_head_dim(dim))))
 
 
 @triton.jit
 def advance(pointer, pitch):
-    """The pointer moved by int64 bytes, of one scalar or of one per row."""
+    """The pointer moved by int64 bytes: one number, or one for each row."""
     return (pointer.to(tl.pointer_type(tl.int8), bitcast=True) + pitch).to(pointer.dtype, bitcast=True)
 
 
@@ -96,7 +96,7 @@ def skip(rows, tokens):
 
 @triton.jit
 def open_tile(tokens, H, BLOCK: tl.constexpr):
-    """The tile of this program, one of the `tokens` of each row; int64."""
+    """The tile of this program among the `tokens` of each row; int64."""
     blocks = tl.cdiv(tokens, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     own = ((tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -105,7 +105,7 @@ def open_tile(tokens, H, BLOCK: tl.constexpr):
 
 @triton.jit
 def load(pointers, present, MASKED: tl.constexpr):
-    """Values of tokens; zeros, where MASKED, for those that are not `present`."""
+    """The values of tokens. If MASKED, tokens that are not `present` give 0."""
     if MASKED:
         return tl.load(pointers, mask=present, other=0)
     else:
@@ -116,9 +116,9 @@ def load(pointers, present, MASKED: tl.constexpr):
 def load_rows(
     rows, tokens, present, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
 ):
-    """[tokens, WIDTH]: channels from FIRST on of the int64 `tokens`.
+    """WIDTH channels from FIRST on of the int64 `tokens`: [tokens, WIDTH].
 
-    Zeros beyond D and, where MASKED, for tokens that are not `present`.
+    Channels beyond D are 0. If MASKED, tokens that are not `present` are 0, too.
     """
     channels = FIRST + tl.arange(0, WIDTH)
     pointers = (
@@ -138,7 +138,7 @@ def load_rows(
 
 @triton.jit
 def load_parts(rows, tokens, present, width, MASKED: tl.constexpr):
-    """Both parts of a tile of rows; the main part again where there is no tail."""
+    """Both parts of a tile of rows. Without a tail, the main part stands in for it."""
     main = load_rows(rows, tokens, present, width.D, 0, width.MAIN, MASKED)
     tail = main
     if width.TAIL > 0:
@@ -176,7 +176,7 @@ def accumulate(sums, weights, rows, tokens, present, width, MASKED: tl.constexpr
 
 @triton.jit
 def store_channels(pointers, values, inside, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Write channels from FIRST on of the rows that are `inside`; `pointers` are those of the rows."""
+    """Write channels from FIRST on of the rows that are `inside`. `pointers` has one pointer for each row."""
     channels = FIRST + tl.arange(0, WIDTH)
     mask = inside[:, None] & (channels < D)[None, :]
     tl.store(pointers[:, None] + channels[None, :], values.to(pointers.dtype.element_ty), mask=mask)
@@ -184,7 +184,7 @@ def store_channels(pointers, values, inside, D: tl.constexpr, FIRST: tl.constexp
 
 @triton.jit
 def store_parts(pointers, parts, inside, width, factor=1.0):
-    """Write both parts of a tile of contiguous rows, times a factor: a number, or one a row [BLOCK, 1]."""
+    """Write both parts of a tile of contiguous rows, times a factor: a number, or [BLOCK, 1]."""
     store_channels(pointers, parts.main * factor, inside, width.D, 0, width.MAIN)
     if width.TAIL > 0:
         store_channels(pointers, parts.tail * factor, inside, width.D, width.MAIN, width.TAIL)
@@ -203,7 +203,7 @@ def split_scores(query, keys, tokens, present, width, MASKED: tl.constexpr):
 
 @triton.jit
 def ordered(scores):
-    """int32 in the order of the float32 scores, with NaN above infinity."""
+    """int32 numbers that compare as the float32 scores do, with NaN above infinity."""
     bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
     return tl.where(scores != scores, FAR, bits ^ ((bits >> 31) & FAR))
 
@@ -216,9 +216,9 @@ def unordered(order):
 
 @triton.jit
 def pack_match(score, index):
-    """int64 whose largest is the best match, among equal scores that of the lowest index.
+    """int64 numbers of which the largest is the best match. Among equal scores the lowest index is the best.
 
-    No match, -inf and -1, is below all others.
+    "No match" is -inf and -1. It is below all other matches.
     """
     return (ordered(score).to(tl.int64) << 32) | ((~index).to(tl.int64) & 0xFFFFFFFF)
 

@@ -3,8 +3,9 @@
 A program has one tile of queries. It walks over the keys of all segments, tile after tile (online softmax):
 
 1. `attention_kernel` loads the queries, their labels and the settings of the contrast.
-2. `_attend_keys` walks over all keys. If FIXED, it tries the largest logit of the first key tile as the maximum of
-   all tiles, which saves the rescaling. It walks again with a running maximum where this overflowed.
+2. `_attend_keys` walks over all keys. If FIXED, it tries the largest logit of the first key tile as the
+   maximum of all tiles, which saves the rescaling. It walks again with a running maximum where this
+   overflowed.
 3. `_attend` takes one segment after the other, `_attend_segment` one tile of its keys after the other, and
    `_attend_tile` (in `_attend_tile.py`) makes weights of the scores and adds the weighted values.
 4. `attention_kernel` divides by the sum of the weights and writes the output and the log-sum-exp.
@@ -49,8 +50,8 @@ from ._segments import (
 from ._tile import features, load_parts, open_tile, rows_of, store_parts, unpack_match, width
 from .attention_backward import attention_backward as attention_backward
 
-ONCE_STAGES = tl.constexpr(2)  # of a loop that runs once at most: the least that is pipelined
-# of a row sum, and of its inverse, with the maximum of the first tile: beyond it, weights may overflow
+ONCE_STAGES = tl.constexpr(2)  # of a loop that runs at most once: the smallest number that is pipelined
+# of a row sum and of its inverse, with the maximum of the first tile: beyond it, weights may overflow
 FIXED_LIMIT = tl.constexpr(2.0**64)
 
 
@@ -83,7 +84,7 @@ def attention(
 
 
 def log2_sum_exp(query: Tensor, segments: Sequence[SegmentArguments], **settings: Any) -> Tensor:
-    """log2 of the sum of the exponentials of the logits, fp32 [B, H, N_Q]; `settings` are those of the call."""
+    """log2 of the sum of the exponentials of the logits, fp32 [B, H, N_Q]; `settings` of `AttentionCall`."""
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
     launch_attention(AttentionCall(query, segments, lse=lse, lse_unit=1.0, **settings))
     return lse
@@ -131,7 +132,7 @@ def launch_attention(call: AttentionCall) -> None:
 
 @triton.jit
 def _attend_segment(state, query, segment, batch, head, common_max, contrast, variant, FIXED: tl.constexpr):
-    """One query tile meets the keys of a segment: whole tiles of them, then the others."""
+    """One query tile meets the keys of a segment: first whole tiles of keys, then the rest."""
     BLOCK_N: tl.constexpr = variant.BLOCK_N
     SORTED: tl.constexpr = segment.starts_ptr is not None
     COMPARED: tl.constexpr = segment.labels is not None and segment.starts_ptr is None
@@ -172,7 +173,7 @@ def _attend_segment(state, query, segment, batch, head, common_max, contrast, va
 
 @triton.jit
 def _attend(state, query, segments, batch, head, contrast, variant, FIXED: tl.constexpr):
-    """One query tile meets every key of every segment. If FIXED, the row sum comes and goes in PARTS."""
+    """One query tile meets every key of every segment. If FIXED, the row sum has PARTS."""
     common_max = tl.max(state.running_max, 0)
     for s in tl.static_range(variant.SEGMENTS):
         state = _attend_segment(
@@ -191,7 +192,7 @@ def _attend(state, query, segments, batch, head, contrast, variant, FIXED: tl.co
 
 @triton.jit
 def _has_first_tile(query, segment, batch, head, BLOCK_N: tl.constexpr):
-    """Whether every query of a tile sees a whole tile of keys, the first; without labels it sees all keys."""
+    """Whether every query of a tile sees a whole first tile of keys. Without labels it sees all keys."""
     if segment.starts_ptr is None:
         return True
     else:
@@ -214,7 +215,10 @@ def _first_max(query, segment, batch, head, variant):
 
 @triton.jit
 def _attend_fixed(query, segments, batch, head, contrast, variant):
-    """One query tile meets every key, with the maximum of the first key tile; row sums are inf without."""
+    """One query tile meets every key, with the maximum of the first key tile, if there is one.
+
+    Without it row sums are inf, so that the caller starts again with a running maximum.
+    """
     empty = _empty_state(variant)
     if _has_first_tile(query, segments[0], batch, head, variant.BLOCK_N):
         first_query = opposite(query) if segments[0].NEGATIVE else query
@@ -232,14 +236,14 @@ def _attend_fixed(query, segments, batch, head, contrast, variant):
 
 @triton.jit
 def _may_have_overflowed(row_sum, inside):
-    """Whether for some query the maximum of the first tile was too far from that of all tiles, or NaN."""
+    """Whether, for some query, the maximum of the first tile was too far from the true one, or NaN."""
     least = tl.min(tl.where(inside, row_sum, 1.0), 0)
     return not ((tl.max(row_sum, 0) < FIXED_LIMIT) & (least > 1 / FIXED_LIMIT))
 
 
 @triton.jit
 def _attend_keys(query, segments, batch, head, inside, contrast, variant, FIXED: tl.constexpr):
-    """One query tile meets every key: if FIXED first with one maximum for all tiles, else a running one."""
+    """One query tile meets every key: if FIXED, first with one maximum for all tiles."""
     state = _empty_state(variant)
     if FIXED:
         state = _attend_fixed(query, segments, batch, head, contrast, variant)
@@ -279,9 +283,13 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     LOOP_ONCE: tl.constexpr,
 ):
-    """One tile of queries of one batch row and head against every key of every segment."""
+    """One tile of queries of one batch row and head against every key of every segment.
+
+    It is long because it holds both ends of the algorithm: all that is loaded before the walk over the keys,
+    and all that is written after it.
+    """
     row, batch, head, queries, inside = open_tile(N_Q, H, BLOCK_M)
-    if query_order_ptr is not None:  # beyond the end the last query, for its class
+    if query_order_ptr is not None:  # beyond the end comes the last query again, for its class
         order_ptr = query_order_ptr + batch * query_order_stride_b
         queries = tl.load(order_ptr + tl.minimum(queries, N_Q - 1)).to(tl.int64)
     channels = load_parts(rows_of(query, batch, head), queries, inside, KEY_WIDTH, True)

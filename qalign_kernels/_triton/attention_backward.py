@@ -1,8 +1,8 @@
 """The gradient of attention on Triton. B batch rows, H heads, N_Q queries, N_K keys, D and D_V channels.
 
 1. `_gradient_rows.py` writes log2-sum-exp and delta of each query.
-2. `query_gradient_kernel`, below: a program owns a tile of queries, walks over the keys of all segments, and sums
-   dq_i = Σ_j scale_s mass_ij (dO_i·v_j - delta_i) k_j.
+2. `query_gradient_kernel`, below: a program owns a tile of queries, walks over the keys of all segments, and
+   sums dq_i = Σ_j scale_s mass_ij (dO_i·v_j - delta_i) k_j.
 3. `_key_gradient.py`: a program owns a tile of keys and walks over the queries that read them.
 """
 
@@ -43,7 +43,7 @@ from ._tile import (
 
 
 class QueryGradients(NamedTuple):
-    """Of a tile of queries: the gradient of its output, its log2-sum-exp and its delta, fp32."""
+    """A tile of queries: the gradient of its output, its log2-sum-exp and its delta, fp32."""
 
     output: Parts
     known: Any
@@ -59,9 +59,9 @@ def attention_backward(
     dl_ij = mass_ij (dO_i·v_j - delta_i), dq_i = Σ_j scale_s dl_ij k_j, dk_j = Σ_i scale_s dl_ij q_i,
     dv_j = Σ_i mass_ij dO_i.
 
-    There is one launch for log-sum-exp and delta, one for the query, and one or two for each segment. A program owns
-    its keys and sums over all queries that read them, batch row after batch row, without atomics: the result is
-    deterministic. Contrast and guide are not served.
+    There is one launch for log-sum-exp and delta, one for the query, and one or two for each segment. A
+    program owns its keys and sums over all queries that read them, batch row after batch row, without
+    atomics: the result is deterministic. Contrast and guide are not served.
     """
     queries = query_side(query, query_labels, grad_output, grad_lse, output, lse)
     scales, count = [s.logit_scale * scale for s in segments], len(segments)
@@ -107,7 +107,7 @@ def _query_gradient(queries: QuerySide, segments: Sequence[Any], scales: list[fl
 
 
 def _takes_two_launches(queries: QuerySide) -> bool:
-    """Whether gradients of keys and of values are summed one after the other: together they would spill."""
+    """Whether keys and values get a launch each: together, wide heads would spill registers on Ampere."""
     wide, target = queries.head_dim() > 128, target_of(queries.query.device)
     return wide and target != "interpreter" and FAMILIES[nearest_architecture(target)] == "ampere"
 
@@ -165,7 +165,7 @@ def query_gradient_kernel(
     total = zeros(BLOCK_M, KEY_WIDTH)
     for s in tl.static_range(SEGMENTS):
         opened = open_segment(segments[s], batch, head)
-        scale = 1.0 if SEGMENTS == 1 else scales[s]  # of a single segment: once, in the end
+        scale = 1.0 if SEGMENTS == 1 else scales[s]  # a single segment is scaled once, at the end
         for start in tl.range(0, opened.limit, BLOCK_N):
             columns = start + tl.arange(0, BLOCK_N)
             total = _query_gradient_tile(

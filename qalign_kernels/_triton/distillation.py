@@ -1,4 +1,7 @@
-"""distillation_loss on Triton: the attention kernel compares where it would write."""
+"""distillation_loss on Triton: the attention kernel compares its result with an output.
+
+It does not write its own output.
+"""
 
 from collections.abc import Sequence
 from typing import Any

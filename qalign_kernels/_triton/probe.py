@@ -1,4 +1,14 @@
-"""label_mass and mean_attention_map on Triton. B batch rows, H heads, N_Q queries, N_K keys, D channels."""
+"""label_mass and mean_attention_map on Triton. B batch rows, H heads, N_Q queries, N_K keys, D channels.
+
+`label_mass` is attention over values that say to which class a key belongs.
+
+`mean_attention_map`, for one tile of the result:
+
+1. A first launch writes the log2-sum-exp of every query and head.
+2. The kernel walks over the heads: it multiplies a tile of queries and a tile of keys, makes probabilities of
+   the scores by the log2-sum-exp, and adds them.
+3. It divides by the number of heads and writes the tile.
+"""
 
 from types import SimpleNamespace
 
@@ -18,7 +28,7 @@ from .attention_backward import attention_backward
 
 
 def label_mass(query, key, key_labels, num_labels, *, scale, counts) -> Tensor:
-    """Attention over the indicator of the classes, its probabilities unrounded."""
+    """Attention over the indicator of the classes, with unrounded probabilities."""
     interpreted = target_of(query.device) == "interpreter"  # which has no correct bfloat16
     exact = torch.float32 if interpreted else torch.bfloat16
     members = _indicator(key, key_labels, num_labels, exact)
@@ -32,7 +42,7 @@ def label_mass_backward(
     grad_mass, mass, query, key, key_labels, num_labels, *, scale, counts, needs
 ) -> list[Tensor | None]:
     """The gradients of query and key that are needed: those of attention over the indicator."""
-    # of 16 classes a thread would have one in the smallest tiles: narrow loads
+    # with 16 classes, threads of the smallest tiles would load one number each
     members = _indicator(key, key_labels, num_labels, query.dtype, least=32)
     absent = members.shape[3] - num_labels
     grad_output, output = pad(grad_mass, (0, absent)).to(query.dtype), pad(mass, (0, absent))
@@ -59,7 +69,7 @@ def label_mass_backward(
 def _indicator(
     key: Tensor, key_labels: Tensor, num_labels: int, dtype: torch.dtype, least: int = 16
 ) -> Tensor:
-    """[B, H, N_K, W] of ones and zeros: of which class each key is, W at least `least` and a power of two."""
+    """Ones where a key belongs to a class, else zeros: [B, H, N_K, W], W a power of two, at least `least`."""
     width = max(least, triton.next_power_of_2(num_labels))
     members = key_labels.unsqueeze(-1) == torch.arange(width, device=key.device, dtype=torch.int32)
     return members.to(dtype).unsqueeze(1).expand(*key.shape[:3], width)
@@ -94,7 +104,7 @@ def mean_attention_map(query, key, *, scale) -> Tensor:
 def mean_attention_map_kernel(
     query, key, lse_ptr, output_ptr, H, N_Q, N_K, scale, WIDTH, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """One tile of the result, all heads summed into it in order."""
+    """One tile of the result: the sum over all heads, in order."""
     key_blocks = tl.cdiv(N_K, BLOCK_N)
     row = tl.program_id(0) // key_blocks
     blocks = tl.cdiv(N_Q, BLOCK_M)

@@ -1,6 +1,12 @@
 """rearranged_attention, unit_features and topk_attention on Triton.
 
 B batch rows, G maps (1 or H), H heads, N_Q and N_K tokens, D and D_V channels, K candidates of a query.
+
+- `rearranged_attention` never moves keys to their queries. Softmax over rearranged keys is softmax over the
+  distinct matched keys, each weighted by how many queries it matches: argmax with counts, then attention with
+  counts.
+- `unit_features` divides every token of every head by its norm.
+- `topk_attention` is a softmax over K gathered keys of each query.
 """
 
 from typing import Any, NamedTuple
@@ -30,11 +36,11 @@ from ._tile import (
 from .attention import launch_attention, log2_sum_exp
 from .similarity import counted_argmax
 
-UNIT_VALUES = 4096  # that a program normalises, 32 a thread
+UNIT_VALUES = 4096  # values that a program normalises, 32 a thread
 
 
 class Candidate(NamedTuple):
-    """One candidate of each query: base-2 logits, -inf where there is none, and its int64 token."""
+    """One candidate of each query: its base-2 logit, -inf for no candidate, and its int64 token."""
 
     logits: Any
     tokens: Any
@@ -56,9 +62,9 @@ def rearranged_attention(
     ref_labels=None,
     batch_index=None,
 ) -> Tensor:
-    """Norms, argmax with its counts, gathering and attention in four launches.
+    """Norms, argmax with its counts, gathering and attention, in four launches.
 
-    One more with a contrast, two more where labels are sorted.
+    A contrast costs one more launch, sorted labels cost two more.
     """
     match, counts = counted_argmax(
         alignment_query, ref_query, similarity, joint, query_labels, ref_labels, batch_index
@@ -83,7 +89,7 @@ def rearranged_attention(
 
 
 def unit_features(query: Tensor, ref_query: Tensor) -> tuple[Tensor, Tensor]:
-    """x / max(|x|, 1e-12) of each token and head of both [B, H, N, D], contiguous, in one launch."""
+    """x / max(|x|, 1e-12) for each token and head of both tensors [B, H, N, D]; contiguous, in one launch."""
     heads, dim = query.shape[1], query.shape[3]
     channels = triton.next_power_of_2(dim)
     block = UNIT_VALUES // channels
@@ -148,7 +154,7 @@ def topk_attention(query, key, value, index, *, scale, contrast, batch_index=Non
 
 @triton.jit
 def _store_units(source, unit_ptr, program, H, N, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of tokens of one batch row and head."""
+    """Normalise a block of tokens of one batch row and head."""
     blocks = tl.cdiv(N, BLOCK)
     row = program // blocks
     tokens = ((program % blocks) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -174,7 +180,7 @@ def _unit_features_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of tokens of the queries or of the reference: the programs of the queries come first."""
+    """A block of tokens of the queries or of the reference. The programs of the queries come first."""
     program = tl.program_id(0)
     if program < QUERY_PROGRAMS:
         _store_units(query, query_unit_ptr, program, H, N_Q, D, WIDTH, BLOCK)
@@ -191,7 +197,7 @@ def _load_floats(rows, tokens, present, width):
 
 @triton.jit
 def _meet_candidate(query, key, index_ptrs, inside, scale, N_K, width):
-    """Each query meets the candidate at its pointer."""
+    """The logit of each query and of the candidate at its pointer."""
     tokens = tl.load(index_ptrs, mask=inside, other=-1).to(tl.int64)
     present = (tokens >= 0) & (tokens < N_K)
     main = load_rows(key, tokens, present, width.D, 0, width.MAIN, True)
@@ -223,7 +229,14 @@ def _topk_attention_kernel(
     CONTRAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """A tile of queries, candidate after candidate; with a contrast twice, first for the sum of weights."""
+    """A tile of queries against its candidates, one after the other.
+
+    1. With a contrast, a first walk gives the sum of the weights.
+    2. Each candidate's weight comes from the running maximum, or from the contrast of its probability.
+    3. Its value is added with this weight.
+
+    Both walks stand in one function because they share the running maximum and the running sum.
+    """
     row_tiles = tl.cdiv(N_Q, BLOCK_M)
     row = (tl.program_id(0) // row_tiles).to(tl.int64)
     batch, head = row // H, row % H

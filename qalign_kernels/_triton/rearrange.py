@@ -1,6 +1,13 @@
 """match_counts, compact, take_chosen and take_rows on Triton.
 
 B batch rows, G maps (1 or H), H heads, N tokens, D channels.
+
+- `match_counts`: every match adds 1 to the count of its token.
+- `compact`: one program for each row of counts scans them, block after block, and writes the chosen tokens,
+  those with a count above 0, in ascending order.
+- `take_chosen`: a program has a block of tokens of one head. It counts the chosen tokens before its block, so
+  that it knows where its own go, and copies these from every source.
+- `take_rows`: a program copies a tile of rows by their indices.
 """
 
 from collections.abc import Sequence
@@ -15,13 +22,11 @@ from ._launch import launch
 from ._tile import features, load_rows, open_tile, rows_of, store_channels
 
 COUNT_BLOCK = 1024
-COMPACT_BLOCKS = (
-    1024,
-    4096,
-)  # the least and the most tokens at a time, up to 16 a thread: 16 warps spill under Triton 3.6
+# the least and the most tokens at a time, up to 16 a thread: 16 warps spill under Triton 3.6
+COMPACT_BLOCKS = (1024, 4096)
 GATHER_BLOCK_M = 64
 CHOSEN_VALUES = 8192  # of a source at a time, 32 a thread
-CLEARED = tl.constexpr(128)  # up to a multiple of how many slots there are zeros behind the chosen tokens
+CLEARED = tl.constexpr(128)  # behind the chosen tokens, slots are zero up to a multiple of this number
 
 
 def match_counts(index: Tensor, num_tokens: int) -> Tensor:
@@ -45,7 +50,7 @@ def match_counts(index: Tensor, num_tokens: int) -> Tensor:
 
 
 class Multiplicity(NamedTuple):
-    """The reference tokens that were chosen, and how often; `unique` many of each row's N entries count."""
+    """The reference tokens that were chosen, and how often. The first `unique` of N entries are valid."""
 
     order: Tensor | None  # int32 [B, G, N], ascending, zeros behind; None where the tokens were taken
     weights: Tensor  # float32 [B, G, N], the counts in this order, zeros behind
@@ -63,7 +68,7 @@ class CountRow(NamedTuple):
 
 
 def compact(counts: Tensor) -> Multiplicity:
-    """Deterministic, no host synchronisation; counts int32 [B, G, N], any strides."""
+    """The chosen tokens of counts, int32 [B, G, N] with any strides. Deterministic, no synchronisation."""
     batch, maps, tokens = counts.shape
     block = min(max(triton.next_power_of_2(tokens), COMPACT_BLOCKS[0]), COMPACT_BLOCKS[1])
     order = torch.empty(counts.shape, device=counts.device, dtype=torch.int32)
@@ -84,7 +89,7 @@ def compact(counts: Tensor) -> Multiplicity:
 
 
 def _empty_multiplicity(counts: Tensor) -> Multiplicity:
-    """Uninitialised, without an order."""
+    """A multiplicity without an order, whose numbers are not written yet."""
     shapes = [counts.shape] * 2 + [counts.shape[:2]] * 3
     dtypes = (torch.float32, torch.float32, torch.int32, torch.float32, torch.float32)
     return Multiplicity(
@@ -97,16 +102,16 @@ def take_chosen(
 ) -> tuple[list[Tensor], Multiplicity]:
     """Gather the tokens of each source [B, H, N, D] that have a count, in their order, in one launch.
 
-    Walking over gathered tokens is faster than reading every tile of them through the order. A program counts
-    the chosen tokens before its own ones, so that it needs no other program.
+    Walking over gathered tokens is faster than reading every tile of them through an order. Each program
+    counts the chosen tokens before its own tokens, so that it does not wait for another program.
 
     Args:
         counts: int32 [B, G, N], any strides.
         batch_index: int32 [B], the row of the sources that each row of the counts chooses from.
 
     Returns:
-        The taken tokens [B, H, N, D], contiguous, and their multiplicity without an order. Behind the last one
-        are zeros up to a multiple of CLEARED slots, and no values from there on.
+        The taken tokens [B, H, N, D], contiguous, and their multiplicity without an order. Behind the last
+        token, slots are zero up to a multiple of CLEARED. Later slots are not written.
     """
     (batch, maps, tokens), heads = counts.shape, sources[0].shape[1]
     widths = [triton.next_power_of_2(x.shape[3]) for x in sources]
@@ -163,7 +168,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 @triton.jit
 def _match_counts_kernel(index_ptr, counts_ptr, index_strides, G, N_Q, N_K, BLOCK: tl.constexpr):
-    """A block of matches of one row."""
+    """Count a block of matches of one row."""
     blocks = tl.cdiv(N_Q, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     tokens = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -196,13 +201,13 @@ def _store_weights(multiplicity, slots, counts, inside):
 
 @triton.jit
 def _slots(tokens, chosen, chosen_before, N):
-    """Where the tokens go: the chosen ones fill their row from the front, the others from the back."""
+    """Where tokens go: chosen tokens fill their row from the front, the others from the back."""
     return tl.where(chosen != 0, chosen_before, N - 1 - (tokens - chosen_before))
 
 
 @triton.jit
 def _store_totals(multiplicity, row, unique, largest, total):
-    """What there is one of for a row; `largest` and `total` are of several parts of it."""
+    """Write the numbers of a row. `largest` and `total` come in several parts."""
     headroom = tl.math.log2(tl.maximum(tl.max(largest, 0).to(tl.float32) / 32768.0, 1.0))
     tl.store(multiplicity.unique + row, unique)
     tl.store(multiplicity.headroom + row, headroom)
@@ -211,7 +216,7 @@ def _store_totals(multiplicity, row, unique, largest, total):
 
 @triton.jit
 def _compact_kernel(counts_ptr, counts_strides, multiplicity, G, N_K, BLOCK: tl.constexpr):
-    """One row: a scan of its counts."""
+    """Write the chosen tokens of one row, by a scan of its counts."""
     row = tl.program_id(0).to(tl.int64)
     counts_row = _open_counts(counts_ptr, counts_strides, row // G, row % G)
     unique = 0
@@ -232,7 +237,7 @@ def _compact_kernel(counts_ptr, counts_strides, multiplicity, G, N_K, BLOCK: tl.
 
 @triton.jit
 def _sum_up(counts_row, multiplicity, row, N, BLOCK: tl.constexpr):
-    """What there is one of for a row, of its counts in any order."""
+    """Write the numbers of a row: how many tokens were chosen, the largest count, the sum."""
     unique = tl.zeros((BLOCK,), tl.int32)
     largest = tl.zeros((BLOCK,), tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -272,7 +277,7 @@ def _take_chosen_kernel(
     BLOCK: tl.constexpr,
     COUNT_BLOCK: tl.constexpr,
 ):
-    """The totals of a row of counts, or a block of tokens of one batch row and head, of every source."""
+    """The totals of a row of counts, or a block of tokens of one batch row and head from every source."""
     program = tl.program_id(0)
     if program < TOTALS:
         counts_row = _open_counts(counts_ptr, counts_strides, program // G, program % G)
@@ -292,7 +297,7 @@ def _take_chosen_kernel(
         counts = _load_counts(counts_row, tokens, N)
         chosen = (counts > 0).to(tl.int32)
         before = _count_chosen(counts_row, first, COUNT_BLOCK)
-        tiles = tl.tuple(())  # all of them are on their way before the first is stored
+        tiles = tl.tuple(())  # all loads start before the first store
         for s in tl.static_range(SOURCES):
             rows = rows_of(sources[s], source_row, head)
             tiles += (load_rows(rows, tokens.to(tl.int64), chosen != 0, DIMS[s], 0, WIDTHS[s], True),)
@@ -302,7 +307,7 @@ def _take_chosen_kernel(
         for s in tl.static_range(SOURCES):
             pointers = taken_ptrs[s] + (row * N + slots) * DIMS[s]
             store_channels(pointers, tiles[s], chosen != 0, DIMS[s], 0, WIDTHS[s])
-        if first + BLOCK >= N:  # it has counted all of them
+        if first + BLOCK >= N:  # the last block has counted all tokens
             number = before + tl.sum(chosen, 0)
             end = tl.minimum(tl.cdiv(number, CLEARED) * CLEARED, N)
             for start in range(number, end, BLOCK):
@@ -326,7 +331,7 @@ def _take_rows_kernel(
     BLOCK_M: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A tile of taken rows of one batch row and head."""
+    """Copy a tile of rows of one batch row and head."""
     row, batch, head, tokens, inside = open_tile(N_Q, H, BLOCK_M)
     index_ptr += batch * index_strides[0] + head * index_strides[1]
     taken = tl.load(index_ptr + tokens * index_strides[2], mask=inside, other=-1).to(tl.int64)

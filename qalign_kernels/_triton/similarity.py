@@ -5,12 +5,12 @@ B batch rows, G maps (1 when joint, else H), H heads, N_Q and N_K tokens, D chan
 The argmax, for one tile of queries:
 
 1. `_norms.py` writes the inverse norms of the cosine before.
-2. A program walks over its tiles of reference tokens (`_score_tile.py`). The last tile is moved back to end at N_K,
-   so that no tile has columns to mask.
+2. A program walks over its tiles of reference tokens (`_score_tile.py`). The last tile is moved back to end
+   at N_K, so that no tile has columns to mask.
 3. Every column of a tile keeps its best score and its tile. The columns meet once, after the last tile: three
    instructions for a score, no reduction in the loop. A packed argmax (`_packed.py`) needs one and a half.
-4. Where several programs share the tokens of a reference, their matches meet in one 64-bit atomic maximum of (score,
-   lowest index). It is exact in any order.
+4. Where several programs share the tokens of a reference, their matches meet in one 64-bit atomic maximum of
+   (score, lowest index). It is exact in any order.
 
 The top k keeps k candidates of each query, of which stronger tokens replace the weakest.
 """
@@ -98,7 +98,7 @@ def counted_argmax(
 
 
 def _argmax(matching: Matching, exact: bool, outputs: Outputs) -> Tensor | None:
-    """Write matches to `match_ptr`; without one write index and score, or return matches to unpack."""
+    """Write the matches, packed or as index and score. Returns packed matches, or None."""
     query, joint, maps = matching.query, matching.joint, matching.maps
     pair, dim = _fold(matching)
     # packing pays only where little else is done for a score
@@ -145,7 +145,7 @@ def _choose(matching: Matching, pair: Pair, dim: int, packed: bool) -> Choice:
 
 
 def _hopper_tile(matching: Matching, pair: Pair, dim: int) -> Tile | None:
-    """The tile with which `_joint_hopper` serves these features, or None: it copies tiles of a matrix [B·N, C]."""
+    """The tile with which `_joint_hopper` serves a call, or None if it cannot copy its features."""
     query, reference = matching.query, matching.reference
     if not matching.joint or pair.query_labels is not None or dim != FOLDED_HEAD_DIM or pair.H == 1:
         return None
@@ -155,7 +155,7 @@ def _hopper_tile(matching: Matching, pair: Pair, dim: int) -> Tile | None:
 
 
 def _is_matrix(x: Tensor) -> bool:
-    """Whether the tokens of all batch rows are rows of one matrix that the bulk copy engine reads."""
+    """Whether the tokens of all batch rows are rows of one matrix that the bulk copy engine can read."""
     batch, _, tokens, dim = x.shape
     between, across, pitch, step = x.stride()
     one_matrix = pitch > 0 and step == 1 and across == dim and (batch == 1 or between % pitch == 0)
@@ -229,7 +229,7 @@ def _fold(matching: Matching) -> FoldedPair:
 
 @triton.jit
 def _best_joint(pair, opened, tiles, variant):
-    """The best score of each query, reduced tile after tile: the sum over the heads needs the registers."""
+    """The best score of each query, reduced after every tile: the sum over the heads needs the registers."""
     columns = tl.arange(0, variant.BLOCK_N)[None, :]
     best = Best(
         tl.full([variant.BLOCK_M], float("-inf"), tl.float32), tl.full([variant.BLOCK_M], -1, tl.int32)
@@ -282,7 +282,7 @@ def _similarity_argmax_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A tile of queries of one map against its split of the keys."""
+    """Find the best keys of a tile of queries of one map, in its split of the keys."""
     row_tiles = tl.cdiv(pair.N_Q, BLOCK_M)
     row_tile, split = tl.program_id(0) % row_tiles, (tl.program_id(0) // row_tiles) % SPLITS
     row = (tl.program_id(0) // row_tiles // SPLITS).to(tl.int64)
@@ -316,7 +316,13 @@ def _similarity_topk_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A tile of queries of one map: the strongest keys of each tile replace the weakest that are kept."""
+    """A tile of queries of one map, and its K best keys.
+
+    1. Score a tile of keys.
+    2. As long as a query has a key in the tile that is stronger than its weakest kept key, the strongest of
+       these keys replaces the weakest.
+    3. After the last tile, write the kept keys, the best score first, the lowest index first among equals.
+    """
     row_tiles = tl.cdiv(pair.N_Q, BLOCK_M)
     row_tile, row = tl.program_id(0) % row_tiles, (tl.program_id(0) // row_tiles).to(tl.int64)
     opened = _open_tile(pair, row, row_tile, Variant(JOINT, SHORT, WIDTH, BLOCK_M, BLOCK_N))
@@ -333,7 +339,7 @@ def _similarity_topk_kernel(
         strongest = tl.max(order, 1)
         while tl.max((strongest > weakest).to(tl.int32), 0) > 0:
             column = tl.min(tl.where(order == strongest[:, None], columns[None, :], FAR), 1)
-            # of equally weak ones the highest index leaves; empty slots have negative indices of their own
+            # among equally weak keys, the highest index leaves; each empty slot has its own negative index
             leaving = tl.max(tl.where(kept == weakest[:, None], kept_index, -FAR), 1)
             replaced = kept_index == tl.where(strongest > weakest, leaving, FAR)[:, None]
             kept = tl.where(replaced, strongest[:, None], kept)

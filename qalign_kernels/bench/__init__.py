@@ -1,4 +1,4 @@
 """Microbenchmarks: `python -m qalign_kernels.bench`.
 
-`measure` has what every measurement shares, `ops` the calls that are measured.
+`ops` lists the measured calls, `checks` compares their results with float64, `measure` takes time and memory.
 """

@@ -1,15 +1,15 @@
 """Measure time and peak memory of ops on this machine, at any shape, beside SDPA of the same shape.
 
-First each result is held against float64 under the error budget of `qalign_kernels.testing`, on up to 256
-sampled query rows; no figure is shown for one that is wrong. Inputs are random and laid out as the attention
-processors of diffusers hand them over. Rounds of the op and of SDPA alternate. On a GPU the L2 cache is emptied
+Each result is first compared with float64 on up to 256 sampled query rows, under the error budget of
+`qalign_kernels.testing`. A wrong result has no figures. Inputs are random, in the memory layout of the
+attention processors of diffusers. Rounds of the op and of SDPA alternate. On a GPU the L2 cache is emptied
 before each round.
 
 examples:
   python -m qalign_kernels.bench --op attention --shape 1,8,4096,64 --dtype bf16
   python -m qalign_kernels.bench --op attention label_mass --shape 2,8,1024,80 --key-tokens 77 --json FILE
 
-Exit code: 0 all measured, 1 a result was outside its budget, 2 bad arguments.
+Exit status: 0 if all ops were measured, 1 if a result is outside its budget, 2 for bad arguments.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from . import measure
 from .measure import DTYPES, Inputs, Sizes
 from .ops import OPS, SDPA, TOPK, Op, build, draw, op_named, prepare
 
-REPEATS = 3  # visits of the op and of SDPA, there and back, so that drift cancels in their ratio
-MAX_ROUNDS = 100  # of one visit
+REPEATS = 3  # each measures the op and SDPA in alternating order, so that drift cancels in their ratio
+MAX_ROUNDS = 100  # of one repeat
 HEAD = ("op", "shape", "dtype", "provider", "p20 ms", "p50 ms", "p80 ms", "TFLOP/s", "peak MiB", "x SDPA")
 SHOWN = ("dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "tflops", "peak_mib", "ratio_to_sdpa")
 
@@ -44,7 +44,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what is measured, and where."""
+    """Add the options of the command."""
     names = [op.name for op in OPS]
     parser.add_argument(
         "--op", nargs="+", choices=names, required=True, metavar="NAME", help=", ".join(names)
@@ -54,35 +54,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_shape,
         required=True,
         metavar="B,H,N,D",
-        help="batch, heads, tokens, channels of a head",
+        help="batch size, heads, query tokens and channels of a head",
     )
     parser.add_argument(
         "--key-tokens",
         type=_command_line.count,
         metavar="N",
-        help="of keys and values (default: those of --shape)",
+        help="tokens of keys and values (default: N of --shape)",
     )
     parser.add_argument(
         "--value-dim",
         type=_command_line.count,
         metavar="D",
-        help="channels of values (default: those of --shape)",
+        help="channels of a head of the values (default: D of --shape)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on the CPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     parser.add_argument("--backend", choices=_backends.BACKENDS, default="auto", help="default: %(default)s")
     parser.add_argument(
         "--seconds",
         type=_command_line.positive,
         default=1.0,
         metavar="S",
-        help="spent on rounds of each op (default: %(default)s)",
+        help="time for the rounds of each op (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
 
 
 def files(options: argparse.Namespace) -> Files:
-    """What a call writes."""
+    """The file that the command writes."""
     return Files(writes=[] if options.json is None else [("--json", options.json)])
 
 
@@ -92,33 +92,33 @@ def _sizes(options: argparse.Namespace) -> Sizes:
 
 
 def choose_backend(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> str:
-    """Choose what is measured: "auto" takes Triton on a GPU that it serves, else the tiled path.
+    """Choose the measured backend: "auto" is Triton on a GPU where it serves these sizes, else tiled.
 
     Raises:
-        ValueError: "triton" cannot serve these sizes, or the device is a CPU, which has its interpreter only.
+        ValueError: "triton" cannot serve these sizes, or would run in its interpreter on a CPU.
     """
     if name not in ("auto", "triton"):
         return name
     probe = torch.empty(1, dtype=dtype, device=device)
     refusal = _backends.triton_refusal(probe, (sizes.head_dim, sizes.value_dim))
     if device == "cpu":
-        refusal = "on a CPU Triton has an interpreter only, whose time says nothing"
+        refusal = "on a CPU Triton runs in its interpreter only, whose time has no meaning"
     if name == "triton" and refusal:
-        raise ValueError(f"--backend: expected one that can be measured here, got triton: {refusal}")
+        raise ValueError(f"--backend: expected a backend that can be measured here, got triton: {refusal}")
     return "tiled" if refusal else "triton"
 
 
 def measure_op(
     op: Op, backend: str, sizes: Sizes, dtype: str, device: str, seconds: float
 ) -> list[dict[str, Any]]:
-    """Check an op, then measure it and SDPA.
+    """Check the result of an op, then measure the op and SDPA.
 
     Args:
         dtype: a key of `DTYPES`.
-        seconds: spent on the rounds of both together.
+        seconds: time for the rounds of both together.
 
     Returns:
-        A row of figures each; none where the check failed.
+        One row of figures for each of the two; no rows if the check fails.
     """
     inputs = draw(op, sizes, DTYPES[dtype], device)
     if not op.check(inputs, op.run(inputs, backend), backend):
@@ -158,7 +158,7 @@ def measure_op(
 
 
 def _work(provider: str, op: Op, sizes: Sizes) -> float | None:
-    """FLOPs of the op's definition; SDPA does plain attention beside every op."""
+    """The FLOPs of the op by its formula; for SDPA those of plain attention."""
     flops = op_named("attention").flops if provider == SDPA else op.flops
     return flops(sizes) if flops else None
 
@@ -176,7 +176,7 @@ def _saved_mib(provider: str, op: Op, inputs: Inputs, call: Any) -> float | None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Lay out rows as text, one line each."""
+    """Format rows as text, one line for each."""
     lines = []
     for row in rows:
         batch, heads, tokens, head_dim = row["shape"]
@@ -188,29 +188,29 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure what the options say and print it; the exit code."""
+    """Measure the chosen ops and print the table; returns the exit status."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: expected a device of this machine, got cuda, and torch finds none")
+        raise ValueError("--device: expected a device of this machine, got cuda, but torch finds no GPU")
     dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
     sizes = _sizes(options)
     if any("topk" in name for name in options.op) and sizes.key_tokens < TOPK:
         raise ValueError(
-            f"--key-tokens: expected at least {TOPK} for an op of the top {TOPK}, got {sizes.key_tokens}"
+            f"--key-tokens: expected at least {TOPK} for a top-{TOPK} op, got {sizes.key_tokens}"
         )
     backend = choose_backend(options.backend, sizes, DTYPES[dtype], device)
     if device == "cuda":
         measure.use_cuda()
     print(f"qalign_kernels {__version__}, torch {torch.__version__}, {measure.device_name(device)}")
-    print("each result is within the error budget against float64, or has no figure", flush=True)
+    print("results outside the error budget against float64 have no figures", flush=True)
     rows: list[dict[str, Any]] = []
     wrong = []
     with torch.no_grad():
         for name in options.op:
-            found = measure_op(op_named(name), backend, sizes, dtype, device, options.seconds)
-            rows += found
-            wrong += [] if found else [name]
-            if options.json:  # after every op, so that a run that is stopped leaves what it measured
+            measured = measure_op(op_named(name), backend, sizes, dtype, device, options.seconds)
+            rows += measured
+            wrong += [] if measured else [name]
+            if options.json:  # after every op, so that an interrupted run keeps its rows
                 lines = ",\n".join(json.dumps(row) for row in rows)
                 with replacing(options.json) as temporary:
                     temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
@@ -218,9 +218,9 @@ def run(options: argparse.Namespace) -> int:
         print(table(rows))
     for row in rows:
         if row["host_bound"]:
-            print(f"{row['op']} {row['provider']}: host-bound, the time is that of its launches")
+            print(f"{row['op']} {row['provider']}: host-bound, so the time is that of its launches")
     for name in wrong:
-        print(f"FAILED {name} on {backend}: outside the error budget against float64; no speed is shown")
+        print(f"FAILED {name} on {backend}: outside the error budget against float64, so no speed is shown")
     return 1 if wrong else 0
 
 
@@ -236,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
+    """Run the command line; returns the exit status."""
     return _command_line.main(parser, arguments)
 
 

@@ -1,4 +1,4 @@
-"""Checks of measured results: each holds sampled rows against float64 within the error budget."""
+"""Checks of measured results: sampled query rows against float64, under the error budget."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 import qalign_kernels as qk
 
 from .. import Segment, _backends, testing
-from ..attention import Guide
+from ..segments import Guide
 from ..unit_features import unit
 from .measure import Inputs
 
@@ -17,7 +17,7 @@ TOPK, STRENGTH = 8, 20.0
 
 
 def sampled_rows(x: Inputs) -> Tensor:
-    """Sampled query rows, the first and the last among them."""
+    """Choose query rows at equal distances, with the first and the last."""
     tokens = x.query.shape[2]
     return torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=x.query.device).long()
 
@@ -31,7 +31,7 @@ def _reference(stem: str) -> Any:
 
 
 def _scores(x: Inputs, similarity: str, joint: bool, labels: bool) -> tuple[Tensor, Tensor]:
-    """Scores of the sampled rows in the input dtype and in float64."""
+    """Compute the scores of the sampled rows in the input dtype and in float64."""
     rows = sampled_rows(x)
     query, sets = x.query[:, :, rows], (x.query_bit_sets[:, rows], x.bit_sets) if labels else ()
     return tuple(
@@ -60,7 +60,7 @@ def check_attention(
 ) -> bool:
     rows = sampled_rows(x)
     query = x.query[:, :, rows]
-    seen = {"query_labels": None if labels is None else labels[:, rows]}
+    restricted = {"query_labels": None if labels is None else labels[:, rows]}
     scale, reduction = query.shape[-1] ** -0.5, sum(s.key.shape[2] for s in segments)
     results = []
     for dtype in (query.dtype, torch.float64):
@@ -74,7 +74,7 @@ def check_attention(
         )
         results.append(
             _reference("attention").attention(
-                query.to(dtype), parts, scale=scale, contrast=contrast, guide=guided, **seen
+                query.to(dtype), parts, scale=scale, contrast=contrast, guide=guided, **restricted
             )[0]
         )
     same, truth = results
@@ -149,8 +149,10 @@ def check_gather(x: Inputs, result: tuple[Tensor, Tensor], backend: str) -> bool
 
 
 def gradient(x: Inputs, backend: str, shared: bool = False) -> tuple[Tensor, ...]:
-    """Of query, key and value, for an output weighted by `output_gradient`; `shared`: each query row reads its
-    keys through a batch index."""
+    """Compute the gradients of query, key and value for an output weighted by `output_gradient`.
+
+    With `shared`, each query row reads its keys through a batch index.
+    """
     leaves = learned(x.query, x.key, x.value)
     batch_index = torch.arange(x.query.shape[0], device=x.query.device, dtype=torch.int32) if shared else None
     with torch.enable_grad():
@@ -159,7 +161,11 @@ def gradient(x: Inputs, backend: str, shared: bool = False) -> tuple[Tensor, ...
 
 
 def check_gradient(x: Inputs, gradients: tuple[Tensor, ...], backend: str, shared: bool = False) -> bool:
-    """Of sampled queries; of keys and values, which sum over all queries, in a second call that has the sampled ones alone."""
+    """Check the gradients of the sampled queries, and those of keys and values in a second call.
+
+    The gradients of keys and values are sums over all queries, so the second call has the sampled queries
+    alone.
+    """
     rows = sampled_rows(x)
     few = x._replace(query=x.query[:, :, rows], output_gradient=x.output_gradient[:, :, rows])
     names = ("query", "key", "value", "output_gradient")
@@ -172,14 +178,15 @@ def check_gradient(x: Inputs, gradients: tuple[Tensor, ...], backend: str, share
 
 
 def _loss_scale(x: Inputs) -> float:
-    """What float16 needs, whose smallest number is 6e-8, and what torch's GradScaler begins with."""
+    """The initial scale of torch's GradScaler for float16, whose smallest number is 6e-8, else 1."""
     return 65536.0 if x.query.dtype == torch.float16 else 1.0
 
 
 def distillation_step(x: Inputs, backend: str) -> tuple[Tensor, ...]:
-    """The gradients of query, key and value, and the loss of their attention against the reference's.
+    """Compute the distillation loss of an attention output and its gradients in query, key and value.
 
-    The loss is scaled as `_loss_scale` says, and its gradients are.
+    Returns:
+        The gradients of the loss times `_loss_scale`, and the loss itself.
     """
     leaves = learned(x.query, x.key, x.value)
     with torch.enable_grad():
@@ -189,10 +196,9 @@ def distillation_step(x: Inputs, backend: str) -> tuple[Tensor, ...]:
 
 
 def check_step(x: Inputs, result: tuple[Tensor, ...], backend: str) -> bool:
-    """The gradients for the signs that the backend itself finds, the loss in the precision of the ideal output."""
-    leaves = learned(
-        x.query, x.key, x.value
-    )  # attention that learns may differ in bits from attention that does not
+    """Check the loss, and the gradients for the signs that the backend itself computes."""
+    # with gradients attention may differ in bits from attention without
+    leaves = learned(x.query, x.key, x.value)
     with torch.enable_grad():
         output = qk.attention(leaves[0], Segment(*leaves[1:]), backend=backend).detach().requires_grad_()
         loss = qk.distillation_loss(output, x.query, x.ref_query, x.value, backend=backend)
@@ -208,5 +214,5 @@ def check_step(x: Inputs, result: tuple[Tensor, ...], backend: str) -> bool:
 
 
 def learned(*tensors: Tensor) -> list[Tensor]:
-    """Leaves of the same values that take gradients."""
+    """Copy tensors to leaves that require gradients."""
     return [x.detach().requires_grad_() for x in tensors]

@@ -1,4 +1,4 @@
-"""What every measurement shares: random inputs, time, peak memory, a row of figures, and tables of rows."""
+"""Shared parts of all measurements: random inputs, time, peak memory, rows of figures and tables."""
 
 import ctypes
 import math
@@ -20,7 +20,7 @@ from .. import _backends
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIB = 2**20
 NUM_LABELS = 4
-FLUSH_MIB = 256  # more than the L2 cache of any GPU
+FLUSH_MIB = 256  # larger than the L2 cache of any GPU
 MOST_FLUSHES = 32
 _flush: Tensor | None = None
 
@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the measured ops read.
+    """The tensors that the measured ops read.
 
     Attributes:
         query: [B, H, N_q, D].
@@ -55,9 +55,10 @@ class Inputs(NamedTuple):
         output_gradient: [B, H, N_q, D_v], the weights of an output whose gradients are measured.
         match_map: int32 [B, 1, N_q] into the keys.
         counts: int32 [B, 1, N_k], how often `match_map` names each key.
-        bit_sets, half_sets: int32 [B, N_k], labels of keys, NUM_LABELS or two equal regions, one bit each.
-        query_bit_sets, query_half_sets: int32 [B, N_q], those of queries.
-        classes: int32 [B, N_k], the regions of `bit_sets` as numbers.
+        bit_sets, half_sets: int32 [B, N_k], labels of keys: NUM_LABELS or two regions of equal size, one bit
+            each.
+        query_bit_sets, query_half_sets: int32 [B, N_q], the same for queries.
+        classes: int32 [B, N_k], the numbers of the regions of `bit_sets`.
     """
 
     query: Tensor
@@ -80,11 +81,11 @@ FEATURES = ("query", "ref_query", "key", "value", "output_gradient")
 def draw_inputs(
     sizes: Sizes, dtype: torch.dtype, device: str, *, matched_fraction: float | None = None, seed: int = 0
 ) -> Inputs:
-    """Draw normal features, contiguous, the same for a seed.
+    """Draw contiguous features from a normal distribution; the same seed gives the same.
 
     Args:
-        matched_fraction: makes each query a noisy copy of its match among this fraction of the reference
-            tokens; None: matches are by chance.
+        matched_fraction: each query is a noisy copy of a token from this fraction of the reference tokens.
+            None: queries are independent of the reference.
     """
     batch, heads, tokens, key_tokens, head_dim, value_dim = sizes
     generator = torch.Generator(device).manual_seed(seed)
@@ -92,11 +93,7 @@ def draw_inputs(
     def normal(length: int, dim: int) -> Tensor:
         return torch.randn((batch, heads, length, dim), generator=generator, device=device)
 
-    query, ref_query, key = (
-        normal(tokens, head_dim),
-        normal(key_tokens, head_dim),
-        normal(key_tokens, head_dim),
-    )
+    query, ref_query, key = (normal(length, head_dim) for length in (tokens, key_tokens, key_tokens))
     value = normal(key_tokens, value_dim)
     index = torch.randint(key_tokens, (batch, 1, tokens), generator=generator, device=device)
     if matched_fraction is not None:
@@ -116,7 +113,7 @@ def draw_inputs(
 
 
 def _map(tokens: int, key_tokens: int, fraction: float, generator: torch.Generator, device: str) -> Tensor:
-    """Draw a match map [tokens] onto this fraction of the reference tokens, one for each query at most."""
+    """Draw a match map [tokens] onto this fraction of the reference tokens."""
     unique = min(tokens, max(1, round(fraction * key_tokens)))
     chosen = torch.randperm(key_tokens, generator=generator, device=device)[:unique]
     repeated = chosen[torch.randint(unique, (tokens - unique,), generator=generator, device=device)]
@@ -124,7 +121,7 @@ def _map(tokens: int, key_tokens: int, fraction: float, generator: torch.Generat
 
 
 def _regions(tokens: int, count: int, device: str) -> Tensor:
-    """Number `count` equal regions of tokens that follow each other."""
+    """Number the tokens by `count` consecutive regions of equal size."""
     return torch.arange(tokens, device=device).mul(count).div(tokens, rounding_mode="floor")
 
 
@@ -133,22 +130,22 @@ def _bits(tokens: int, count: int, batch: int, device: str) -> Tensor:
 
 
 def in_processor_layout(inputs: Inputs) -> Inputs:
-    """Copy the features to [B, N, H, D] storage, seen as [B, H, N, D], as attention processors have them."""
+    """Copy the features to the memory layout of attention processors, [B, N, H, D] seen as [B, H, N, D]."""
     return inputs._replace(**{name: processor_layout(getattr(inputs, name)) for name in FEATURES})
 
 
 def processor_layout(features: Tensor) -> Tensor:
-    """Copy [B, H, N, D] to [B, N, H, D] storage of the same shape."""
+    """Copy [B, H, N, D] to [B, N, H, D] in memory; the shape stays."""
     return features.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def unique_fraction(index: Tensor) -> float:
-    """Count the distinct reference tokens per query token, U/N, averaged over the maps [B, G, N]."""
+    """Compute the number of distinct reference tokens per query token, U/N, averaged over maps [B, G, N]."""
     return sum(row.unique().numel() / row.numel() for row in index.flatten(0, 1)) / index.shape[:2].numel()
 
 
 class CudaStamp:
-    """A point on the GPU's own time line; the difference of two is in seconds and waits for the later one."""
+    """A point in GPU time. The difference of two is in seconds and waits for the later one."""
 
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
@@ -160,30 +157,30 @@ class CudaStamp:
 
 
 def stamp() -> Any:
-    """Seconds on the CPU, a `CudaStamp` where CUDA is the device measured."""
+    """A `CudaStamp` if CUDA is measured, else the CPU time in seconds."""
     return CudaStamp() if _flush is not None else time.perf_counter()
 
 
 def use_cuda() -> None:
-    """Measure on the GPU's time line, with an empty L2 cache before every round."""
+    """Measure GPU time from now on, with an empty L2 cache before every round."""
     global _flush
     _flush = torch.empty(FLUSH_MIB << 20, dtype=torch.int8, device="cuda")
 
 
 def before_round(flushes: int = 1) -> None:
-    """Empty the L2 cache, so often that the launches of the round queue behind it."""
+    """Empty the L2 cache `flushes` times, so that the launches of the round queue behind it."""
     if _flush is not None:
         for _ in range(flushes):
             _flush.zero_()
 
 
 class Hidden(NamedTuple):
-    """How the host's time of a call is hidden on the GPU's time line.
+    """How the time that the host needs for a call is hidden from the GPU time.
 
     Attributes:
-        host_seconds: the host's time of one call that is launched and not waited for.
-        flushes: what the GPU does before each round while the host launches it.
-        host_bound: MOST_FLUSHES take less time than the host, so an eager time is the host's.
+        host_seconds: time of one call on the host, which does not wait for the GPU.
+        flushes: number of cache flushes before each round, during which the host launches it.
+        host_bound: the host needs longer than MOST_FLUSHES, so the measured time is that of the host.
     """
 
     host_seconds: float
@@ -192,7 +189,7 @@ class Hidden(NamedTuple):
 
 
 def hide_host(call: Callable[[], Any]) -> Hidden:
-    """Measure the host's time of a call, and count the flushes that hide it; 1 on a CPU, which has no host."""
+    """Measure the time of a call on the host and the number of flushes that hide it; 1 flush on a CPU."""
     if _flush is None:
         return Hidden(0.0, 1, False)
     start = stamp()
@@ -211,7 +208,7 @@ def _host_seconds(call: Callable[[], Any]) -> float:
 
 
 def time_rounds(call: Callable[[], Any], rounds: int, flushes: int = 1) -> list[float]:
-    """Time single calls, in seconds; on a GPU the L2 cache is empty and rounds queue as in a busy stream."""
+    """Time single calls in seconds. On a GPU the L2 cache is empty, and rounds queue as in a busy stream."""
     stamps = []
     for _ in range(rounds):
         before_round(flushes)
@@ -222,7 +219,7 @@ def time_rounds(call: Callable[[], Any], rounds: int, flushes: int = 1) -> list[
 
 
 def percentiles(seconds: list[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80 of the rounds."""
+    """Compute p20, p50 and p80 of the rounds."""
     if len(seconds) == 1:
         return seconds[0], seconds[0], seconds[0]
     tenths = statistics.quantiles(seconds, n=10, method="inclusive")
@@ -230,7 +227,7 @@ def percentiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def cuda_peak_mib(call: Callable[[], Any]) -> float:
-    """Measure the peak of the memory that one call allocates on the GPU, its output included."""
+    """Measure the peak of the GPU memory that one call allocates, with its output."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -240,7 +237,7 @@ def cuda_peak_mib(call: Callable[[], Any]) -> float:
 
 
 def cpu_rise_mib(call: Callable[[], Any]) -> float:
-    """Measure the rise of the peak resident size of this process."""
+    """Measure how far one call raises the peak resident size of this process."""
     before = _settle()
     result = call()
     rise = (_peak_bytes() - before) / MIB
@@ -251,12 +248,12 @@ def cpu_rise_mib(call: Callable[[], Any]) -> float:
 def fresh_process_rise_mib(
     prepare: Callable[..., Callable[[], Any]], *arguments: Any, preload: str
 ) -> float | None:
-    """Measure the call that `prepare(*arguments)` gives in a fresh process with as many threads as this one.
+    """Measure the call that `prepare(*arguments)` returns, in a new process with as many threads as this one.
 
-    `prepare` is a function of an importable module and warms up; `preload` is a module that it needs.
+    `prepare` is a function of an importable module and warms up. `preload` is a module that it needs.
 
     Returns:
-        MiB; None where that process came to no result, and on Windows, which does not fork.
+        MiB. None if that process gives no result, and on Windows, which cannot fork.
     """
     if sys.platform == "win32":
         return None
@@ -283,7 +280,7 @@ def _send_rise(
 
 
 def _settle() -> int:
-    """Hand freed memory back, restart the peak where the system can; the resident size in bytes."""
+    """Free unused memory and reset the peak, if the system can; returns the resident size in bytes."""
     if not sys.platform.startswith("linux"):
         return _peak_bytes()
     ctypes.CDLL(None).malloc_trim(0)
@@ -294,7 +291,7 @@ def _settle() -> int:
 def _peak_bytes() -> int:
     if sys.platform.startswith("linux"):
         return _status_bytes("VmHWM")
-    import resource  # Windows has none
+    import resource  # absent on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
@@ -305,22 +302,22 @@ def _status_bytes(name: str) -> int:
 
 
 def saved_mib(call: Callable[[], Any], inputs: Sequence[Tensor]) -> tuple[float, Any]:
-    """Measure what autograd keeps for the backward pass of `call`, each storage once, no `inputs`.
+    """Measure what autograd saves for the backward pass of `call`, without `inputs`, each storage once.
 
     Returns:
         MiB, and the result of the call.
     """
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
+        sizes[storage.data_ptr()] = storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         result = call()
     given = {x.untyped_storage().data_ptr() for x in inputs}
-    return sum(size for pointer, size in found.items() if pointer not in given) / MIB, result
+    return sum(size for pointer, size in sizes.items() if pointer not in given) / MIB, result
 
 
 def result_row(
@@ -338,8 +335,14 @@ def result_row(
     unique_fraction: float | None = None,
     hidden: Hidden | None = None,
 ) -> dict[str, Any]:
-    """Make the row of one provider; `work` is in FLOPs, `yardstick` SDPA's median in seconds, `hidden` how the
-    rounds hid the host's time."""
+    """Make the row of figures of one provider.
+
+    Args:
+        size: [B, H, N, D].
+        work: FLOPs of the op. None: the row has no TFLOP/s.
+        yardstick: the median time of SDPA in seconds. None: the row has no ratio.
+        hidden: how the rounds hid the time of the host. None: they did not.
+    """
     p20, p50, p80 = percentiles(seconds)
     return {
         "device": device_name(device),
@@ -363,7 +366,7 @@ def result_row(
 
 
 def device_name(device: str) -> str:
-    """Name the GPU, or the processor and the threads that torch takes."""
+    """Name the GPU, or the processor and the number of threads of torch."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{_processor()}, {torch.get_num_threads()} cores"
@@ -371,29 +374,26 @@ def device_name(device: str) -> str:
 
 def _processor() -> str:
     try:
-        line = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-        )
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
     return line.split(":", 1)[1].strip()
 
 
 def triton_version() -> str | None:
-    """The version of Triton, or None where it does not import."""
+    """The version of Triton, or None if it cannot be used."""
     return None if _backends.triton_problem() else sys.modules["triton"].__version__
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay out rows of cells as text in columns."""
+    """Format rows of cells as text in columns."""
     lines = [[str(cell) for cell in line] for line in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
-    )
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay out rows of cells as a Markdown table."""
+    """Format rows of cells as a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

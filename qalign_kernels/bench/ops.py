@@ -1,4 +1,4 @@
-"""The ops as they are measured: our call, its check against float64 on sampled rows, its FLOPs."""
+"""The measured ops: the call, its check against float64 and its FLOPs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,14 +30,24 @@ from .checks import (
 from .measure import NUM_LABELS, Inputs, Sizes, draw_inputs, in_processor_layout
 
 CONTRAST = 1.67
-MATCHED_FRACTION = 0.55  # of the reference tokens, where queries are correlated with them
+MATCHED_FRACTION = 0.55  # of the reference tokens, for correlated queries
 SDPA = "sdpa"
 WARM_UP_TOKENS = 64
 
 
 class Op(NamedTuple):
-    """`run(inputs, backend)` is ours; `check(inputs, result, backend)` holds it against float64; FLOPs are of the definition, whoever runs it.
-    `learned`: it takes gradients, for which something is saved."""
+    """A measured op.
+
+    Attributes:
+        name: the name on the command line and in the table.
+        run: `run(inputs, backend)` is the measured call.
+        check: `check(inputs, result, backend)` is whether the result is within the error budget.
+        flops: FLOPs of the op's formula by sizes, whatever the implementation does; None if it has none.
+        correlated: the queries are noisy copies of reference tokens.
+        match_map: `match_map(inputs, result, backend)` gives the match map that the op uses; None if it uses
+            none.
+        learned: the op computes gradients, for which autograd saves tensors.
+    """
 
     name: str
     run: Callable[[Inputs, str], Any]
@@ -48,31 +58,31 @@ class Op(NamedTuple):
     learned: bool = False
 
 
-def _qalign(x: Inputs, backend: str, **how: Any) -> Tensor:
-    return qk.qalign_attention(x.query, x.ref_query, x.key, x.value, backend=backend, **how)
+def _qalign(x: Inputs, backend: str, **settings: Any) -> Tensor:
+    return qk.qalign_attention(x.query, x.ref_query, x.key, x.value, backend=backend, **settings)
 
 
-def _segment(x: Inputs, **how: Any) -> Segment:
-    return Segment(x.key, x.value, **how)
+def _segment(x: Inputs, **settings: Any) -> Segment:
+    return Segment(x.key, x.value, **settings)
 
 
 def _match_flops(sizes: Sizes) -> float:
-    """One product of queries with keys: 2·E·D."""
+    """FLOPs of the product of queries and keys: 2·E·D."""
     return 2 * sizes.scores * sizes.head_dim
 
 
 def attention_flops(sizes: Sizes) -> float:
-    """The products with keys and with values: 2·E·(D + D_v)."""
+    """FLOPs of the products with keys and with values: 2·E·(D + D_v)."""
     return 2 * sizes.scores * (sizes.head_dim + sizes.value_dim)
 
 
-def _attention_op(name: str, how: Callable[[Inputs], dict], contrast: float = 1.0) -> Op:
-    """`how` gives what the segment holds beside keys and values, and with its labels those of the queries."""
+def _attention_op(name: str, options: Callable[[Inputs], dict], contrast: float = 1.0) -> Op:
+    """An op over one segment. `options` gives its settings, and `query_labels` if it has labels."""
 
     def parts(x: Inputs) -> tuple[Segment, Tensor | None]:
-        held = how(x)
-        query_labels = held.pop("query_labels", None)
-        return _segment(x, **held), query_labels
+        settings = options(x)
+        query_labels = settings.pop("query_labels", None)
+        return _segment(x, **settings), query_labels
 
     def run(x: Inputs, backend: str) -> Tensor:
         segment, query_labels = parts(x)
@@ -212,20 +222,20 @@ def op_named(name: str) -> Op:
 
 
 def draw(op: Op, sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
-    """Draw the inputs of an op in the layout of attention processors."""
+    """Draw the inputs of an op in the memory layout of attention processors."""
     fraction = MATCHED_FRACTION if op.correlated else None
     return in_processor_layout(draw_inputs(sizes, dtype, device, matched_fraction=fraction))
 
 
 def build(provider: str, op: Op, inputs: Inputs) -> Callable[[], Any]:
-    """Make a function without arguments that does the op once on a backend, or SDPA on the same tensors."""
+    """Make a function without arguments that runs the op on a backend, or SDPA on the same tensors."""
     if provider == SDPA:
         return lambda: scaled_dot_product_attention(inputs.query, inputs.key, inputs.value)
     return lambda: op.run(inputs, provider)
 
 
 def prepare(provider: str, op_name: str, sizes: Sizes, dtype: torch.dtype) -> Callable[[], Any]:
-    """Build a call on the CPU after a small one, so that what the first call loads is not measured."""
+    """Build a call on the CPU after a small one, so that the measurement has no one-time loading."""
     op = op_named(op_name)
     small = sizes._replace(batch=1, tokens=WARM_UP_TOKENS, key_tokens=WARM_UP_TOKENS)
     build(provider, op, draw(op, small, dtype, "cpu"))()

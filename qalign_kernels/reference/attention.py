@@ -1,4 +1,12 @@
-"""attention as its formula reads: the logits over all segments, their softmax with multiplicities, the contrast, the values."""
+"""attention as its formula reads.
+
+1. The logits of all segments, side by side.
+2. Their softmax with multiplicities.
+3. The contrast, if there is one.
+4. The weighted sum of the values.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -6,8 +14,15 @@ from torch import Tensor
 from ._product import product
 
 
-def _segment_logits(query, segment, scale, query_labels, guide, accumulate) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [B, H, N_q, N_k] (-inf where unseen), multiplicities [B, 1 or H, 1, N_k] and values of one segment, rows picked."""
+class _Segment(NamedTuple):
+    """One segment as the batch rows of the queries read it."""
+
+    logits: Tensor  # [B, H, N_q, N_k], -inf where a query does not see a key
+    counts: Tensor  # [B, H, 1, N_k], the multiplicities
+    value: Tensor  # [B, H, N_k, D_v]
+
+
+def _segment(query, segment, scale, query_labels, guide, accumulate) -> _Segment:
     rows = slice(None) if segment.batch_index is None else segment.batch_index.long()
     key, value = segment.key.to(accumulate)[rows], segment.value.to(accumulate)[rows]
     logits = segment.logit_scale * scale * product(query.to(accumulate), key.mT) + segment.logit_shift
@@ -23,7 +38,7 @@ def _segment_logits(query, segment, scale, query_labels, guide, accumulate) -> t
     else:
         counts = segment.counts.to(accumulate)
         logits = logits.masked_fill((segment.counts == 0).unsqueeze(2), float("-inf"))
-    return logits, counts.expand(-1, query.shape[1], -1).unsqueeze(2), value
+    return _Segment(logits, counts.expand(-1, query.shape[1], -1).unsqueeze(2), value)
 
 
 def contrast_weights(probabilities: Tensor, contrast: float, total: Tensor) -> Tensor:
@@ -35,7 +50,7 @@ def attention(
     query, segments, *, scale, contrast=1.0, query_labels=None, guide=None, need_lse=True
 ) -> tuple[Tensor, Tensor]:
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    parts = [_segment_logits(query, segment, scale, query_labels, guide, accumulate) for segment in segments]
+    parts = [_segment(query, segment, scale, query_labels, guide, accumulate) for segment in segments]
     logits, counts, value = (torch.cat(part, dim) for part, dim in zip(zip(*parts), (3, 3, 2)))
     lse = (logits + counts.log()).logsumexp(-1)
     unseen = logits == float("-inf")

@@ -1,6 +1,10 @@
-"""The seven readings of Q-Align as their formulas read: maps materialised, keys and values gathered."""
+"""Q-Align with each of its seven refinements, as their formulas read.
+
+Every map of scores is materialised, and matched keys and values are gathered.
+"""
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,81 +15,149 @@ from .rearrange import rearrange_kv
 from .similarity import scores, similarity_argmax, similarity_topk
 
 
+class Alignment(NamedTuple):
+    """What is matched with what, in the order of the arguments of `scores`."""
+
+    query: Tensor
+    reference: Tensor
+    similarity: str
+    joint: bool
+    query_labels: Tensor | None
+    reference_labels: Tensor | None
+
+    def unit(self) -> "Alignment":
+        """The cosine as the dot product of normalised features, rounded to the dtype of the input."""
+        if self.similarity != "cosine":
+            return self
+        return self._replace(query=_unit(self.query), reference=_unit(self.reference), similarity="dot")
+
+
+class Call(NamedTuple):
+    """One call of `qalign_attention`, the batch rows of its reference taken."""
+
+    query: Tensor
+    ref_query: Tensor
+    key: Tensor
+    value: Tensor
+    own_key: Tensor | None
+    alignment: Alignment
+    topk: int | None
+    strength: float
+    scale: float
+    contrast: float
+
+
+def qalign_attention(
+    query,
+    ref_query,
+    ref_key,
+    ref_value,
+    *,
+    similarity,
+    heads,
+    refinement,
+    match_query,
+    own_key,
+    topk,
+    strength,
+    scale,
+    contrast,
+    query_labels,
+    ref_labels,
+    batch_index,
+) -> Tensor:
+    """Its parameters are those of the public op, so that both can be compared."""
+    if batch_index is not None:
+        accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+        ref_query, ref_key, ref_value = (
+            x.to(accumulate)[batch_index.long()].to(x.dtype) for x in (ref_query, ref_key, ref_value)
+        )
+    joint = heads == "joint" and refinement not in ("guided", "soft")
+    alignment_query = query if match_query is None else match_query
+    alignment = Alignment(alignment_query, ref_query, similarity, joint, query_labels, ref_labels)
+    call = Call(query, ref_query, ref_key, ref_value, own_key, alignment, topk, strength, scale, contrast)
+    return FORMULAS[refinement](call)
+
+
+def _topk(call: Call) -> Tensor:
+    query, reference, *others = call.alignment
+    index, score = similarity_topk(query, reference, call.topk, *others)
+    settings = {"scale": call.scale, "contrast": call.contrast}
+    output = topk_attention(call.query, call.key, call.value, index, **settings)
+    return _unmatchable_to_nan(output, score[..., 0])
+
+
+def _guided(call: Call) -> Tensor:
+    logits = _logits(call.query, call.key, call.scale)
+    guide = _strengthened(scores(*call.alignment.unit()), call.strength)
+    return _weigh(logits + guide, call.value, call.contrast)
+
+
+def _soft(call: Call) -> Tensor:
+    table = _strengthened(scores(*call.alignment.unit()), call.strength)
+    present = (table != float("-inf")).any(-1)
+    weights = table.softmax(-1).masked_fill(~present.unsqueeze(-1), 0).to(call.query.dtype)
+    key, value = (product(weights, x.expand(*weights.shape[:2], -1, -1)) for x in (call.key, call.value))
+    logits = _logits(call.query, key, call.scale).masked_fill(~present.unsqueeze(2), float("-inf"))
+    return _weigh(logits, value, call.contrast, present.sum(-1))
+
+
+def _warped_output(call: Call) -> Tensor:
+    index, score = similarity_argmax(*call.alignment)
+    labels = call.alignment.reference_labels
+    segment = _segment(call.key, call.value, labels=labels)
+    output = attention(call.ref_query, [segment], scale=call.scale, query_labels=labels)[0]
+    return _unmatchable_to_nan(rearrange_kv(output, output, index)[0], score)
+
+
+def _none(call: Call) -> Tensor:
+    index, score = similarity_argmax(*call.alignment)
+    return _unmatchable_to_nan(rearrange_kv(call.key, call.value, index)[1], score)
+
+
+def _warped_values(call: Call) -> Tensor:
+    index, score = similarity_argmax(*call.alignment)
+    value = _unmatchable_to_nan(rearrange_kv(call.key, call.value, index)[1], score)
+    segment = _segment(call.own_key, value, counts=(index >= 0).int())
+    return attention(call.query, [segment], scale=call.scale, contrast=call.contrast)[0]
+
+
+def _rearranged(call: Call) -> Tensor:
+    """Softmax over the rearranged keys. Each carries the label set of the token it was taken from."""
+    index, score = similarity_argmax(*call.alignment)
+    key, value = rearrange_kv(call.key, call.value, index)
+    matched = index >= 0
+    logits = _logits(call.query, key, call.scale).masked_fill(~matched.unsqueeze(2), float("-inf"))
+    query_labels, ref_labels = call.alignment.query_labels, call.alignment.reference_labels
+    if query_labels is not None and ref_labels is not None:
+        tokens = index.clamp(min=0).long()
+        labels = ref_labels.expand(call.query.shape[0], -1).unsqueeze(1).take_along_dim(tokens, dim=2)
+        seen = (query_labels.unsqueeze(1).unsqueeze(-1) & labels.unsqueeze(2)) != 0
+        logits = logits.masked_fill(~seen, float("-inf"))
+    return _unmatchable_to_nan(_weigh(logits, value, call.contrast, matched.sum(-1)), score)
+
+
+FORMULAS = {
+    "rearranged": _rearranged,
+    "warped_values": _warped_values,
+    "warped_output": _warped_output,
+    "none": _none,
+    "topk": _topk,
+    "guided": _guided,
+    "soft": _soft,
+}
+
+
 def _segment(
-    key: Tensor, value: Tensor, counts: Tensor | None = None, labels: Tensor | None = None
+    key: Tensor | None, value: Tensor, counts: Tensor | None = None, labels: Tensor | None = None
 ) -> SimpleNamespace:
     return SimpleNamespace(
         key=key, value=value, counts=counts, labels=labels, batch_index=None, logit_scale=1.0, logit_shift=0.0
     )
 
 
-def qalign_attention(
-    query, ref_query, ref_key, ref_value, *, similarity, heads, refinement, match_query, own_key, topk, strength, scale, contrast,
-    query_labels, ref_labels, batch_index,
-) -> Tensor:  # fmt: skip
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if batch_index is not None:
-        ref_query, ref_key, ref_value = (
-            x.to(accumulate)[batch_index.long()].to(x.dtype) for x in (ref_query, ref_key, ref_value)
-        )
-    joint = heads == "joint" and refinement not in ("guided", "soft")
-    asking = query if match_query is None else match_query
-    alignment = (asking, ref_query, similarity, joint, query_labels, ref_labels)
-    if (
-        refinement in ("guided", "soft") and similarity == "cosine"
-    ):  # features of the input dtype, as keys and queries are
-        alignment = (_unit(asking), _unit(ref_query), "dot", joint, query_labels, ref_labels)
-
-    if refinement == "topk":
-        index, score = similarity_topk(asking, ref_query, topk, similarity, joint, query_labels, ref_labels)
-        return _unmatchable_to_nan(
-            topk_attention(query, ref_key, ref_value, index, scale=scale, contrast=contrast), score[..., 0]
-        )
-    if refinement == "guided":
-        return _weigh(
-            _logits(query, ref_key, scale) + _strengthened(scores(*alignment), strength), ref_value, contrast
-        )
-    if refinement == "soft":
-        table = _strengthened(scores(*alignment), strength)
-        present = (table != float("-inf")).any(-1)
-        weights = table.softmax(-1).masked_fill(~present.unsqueeze(-1), 0).to(query.dtype)
-        key, value = (product(weights, x.expand(*weights.shape[:2], -1, -1)) for x in (ref_key, ref_value))
-        logits = _logits(query, key, scale).masked_fill(~present.unsqueeze(2), float("-inf"))
-        return _weigh(logits, value, contrast, present.sum(-1))
-
-    index, score = similarity_argmax(*alignment)
-    if refinement == "warped_output":
-        output = attention(
-            ref_query, [_segment(ref_key, ref_value, labels=ref_labels)], scale=scale, query_labels=ref_labels
-        )[0]
-        return _unmatchable_to_nan(rearrange_kv(output, output, index)[0], score)
-    key, value = rearrange_kv(ref_key, ref_value, index)
-    if refinement == "none":
-        return _unmatchable_to_nan(value, score)
-    matched = index >= 0
-    if refinement == "warped_values":
-        return attention(
-            query,
-            [_segment(own_key, _unmatchable_to_nan(value, score), matched.int())],
-            scale=scale,
-            contrast=contrast,
-        )[0]
-    labels = None
-    if query_labels is not None:  # a rearranged key carries the label of the token it was taken from
-        labels = (
-            ref_labels.expand(query.shape[0], -1)
-            .unsqueeze(1)
-            .take_along_dim(index.clamp(min=0).long(), dim=2)
-        )
-    logits = _logits(query, key, scale).masked_fill(~matched.unsqueeze(2), float("-inf"))
-    if labels is not None:
-        seen = (query_labels.unsqueeze(1).unsqueeze(-1) & labels.unsqueeze(2)) != 0
-        logits = logits.masked_fill(~seen, float("-inf"))
-    return _unmatchable_to_nan(_weigh(logits, value, contrast, matched.sum(-1)), score)
-
-
 def _strengthened(table: Tensor, strength: float) -> Tensor:
-    """strength · S, inadmissible pairs still -inf."""
+    """strength · S; pairs whose labels do not meet stay -inf."""
     return (strength * table).masked_fill(table == float("-inf"), float("-inf"))
 
 
@@ -104,7 +176,7 @@ def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _weigh(logits: Tensor, value: Tensor, contrast: float, total: Tensor | None = None) -> Tensor:
-    """softmax (contrasted, N = `total` keys) of the logits times the values; a row of -inf gives zeros."""
+    """Softmax of the logits, contrasted with N = `total`, times the values. A row of -inf gives zeros."""
     lse = logits.logsumexp(-1, keepdim=True)
     unseen = logits == float("-inf")
     weights = (logits - lse.masked_fill(lse == float("-inf"), 0)).exp()
@@ -136,7 +208,7 @@ def topk_attention(query, key, value, index, *, scale, contrast=1.0, batch_index
 
 
 def _weigh_rows(logits: Tensor, contrast: float) -> Tensor:
-    """softmax over the k candidates (contrasted with N = k); absent candidates weigh nothing."""
+    """Softmax over the k candidates, contrasted with N = k. Absent candidates have weight 0."""
     absent = logits == float("-inf")
     probabilities = logits.softmax(-1).masked_fill(absent.all(-1, keepdim=True), 0)
     if contrast != 1.0:

@@ -15,4 +15,5 @@ def rearrange_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Ten
     # in the accumulate dtype, in which a gradient sums over the queries that took the same token
     accumulate = torch.float64 if key.dtype == torch.float64 else torch.float32
     wide = (x.to(accumulate).take_along_dim(rows, dim=2).masked_fill(unmatched, 0) for x in (key, value))
-    return tuple(x.to(key.dtype) for x in wide)
+    rearranged_key, rearranged_value = (x.to(key.dtype) for x in wide)
+    return rearranged_key, rearranged_value

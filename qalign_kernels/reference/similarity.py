@@ -1,4 +1,8 @@
-"""similarity_argmax and similarity_topk as their formula reads: the N×N score matrix, masked, then reduced."""
+"""similarity_argmax and similarity_topk as their formulas read.
+
+1. The matrix of scores, N_q×N_k; -inf where labels do not meet.
+2. Its largest entries in each row, the lowest index first among equals.
+"""
 
 import torch
 from torch import Tensor
@@ -36,11 +40,11 @@ def similarity_argmax(
 ) -> tuple[Tensor, Tensor]:
     table = scores(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
     best = table.detach().amax(-1)
-    # torch.max leaves the index of ties open: the lowest counts; a row with NaN takes its first NaN
+    # torch.max does not say which index it returns for ties: take the lowest; a row with NaN takes its first
     columns = torch.arange(table.shape[-1], device=table.device)
     chosen = (table == best.unsqueeze(-1)) | (table.isnan() & best.isnan().unsqueeze(-1))
     index = torch.where(chosen, columns, table.shape[-1]).amin(-1)
-    score = table.gather(-1, index.unsqueeze(-1)).squeeze(-1)  # its gradient goes to the one chosen token
+    score = table.gather(-1, index.unsqueeze(-1)).squeeze(-1)  # its gradient goes to one token, ties or not
     return index.masked_fill(best == float("-inf"), -1).int(), score
 
 

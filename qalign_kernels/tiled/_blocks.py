@@ -1,11 +1,11 @@
-"""Blocks of heads and query rows whose temporaries stay within a byte budget, and the batch row that a query row reads."""
+"""Blocks of heads and query rows whose temporaries stay within a byte budget, and batch rows by index."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-CPU_BLOCK_BYTES = 8 << 20  # stays in the last-level cache
+CPU_BLOCK_BYTES = 8 << 20  # fits in the last-level cache
 DEVICE_BLOCK_BYTES = 32 << 20
 
 
@@ -14,14 +14,17 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether a value of `x` is read at once, without waiting for a device."""
+    """Whether values of `x` can be read without waiting for a device."""
     return x.device.type == "cpu"
 
 
 def blocks(
     heads: int, queries: int, bytes_per_row: int, device: torch.device
 ) -> Iterator[tuple[slice, slice]]:
-    """Slices of heads and of query rows that cover [heads, queries]; a row costs `bytes_per_row`. Whole heads are taken together where they fit."""
+    """Slices of heads and of query rows that cover [heads, queries].
+
+    A row costs `bytes_per_row`. Several whole heads go together if they fit.
+    """
     budget = CPU_BLOCK_BYTES if device.type == "cpu" else DEVICE_BLOCK_BYTES
     affordable = max(1, budget // bytes_per_row)
     head_step = min(heads, max(1, affordable // queries))
@@ -32,7 +35,7 @@ def blocks(
 
 
 def batch_row(x: Tensor, row: int, batch_index: Tensor | None) -> Tensor:
-    """x[row], or x[batch_index[row]]: a view, except that a device copies the row that its index names."""
+    """x[row], or x[batch_index[row]]. It is a view, but with an index on a device it is a copy."""
     if batch_index is None:
         return x[row]
     if on_host(x):

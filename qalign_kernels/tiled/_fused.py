@@ -2,8 +2,8 @@
 
 With counts, each batch row goes alone:
 
-1. Take the keys and values that a head counts at least once. Heads that count fewer keys than others get zeros of
-   weight zero as well.
+1. Take the keys and values that a head counts at least once. Heads that count fewer keys than others get
+   zeros of weight zero as well.
 2. Pass the logarithms of the counts as an additive mask.
 3. Set the output of heads without any key to zero.
 """

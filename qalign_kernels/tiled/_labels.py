@@ -1,4 +1,4 @@
-"""Queries grouped by their label sets: each group sees some of the keys, all of them alike, and nothing is left to compare."""
+"""Queries grouped by their label sets. All queries of a group see the same keys, so that no labels remain."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ._blocks import on_host
 
-MOST_GROUPS = 32  # of label sets in a batch row; beyond, small groups cost more than comparing
+MOST_GROUPS = 32  # label sets in a batch row: with more, small groups cost more than comparing labels
 
 
 class Group(NamedTuple):
-    """Queries of the same label set in a batch row, or in all of them where labels have one row."""
+    """Queries with the same label set in a batch row, or in all batch rows if labels have one row."""
 
     batch: slice
     queries: Tensor  # [n], ascending
@@ -25,7 +25,11 @@ class Group(NamedTuple):
 def group_queries(
     query_labels: Tensor | None, key_labels: Sequence[Tensor | None], batch: int
 ) -> list[Group] | None:
-    """The groups of labels [B or 1, N]; None where there are no labels, too many sets, or a device that would have to wait for them."""
+    """The groups of labels [B or 1, N].
+
+    None if there are no labels, too many label sets, or if labels are on a device: reading them would wait
+    for it.
+    """
     if query_labels is None or not on_host(query_labels) or all(labels is None for labels in key_labels):
         return None
     rows = max(x.shape[0] for x in (query_labels, *key_labels) if x is not None)
@@ -44,13 +48,14 @@ def group_queries(
     return groups
 
 
-def _meeting(labels: Tensor, asked: Tensor) -> Tensor | None:
-    kept = ((labels & asked) != 0).nonzero().squeeze(1)
+def _meeting(labels: Tensor, own: Tensor) -> Tensor | None:
+    """The keys that share a label with a set; None for all keys."""
+    kept = ((labels & own) != 0).nonzero().squeeze(1)
     return None if kept.numel() == labels.numel() else kept
 
 
 def rows_read(batch: slice, batch_index: Tensor | None) -> tuple[slice, Tensor | None]:
-    """Which rows of the keys a group's batch rows read, and the index into those that is left."""
+    """Which rows of the keys the batch rows of a group read, and the index into these rows."""
     if batch_index is None:
         return batch, None
     if batch.stop - batch.start == batch_index.shape[0]:

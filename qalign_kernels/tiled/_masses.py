@@ -1,7 +1,8 @@
 """One block of query rows against the keys of every segment: the masses, their contrast and their sums.
 
-The mass of a key is m_j p_ij, its probability times its multiplicity. A block holds one score tensor per segment, so
-that segments are never concatenated. The channels of a guide are appended to those of query and key.
+The mass of a key is m_j p_ij, its probability times its multiplicity. A block holds one score tensor per
+segment, so that segments are never concatenated. The channels of a guide are appended to those of query and
+key.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,7 @@ def prepare(segment: Any, guide: Any, scale: float, b: int, dtype: torch.dtype) 
 
 
 def _present(counts: Tensor) -> Tensor | None:
-    """The tokens [U] that some head counts, at least one token; None for all tokens. U is read on the host."""
+    """The tokens [U] that some head counts, at least one; None for all tokens. U is read on the host."""
     kept = (counts != 0).any(0).nonzero().squeeze(1)
     if kept.numel() == counts.shape[1]:
         return None

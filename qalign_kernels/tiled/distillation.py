@@ -1,4 +1,4 @@
-"""distillation_loss by tiles of query rows: of the ideal output only one tile is ever held."""
+"""distillation_loss by tiles of query rows. Only one tile of the ideal output is held at a time."""
 
 from collections.abc import Sequence
 from typing import Any

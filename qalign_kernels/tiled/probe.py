@@ -1,4 +1,4 @@
-"""label_mass as attention over an indicator of the classes, mean_attention_map head by head into its result."""
+"""label_mass is attention over an indicator of the classes; mean_attention_map adds head after head."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -56,7 +56,7 @@ def label_mass_backward(
 
 
 def _indicator(key: Tensor, key_labels: Tensor, num_labels: int, counts: Tensor | None) -> SimpleNamespace:
-    """The segment whose values say of which class a key is."""
+    """A segment whose values are 1 where a key belongs to a class, else 0."""
     members = (key_labels.unsqueeze(-1) == torch.arange(num_labels, device=key.device)).to(key.dtype)
     members = members.unsqueeze(1).expand(key.shape[0], key.shape[1], -1, -1)
     return SimpleNamespace(

@@ -1,4 +1,4 @@
-"""topk_attention and its gradient by blocks of query rows: each gathers its k keys and values."""
+"""topk_attention and its gradient by blocks of query rows. Each query gathers its k keys and values."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class _Rows(NamedTuple):
     """A block of query rows with the keys and values that each of them attends, in the accumulate dtype."""
 
     rows: slice
-    index: Tensor  # int32 [B, 1 or H, r, k]
+    tokens: Tensor  # int32 [B, 1 or H, r, k]
     query: Tensor  # [B, H, r, D]
     keys: Tensor  # [B, H, r, k, D]
     values: Tensor  # [B, H, r, k, D_v]
@@ -64,9 +64,10 @@ def topk_attention_backward(
         offset = (part.probabilities * gain).sum(-1, keepdim=True)
         grad_logits = (scale * part.probabilities * (gain - offset)).unsqueeze(-1)
         grads[0][:, :, part.rows] = (grad_logits * part.keys).sum(3)
-        add_rows(grads[1], part.index, grad_logits * part.query.unsqueeze(3), batch_index)
-        add_rows(grads[2], part.index, weights.to(query.dtype).to(dtype).unsqueeze(-1) * grad, batch_index)
-    return tuple(grad.to(query.dtype) for grad in grads)
+        add_rows(grads[1], part.tokens, grad_logits * part.query.unsqueeze(3), batch_index)
+        add_rows(grads[2], part.tokens, weights.to(query.dtype).to(dtype).unsqueeze(-1) * grad, batch_index)
+    grad_query, grad_key, grad_value = (grad.to(query.dtype) for grad in grads)
+    return grad_query, grad_key, grad_value
 
 
 def _parts(
@@ -90,4 +91,4 @@ def _contrasted(part: _Rows, contrast: float) -> Tensor:
     """c (p - 1/k) + 1/k, not yet clipped."""
     if contrast == 1.0:
         return part.probabilities
-    return contrast * part.probabilities + (1 - contrast) / part.index.shape[3]
+    return contrast * part.probabilities + (1 - contrast) / part.tokens.shape[3]

@@ -1,8 +1,11 @@
-"""similarity_argmax and similarity_topk by blocks of query rows: one matrix product, reduced in two levels.
+"""similarity_argmax and similarity_topk by blocks of query rows.
 
-The scores of a block lie as [reference tokens, query rows], so that every reduction runs over contiguous rows. torch scans for an
-argmax many times slower than for a maximum: the maximum of each window of reference tokens comes first, the argmax only looks at
-those and at the winning window. On the CPU queries that see the same reference tokens go together.
+1. On the CPU, queries that see the same reference tokens go together.
+2. One matrix product gives the scores of a block, [reference tokens, query rows]: every reduction runs over
+   contiguous rows.
+3. The scores are reduced to the maximum of each window of WINDOW reference tokens. torch finds a maximum many
+   times faster than an argmax.
+4. The argmax over the windows, then over the tokens of the best window, gives the best token.
 """
 
 import torch
@@ -13,7 +16,7 @@ from ._labels import group_queries, rows_read
 from .rearrange import add_rows, places
 
 WINDOW = 32
-MAX_EXTRACTED = 32  # above, sorting a block beats taking its best tokens one after the other
+MAX_EXTRACTED = 32  # for a larger k, sorting a block is faster than taking its best tokens one by one
 
 
 def similarity_argmax(
@@ -53,10 +56,10 @@ def similarity_topk(
         seen = reference[rows] if kept is None else reference[rows].index_select(2, kept)
         if seen.shape[2]:
             few = min(k, seen.shape[2])
-            found, best = _topk(group.of(query), seen, few, similarity, joint, None, None, left)
+            matched, best = _topk(group.of(query), seen, few, similarity, joint, None, None, left)
             if kept is not None:
-                found = torch.where(found < 0, found, kept.int()[found.clamp(min=0).long()])
-            index[group.batch, :, :, :few].index_copy_(2, group.queries, found)
+                matched = torch.where(matched < 0, matched, kept.int()[matched.clamp(min=0).long()])
+            index[group.batch, :, :, :few].index_copy_(2, group.queries, matched)
             score[group.batch, :, :, :few].index_copy_(2, group.queries, best)
     return index, score
 
@@ -80,9 +83,8 @@ def _topk(
     bytes_per_row = padded * dtype.itemsize * (score_tensors + (query_labels is not None))
     tiles = list(blocks(groups, queries, bytes_per_row, query.device))
     columns = max((group.stop - group.start) * (rows.stop - rows.start) for group, rows in tiles)
-    scores = query.new_empty(
-        padded * columns, dtype=dtype
-    )  # one block's, over and over: fresh memory costs page faults
+    # one block's scores, used again for every block: fresh memory costs page faults
+    scores = query.new_empty(padded * columns, dtype=dtype)
     for b in range(batch):
         features = query.new_zeros(
             (groups, padded, reference.shape[3] * (heads if joint else 1)), dtype=dtype
@@ -106,7 +108,10 @@ def _topk(
 
 
 def _write_features(target: Tensor, source: Tensor, similarity: str, joint: bool) -> None:
-    """The compared vectors of one batch row [H, N, D] into `target`: [1, N, H·D] for a joint map, else [H, N, D]."""
+    """Write the compared vectors of one batch row [H, N, D].
+
+    `target` is [1, N, H·D] for a joint map, else [H, N, D].
+    """
     shaped = target[0].unflatten(-1, (source.shape[0], -1)).transpose(0, 1) if joint else target
     shaped.copy_(source)
     if similarity == "cosine":
@@ -114,7 +119,10 @@ def _write_features(target: Tensor, source: Tensor, similarity: str, joint: bool
 
 
 def _extract(table: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each column of [G, tokens, rows], the lowest token first among equals; what was taken is overwritten by -inf."""
+    """The k best tokens of each column of [G, tokens, rows], the lowest token first among equals.
+
+    A token that was taken is overwritten by -inf.
+    """
     windows = table.unflatten(1, (-1, WINDOW))
     peaks = windows.amax(2)
     indices, scores = [], []
@@ -166,21 +174,26 @@ def matched_score_backward(
         matched = unit[1][batch_rows, maps, some.clamp(min=0).long()]
         grads[0][:, :, rows] = (weight * matched).sum(3)
         add_rows(grads[1], some, weight * unit[0][:, :, rows].unsqueeze(3), batch_index)
-    results = (
-        grad if length is None else (grad - x * (x * grad).sum(-1, keepdim=True)) / length
+    grad_query, grad_reference = (
+        _unmapped(_of_vector(grad, x, length), joint, heads).to(query.dtype)
         for grad, x, length in zip(grads, unit, lengths)
     )
-    return tuple(
-        grad.unflatten(3, (heads, head_dim)).squeeze(1).transpose(1, 2).to(query.dtype).contiguous()
-        if joint
-        else grad.to(query.dtype)
-        for grad in results
-    )
+    return grad_query, grad_reference
+
+
+def _of_vector(grad: Tensor, unit: Tensor, length: Tensor | None) -> Tensor:
+    """The gradient of a vector, from that of its unit vector; None: it was compared as it is."""
+    return grad if length is None else (grad - unit * (unit * grad).sum(-1, keepdim=True)) / length
 
 
 def _maps(x: Tensor, joint: bool) -> Tensor:
     """[B, G, N, C]: the vectors that one map compares."""
     return x.transpose(1, 2).flatten(2).unsqueeze(1) if joint else x
+
+
+def _unmapped(x: Tensor, joint: bool, heads: int) -> Tensor:
+    """[B, H, N, D] again."""
+    return x.squeeze(1).unflatten(2, (heads, -1)).transpose(1, 2).contiguous() if joint else x
 
 
 def _length(x: Tensor) -> Tensor:

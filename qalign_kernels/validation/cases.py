@@ -1,4 +1,4 @@
-"""The cases of every validated op: what is called, on which inputs, and by which rule it is judged."""
+"""The cases of every validated op: the call, its inputs and how its result is judged."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .._choices import REFINEMENTS
-from ..attention import Segment, attention, attention_with_lse
+from ..attention import attention, attention_with_lse
 from ..distillation import distillation_loss
 from ..probe import label_mass, mean_attention_map
 from ..qalign_attention import qalign_attention
 from ..rearrange import match_counts, rearrange_kv
 from ..reference.similarity import scores
+from ..segments import Segment
 from ..similarity import similarity_argmax, similarity_topk
 from ..testing import random_features
 from .draw import SMALL, Draw, Shape
@@ -23,7 +24,17 @@ CONTRAST = 1.67
 
 
 class Case(NamedTuple):
-    """One call with its inputs. `call(inputs, backend)` gives the outputs; `tables(inputs)` the scores that a match is judged by."""
+    """One call with its inputs.
+
+    Attributes:
+        description: the text for the table of failures.
+        inputs: the tensors.
+        call: `call(inputs, backend)` gives the outputs.
+        reduction: the length of the longest sum in an output element.
+        exact: no error is allowed.
+        tables: `tables(inputs)` gives all scores of a match; None for a call that is no match.
+        packed: the scores of the match have lost seven mantissa bits.
+    """
 
     description: str
     inputs: SimpleNamespace
@@ -168,7 +179,7 @@ def _qalign_cases(
             "strength": strength,
             "topk": min(4, shape.key_tokens),
         }
-        if labelled:  # a query carries the set of the token that it copies
+        if labelled:  # a query has the labels of the token that it copies
             ref_labels = draw.integers(1, 4, shape.batch, shape.key_tokens)
             arguments |= {
                 "ref_labels": ref_labels,
@@ -194,7 +205,7 @@ def _qalign_cases(
 
 
 def _distillation_cases(draw: Draw, labelled: bool, apart: bool = False) -> Iterator[Case]:
-    """`apart`: the output is so far from the ideal one that no sign hangs on rounding."""
+    """With `apart`, output and ideal are so far apart that rounding changes no sign."""
     shape = draw.shape
     inputs = draw.attention(1)
     inputs.output = draw.features(shape.batch, shape.query_tokens, shape.value_dim)
@@ -215,7 +226,7 @@ def _distillation_cases(draw: Draw, labelled: bool, apart: bool = False) -> Iter
         inputs.output = ideal + inputs.output + inputs.output.sign()
 
     def call(x, backend):
-        # the ideal is of the inputs' precision, and so is the distance to it
+        # the ideal output has the dtype of the inputs, so the loss has its precision
         return (
             distillation_loss(x.output, x.query, x.key, x.value, backend=backend, **labels).to(
                 x.output.dtype
@@ -244,7 +255,7 @@ def _map_cases(draw: Draw) -> Iterator[Case]:
 
 
 def _gradient_cases(draw: Draw, cases: Cases) -> Iterator[Case]:
-    """The gradients of the floating outputs, each weighted by random numbers, in every float input."""
+    """Gradients of randomly weighted outputs with respect to every float input."""
     for case in cases(draw):
         names = [name for name, x in vars(case.inputs).items() if x is not None and x.is_floating_point()]
         with torch.no_grad():
@@ -260,7 +271,7 @@ def _gradient_cases(draw: Draw, cases: Cases) -> Iterator[Case]:
             outputs = [
                 y for y in case.call(SimpleNamespace(**(vars(x) | leaves)), backend) if y.is_floating_point()
             ]
-            # a row that sees nothing has lse -inf, which carries no gradient
+            # a row that sees no key has lse -inf and no gradient
             loss = sum(
                 (y.masked_fill(y == float("-inf"), 0) * weight).sum() for y, weight in zip(outputs, x.weights)
             )
@@ -271,7 +282,7 @@ def _gradient_cases(draw: Draw, cases: Cases) -> Iterator[Case]:
 
 
 class Op(NamedTuple):
-    """A row of the table: how its cases are drawn, on which small shapes, and the backends that it is held to."""
+    """A row of the table: its cases, the small shapes that they use, and the backends that serve it."""
 
     cases: Cases
     shapes: Sequence[Shape] = SMALL
@@ -279,14 +290,22 @@ class Op(NamedTuple):
 
 
 def _rotated(start: int) -> tuple[Shape, ...]:
-    """Three small shapes: the options of an op share the head dims among them."""
+    """Three small shapes. The options of an op start elsewhere, so that together they use all head dims."""
     return tuple(SMALL[(start + 3 * i) % len(SMALL)] for i in range(3))
 
 
 TRITON_GRADIENTS = (
-    "attention", "attention_with_lse", "attention counts", "attention labels", "attention segments", "attention batch_index",
-    "qalign_attention rearranged", "distillation_loss", "distillation_loss labels", "label_mass",
-)  # fmt: skip
+    "attention",
+    "attention_with_lse",
+    "attention counts",
+    "attention labels",
+    "attention segments",
+    "attention batch_index",
+    "qalign_attention rearranged",
+    "distillation_loss",
+    "distillation_loss labels",
+    "label_mass",
+)
 
 
 def _ops() -> dict[str, Op]:
@@ -317,7 +336,8 @@ def _ops() -> dict[str, Op]:
     for i, name in enumerate(differentiable):
         cases = ops[name].cases
         if name in ("qalign_attention guided", "qalign_attention soft"):
-            # weak, as a saturated softmax has no gradient to measure; dot, as cosine's takes out the radial part and leaves its rounding
+            # A saturated softmax has no gradient, so the strengths are small. The gradient of a cosine keeps
+            # only the rounding errors of its radial part, so the similarity is "dot".
             cases = partial(
                 _qalign_cases, refinement=name.split()[1], similarity="dot", strengths=(0.3, 0.15)
             )

@@ -1,12 +1,14 @@
-"""Every op, on every backend and dtype of this machine, against float64: `python -m qalign_kernels.validate`.
+"""Compare every op with float64 on this machine: `python -m qalign_kernels.validate`.
 
-Each row of the table is an op, a backend and a dtype over a grid of shapes. An error is the largest absolute difference from the
-reference formula in float64; its budget is the error of the same formula in plain PyTorch in the dtype under test, plus slack derived
-from eps and the length of the sums (`qalign_kernels.testing`). Memory that an op allocates is filled with NaN first. On a GPU each call
-is repeated on plain memory, held against the budget again, and must repeat bit by bit.
+A row of the table is one op, backend and dtype over several shapes. The error is the largest absolute
+difference from the reference formula in float64. The budget is the error of the same formula in plain PyTorch
+and in the dtype under test, plus a slack from eps and the length of the sums (see `qalign_kernels.testing`).
+Memory that an op allocates is filled with NaN first. On a GPU each call is repeated without the NaN: its
+results must be within the budget too, and the same bit by bit.
 
-Without a GPU the Triton kernels run in Triton's interpreter, in float32 and float16. Exit code: 0 all within budget, 1 not,
-2 bad arguments, 130 Ctrl-C. The file of --json is written after every op, so that Ctrl-C keeps the rows so far.
+Without a GPU the Triton kernels run in Triton's interpreter, in float32 and float16. The exit status is 0 if
+all errors are within the budget, 1 if not, 2 for bad arguments and 130 for Ctrl-C. The file of --json is
+written after every op, so that Ctrl-C keeps the rows so far.
 """
 
 import argparse
@@ -38,12 +40,12 @@ DTYPES = {
 COLUMNS = "{:42s} {:9s} {:8s} {:>5}  {:>9s}  {:>9s}  {:>12s}  {:7s} {:>6s}"
 
 
-class Found(NamedTuple):
-    """What one op in one dtype showed.
+class OpResult(NamedTuple):
+    """The result of one op in one dtype.
 
     Attributes:
         rows: one for each backend that ran a case.
-        dropped: the cases that ran nowhere, because their float64 truth wants more memory than there is.
+        dropped: the cases that did not run, because their float64 truth needs more memory than is free.
     """
 
     rows: list["Row"]
@@ -51,7 +53,7 @@ class Found(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of the table. `error` and `budget` are those of the case with the largest ratio of the two."""
+    """One line of the table. `error` and `budget` are of the case with the largest ratio of the two."""
 
     op: str
     backend: str
@@ -90,7 +92,7 @@ def _same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 
 class Truth:
-    """The float64 outputs of a case and those of plain PyTorch in the dtype under test, computed once for all backends."""
+    """The outputs of a case in float64 and in plain PyTorch, computed once for all backends."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -119,13 +121,13 @@ class Truth:
 
 
 def _one_line(text: str, length: int = 240) -> str:
-    """The beginning and the end of a message: compilers put the place first and the reason last."""
+    """The start and the end of a message. Compilers put the place first and the reason last."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
 def _run_case(truth: Truth, backend: str, device: torch.device) -> tuple[Verdict, str]:
-    """The verdict on one case, and what is wrong with it, if anything."""
+    """Run one case; returns its verdict and the reason of a failure, which is empty if it passes."""
     case = truth.case
     try:
         with poisoned_memory():
@@ -136,24 +138,24 @@ def _run_case(truth: Truth, backend: str, device: torch.device) -> tuple[Verdict
             torch.cuda.synchronize(device)
             verdict = max(verdict, truth.judge(repeats[0]), key=_ratio)
             if not case.description.endswith("gradient") and not _same_bits(*repeats):
-                return Verdict(verdict.error, verdict.budget, False), "two calls differ in bits"
-    except Exception as error:  # the table is to be finished whatever one kernel does
+                return Verdict(verdict.error, verdict.budget, False), "two equal calls give different bits"
+    except Exception as error:  # one kernel that fails must not end the table
         return Verdict(float("inf"), 0.0, False), _one_line(f"{type(error).__name__}: {error}")
     return verdict, "" if verdict.passed else f"error {verdict.error:.3g}, budget {verdict.budget:.3g}"
 
 
 def _fits(shape: Shape, device: torch.device) -> bool:
-    """Whether the float64 truth, some eight N×N tables, fits in half of the free memory."""
+    """Whether the float64 truth, about eight N×N tables, fits in half of the free memory."""
     free, _ = torch.cuda.mem_get_info(device)
     return 8 * 8 * shape.batch * shape.heads * shape.query_tokens * shape.key_tokens < free // 2
 
 
 def run_op(
     name: str, backends: Sequence[str], dtype: str, device: torch.device, *, quick: bool = False
-) -> Found:
-    """Run the cases of one op in one dtype, on each backend that serves it.
+) -> OpResult:
+    """Run the cases of one op in one dtype on each of the backends that serves the op.
 
-    On a GPU a case is called once before its time is taken, so that no compilation counts.
+    On a GPU each case is called once before it is timed, so that the time has no compilation.
     """
     op = OPS[name]
     backends = [backend for backend in backends if backend in op.backends]
@@ -170,7 +172,7 @@ def run_op(
         for case in op.cases(Draw(shape, DTYPES[dtype], device)):
             try:
                 truth = Truth(case)
-            except torch.OutOfMemoryError:  # other programs may hold the memory
+            except torch.OutOfMemoryError:  # another program may use the memory
                 dropped.append(f"{name}, {dtype}, {case.description}")
                 continue
             for backend in backends:
@@ -197,11 +199,11 @@ def run_op(
                 seconds[backend],
             )
         )
-    return Found(rows, dropped)
+    return OpResult(rows, dropped)
 
 
 def _compile(case: Case, backend: str) -> None:
-    """Call the case; what it raises, it raises again where it is judged."""
+    """Call the case once. An error is ignored here, because it is raised again in the judged call."""
     with contextlib.suppress(Exception):
         case.call(case.inputs, backend)
 
@@ -213,26 +215,29 @@ def _device(name: str | None) -> torch.device:
 
 
 def _triton_state(device: torch.device) -> tuple[str | None, str]:
-    """Why Triton cannot run on `device`, if so, and the words for the header. Without a GPU the interpreter is switched on."""
+    """The reason why Triton cannot run on `device`, or None, and the text for the header.
+
+    Without a GPU this turns on the interpreter.
+    """
     note = " in its interpreter (TRITON_INTERPRET is set)" if _backends.interpreted() else ""
     if device.type != "cuda":
         if "triton" not in sys.modules:
             os.environ.setdefault("TRITON_INTERPRET", "1")
             _backends.interpreted.cache_clear()
-        note = " in its interpreter (no GPU is used: TRITON_INTERPRET=1 is set for this process)"
+        note = " in its interpreter (no GPU: TRITON_INTERPRET=1 is set for this process)"
     problem = _backends.triton_problem()
     if problem is None:
         problem = _backends.triton_refusal(torch.empty(1, device=device), ())
     return (
         problem,
-        f"Triton not run: {problem}" if problem else f"Triton {sys.modules['triton'].__version__}{note}",
+        f"Triton does not run: {problem}" if problem else f"Triton {sys.modules['triton'].__version__}{note}",
     )
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     top = _command_line.Parser(
-        "python -m qalign_kernels.validate", description="Hold every op against float64 on this machine."
+        "python -m qalign_kernels.validate", description="Compare every op with float64 on this machine."
     )
     _command_line.add_command(top, sys.modules[__name__])
     return top
@@ -244,25 +249,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=_backends.BACKENDS[1:],
         metavar="NAME",
-        help="triton, tiled, reference; default: the first two",
+        help="triton, tiled or reference (default: triton, if it can run here, and tiled)",
     )
     parser.add_argument(
         "--dtype",
         nargs="+",
         choices=DTYPES,
         metavar="NAME",
-        help=f"of {', '.join(DTYPES)}; default: the first three",
+        help=f"{', '.join(DTYPES)} (default: all but float64)",
     )
     parser.add_argument(
         "--op",
         nargs="+",
         metavar="NAME",
-        help="ops whose name begins so, as the table writes them; default: all",
+        help="run the ops whose name in the table starts with NAME (default: all)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    parser.add_argument("--quick", action="store_true", help="run fewer shapes")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the rows to FILE, after every op"
+        "--json", type=Path, metavar="FILE", help="also write the rows to FILE after every op"
     )
 
 
@@ -298,12 +303,12 @@ def _shown(failures: Sequence[str], limit: int = 3) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
+    """Run the command line; returns the exit status."""
     return _command_line.main(parser, arguments)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Validate and print the table; 0 where all is within budget."""
+    """Validate and print the table; returns 0 if every error is within its budget."""
     if options.device == "cuda":
         _command_line.require_device("cuda")
     device = _device(options.device)
@@ -311,10 +316,10 @@ def run(options: argparse.Namespace) -> int:
         name for name in OPS if options.op is None or any(name.startswith(prefix) for prefix in options.op)
     ]
     if unknown := [prefix for prefix in options.op or () if not any(name.startswith(prefix) for name in OPS)]:
-        raise ValueError(f"--op: expected the beginning of one of {', '.join(OPS)}, got {', '.join(unknown)}")
+        raise ValueError(f"--op: expected the start of one of {', '.join(OPS)}, got {', '.join(unknown)}")
     problem, triton = _triton_state(device)
     if problem and "triton" in (options.backend or ()):
-        raise ValueError(f"--backend: expected one that can run here, got triton: {problem}")
+        raise ValueError(f"--backend: expected a backend that can run here, got triton: {problem}")
     backends = options.backend or (["tiled"] if problem else ["triton", "tiled"])
 
     print(_header(device, triton))
@@ -335,12 +340,12 @@ def run(options: argparse.Namespace) -> int:
                 for backend in backends
                 if backend != "triton" or _backends.triton_refusal(probe, ()) is None
             ]
-            found = run_op(name, served, dtype, device, quick=options.quick)
-            dropped += found.dropped
-            for row in found.rows:
+            result = run_op(name, served, dtype, device, quick=options.quick)
+            dropped += result.dropped
+            for row in result.rows:
                 rows.append(row)
                 print(_line(row), *_shown(row.failures), sep="\n", flush=True)
-            if options.json:  # after every op, so that a run that is stopped leaves what it found
+            if options.json:  # after every op, so that an interrupted run keeps its rows
                 report = {
                     "device": _header(device, triton).splitlines(),
                     "rows": [row._asdict() for row in rows],
@@ -349,7 +354,7 @@ def run(options: argparse.Namespace) -> int:
                 with replacing(options.json) as unfinished:
                     unfinished.write_text(json.dumps(report, indent=1), encoding="utf-8")
     for case in dropped:
-        print(f"not run for want of memory: {case}")
+        print(f"did not run, too little memory: {case}")
     cases, failures = sum(row.cases for row in rows), sum(len(row.failures) for row in rows)
     print(f"{cases} cases in {len(rows)} rows, {failures} failed, {time.perf_counter() - start:.0f} s")
     return 1 if failures or not rows else 0

@@ -12,7 +12,10 @@ from ..testing import matched_queries, random_features, random_integers
 
 
 class Shape(NamedTuple):
-    """Sizes of one case, and how its features lie in memory: contiguous, transposed, sliced or shared (stride-0 batch)."""
+    """Sizes of one case and the memory layout of its features.
+
+    The layout is "contiguous", "transposed", "sliced" or "shared" (the batch has stride 0).
+    """
 
     batch: int
     heads: int
@@ -23,7 +26,10 @@ class Shape(NamedTuple):
     layout: str
 
     def __str__(self) -> str:
-        return f"B={self.batch} H={self.heads} N_q={self.query_tokens} N_k={self.key_tokens} D={self.head_dim} D_v={self.value_dim} {self.layout}"
+        return (
+            f"B={self.batch} H={self.heads} N_q={self.query_tokens} N_k={self.key_tokens} "
+            f"D={self.head_dim} D_v={self.value_dim} {self.layout}"
+        )
 
 
 SMALL = (
@@ -45,7 +51,7 @@ LARGE = (
 
 
 class Draw:
-    """Seeded inputs of one shape in one dtype on one device."""
+    """Random inputs of one shape in one dtype on one device, the same in every run."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device, self.seed = (
@@ -56,7 +62,7 @@ class Draw:
         )
 
     def features(self, batch: int, tokens: int, dim: int) -> Tensor:
-        """[batch, H, tokens, dim] in the layout of the shape."""
+        """Draw features [batch, H, tokens, dim] in the layout of the shape."""
         self.seed += 1
         draw = partial(random_features, seed=self.seed, dtype=self.dtype, device=self.device)
         heads = self.shape.heads
@@ -75,25 +81,28 @@ class Draw:
         return random_integers(low, high, *shape, seed=self.seed, device=self.device)
 
     def share(self, settings: Sequence[Any]) -> Sequence[Any]:
-        """All settings on a GPU; on the CPU, where the interpreter is slow, every other one, so that neighbouring shapes have them all."""
+        """All settings on a GPU, every second one on the CPU, where the interpreter is slow.
+
+        Two neighbouring shapes together have all settings.
+        """
         return settings if self.device.type == "cuda" else settings[SMALL.index(self.shape) % 2 :: 2]
 
     def labels(self, tokens: int) -> Tensor:
-        """Bit sets [B, tokens]; token 0 has none: it sees nothing and nothing sees it."""
+        """Draw bit sets [B, tokens]. Token 0 has an empty one, so it sees nothing and nothing sees it."""
         labels = self.integers(1, 8, self.shape.batch, tokens)
         labels[:, 0] = 0
         return labels
 
     def counts(self, heads: int, tokens: int) -> Tensor:
-        """Multiplicities [B, heads, tokens] from 0 to 3."""
+        """Draw counts [B, heads, tokens] from 0 to 3."""
         return self.integers(0, 4, self.shape.batch, heads, tokens)
 
     def rows(self) -> Tensor:
-        """A batch index [B] into two rows."""
+        """Draw a batch index [B] into two rows."""
         return self.integers(0, 2, self.shape.batch)
 
     def attention(self, key_batch: int | None = None) -> SimpleNamespace:
-        """query, key and value."""
+        """Draw query, key and value."""
         shape, batch = self.shape, self.shape.batch if key_batch is None else key_batch
         return SimpleNamespace(
             query=self.features(shape.batch, shape.query_tokens, shape.head_dim),
@@ -102,8 +111,10 @@ class Draw:
         )
 
     def matching(self, refinement: str = "rearranged") -> SimpleNamespace:
-        """query, ref_query, ref_key, ref_value and own_key. Every query is a noisy copy of one reference token, so that each precision
-        takes the same match map."""
+        """Draw query, ref_query, ref_key, ref_value and own_key.
+
+        Every query is a noisy copy of one reference token, so that all dtypes have the same match map.
+        """
         shape = self.shape
         inputs = SimpleNamespace(
             ref_query=self.features(shape.batch, shape.key_tokens, shape.head_dim),

@@ -1,7 +1,8 @@
-"""Attention distillation on the embedded model: each of its uses, judged by colours and by features that are read without the code under test."""
+"""Attention distillation on the embedded model, judged by colours and by independently read features."""
 
 import functools
 
+import pytest
 import torch
 
 from qalign import AttentionDistillation, AttentionDistillationPipeline, Regions
@@ -11,6 +12,7 @@ from tests.pipelines.test_distillation_pipeline import Literal
 from tests.pipelines.transfers import seeded
 from tests.processors.models import embedded_pipe
 
+pytestmark = pytest.mark.slow
 SIZE, GRID = 64, 16  # pixels, latents
 TIMESTEP = torch.tensor(301)
 LEFT_RIGHT = (torch.arange(GRID) >= GRID // 2).long().expand(GRID, GRID)
@@ -52,7 +54,7 @@ def tokens(labels, number):
 
 @torch.no_grad()
 def distance(found, style, labels=None):
-    """Of what each query draws from what it would draw from the style, map by map; with (rows, columns) labels, from its own label's tokens."""
+    """The distance of attention outputs from their ideal, map by map, within labels if given."""
     literal, total = Literal(pipe()), 0.0
     for (q, _, _, out), (_, k, v, _) in zip(
         literal.features(found, TIMESTEP), literal.features(style, TIMESTEP)

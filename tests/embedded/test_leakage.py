@@ -1,4 +1,4 @@
-"""Leakage: the figures against features whose matches and masses are known, and the whole run on a small pipeline."""
+"""Leakage: its figures for features with known matches, and the whole run on a small pipeline."""
 
 import dataclasses
 import json
@@ -24,14 +24,15 @@ from qalign.context.clock import Clock  # noqa: E402
 from qalign.context.layer_call import Site  # noqa: E402
 from qalign.context.layers import picture_size  # noqa: E402
 from qalign.context.layout import ROLES  # noqa: E402
-from qalign.embedded.scenes import BACKGROUNDS, PARTS, ScenePair, held_out_pairs, render, token_labels  # noqa: E402
+from qalign.embedded.parts import BACKGROUNDS, PARTS  # noqa: E402
+from qalign.embedded.scenes import ScenePair, held_out_pairs, render, token_labels  # noqa: E402
 from qalign.evaluation import ablation, attention_tally, bootstrap, leakage, picture_metrics  # noqa: E402
 from qalign.evaluation.attention_tally import Measured  # noqa: E402
 from qalign.evaluation.leakage import PairResult, Settings  # noqa: E402
 from qalign.evaluation.noised_features import noised_features  # noqa: E402
 from qalign.evaluation.processes import leave, processes  # noqa: E402
 from qalign.pipelines import AppearanceTransferPipeline  # noqa: E402
-from qalign.pipelines.appearance_transfer import edited_steps  # noqa: E402
+from qalign.pipelines.transfer_inputs import edited_steps  # noqa: E402
 from qalign_kernels import label_mass, match_counts, similarity_argmax  # noqa: E402
 from qalign_kernels._choices import REFINEMENTS  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
@@ -433,7 +434,8 @@ def test_matches_of_a_pair_are_the_transfers_own(pipe):
 
 def test_run_that_measures_no_step_is_refused_early(pipe, monkeypatch):
     monkeypatch.setattr(leakage, "measure_pair", None)  # no pair is begun
-    wanted = "^every: expected an edited step of cross_image among the multiples of 3, got none in 4 inference steps$"
+    expected = "an edited step of cross_image among the multiples of 3"
+    wanted = f"^every: expected {expected}, got none in 4 inference steps$"
     with pytest.raises(ValueError, match=wanted):
         leakage.run(pipe, pairs=1, settings=Settings(steps=4, adain=None))
 
@@ -505,7 +507,7 @@ def test_the_command_compares_variants(stub, monkeypatch, tmp_path, capsys):
     assert len(everything) == 18 and {
         method.refinement for method in everything.values() if isinstance(method, QAlign)
     } == set(REFINEMENTS)
-    few = {name: everything[name] for name in ("cross_image", "none", "topk 1")}
+    few = {name: everything[name] for name in ("cross_image", "none, both aligned", "topk 1, both aligned")}
     monkeypatch.setattr(ablation, "refinements", lambda: few)
     file = tmp_path / "ablation.json"
     arguments = [
@@ -524,9 +526,11 @@ def test_the_command_compares_variants(stub, monkeypatch, tmp_path, capsys):
     ]
     assert command_line.main([*arguments, "--json", str(file)]) == 0
     found, said = json.loads(file.read_text()), capsys.readouterr().out
-    assert len(found["matches"]) == 8 and all(name in said for name in (*found["matches"], *few))
+    assert len(found["matches"]) == 8 and all(
+        name in said for name in (*found["matches"], "Cross-Image", *list(few)[1:])
+    )
     assert (found["pairs"], found["transfers"]["pairs"]) == (2, 1)
-    single, none = found["refinements"]["topk 1"], found["refinements"]["none"]
+    none, single = (found["refinements"][name] for name in list(few)[1:])
     assert all(
         none[figure]["value"] == pytest.approx(single[figure]["value"]) for figure in ablation.ATTENTION
     )
@@ -591,7 +595,7 @@ LEAKAGE = ["leakage", "--steps", "4", "--every", "1", "--pairs"]
 
 @pytest.fixture
 def small(pipe, monkeypatch):
-    """The command on the small pipeline. `measured` are the pairs that were measured; Ctrl-C comes after `stop` of them."""
+    """The command on the small pipeline. It lists measured pairs; Ctrl-C comes after `stop` pairs."""
     measure, state = leakage.measure_pair, SimpleNamespace(measured=[], stop=None)
 
     def counted(*given):
@@ -625,7 +629,7 @@ def test_kept_pairs_of_other_settings_are_refused(small, tmp_path, capsys):
     capsys.readouterr()
     for changed, wanted in (
         ("--steps 5", "steps 5, got 1 of steps 4"),
-        ("--aligned output", "methods"),
+        ("--aligned both", "methods"),
         ("--seed 7", "seed 7, got 1 of seed 0"),
     ):
         assert command_line.main([*LEAKAGE, "3", "--json", str(file), *changed.split()]) == 2
@@ -647,6 +651,7 @@ def test_one_pair_has_no_interval(small, tmp_path, capsys):
     assert {entry["interval"] for entry in report["differences"]["qalign"].values()} == {None}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path, report):
     file = tmp_path / "two.json"
     with socket.create_server(("127.0.0.1", 0)) as server:

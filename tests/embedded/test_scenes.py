@@ -63,7 +63,7 @@ def test_about_half_of_the_pictures_show_a_herd():
 
 
 def test_a_herd_shares_one_appearance(scenes):
-    """Between the individuals of a picture of plain textures a part's colour does not vary; between pictures it does."""
+    """With plain textures, the individuals of a picture share the colour of a part; pictures do not."""
     body = PARTS.index("body")
     spread, means = [], []
     for image, labels, caption in zip(scenes.image, scenes.labels, scenes.captions):
@@ -87,7 +87,7 @@ def test_size_does_not_change_the_scene():
 
 
 def test_edges_are_antialiased():
-    """A picture that is drawn four times as large and averaged keeps its edges: without coverage every edge pixel would be all or nothing."""
+    """A picture drawn four times as large and averaged keeps its edges, because edge pixels have coverage."""
     small, large = render(SEEDS[:16], 64), render(SEEDS[:16], 256)
     exact = torch.nn.functional.avg_pool2d(large.image, 4)
     creature = small.labels >= len(BACKGROUNDS)

@@ -43,6 +43,7 @@ def trained(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(trained, tmp_path):
     for _ in range(20):
         try:
@@ -56,6 +57,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(trained, tmp_path):
             torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=1e-6, msg=f"{name} {key}")
 
 
+@pytest.mark.slow
 def test_a_written_model_is_trained_on(trained, tmp_path):
     trained.pipeline().to(torch.float16).save_pretrained(tmp_path / "written")
     (tmp_path / "written" / "record.json").write_text(json.dumps(trained.record))
@@ -79,6 +81,7 @@ def test_a_written_model_is_trained_on(trained, tmp_path):
     assert not torch.equal(*first)  # other scenes
 
 
+@pytest.mark.slow
 def test_training_moves_every_parameter(trained):
     torch.manual_seed(trained.settings.seed)
     fresh = Training(trained.folder, trained.settings, torch.device("cpu"), print)
@@ -110,6 +113,7 @@ def test_words_of_captions_are_single_tokens():
     assert len(spelled) > 1 and tokenizer.unk_token_id not in spelled
 
 
+@pytest.mark.slow
 def test_command_stops_in_time_and_explains_resuming(tmp_path, capsys):
     arguments = [
         "--work",
@@ -132,6 +136,7 @@ def test_command_stops_in_time_and_explains_resuming(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_record_says_what_was_run(trained):
     record = json.loads(json.dumps(trained.record))
     assert (
@@ -143,7 +148,7 @@ def test_record_says_what_was_run(trained):
 
 
 def _features_and_labels(parts, seed=0):
-    """Three pictures of 64 tokens, each with two of the parts; a part's features share one direction, whatever their lengths."""
+    """Three pictures of 64 tokens with two parts each; the features of a part share one direction."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.tensor(parts).repeat_interleave(32, dim=1)
     lengths = 0.5 + torch.rand(*labels.shape, 1, generator=generator)
@@ -164,7 +169,7 @@ def test_neighbours_are_sought_in_other_pictures_only():
 
 
 def test_neighbours_are_drawn_part_by_part():
-    """Of 1,024 tokens two are of the rare part; drawn token by token they would hardly ever be among the NEIGHBOURS."""
+    """Two of 1,024 tokens show the rare part. Drawn token by token, they would hardly ever be drawn."""
     labels = torch.where(torch.arange(1024) < 1022, 0, 4).repeat(3, 1)
     features = torch.eye(12)[labels]
     features[1, 1022:] = features[0, 0]  # in one picture the rare part looks like the other

@@ -471,7 +471,8 @@ def test_only_the_reference_has_a_second_derivative(backend, contrast, qkv):
         return
     for gradient in gradients:
         with pytest.raises(
-            RuntimeError, match="attention: expected one derivative, got a second: only backend='reference'"
+            RuntimeError,
+            match="attention: expected one derivative, got a second one: only backend='reference'",
         ):
             gradient.sum().backward(retain_graph=True)
 

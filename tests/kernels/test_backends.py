@@ -1,4 +1,4 @@
-"""Which implementation serves a call, what the package imports, and what the registered ops promise about their outputs."""
+"""The choice of a backend, the imports of the package, and the outputs that fake implementations promise."""
 
 import ast
 import importlib
@@ -75,7 +75,7 @@ def test_everything_but_triton_works_without_it(how):
     assert result.returncode == 0, result.stderr
     message, *report = result.stdout.splitlines()
     assert message.startswith(
-        "backend: expected one that can run attention here, got 'triton': triton does not import ("
+        "backend: expected a backend that can run attention here, got 'triton': triton does not import ("
     )
     assert any(line.startswith("triton          triton does not import (") for line in report)
     assert any(line.split()[:3] == ["similarity_argmax", "float32", "tiled"] for line in report)
@@ -86,7 +86,8 @@ def test_import_needs_torch_only_and_environment_sets_default():
 import sys, torch
 before = set(sys.modules)
 import qalign_kernels
-print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & {"triton", "diffusers", "transformers", "accelerate", "PIL"}))
+heavy = {"triton", "diffusers", "transformers", "accelerate", "PIL"}
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & heavy))
 print(qalign_kernels._backends.requested(None))
 """
     result = run(code, QALIGN_BACKEND="reference")
@@ -151,7 +152,7 @@ def test_auto_says_why_once(caplog):
         for _ in range(3):
             assert _backends.select("attention", "auto", tensor, (40,)) == "tiled"
     assert len(caplog.records) == 1
-    assert caplog.records[0].getMessage().startswith("attention: tiled PyTorch instead of Triton: ")
+    assert caplog.records[0].getMessage().startswith("attention runs on tiled PyTorch, not on Triton: ")
 
 
 def test_auto_on_the_cpu_is_tiled():
@@ -287,7 +288,7 @@ def test_every_registered_op_is_in_the_table():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", calls(torch.float32))
 def test_fakes_promise_what_the_op_returns(name, dtype):
-    """A fake on a CUDA device, which needs no GPU, against the op itself on the CPU: shapes, dtypes, strides, and the device of the input."""
+    """A fake CUDA call, which needs no GPU, has the shapes, dtypes and strides of the op on the CPU."""
     op, arguments = getattr(torch.ops.qalign_kernels, name).default, calls(dtype)[name]
     real = tensors_of(op(*arguments))
     with FakeTensorMode():
@@ -341,9 +342,9 @@ def test_env_says_what_auto_takes_on_a_gpu(monkeypatch):
         served = dtype != "float64" or op == "match_counts"
         assert chosen == ("triton" if served else "tiled")
         assert reason == (
-            "the Triton kernels serve it"
+            "the Triton kernels support it"
             if served
-            else "dtype float64 is not served, only float16, bfloat16 and float32"
+            else "dtype float64 is not supported, only float16, bfloat16 and float32"
         )
     assert all(chosen == "tiled" for chosen, _ in env.choices(torch.device("cpu")).values())
 

@@ -84,7 +84,10 @@ def _status(*arguments):
         ("--op nope", "--op: invalid choice: 'nope'"),
         ("--op attention --shape 1,8", "--shape: expected four numbers B,H,N,D above zero"),
         ("--op attention --shape 1,8,0,64", "--shape: expected four numbers B,H,N,D above zero"),
-        ("--op attention --dtype bf16 --backend triton", "--backend: expected one that can be measured"),
+        (
+            "--op attention --dtype bf16 --backend triton",
+            "--backend: expected a backend that can be measured",
+        ),
         ("--op attention --key-tokens 0", "--key-tokens: expected a number above zero"),
         ("--op similarity_topk --key-tokens 5", "--key-tokens: expected at least 8"),
         ("--op attention --seconds nan", "--seconds: expected a finite number"),
@@ -104,7 +107,7 @@ def test_bad_arguments_give_one_line(arguments, complaint, tmp_path, monkeypatch
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_named(capsys):
     assert _status("--op", "attention", "--shape", "1,2,48,16", "--device", "cuda") == 2
-    assert "got cuda, and torch finds none" in capsys.readouterr().err
+    assert "got cuda, but torch finds no GPU" in capsys.readouterr().err
 
 
 def test_fresh_processes_that_fail_give_no_figure():

@@ -260,17 +260,17 @@ def test_opcheck(dtype):
     ("change", "message"),
     [
         ({"output": torch.zeros(2, 2, 20, 40)}, "output: expected tokens=21"),
-        ({"ref_key": torch.zeros(3, 2, 37, 40)}, "ref_key: expected batch=2 as query has, or 1"),
+        ({"ref_key": torch.zeros(3, 2, 37, 40)}, "ref_key: expected batch=2, that of query, or 1"),
         ({"ref_value": torch.zeros(2, 2, 36, 40)}, "ref_value: expected tokens=37"),
         ({"ref_value": torch.zeros(2, 2, 37, 32)}, "ref_value: expected head_dim=40"),
         (
             {"ref_key": [torch.zeros(2, 2, 37, 40)] * 2},
-            "ref_value: expected a sequence of 2 as ref_key is, got float32",
+            "ref_value: expected a sequence of 2, one for each ref_key, got float32",
         ),
         ({"ref_key": []}, "ref_key: expected a tensor"),
         (
             {"ref_labels": torch.zeros(2, 37, dtype=torch.int32)},
-            "query_labels: expected int32 bit sets .* because ref_labels came, got None",
+            "query_labels: expected int32 bit sets .*, because ref_labels is given, got None",
         ),
         ({"query_labels": torch.zeros(2, 21)}, "query_labels: expected int32"),
         ({"output": torch.zeros(2, 2, 21, 40).half()}, "output: expected the dtype of query, float32"),

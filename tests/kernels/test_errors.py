@@ -1,4 +1,4 @@
-"""Bad input gives one line: the argument, what was expected, what came. The whole message stands here so that a reader can judge it."""
+"""Messages for bad input: argument, expected, got, in one line. Each message is written here in full."""
 
 import math
 
@@ -132,7 +132,7 @@ CASES = [
     (
         lambda: similarity_argmax(Q, K[:1]),
         ValueError,
-        "reference: expected batch=2 as query has, or a batch_index, got batch=1",
+        "reference: expected batch=2, that of query, or a batch_index, got batch=1",
     ),
     (lambda: attend(key=K[..., :16]), ValueError, "key: expected head_dim=32, got float32 [2, 4, 7, 16]"),
     (lambda: attend(value=V[:, :, :6]), ValueError, "value: expected tokens=7, got float32 [2, 4, 6, 48]"),
@@ -140,7 +140,7 @@ CASES = [
     (
         lambda: attend(key=K[:1], value=V[:1]),
         ValueError,
-        "key: expected batch=2 as query has, or a batch_index, got batch=1",
+        "key: expected batch=2, that of query, or a batch_index, got batch=1",
     ),
     (
         lambda: align(ref_query=K[:, :, :6]),
@@ -150,7 +150,7 @@ CASES = [
     (
         lambda: align(ref_query=K[:1], ref_key=K[:1], ref_value=V[:1]),
         ValueError,
-        "ref_query: expected batch=2 as query has, or a batch_index, got batch=1",
+        "ref_query: expected batch=2, that of query, or a batch_index, got batch=1",
     ),
     (lambda: mean_attention_map(Q, K[:1]), ValueError, "key: expected batch=2, got float32 [1, 4, 7, 32]"),
     (
@@ -162,7 +162,7 @@ CASES = [
     (
         lambda: attend(labels=ints(2, 7)),
         ValueError,
-        "query_labels: expected int32 bit sets [B=2 or 1, N_q=5] because labels came, got None",
+        "query_labels: expected int32 bit sets [B=2 or 1, N_q=5], because labels is given, got None",
     ),
     (
         lambda: attend(labels=ints(2, 6), query_labels=ints(1, 5)),
@@ -208,12 +208,12 @@ CASES = [
     (
         lambda: similarity_argmax(Q, K, query_labels=ints(2, 5)),
         ValueError,
-        "reference_labels: expected int32 bit sets because query_labels came, got None",
+        "reference_labels: expected int32 bit sets, because query_labels is given, got None",
     ),
     (
         lambda: similarity_argmax(Q, K, reference_labels=ints(2, 7)),
         ValueError,
-        "query_labels: expected int32 bit sets because reference_labels came, got None",
+        "query_labels: expected int32 bit sets, because reference_labels is given, got None",
     ),
     (
         lambda: similarity_argmax(Q, K, query_labels=ints(2, 5), reference_labels=ints(2, 5)),
@@ -223,7 +223,7 @@ CASES = [
     (
         lambda: align(query_labels=ints(2, 5)),
         ValueError,
-        "ref_labels: expected int32 bit sets because query_labels came, got None",
+        "ref_labels: expected int32 bit sets, because query_labels is given, got None",
     ),
     (
         lambda: align(query_labels=ints(3, 5), ref_labels=ints(2, 7)),
@@ -295,7 +295,8 @@ CASES = [
     (
         lambda: align(refinement="hard"),
         ValueError,
-        "refinement: expected one of rearranged, guided, topk, warped_values, warped_output, soft, none, got 'hard'",
+        "refinement: expected one of rearranged, guided, topk, warped_values, warped_output, soft, none, "
+        "got 'hard'",
     ),
     (lambda: align(similarity=None), ValueError, "similarity: expected one of cosine, dot, got None"),
     (lambda: align(heads=8), ValueError, "heads: expected one of joint, per_head, got 8"),
@@ -369,7 +370,8 @@ CASES = [
     (
         lambda: attention(Q, [Segment(K, V), Segment(K, V, labels=ints(1, 7))]),
         ValueError,
-        "query_labels: expected int32 bit sets [B=2 or 1, N_q=5] because segments[1].labels came, got None",
+        "query_labels: expected int32 bit sets [B=2 or 1, N_q=5], because segments[1].labels is given, "
+        "got None",
     ),
     (
         lambda: attention(Q, [Segment(K[:, :2], V), Segment(K, V)]),
@@ -423,7 +425,7 @@ def refused(call):
     text = str(caught.value)
     assert (
         "\n" not in text
-        and text.startswith("backend: expected one that can run ")
+        and text.startswith("backend: expected a backend that can run ")
         and " here, got 'triton': " in text
     )
     return text.split("'triton': ")[1]
@@ -450,7 +452,7 @@ def test_triton_refuses_float64(triton_here):
         lambda: qalign_attention(query, key, key, value, backend="triton"),
     ]
     for call in calls:
-        assert refused(call) == "dtype float64 is not served, only float16, bfloat16 and float32"
+        assert refused(call) == "dtype float64 is not supported, only float16, bfloat16 and float32"
 
 
 def test_triton_refuses_gradients(triton_here):
@@ -463,9 +465,7 @@ def test_triton_refuses_gradients(triton_here):
         lambda: qalign_attention(query, key, key, value, refinement="topk", topk=2, backend="triton"),
     ]
     for call in calls:
-        assert (
-            refused(call) == "the Triton kernels have no backward of this call; gradients take the tiled path"
-        )
+        assert refused(call) == "the Triton kernels have no gradient of this call; the tiled backend has"
     with torch.no_grad():
         assert attention(query, Segment(key, value), backend="triton").shape == (2, 4, 5, 48)
 
@@ -473,16 +473,16 @@ def test_triton_refuses_gradients(triton_here):
 def test_triton_refuses_what_no_kernel_serves(triton_here):
     query, key, value = triton_here
     odd = refused(lambda: attention(query[..., :24], Segment(key[..., :24], value), backend="triton"))
-    assert odd == "head_dim (24, 48) is not served, only (16, 32, 40, 48, 64, 80, 96, 128, 160)"
+    assert odd == "head_dim (24, 48) is not supported, only (16, 32, 40, 48, 64, 80, 96, 128, 160)"
     many = torch.zeros(2, 4, 70, 32, device=key.device)
     assert (
         refused(lambda: similarity_topk(query, many, 65, backend="triton"))
-        == "k=65 is not served, only k up to 64"
+        == "k=65 is not supported, only k up to 64"
     )
     labels = ints(1, 7).to(key.device)
     assert (
         refused(lambda: label_mass(query, key, labels, 129, backend="triton"))
-        == "num_labels=129 is not served, only up to 128"
+        == "num_labels=129 is not supported, only up to 128"
     )
 
 
@@ -492,7 +492,9 @@ def test_triton_refuses_the_cpu_without_its_interpreter(monkeypatch):
     monkeypatch.setattr(_backends, "interpreted", lambda: False)
     monkeypatch.setattr(_backends, "triton_problem", lambda: None)
     reason = refused(lambda: attend(backend="triton"))
-    assert reason == "device cpu has no Triton (set TRITON_INTERPRET=1 to interpret the kernels on the CPU)"
+    assert (
+        reason == "Triton does not run on device cpu (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
+    )
     monkeypatch.setattr(_backends, "triton_problem", lambda: "triton does not import (ImportError: broken)")
     assert refused(lambda: attend(backend="triton")) == "triton does not import (ImportError: broken)"
 

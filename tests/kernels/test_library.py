@@ -1,4 +1,4 @@
-"""The registered ops: schema, fake and gradient by opcheck, and one graph without recompilation under torch.compile."""
+"""The registered ops under opcheck (schema, fake, gradient) and torch.compile (one graph, no recompilation)."""
 
 import pytest
 import torch
@@ -110,7 +110,7 @@ def test_opcheck_of_topk_attention(batch_index):
 
 
 def attention_arguments(guided, learned, dtype=torch.float32):
-    """query, keys, values, guide tensors, counts, labels, batch rows, query labels, logit scales and shifts, strength, scale, contrast."""
+    """The arguments that the op and its gradient share, in the order of their schemas."""
     query, *keys, value, value2, guide_query, guide_key = features(
         7, 9, 5, 9, 5, 7, 9, dtype=dtype, learned=learned
     )

@@ -20,8 +20,10 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def draw(device, batch=1, tokens=23, ref_tokens=41, head_dim=40, value_dim=40, dtype=torch.float32):
-    """query, ref_query, ref_key, ref_value and the map: every query is a noisy copy of one reference token, so the map is the same in every
-    precision."""
+    """Draw query, ref_query, ref_key, ref_value and the map.
+
+    Every query is a noisy copy of one reference token, so the map is the same in every dtype.
+    """
     widths = (head_dim, head_dim, value_dim)
     references = [
         random_features(batch, 2, ref_tokens, width, seed=i, dtype=dtype, device=device)
@@ -231,7 +233,7 @@ def test_another_query_may_ask(backend, refinement, device):
 
 
 def test_alignment_query_defaults_to_the_query(backend, device):
-    features, _ = draw(device)
+    features, _ = draw(device, tokens=9)
     for refinement in REFINEMENTS:
         settings = options(refinement, features)
         both = (

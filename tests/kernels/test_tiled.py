@@ -1,10 +1,21 @@
-"""What is the tiled path's own: blocks of any size, the fused route, gradients, and memory that never holds N×N."""
+"""What is the tiled path's own: blocks of any size, the fused route, gradients, and memory that never holds N×N.
 
+Each way to call an op meets blocks of several sizes, dtypes and both routes. What goes wrong in a known way is a
+named risk. A property test draws further calls from the whole space, the same ones in every run.
+"""
+# above 400 lines: all of it draws on one table of calls and ways
+
+import functools
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -16,32 +27,55 @@ from qalign_kernels.tiled import _blocks, _fused, _masses
 from qalign_kernels.tiled import _labels as tiled_labels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-BLOCK_BYTES = [
+ROW, RAGGED, HEADS, WHOLE = (
     1,
     6_000,
     40_000,
     8 << 20,
-]  # one row of one head at a time, ragged blocks, several heads, everything at once
-OPTIONS = ("counts", "labels", "logit_scale", "logit_shift", "batch_index")
+)  # bytes: one row of one head, some rows, some heads, all
+BLOCK_BYTES = (ROW, RAGGED, HEADS, WHOLE)
 SMALL = {"q": (2, 3, 13, 8), "r": (2, 3, 21, 8), "k": (2, 3, 21, 8), "v": (2, 3, 21, 8)}
+# `poisoned` holds for all examples of a test alike
+SAME_IN_EVERY_RUN = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+class Way(NamedTuple):
+    """How the tiled path computes: the size of its blocks, and its route.
+
+    The device route never reads a value. It runs on the CPU as well.
+    """
+
+    block_bytes: int
+    route: str = "host"
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_blocks, "CPU_BLOCK_BYTES", self.block_bytes)
+            if self.route == "device":
+                for module in (_blocks, _fused, _masses, tiled_labels):
+                    patch.setattr(module, "on_host", lambda x: False)
+            yield
+
+
+WAYS = st.builds(Way, st.sampled_from(BLOCK_BYTES), st.sampled_from(("host", "device")))
 
 
 @pytest.fixture(params=BLOCK_BYTES)
-def block_bytes(request, monkeypatch):
-    monkeypatch.setattr(_blocks, "CPU_BLOCK_BYTES", request.param)
-
-
-@pytest.fixture(params=["host", "device"])
-def route(request, monkeypatch):
-    """The device route, which never reads a value, runs on the CPU as well."""
-    if request.param == "device":
-        for module in (_blocks, _fused, _masses, tiled_labels):
-            monkeypatch.setattr(module, "on_host", lambda x: False)
+def block_bytes(request):
+    with Way(request.param).taken():
+        yield
 
 
 @pytest.fixture
-def ragged(monkeypatch):
-    monkeypatch.setattr(_blocks, "CPU_BLOCK_BYTES", 6_000)
+def ragged():
+    with Way(RAGGED).taken():
+        yield
 
 
 def features(*shapes, dtype=torch.float64):
@@ -115,43 +149,148 @@ def attend(tensors, additions, settings, backend="tiled", op=qk.attention):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_attention_in_blocks_of_any_size(case, dtype, block_bytes, route):
-    tensors, *call = attention_cases(dtype)[case]
-    truth = attend([x.double() for x in tensors], *call, "reference", qk.attention_with_lse)
-    plain = attend(tensors, *call, "reference", qk.attention_with_lse)
-    actual = attend(tensors, *call, op=qk.attention_with_lse)
+class Call(NamedTuple):
+    """A call of attention: tensors [query, *keys, *values], what each segment adds, settings."""
+
+    tensors: list[torch.Tensor]
+    additions: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+    def result(self, backend, dtype, op=qk.attention_with_lse):
+        return attend([x.to(dtype) for x in self.tensors], self.additions, self.settings, backend, op)
+
+    def gradients(self, backend, dtype, op=qk.attention_with_lse):
+        """Of a loss on the output, and on the log-sum-exp where `op` returns one."""
+        tensors = learned(self.tensors, dtype)
+        result = attend(tensors, self.additions, self.settings, backend, op)
+        output, lse = (result, None) if isinstance(result, torch.Tensor) else result
+        loss = (output * random_features(*output.shape, seed=9, dtype=dtype)).sum()
+        if lse is not None:
+            loss = loss + lse[lse.isfinite()].sin().sum()
+        return torch.autograd.grad(loss, tensors)
+
+
+def assert_attention_is_its_formula(call, dtype, way):
+    truth, plain = call.result("reference", torch.float64), call.result("reference", dtype)
+    with way.taken():
+        actual, alone = call.result("tiled", dtype), call.result("tiled", dtype, qk.attention)
+    assert actual.output.dtype == alone.dtype == dtype
     assert judge(actual.output, plain.output, truth.output, reduction=91).passed
     assert judge(actual.lse, plain.lse, truth.lse, reduction=91).passed
-    assert judge(attend(tensors, *call), plain.output, truth.output, reduction=91).passed
+    assert judge(alone, plain.output, truth.output, reduction=91).passed
+
+
+def assert_gradients_are_those_of_the_formula(call, dtype, way):
+    for op in (qk.attention, qk.attention_with_lse):
+        truth = call.gradients("reference", torch.float64, op)
+        plain = call.gradients("reference", dtype, op)
+        with way.taken():
+            actual = call.gradients("tiled", dtype, op)
+        for ours, yardstick, true in zip(actual, plain, truth):
+            assert ours.dtype == dtype
+            assert judge(ours, yardstick, true, reduction=91).passed
+
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+RISKS = {
+    "the fused route in blocks of a row": ("plain", F32, Way(ROW)),
+    "the fused route has no log-sum-exp in bfloat16": ("plain", BF16, Way(WHOLE)),
+    "a device in double precision": ("plain", F64, Way(RAGGED, "device")),
+    "keys that are not counted are left out": ("counts", F32, Way(ROW)),
+    "counts that no host reads": ("counts", BF16, Way(RAGGED, "device")),
+    "heads count other keys": ("per-head counts", F32, Way(RAGGED)),
+    "blocks of some heads take their counts": ("per-head counts", F64, Way(HEADS, "device")),
+    "a batch row counts no key": ("no counted key", F32, Way(WHOLE)),
+    "a batch row counts no key, unread": ("no counted key", BF16, Way(ROW, "device")),
+    "a head counts no key": ("no counted key in one head", F32, Way(RAGGED)),
+    "a head counts no key, unread": ("no counted key in one head", F32, Way(HEADS, "device")),
+    "values wider than keys": ("wide values", F32, Way(HEADS)),
+    "queries of one label set together": ("labels", F32, Way(RAGGED)),
+    "labels compared block by block": ("labels", BF16, Way(HEADS, "device")),
+    "queries that see no key": ("empty rows", F32, Way(ROW)),
+    "queries that see no key, unread": ("empty rows", BF16, Way(RAGGED, "device")),
+    "batch rows crossed": ("crossed batch", F32, Way(HEADS)),
+    "batch rows crossed, unread": ("crossed batch", F64, Way(RAGGED, "device")),
+    "two batch rows add to one": ("shared batch row", F32, Way(RAGGED)),
+    "two batch rows add to one, unread": ("shared batch row", BF16, Way(WHOLE, "device")),
+    "a contrast clips": ("contrast", F32, Way(RAGGED)),
+    "a contrast rounds its weights": ("contrast", BF16, Way(HEADS)),
+    "a contrast below one gives hidden keys nothing": ("flattening contrast", F32, Way(HEADS)),
+    "a contrast below one, unread": ("flattening contrast", F32, Way(ROW, "device")),
+    "one segment with labels, one without": ("segments", F32, Way(RAGGED)),
+    "segments of other sizes in blocks": ("segments", BF16, Way(HEADS, "device")),
+    "a contrast counts the keys of both segments": ("contrasted segments", F32, Way(RAGGED)),
+    "a contrast over segments in ragged blocks of rows": ("contrasted segments", F64, Way(RAGGED, "device")),
+    "two segments row by row": ("segments", F64, Way(ROW, "device")),
+}
+
+
+@pytest.mark.parametrize("risk", RISKS)
+def test_attention_is_its_formula(risk):
+    case, dtype, way = RISKS[risk]
+    assert_attention_is_its_formula(Call(*attention_cases(dtype)[case]), dtype, way)
+
+
+@pytest.mark.parametrize("risk", RISKS)
+def test_gradients_are_those_of_the_formula(risk):
+    case, dtype, way = RISKS[risk]
+    assert_gradients_are_those_of_the_formula(Call(*attention_cases(dtype)[case]), dtype, way)
+
+
+def test_every_case_of_attention_is_a_risk():
+    assert {case for case, *_ in RISKS.values()} == set(CASES)
+
+
+@st.composite
+def attention_calls(draw):
+    """Any call of attention: each option of each segment on its own."""
+    width, additions = draw(st.sampled_from((8, 11))), []
+    shapes = [(2, 3, 21), (2, 3, 70)][: draw(st.integers(1, 2))]
+    for number, (*_, tokens) in enumerate(shapes):
+        addition: dict[str, Any] = {
+            "logit_scale": draw(st.sampled_from((1.0, 1.4))),
+            "logit_shift": draw(st.sampled_from((0.0, -0.3, 0.5))),
+        }
+        if draw(st.booleans()):
+            counts = random_integers(0, 3, 2, draw(st.sampled_from((1, 3))), tokens, seed=number)
+            # nothing counted in a batch row, or in some of its heads
+            counts[: draw(st.integers(0, 1)), : draw(st.integers(1, 3))] = 0
+            addition["counts"] = counts
+        if draw(st.booleans()):
+            labels = 1 << random_integers(0, 4, draw(st.sampled_from((1, 2))), tokens, seed=tokens)
+            addition["labels"] = labels & draw(st.sampled_from((15, 3)))  # with 3, some queries see nothing
+        rows = draw(st.sampled_from((None, (1, 0), (1, 1))))
+        if rows is not None:
+            addition["batch_index"] = torch.tensor(rows, dtype=torch.int32)
+        additions.append(addition)
+    chosen: dict[str, Any] = {"contrast": draw(st.sampled_from((1.0, 1.67, 0.6)))}
+    if draw(st.booleans()):
+        chosen["scale"] = -0.7
+    if any("labels" in addition for addition in additions):
+        chosen["query_labels"] = 1 << random_integers(0, 4, draw(st.sampled_from((1, 2))), 13, seed=13)
+    keys, values = ([(*shape, size) for shape in shapes] for size in (8, width))
+    return Call(features(SMALL["q"], *keys, *values), additions, chosen)
+
+
+@settings(SAME_IN_EVERY_RUN, max_examples=80)
+@given(attention_calls(), st.sampled_from((F64, F32, BF16)), WAYS)
+def test_any_attention_is_its_formula(call, dtype, way):
+    rounded = call._replace(tensors=[x.to(dtype) for x in call.tensors])
+    assert_attention_is_its_formula(rounded, dtype, way)
+
+
+@settings(SAME_IN_EVERY_RUN, max_examples=40)
+@given(attention_calls(), st.sampled_from((F64, F32, BF16)), WAYS)
+def test_any_gradients_are_those_of_the_formula(call, dtype, way):
+    rounded = call._replace(tensors=[x.to(dtype) for x in call.tensors])
+    assert_gradients_are_those_of_the_formula(rounded, dtype, way)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_attention_in_blocks_of_any_size(case, dtype, block_bytes):
-    tensors, *call = attention_cases(dtype)[case]
-
-    def gradients(tensors, backend):
-        output, lse = attend(tensors, *call, backend, qk.attention_with_lse)
-        loss = (output * random_features(*output.shape, seed=9, dtype=output.dtype)).sum()
-        return torch.autograd.grad(loss + lse[lse.isfinite()].sin().sum(), tensors)
-
-    truth, plain, actual = (
-        gradients(learned(tensors, precision), backend)
-        for precision, backend in ((torch.float64, "reference"), (dtype, "reference"), (dtype, "tiled"))
-    )
-    for ours, yardstick, true in zip(actual, plain, truth):
-        assert ours.dtype == dtype
-        assert judge(ours, yardstick, true, reduction=91).passed
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("op", [qk.attention, qk.attention_with_lse])
-def test_attention_gradcheck(case, op, ragged, route):
+def test_attention_gradcheck(case):
     tensors, *call = attention_cases(torch.float64)[case]
 
-    def finite(*tensors):
+    def finite(op, *tensors):
         result = attend(tensors, *call, op=op)
         return (
             result
@@ -159,7 +298,10 @@ def test_attention_gradcheck(case, op, ragged, route):
             else (result.output, result.lse.masked_fill(result.lse == float("-inf"), 0))
         )
 
-    assert gradcheck(finite, learned(tensors), fast_mode=True)
+    for op in (qk.attention, qk.attention_with_lse):
+        for route in ("host", "device"):
+            with Way(RAGGED, route).taken():
+                assert gradcheck(functools.partial(finite, op), learned(tensors), fast_mode=True)
 
 
 def test_attention_gradcheck_of_every_element(ragged):
@@ -227,31 +369,61 @@ def test_similarity_score_gradcheck(settings):
     )
 
 
-@pytest.mark.parametrize(
-    "refinement", ["rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none"]
-)
-@pytest.mark.parametrize("contrast", [1.0, 1.67])
-@pytest.mark.parametrize("batch_index", [None, torch.tensor([1, 1], dtype=torch.int32)])
-@pytest.mark.parametrize("labelled", [False, True])
-def test_qalign_attention_gradients(refinement, contrast, batch_index, labelled, ragged):
-    labels = [1 << random_integers(0, 4, 2, n, seed=n) for n in (13, 21)] if labelled else [None, None]
+REFINEMENTS = ("rearranged", "guided", "topk", "warped_values", "warped_output", "soft", "none")
+
+
+def refined(tensors, backend, refinement, contrast=1.0, rows=None, labelled=False):
+    query, ref_query, key, value, own_key = tensors
+    labels = [1 << random_integers(0, 4, 2, n, seed=n) if labelled else None for n in (13, 21)]
+    return qk.qalign_attention(
+        query,
+        ref_query,
+        key,
+        value,
+        refinement=refinement,
+        own_key=own_key if refinement == "warped_values" else None,
+        topk=4,
+        strength=2.0,
+        contrast=contrast,
+        query_labels=labels[0],
+        ref_labels=labels[1],
+        batch_index=None if rows is None else torch.tensor(rows, dtype=torch.int32),
+        backend=backend,
+    )
+
+
+def assert_refined_gradients(*options):
+    """Check the gradients against the formula; return the tensors that have one."""
     tensors = learned(features(SMALL["q"], SMALL["r"], SMALL["k"], SMALL["v"], SMALL["q"]))
-
-    def call(query, ref_query, key, value, own_key, backend="tiled"):
-        return qk.qalign_attention(
-            query, ref_query, key, value, refinement=refinement, own_key=own_key if refinement == "warped_values" else None, topk=4,
-            strength=2.0, contrast=contrast, query_labels=labels[0], ref_labels=labels[1], batch_index=batch_index, backend=backend,
-        )  # fmt: skip
-
     weight = random_features(*SMALL["q"], seed=9, dtype=torch.float64)
     actual, truth = (
-        torch.autograd.grad((call(*tensors, b) * weight).sum(), tensors, allow_unused=True)
+        torch.autograd.grad((refined(tensors, b, *options) * weight).sum(), tensors, allow_unused=True)
         for b in ("tiled", "reference")
     )
     for ours, true in zip(actual, truth):
         assert (ours is None) == (true is None)
         assert ours is None or judge(ours, true, true, reduction=21).passed
-    assert gradcheck(call, tensors, fast_mode=True)
+    return tensors
+
+
+@pytest.mark.parametrize("options", [(), (1.67, (1, 1), True)], ids=["plain", "all options"])
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+def test_qalign_attention_gradients(refinement, options, ragged):
+    tensors = assert_refined_gradients(refinement, *options)
+    assert gradcheck(lambda *x: refined(x, "tiled", refinement, *options), tensors, fast_mode=True)
+
+
+@settings(SAME_IN_EVERY_RUN, max_examples=30)
+@given(
+    st.sampled_from(REFINEMENTS),
+    st.sampled_from((1.0, 1.67)),
+    st.sampled_from((None, (1, 0), (1, 1))),
+    st.booleans(),
+    st.sampled_from(BLOCK_BYTES),
+)
+def test_any_qalign_attention_gradients(refinement, contrast, rows, labelled, block_bytes):
+    with Way(block_bytes).taken():
+        assert_refined_gradients(refinement, contrast, rows, labelled)
 
 
 @pytest.mark.parametrize("contrast", [1.0, 1.67])
@@ -286,41 +458,68 @@ def test_fused_route_is_sdpa_bit_by_bit(dtype):
         assert torch.equal(qk.attention(query, segment, scale=0.2, backend="tiled"), expected)
 
 
-def test_absent_keys_are_never_read(ragged, route):
+@pytest.mark.parametrize("route", ["host", "device"])
+def test_absent_keys_are_never_read(route):
     query, key, value = features(SMALL["q"], SMALL["k"], SMALL["v"], dtype=torch.float32)
     counts = random_integers(0, 2, 2, 3, 21, seed=1)
     absent = (counts == 0).unsqueeze(-1)
     for op in (qk.attention, qk.attention_with_lse):
-        clean, dirty = (
-            attend(
-                [query, *(x.masked_fill(absent, fill) for x in (key, value))], [{"counts": counts}], {}, op=op
+        with Way(RAGGED, route).taken():
+            clean, dirty = (
+                attend(
+                    [query, *(x.masked_fill(absent, fill) for x in (key, value))],
+                    [{"counts": counts}],
+                    {},
+                    op=op,
+                )
+                for fill in (0, float("nan"))
             )
-            for fill in (0, float("nan"))
-        )
         for ours, expected in zip(dirty, clean):
             assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("k", [1, 5, 32, 33, 150])
-@pytest.mark.parametrize("heads", ["joint", "per_head"])
-@pytest.mark.parametrize("labelled", [False, True])
-def test_matches_in_blocks_of_any_size(k, heads, labelled, block_bytes, route):
-    # whole numbers: every sum is exact, so ties are many and their order is asked for
+def assert_matches_are_exact(k, heads, labelled, way, rows=(1, 0)):
+    # whole numbers: every sum is exact, so that ties are many and their order is part of the answer
     query, reference = (random_integers(-1, 2, 2, 2, n, 5, seed=n).float() for n in (11, 150))
-    rows = torch.tensor([1, 0], dtype=torch.int32)
-    labels = dict.fromkeys(("query_labels", "reference_labels"))
+    options = {"similarity": "dot", "heads": heads, "batch_index": torch.tensor(rows, dtype=torch.int32)}
     if labelled:
-        labels = {
-            "query_labels": 1 << random_integers(0, 3, 2, 11, seed=3),
-            "reference_labels": 1 << random_integers(0, 9, 1, 150, seed=4),
-        }
-    actual, truth = (
-        qk.similarity_topk(
-            query, reference, k, similarity="dot", heads=heads, batch_index=rows, **labels, backend=b
-        )
-        for b in ("tiled", "reference")
-    )
+        options["query_labels"] = 1 << random_integers(0, 3, 2, 11, seed=3)
+        options["reference_labels"] = 1 << random_integers(0, 9, 1, 150, seed=4)
+    truth = qk.similarity_topk(query, reference, k, **options, backend="reference")
+    with way.taken():
+        actual = qk.similarity_topk(query, reference, k, **options, backend="tiled")
     assert judge_exact(actual.index, truth.index).passed and judge_exact(actual.score, truth.score).passed
+
+
+@pytest.mark.parametrize(
+    ("k", "heads", "labelled", "way"),
+    [
+        pytest.param(1, "joint", False, Way(ROW), id="one match, row by row"),
+        pytest.param(1, "per_head", True, Way(RAGGED), id="one match of a label"),
+        pytest.param(5, "joint", True, Way(RAGGED, "device"), id="labels compared block by block"),
+        pytest.param(5, "per_head", False, Way(HEADS), id="blocks of some heads"),
+        pytest.param(32, "joint", True, Way(WHOLE), id="the most that is extracted"),
+        pytest.param(32, "per_head", False, Way(RAGGED, "device"), id="the most that is extracted, unread"),
+        pytest.param(33, "joint", False, Way(RAGGED), id="the least that is sorted"),
+        pytest.param(33, "per_head", True, Way(HEADS, "device"), id="the least that is sorted, unread"),
+        pytest.param(150, "joint", True, Way(ROW), id="more than a label has"),
+        pytest.param(150, "per_head", False, Way(WHOLE, "device"), id="all of them"),
+    ],
+)
+def test_matches_are_exact(k, heads, labelled, way):
+    assert_matches_are_exact(k, heads, labelled, way)
+
+
+@settings(SAME_IN_EVERY_RUN, max_examples=60)
+@given(
+    st.sampled_from((1, 5, 32, 33, 150)) | st.integers(1, 150),
+    st.sampled_from(("joint", "per_head")),
+    st.booleans(),
+    WAYS,
+    st.sampled_from(((0, 1), (1, 0), (1, 1))),
+)
+def test_any_matches_are_exact(k, heads, labelled, way, rows):
+    assert_matches_are_exact(k, heads, labelled, way, rows)
 
 
 @pytest.mark.parametrize("k", [1, 4, 40])
@@ -380,6 +579,7 @@ print(call({tokens}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "statement",
     [
@@ -397,6 +597,7 @@ def test_extra_memory_stays_below_one_map(statement):
     assert measured_mib(statement, heads=1) <= 48
 
 
+@pytest.mark.slow
 def test_extra_memory_of_the_main_case():
     assert measured_mib("qk.qalign_attention(query, ref_query, key, value)", heads=8) <= 64
 

@@ -1,4 +1,7 @@
-"""attention on Triton, in the interpreter, against the reference in float64: every flag alone and together."""
+"""attention on Triton, in the interpreter, against the reference in float64.
+
+Every flag is tested alone and together with others.
+"""
 
 import dataclasses
 import math
@@ -80,7 +83,7 @@ def test_counts(dtype, contrast, maps):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("contrast", [1.0, 0.5, 1.67])
 def test_labels(dtype, contrast):
-    """Some queries carry no bit and see nothing."""
+    """Some queries have an empty label set and see no key."""
     segment = _segment(dtype, 45, labels=_labels(45))
     output, lse = _check(
         _query(dtype), [segment], query_labels=_labels(QUERIES, rows=1, seed=8), contrast=contrast
@@ -134,7 +137,7 @@ def test_guide(dtype, contrast, counted):
 
 
 def test_views():
-    """Transposed, channel-strided and expanded tensors are read where they lie."""
+    """Transposed, channel-strided and expanded tensors are read without a copy."""
     storage = testing.random_features(BATCH, QUERIES, HEADS, 3, 80, seed=41)
     query, key, value = (storage[:, :, :, i, ::2].transpose(1, 2) for i in range(3))
     _check(query, [Segment(key, value)])
@@ -222,7 +225,7 @@ def test_large_logits_stay_finite():
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_keys_far_above_those_of_the_first_tile(counted):
-    """Weights stabilised by the first tile would overflow: the running maximum takes over. One query tile overflows, the other does not."""
+    """The weights of one query tile overflow with the first maximum: the running maximum replaces it."""
     query, segment = (
         _query(torch.float32),
         _segment(torch.float32, 71, counts=_counts(71) if counted else None),
@@ -236,7 +239,7 @@ def test_keys_far_above_those_of_the_first_tile(counted):
 
 @pytest.mark.parametrize("below", [30, 300])
 def test_query_far_below_those_of_its_tile(below):
-    """With counts a tile's queries have one stabiliser: where it makes a query's weights vanish, the running maximum takes over."""
+    """With counts, a tile has one maximum. If weights of a query vanish, the running one replaces it."""
     query, segment = _query(torch.float32), _segment(torch.float32, 71, counts=_counts(71))
     segment.key[..., 0], query[..., 0], query[:, :, 3, 0] = 1, 0, -below
     _check(query, [segment], scale=1.0)

@@ -1,4 +1,7 @@
-"""The gradient of attention on Triton, in the interpreter, against the reference in float64: every flag alone and together."""
+"""The gradient of attention on Triton, in the interpreter, against the reference in float64.
+
+Every flag is tested alone and together with others.
+"""
 
 import pytest
 import torch
@@ -16,7 +19,10 @@ def features(dtype, tokens, dim, seed, rows=BATCH):
 
 
 def gradients(tensors, options, backend, precision, *, with_lse=False, **settings):
-    """Of query, keys and values, for outputs weighted by random numbers; a row that sees nothing has no gradient of its lse."""
+    """The gradients of query, keys and values, for outputs weighted by random numbers.
+
+    The log-sum-exp of a row that sees no key has no gradient.
+    """
     count = len(options)
     leaves = [x.to(precision).detach().requires_grad_() for x in tensors]
     segments = [Segment(leaves[1 + i], leaves[1 + count + i], **more) for i, more in enumerate(options)]
@@ -57,7 +63,7 @@ def counts(tokens, maps=1, seed=5):
 
 
 def labels(tokens, rows=BATCH, seed=7):
-    """Bit sets, some of them empty."""
+    """Label sets, some of them empty."""
     return random_integers(0, 4, rows, tokens, seed=seed)
 
 
@@ -86,7 +92,7 @@ def test_log_sum_exp(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_counts(dtype):
     multiplicity = counts(71)
-    multiplicity[:, :, 32:64] = 0  # a whole tile that nobody reads
+    multiplicity[:, :, 32:64] = 0  # a whole tile that no query reads
     _, key, value = check(one_segment(dtype, 71), [{"counts": multiplicity}], with_lse=True)
     for gradient in (key, value):
         assert (gradient[multiplicity == 0] == 0).all()

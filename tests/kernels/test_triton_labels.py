@@ -1,4 +1,7 @@
-"""Tokens sorted by their labels, and attention that walks them, in the interpreter: against torch's sort and the reference in float64."""
+"""Tokens sorted by their labels, and attention over them, in the interpreter.
+
+The order is compared with torch's sort, attention with the reference in float64.
+"""
 
 import dataclasses
 
@@ -99,7 +102,10 @@ def _spans_kernel(starts_ptr, lowest, highest, out_ptr, BLOCK: tl.constexpr):
     "classes", [(2, 2), (4, 4), (1, 1), (0, 0), (34, 34), (2, 3), (0, 4), (1, 3), (3, 34)]
 )
 def test_every_key_that_is_seen_is_met_once(classes):
-    """One label meets its own keys, those of all labels and those of several; freely those that no query of the tile can fail to see."""
+    """A query meets the keys of its label, of all labels and of several labels, each once.
+
+    Keys that every query of the tile sees are not compared.
+    """
     lowest, highest = classes
     labels = _pick("any", 1, 200, 3)
     order, *_, starts = _labels.sort_tokens(labels)
@@ -167,7 +173,7 @@ def test_attention(sets, contrast, counted, dtype):
 
 @pytest.mark.parametrize("contrast", [1.0, 1.67])
 def test_segments_beside_ones_without_labels(contrast):
-    """Each is walked in its own way by queries in one order; one of them through a batch index."""
+    """Queries in one order read segments with and without labels, one of them through a batch index."""
     query, *tensors = _features((2, 2, 70, 32), *[(2, 2, n, 32) for n in (50, 50, 90, 90, 33, 33)])
     key, value, more_key, more_value, last_key, last_value = tensors
     segments = [
@@ -202,7 +208,7 @@ def test_guided():
 
 @pytest.mark.parametrize("growth", [1.0, 400.0])
 def test_logits_that_grow_after_the_first_tile(growth):
-    """There the maximum of the first tile does not do, and the tile is walked again."""
+    """The maximum of the first tile is too small, so that the kernel walks over the keys again."""
     query, key, value = _features((1, 1, 70, 32), (1, 1, 130, 32), (1, 1, 130, 32))
     key[:, :, 64:] *= growth
     segments = [Segment(key, value, labels=torch.ones(1, 130, dtype=torch.int32))]
@@ -232,7 +238,7 @@ def test_distillation():
 
 @pytest.mark.parametrize("joint,contrast", [(True, 1.0), (False, 1.67)])
 def test_rearranged(joint, contrast, monkeypatch):
-    """As without sorting, but for the order of sums."""
+    """The result without sorting, except for the order of sums."""
     query, ref_query, key, value = _features((2, 2, 40, 32), *[(2, 2, 50, 32)] * 3)
     labels = {"query_labels": _pick("background", 1, 40, 3), "ref_labels": _pick("background", 2, 50, 4)}
     arguments = (query, query, ref_query, key, value, "cosine", joint)

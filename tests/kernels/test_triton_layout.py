@@ -1,4 +1,4 @@
-"""Kernels can be read: helpers take few parameters, code is laid out by the formatter."""
+"""Kernels stay readable: helpers take few parameters, and the formatter lays out the code."""
 
 import ast
 
@@ -24,7 +24,7 @@ def test_device_helpers_take_few_parameters(path):
 
 
 def test_every_launch_is_of_a_function_named_kernel():
-    """So that the rule above leaves out nothing but entry points, of which two are in Gluon; the argmax has a choice."""
+    """The rule above leaves out entry points only. Two are in Gluon; the argmax chooses between two."""
     names = {name for path in FILES for name, _ in _device_functions(path)}
     launched = set()
     for path in FILES:

@@ -1,4 +1,4 @@
-"""match_counts, compact and take_rows on Triton, in the interpreter, against the reference: all of them are exact."""
+"""match_counts, compact and take_rows on Triton, in the interpreter, equal the reference exactly."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_take_rows_keeps_nan_and_zeroes_unmatched_rows():
 
 
 def _chosen(counts, source):
-    """The tokens of a source [H, N, D] that one row of the counts [G, N] chose, by hand: a list for each head."""
+    """The tokens of a source [H, N, D] that one row of the counts [G, N] chose: a list for each head."""
     groups = counts.shape[0]
     return [
         source[head, (counts[head % groups] > 0).nonzero().squeeze(-1)] for head in range(source.shape[0])
@@ -142,7 +142,7 @@ def _check_taken(taken, sources, counts, unique):
 
 
 def test_take_chosen_of_many_tokens():
-    """A program then counts those before its tokens in several blocks."""
+    """A program counts the chosen tokens before its own tokens in several blocks."""
     tokens = 2 * rearrange.COMPACT_BLOCKS[1] + 1100
     generator = torch.Generator().manual_seed(5)
     source = torch.randn((1, 2, tokens, 16), generator=generator)

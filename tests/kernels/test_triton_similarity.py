@@ -1,6 +1,7 @@
 """similarity_argmax and similarity_topk on Triton, in the interpreter, against float64.
 
-Random scores leave the best and the second best clearly apart, so indices are compared as such; ties are made on purpose.
+The best and the second best of random scores differ clearly, so indices are compared for equality. Ties are
+made on purpose.
 """
 
 import pytest
@@ -39,7 +40,10 @@ def _labels(batch, tokens, seed):
 
 
 def _hold(actual, query, keys, similarity, joint, labels=(None, None, None), k=None):
-    """Index and score against the float64 truth; the yardstick is the reference in the precision of the inputs."""
+    """Compare index and score with the float64 truth.
+
+    The yardstick is the reference in the precision of the inputs.
+    """
     if k is None:
         truth = reference.similarity_argmax(query.double(), keys.double(), similarity, joint, *labels)
         yardstick = reference.similarity_argmax(query, keys, similarity, joint, *labels)
@@ -161,7 +165,7 @@ def _pack_kernel(
 
 
 def test_packed_matches_are_in_order():
-    """Of no match, then of ever better ones, a lower index before a higher one; zeros are equal, whatever their signs."""
+    """Packed matches compare as scores do, no match first. A lower index is better; -0 equals 0."""
     ascending = [
         (float("-inf"), -1),
         (float("-inf"), 3),
@@ -199,7 +203,7 @@ def test_packed_matches_are_in_order():
 
 
 def _counted(query, keys, similarity_kind, joint, labels=(None, None, None)):
-    """The matches of `counted_argmax`, unpacked and with the query's norm, whose counts must be theirs."""
+    """The matches of `counted_argmax`, unpacked and with the norm of the query; checks their counts."""
     match, counts = similarity.counted_argmax(query, keys, similarity_kind, joint, *labels)
     order, index = (match >> 32).int(), (~match).int()
     assert counts.dtype == torch.int32 and torch.equal(
@@ -229,7 +233,7 @@ def test_counted_argmax(similarity_kind, joint, rows, tokens):
 
 @pytest.mark.parametrize("rising", [True, False])
 def test_counted_argmax_holds_when_later_splits_are_better(rising):
-    """Five splits of negative scores, each better than all before or worse, and a tie between two of them."""
+    """Five splits of negative scores: some better than all before, some worse, two equal."""
     keys = torch.arange(-150.0, 0.0) if rising else -torch.arange(1.0, 151.0)
     keys[70] = keys[149 if rising else 0] = -0.5
     query, keys = torch.ones((1, 1, 30, 1)), keys.reshape(1, 1, -1, 1)
@@ -253,12 +257,12 @@ def test_counted_argmax_of_a_split_without_admissible_keys(similarity_kind):
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_counted_argmax_of_nan(joint):
-    """A NaN in any split is the score, of the first token, as in the counts."""
+    """A NaN in any split becomes the score; the match and the counts name the first token."""
     query, keys = _features((1, 1, 20, 16), 130)
     query[0, 0, 3, 2] = float("nan")
     index, score = _counted(query, keys, "cosine", joint)
     assert score.isnan().sum() == 1 and score[0, 0, 3].isnan() and index[0, 0, 3] == 0
-    query[0, 0, 7, 2] = float("inf")  # which the cosine cannot tell from it
+    query[0, 0, 7, 2] = float("inf")  # the cosine gives NaN for it as well
     index, score = _counted(query, keys, "cosine", joint)
     assert score.isnan().sum() == 2 and score[0, 0, [3, 7]].isnan().all() and (index[0, 0, [3, 7]] == 0).all()
     keys[0, 0, 70, 5] = float("nan")
@@ -366,7 +370,7 @@ def test_topk_of_nan_as_the_reference_sorts_it(similarity_kind):
 
 
 def test_packed_argmax_of_negative_scores():
-    """The bits of negative scores compare the other way round: rows without another one take a second walk, which only they take from."""
+    """Bits of negative scores compare in reverse: rows with negative scores only need a second walk."""
     query, keys = _features((1, 2, 40, 16), 170)
     query[..., 0], keys[..., 0], query[:, 1, 7, 0] = 0, 1, -50
     query[:, 0, :, 0] = -50

@@ -222,7 +222,7 @@ def test_an_op_that_raises_fails_and_says_what(monkeypatch, capsys):
     [
         (["--backend", "cuda"], "--backend"),
         (["--dtype", "int8"], "--dtype"),
-        (["--op", "convolution"], "--op: expected the beginning of one of similarity_argmax, "),
+        (["--op", "convolution"], "--op: expected the start of one of similarity_argmax, "),
         (["--device", "tpu"], "--device"),
         (["--frobnicate"], "--frobnicate"),
     ],

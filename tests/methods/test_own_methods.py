@@ -23,6 +23,7 @@ from qalign import (  # noqa: E402
     attach,
     take,
 )
+from qalign.methods import Method, Wrapped  # noqa: E402
 from qalign_kernels import attention  # noqa: E402
 from tests.processors.models import SIZE, generate, make_pipe, make_unet, unet_inputs  # noqa: E402
 
@@ -90,6 +91,26 @@ def test_own_method_runs_in_pipeline_and_bank() -> None:
     assert bank.nbytes
 
 
+def test_every_ability_has_a_neutral_default() -> None:
+    q, k, v = torch.randn(3, 3, 2, 16, 8, generator=torch.manual_seed(0))
+    site, method, names = (
+        Site(BatchLayout("output", "appearance", "structure")),
+        Method(),
+        ["up_blocks.0.attn2"],
+    )
+    for attend in (method.attend, method.attend_cross):
+        assert torch.equal(attend(q, k, v, site), site.plain(q, k, v))
+    assert method.prepare(q, None, site) is method.start(q, k) is method.change_clean(q, k, 0) is q
+    assert method.hooks(make_unet("small")) == {} and method.cross_layers(names) == []
+    assert method.default_steps is None and not method.takes_structure(0, 10)
+
+
+def test_a_wrapped_method_has_its_abilities() -> None:
+    """Every ability of the base is passed on: a new one must not fall back to its default."""
+    abilities = {name for name in vars(Method) if not name.startswith("__")}
+    assert abilities == {name for name in vars(Wrapped) if not name.startswith("__")}
+
+
 class Nothing(Editing):
     """Neither edits nor is a dataclass."""
 
@@ -101,33 +122,27 @@ class Plain(Editing):
         return take(q, output)
 
 
-class Alone:
-    """Has no base, and not all that Editing gives."""
-
-    def attend(self, q, k, v, site):
-        return site.plain(q, k, v)
-
-
 @dataclass(frozen=True)
 class Loose:
+    """Has no base."""
+
     def edit(self, q, k, v, output, reference, site):
         return take(q, output)
 
 
 PLAIN = "method: expected a frozen dataclass, got the plain class Plain: "
 SUCH = "method: expected an instance of a method such as QAlign(), got "
+EXTEND = " (a method of your own extends qalign.Editing)"
 DEFINE = "method: expected Nothing to define edit(self, q, k, v, output, reference, site) or "
-PARTS = "method: expected attend, default_layers, takes_structure, all of which qalign.Editing has, got "
 REFUSALS = [
-    (None, SUCH + "None"),
-    ("qalign", SUCH + "'qalign'"),
-    (int, SUCH + "<class 'int'>"),
+    (None, SUCH + "None" + EXTEND),
+    ("qalign", SUCH + "'qalign'" + EXTEND),
+    (int, SUCH + "<class 'int'>" + EXTEND),
     (QAlign, "method: expected an instance, got the class QAlign: write QAlign()"),
     (Blend, "method: expected an instance, got the class Blend: write Blend()"),
     (Nothing(), DEFINE + "attend(self, q, k, v, site), got neither"),
     (Plain(), PLAIN + "write @dataclass(frozen=True) above it"),
-    (Alone(), PARTS + "Alone without default_layers, takes_structure"),
-    (Loose(), PARTS + "Loose without attend, default_layers, takes_structure"),
+    (Loose(), SUCH + "Loose()" + EXTEND),
 ]
 
 

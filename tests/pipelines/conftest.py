@@ -1,4 +1,4 @@
-"""What the tests of the pipeline share."""
+"""Fixtures that the tests of the pipelines share."""
 
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def pair(small) -> "Inversion":
-    """That of `transfer`'s default pair, which then does nothing but denoise it."""
+    """The inversion of `transfer`'s default pair; a transfer with it only denoises."""
     from tests.pipelines.transfers import PROMPT, pictures, seeded
 
     return small.invert(

@@ -1,6 +1,7 @@
-"""ALGORITHMS.md §2, Cross-Image attention, word for word: maps in memory, three rows, two calls of the UNet a step, nothing of `qalign`.
+"""Cross-Image attention as ALGORITHMS.md §2 writes it: maps in memory, three rows, two UNet calls a step.
 
-Slow and plain on purpose, in any floating dtype: what `AppearanceTransferPipeline` is held against. Rows are [OUT, STYLE, STRUCT].
+Slow and plain on purpose, in any floating dtype, without `qalign`. `AppearanceTransferPipeline` is
+compared with it. Rows are [OUT, STYLE, STRUCT].
 """
 
 import contextlib
@@ -16,7 +17,7 @@ OUT, STYLE, STRUCT = 0, 1, 2
 
 @dataclass
 class Numbers:
-    """The published settings. Windows are (first, end) in the processors' `step` or in the loop's i, as the text has them."""
+    """The published settings. Windows are (first, end), in the processors' `step` or in the loop's i."""
 
     edit: dict[int, tuple[int, int]] = field(
         default_factory=lambda: {32**2: (10, 70), 64**2: (10, 90)}
@@ -34,7 +35,7 @@ class Numbers:
 
 @dataclass
 class Run:
-    """What the processors close over, and a record of what they did."""
+    """The state that the processors share, and a record of their calls."""
 
     numbers: Numbers
     step: int = 0
@@ -139,7 +140,7 @@ def mean_and_deviation(
 
 
 def noised(scheduler: DDIMScheduler, clean: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-    """[steps + 1, B, C, h, w], noisiest first: an independent draw for every timestep, the clean latents last."""
+    """[steps + 1, B, C, h, w], noisiest first: new noise for every timestep, the clean latents last."""
     scheduler.set_timesteps(steps)
     bars = [scheduler.alphas_cumprod[t].to(clean) for t in scheduler.timesteps]
     draws = [torch.randn(clean.shape, generator=generator, dtype=clean.dtype) for _ in bars]
@@ -151,7 +152,10 @@ def noised(scheduler: DDIMScheduler, clean: Tensor, steps: int, generator: torch
 def invert(
     unet, scheduler: DDIMScheduler, latents: Tensor, prompt: Tensor, empty: Tensor, *, guidance: float = 3.5
 ) -> Tensor:
-    """§2.1: z [T, B, C, h, w] for noised latents [T + 1, B, C, h, w]; the last is zero. t ascends, each x_{t-1} is drift-corrected."""
+    """§2.1: z [T, B, C, h, w] for noised latents [T + 1, B, C, h, w]; the last is zero.
+
+    t ascends, and each x_{t-1} is corrected for drift.
+    """
     latents, steps = latents.clone(), len(latents) - 1
     scheduler.set_timesteps(steps)
     z = torch.zeros_like(latents[:-1])
@@ -180,9 +184,10 @@ def generate(
     skip: int = 32,
     make_mask: Callable | None = None,
 ) -> tuple[list[Tensor], Run]:
-    """§2.2 to §2.5 from inverted [appearance, structure]: the latents [3, C, h, w] after each step and its callback, and the record.
+    """§2.2 to §2.5 from inverted [appearance, structure].
 
-    make_mask: of (maps, row), bool [h, w] for one row; needed where AdaIN is masked.
+    Returns the latents [3, C, h, w] after each step and its callback, and the record. `make_mask` takes
+    (maps, row) and returns bool [h, w] for one row; masked AdaIN needs it.
     """
     steps, (app, struct) = len(z), (0, 1)
     scheduler.set_timesteps(steps)
@@ -273,7 +278,7 @@ def freeu(unet: UNet2DConditionModel, wide: int, narrow: int) -> Iterator[None]:
 
 
 def scale_low_frequencies(x: Tensor, scale: float, threshold: int = 1) -> Tensor:
-    """The square of ±threshold frequencies around the centre of the shifted spectrum of [B, C, h, w], times `scale`."""
+    """Scale the square of ±threshold frequencies around the centre of the shifted spectrum."""
     height, width = x.shape[-2:]
     spectrum = torch.fft.fftshift(torch.fft.fft2(x), dim=(-2, -1))
     rows, columns = (slice(size // 2 - threshold, size // 2 + threshold) for size in (height, width))

@@ -1,4 +1,4 @@
-"""Latent AdaIN: whose statistics, over what, which conventions."""
+"""Latent AdaIN: the statistics, the tokens they are of, and the conventions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""AppearanceTransferPipeline: what enters the UNet, what comes out, and at which steps."""
+"""AppearanceTransferPipeline: the inputs of the UNet, the results, and the steps."""
 
 import dataclasses
 
@@ -7,15 +7,16 @@ import torch
 from diffusers import DDIMScheduler
 
 from qalign import CrossImage, QAlign
-from qalign.pipelines import appearance_transfer
+from qalign.pipelines import transfer_loop
 from qalign.pipelines.base import expand_condition
-from qalign.sampling.object_masks import MapCollector, noun_tokens, object_masks
+from qalign.sampling.attention_maps import MapCollector
+from qalign.sampling.object_masks import noun_tokens, object_masks
 from tests.pipelines.transfers import PIXELS, PROMPT, make, pictures, seeded, trajectory, transfer, watch
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording(CrossImage):
-    """Cross-Image attention that notes the steps that it edits, and those at which it reads the structure."""
+    """Cross-Image attention that records the steps it edits, and those at which it reads the structure."""
 
     edited: list = dataclasses.field(default_factory=list)
     structure: list = dataclasses.field(default_factory=list)
@@ -117,7 +118,7 @@ def test_plain_rows_equal_a_call_without_edit(monkeypatch) -> None:
                 ),
             )
             outputs[name] = trajectory(pipe, method=method, swap_guidance_scale=swap, **options)[0]
-    # a step is affine in the prediction, so guidance of predictions is guidance of what the step makes of them
+    # a step is affine in the prediction, so guiding predictions is guiding the results of the step
     expected = outputs["plain"] + scale * (outputs["edited"] - outputs["plain"])
     torch.testing.assert_close(outputs["guided"], expected, rtol=1e-4, atol=1e-4)
     assert (outputs["guided"][0] - outputs["plain"][0]).abs().max() > 1e-3
@@ -149,7 +150,7 @@ def test_ddim_inversion_is_walked_back_by_ddim(small) -> None:
 
 
 def test_guidance_of_the_inversion(small, monkeypatch) -> None:
-    """Edit-friendly noises of the first step, by hand: (x_{t-1} - μ) / σ with μ of the guided prediction."""
+    """Edit-friendly noises of the first step by hand: (x_{t-1} - μ) / σ with μ of the guided prediction."""
     options = {"num_inference_steps": 2, "generator": seeded(3)}
     inverted = small.invert(
         pictures(1)[0], pictures(1, seed=1), PROMPT, inversion_guidance_scale=3.5, **options
@@ -185,7 +186,7 @@ def test_steps_of_the_edit(small, steps, skip, edited, structure) -> None:
 def test_adain_inside_masks_from_its_step_on(small, pair, monkeypatch) -> None:
     masks = torch.zeros(2, 16, 16, dtype=torch.bool)
     masks[0, :6], masks[1, 9:] = True, True
-    monkeypatch.setattr(appearance_transfer, "object_masks", lambda maps, noun: masks)
+    monkeypatch.setattr(transfer_loop, "object_masks", lambda maps, noun: masks)
     without, masked, whole = (
         trajectory(small, inversion=pair, adain=adain) for adain in (None, "masked", "whole")
     )

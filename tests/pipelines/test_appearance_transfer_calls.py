@@ -1,4 +1,4 @@
-"""AppearanceTransferPipeline around a call: inversions given and cached, callbacks and interrupts, and that nothing is left behind."""
+"""AppearanceTransferPipeline around a call: given and cached inversions, callbacks, interrupts, no traces."""
 
 from collections import Counter
 from dataclasses import replace
@@ -208,7 +208,7 @@ def test_offloading_hooks_run_in_order_and_are_freed(monkeypatch) -> None:
 
 
 def test_noise_free_appearance_is_always_its_clean_latents(pair) -> None:
-    """As if the appearance's row were its clean latents whenever the UNet is called."""
+    """The result is that of clean latents in the appearance's row at each UNet call."""
     pipe = make("sd15")
     clean = pair.latents[-1, 0]
     latents = pair.latents.clone()

@@ -1,4 +1,4 @@
-"""AppearanceTransferPipeline: pictures of any size and kind, dtypes, components of other pipelines, and the errors of bad arguments."""
+"""AppearanceTransferPipeline: pictures of any size and kind, dtypes, components, and errors."""
 
 import dataclasses
 import functools
@@ -96,6 +96,7 @@ def test_from_pipe_makes_a_subclass_of_its_family() -> None:
     assert type(Own.from_pipe(make_pipe("sdxl"))) is AppearanceTransferXLPipeline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"), [("small", torch.float16), ("small", torch.bfloat16), ("sdxl", torch.bfloat16)]
 )
@@ -179,6 +180,7 @@ def test_the_package_gives_its_pipelines_when_asked() -> None:
         _ = qalign.Nothing
 
 
+@pytest.mark.slow
 def test_embedded_reconstructs_and_transfers() -> None:
     pipe = embedded_pipe(AppearanceTransferPipeline)
     appearance, structure = render([held_out_seed(0), held_out_seed(1)]).image
@@ -198,7 +200,10 @@ def test_embedded_reconstructs_and_transfers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "qaling"}, f"method: expected a method or one of {', '.join(METHODS)}, got 'qaling'"),
+        (
+            {"method": "qaling"},
+            f"method: expected a method, 'package.module:Class' or one of {', '.join(METHODS)}, got 'qaling'",
+        ),
         ({"method": QAlign}, "method: expected an instance, got the class QAlign: write QAlign()"),
         ({"adain": "mask"}, "adain: expected 'masked', 'whole' or None, got 'mask'"),
         ({"skip": 1.0}, "skip: expected a fraction that leaves at least one of 6 steps, got 1.0"),
@@ -212,12 +217,14 @@ def test_embedded_reconstructs_and_transfers() -> None:
         ({"adain": "masked", "noun": "horse"}, "noun: expected a word of the prompt 'a zebra', got 'horse'"),
         (
             {"edit_steps": (0.5, 0.2)},
-            "edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, got (0.5, 0.2)",
+            "edit_steps: expected None or fractions (start, stop) with 0 <= start < stop <= 1, "
+            "got (0.5, 0.2)",
         ),
         ({"generator": [seeded()]}, "generator: expected one, or one for each of 2 pictures, got 1"),
         (
             {"height": 30, "width": 32},
-            "height and width: expected multiples of 8 pixels, got 30 x 32 (height and width resize a picture)",
+            "height and width: expected multiples of 8 pixels, "
+            "got 30 x 32 (height and width resize a picture)",
         ),
         (
             {"structures": pictures(1, 32, 30)},
@@ -284,6 +291,7 @@ def test_nan_says_where_and_what_to_change(part) -> None:
     )
 
 
+@pytest.mark.slow
 def test_overflowing_half_precision_vae_works_in_float32(monkeypatch) -> None:
     pipe, dtypes = own(make()), []
     pipe.vae.to(torch.float16)

@@ -1,4 +1,4 @@
-"""The guidance loss of bounded attention and the refinement of its masks, against their formulas over maps; the schedule; the layers."""
+"""The loss of bounded attention and the refinement of its masks: formulas, schedule and layers."""
 
 import pytest
 import torch
@@ -182,14 +182,14 @@ def test_default_layers_are_the_published_ones():
 @pytest.mark.parametrize("rows", [1, 2])
 def test_maps_are_the_last_rows_bounded_attention(rows):
     layer = LayerFeatures(*(random_features(rows, 3, 64, 40, seed=seed) for seed in range(4)), None)
-    bits = REGIONS.keys("structure", 64, torch.device("cpu"))[0]
+    bits = REGIONS.picture_labels("structure", 64, torch.device("cpu"))[0]
     expected = self_maps(layer, BOXES).mean(0)
     assert (bounded_map(layer, bits, bits) - expected).norm() <= 2e-6 * expected.norm()
     assert (bounded_map(layer, bits, bits) == 0).sum() > 0  # a subject does not see the other
 
 
 def literal_masks(self_map, cross_map, present, labels_of_clusters, nouns):
-    """Which subject each token is of, by the published rule, cluster by cluster."""
+    """The subject of each token by the published rule, cluster by cluster."""
     maps = {}
     for s, place in nouns.items():
         m = cross_map[:, place]
@@ -258,9 +258,9 @@ def test_masks_follow_subjects_and_restart_where_lost():
     )
     planted(
         refiner, halves, [[0.1, 0.9], [0.1, 0.9], [0.1, 0.9], [0.1, 0.1]]
-    )  # nobody attends to the first one's word
+    )  # no token attends to the first one's word
     again = refiner.refine(found).structure
-    assert torch.equal(again == 3, BOXES == 3)  # its box, which is nobody else's
+    assert torch.equal(again == 3, BOXES == 3)  # its whole box
     assert (again[:, 8:12] == 7).all()
 
 

@@ -1,4 +1,4 @@
-"""BoundedAttentionPipeline: what is masked when, what moves, which masks come back, and what is left as it was."""
+"""BoundedAttentionPipeline: masks, guided latents, results, and restored processors."""
 
 import dataclasses
 
@@ -161,7 +161,7 @@ def test_guidance_lowers_the_loss_within_its_steps():
     once = [call(pipe, guidance=BoundedGuidance(enough=2.0)) for _ in range(2)]
     assert once[0].losses[:, 0].tolist() == [0] and torch.equal(
         once[0].images, once[1].images
-    )  # it is enough at once
+    )  # the first loss is enough
     assert processors(pipe) == before and not any(
         parameter.grad is not None for parameter in pipe.unet.parameters()
     )
@@ -308,7 +308,7 @@ def test_interrupted_run_returns_its_last_clean_estimate():
         (
             {"layers": "mid"},
             ValueError,
-            "mask_layers: expected names where `layers` has none of the decoder, got None and layers='mid'",
+            "mask_layers: expected names if `layers` has none of the decoder, got None and layers='mid'",
         ),
         (
             {"mask_layers": "up"},

@@ -1,4 +1,4 @@
-"""The tuned decoder: what it is tuned to, with what it is tuned, and that nothing of it stays."""
+"""The tuned decoder: its loss, its pictures, and that the VAE is restored."""
 
 import copy
 
@@ -25,7 +25,7 @@ def pipe():
 
 
 def state(pipe):
-    """Everything of the VAE that tuning may touch: weights, dtypes, gradients, and whether these are wanted."""
+    """All of the VAE that tuning may change: weights, dtypes, gradients and `requires_grad`."""
     return {
         name: (x.detach().clone(), x.dtype, x.requires_grad, x.grad)
         for name, x in pipe.vae.named_parameters()
@@ -47,6 +47,7 @@ def call(pipe, **options):
     )
 
 
+@pytest.mark.slow
 def test_tuning_reproduces_better_and_restores_weights():
     pipe, scene = embedded_pipe(AttentionDistillationPipeline), render([held_out_seed(1)], 64).image
     before, latents = state(pipe), pipe.encode(scene).detach()

@@ -1,4 +1,4 @@
-"""AttentionDistillationPipeline: what is read, what moves, and what is left as it was."""
+"""AttentionDistillationPipeline: features, moving latents, and restored processors."""
 
 import copy
 import functools
@@ -11,7 +11,7 @@ from qalign.context.regions import Regions
 from qalign.embedded.scenes import BACKGROUNDS, held_out_pairs, render
 from qalign.methods.attention_distillation import AttentionDistillation, Losses
 from qalign.pipelines import AppearanceTransferPipeline, AttentionDistillationPipeline
-from qalign.pipelines.attention_distillation import windows
+from qalign.pipelines.distillation_run import windows
 from qalign.sampling.attention_reader import AttentionReader, descend, frozen, gradient
 from tests.pipelines.transfers import pictures, seeded
 from tests.processors.models import embedded_pipe, make_pipe, pipe_of, quiet, self_attention
@@ -52,7 +52,7 @@ def processors(pipe):
     return [module.processor for module in pipe.unet.modules() if hasattr(module, "processor")]
 
 
-# what is read
+# features
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -96,7 +96,7 @@ def test_gradient_checkpointing_changes_nothing():
         if checkpointed:
             pipe.unet.enable_gradient_checkpointing()
             pipe.unet.train()
-        null = {name: each.detach() for name, each in pipe.conditions("", 32, 32)[0].items()}
+        null_condition = {name: each.detach() for name, each in pipe.conditions("", 32, 32)[0].items()}
         latents = torch.randn(1, 4, 16, 16, generator=seeded()).requires_grad_()
         target = torch.randn(1, 4, 16, 16, generator=seeded(1))
         forwards = []
@@ -104,15 +104,16 @@ def test_gradient_checkpointing_changes_nothing():
         block.attn1.to_q.register_forward_hook(lambda *_, forwards=forwards: forwards.append(True))
         with frozen(pipe.unet), AttentionReader(pipe) as read:
             with torch.no_grad():
-                style = read(target, torch.tensor(301), null)
+                style = read(target, torch.tensor(301), null_condition)
             del forwards[:]
             (grad,) = torch.autograd.grad(
-                AttentionDistillation().loss(read(latents, torch.tensor(301), null), style).total, latents
+                AttentionDistillation().loss(read(latents, torch.tensor(301), null_condition), style).total,
+                latents,
             )
             assert len(forwards) == 1 + checkpointed
             saved = (
                 torch.ones(3, requires_grad=True) * 2
-            )  # nothing that checkpointing put in the way of saving is left there
+            )  # checkpointing leaves no hook for saved tensors behind
             assert (
                 torch._C._autograd._top_saved_tensors_default_hooks(True) is None
                 and saved.sum().backward() is None
@@ -133,7 +134,7 @@ def test_layers_out_of_order_are_all_read():
     )
 
 
-# what moves
+# moving latents
 
 
 class Literal:
@@ -143,7 +144,7 @@ class Literal:
     def __init__(self, pipe, weight=0.2):
         self.pipe, self.weight, self.losses = pipe, weight, []
         self.layers = list(self_attention(pipe.unet, "up_blocks").values())[-6:]
-        self.null, self.unconditional = pipe.conditions("", 32, 32)  # of SDXL the latter is zeros
+        self.null_condition, self.unconditional = pipe.conditions("", 32, 32)  # of SDXL the latter is zeros
         self.alphas = pipe.scheduler.alphas_cumprod.double()
 
     def features(self, latents, timestep):
@@ -157,7 +158,7 @@ class Literal:
                     lambda _, x, key=(layer, "out"): kept.__setitem__(key, x[0])
                 )
             )
-        self.pipe.unet(latents, timestep, **self.null)
+        self.pipe.unet(latents, timestep, **self.null_condition)
         for hook in hooks:
             hook.remove()
         names = ("to_q", "to_k", "to_v", "out")
@@ -202,7 +203,7 @@ class Literal:
             with torch.no_grad():
                 base, epsilon = (
                     self.pipe.unet(latents, timestep, **each).sample
-                    for each in (self.unconditional, self.null)
+                    for each in (self.unconditional, self.null_condition)
                 )
                 epsilon = base + 7.5 * (epsilon - base)
             before, after = self.alphas[timestep], int(timestep) - 1000 // steps
@@ -217,7 +218,7 @@ class Literal:
                 (x.mean((2, 3), True), x.std((2, 3), keepdim=True)) for x in (latents, target)
             )
             latents = ((latents - mean) / (deviation + 1e-6) * spread + to).requires_grad_()
-            targets = noised(content, after), noised(style, after)  # of draws that are not AdaIN's
+            targets = noised(content, after), noised(style, after)  # with other noise than AdaIN's
             adam = torch.optim.Adam([latents], lr=0.015)
             for _ in range(2):
                 self.descend(latents, adam, targets[1], targets[0], torch.tensor(after))
@@ -305,7 +306,7 @@ def test_adain_gives_the_styles_their_joint_statistics(small, monkeypatch):
     deviation, mean = torch.std_mean(drawn[-2], dim=(0, 2, 3))
     torch.testing.assert_close(result.images.mean((0, 2, 3)), mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result.images.std((0, 2, 3)), deviation, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(drawn[-1], drawn[-2])  # the features of the style are of another draw
+    assert not torch.equal(drawn[-1], drawn[-2])  # the features of the style have other noise
     assert result.losses.shape == (0, 3)
 
 
@@ -317,18 +318,21 @@ def test_several_contents_are_as_many_calls(small):
         assert (alone - image).abs().mean() < 1e-3 * image.abs().mean()
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_scene_falls():
     pipe, image = embedded(), scenes().image
     with torch.no_grad():
-        clean, null = pipe.encode(image), pipe.conditions("", 128, 128)[0]
+        clean, null_condition = pipe.encode(image), pipe.conditions("", 128, 128)[0]
     latents = clean[1:].clone().requires_grad_()
     adam, method = torch.optim.Adam([latents], lr=0.05), AttentionDistillation(content_weight=0.0)
     with frozen(pipe.unet), AttentionReader(pipe) as read:
         timestep = torch.tensor(301)
         with torch.no_grad():
-            style = read(clean[:1], timestep, null)
+            style = read(clean[:1], timestep, null_condition)
         losses = [
-            descend(latents, adam, lambda moved: method.loss(read(moved, timestep, null), style)).total.item()
+            descend(
+                latents, adam, lambda moved: method.loss(read(moved, timestep, null_condition), style)
+            ).total.item()
             for _ in range(20)
         ]
     assert losses[-1] < losses[0] / 2
@@ -344,6 +348,7 @@ def test_gradients_that_float16_would_round_to_zero_arrive():
     assert torch.equal(latents.detach(), -torch.ones(1, 4, 4, 4)) and latents.grad is None
 
 
+@pytest.mark.slow
 def test_masks_of_a_scene_draw_object_from_object():
     pipe, (style, content), labels = embedded(), scenes().image, (scenes().labels >= len(BACKGROUNDS)).long()
     regions, method = (
@@ -355,16 +360,17 @@ def test_masks_of_a_scene_draw_object_from_object():
         pipe(style, content, **options).images,
         pipe(style, content, regions=regions, **options).images,
     )
-    timestep, null = torch.tensor(301), pipe.conditions("", 128, 128)[0]
+    timestep, null_condition = torch.tensor(301), pipe.conditions("", 128, 128)[0]
     with torch.no_grad(), AttentionReader(pipe) as read:
-        target = read(pipe.encode(style[None]), timestep, null)
+        target = read(pipe.encode(style[None]), timestep, null_condition)
         of_plain, of_masked = (
-            method.loss(read(each, timestep, null), target, regions=regions).total for each in (plain, masked)
+            method.loss(read(each, timestep, null_condition), target, regions=regions).total
+            for each in (plain, masked)
         )
     assert of_masked < of_plain
 
 
-# what is left as it was
+# restored state
 
 
 @pytest.mark.parametrize("mode", ["optimise", "sample"])
@@ -422,13 +428,13 @@ def test_an_interrupt_keeps_what_there_was(small, mode, how):
     if mode == "optimise":  # the latents before the iteration of lowest loss
         latents = [small.encode(pictures(1, seed=1)), *kept]
         assert torch.equal(result.images, latents[int(result.losses[:, 0].argmin())])
-    else:  # the clean latents that the last prediction says
+    else:  # the clean latents of the last prediction
         assert (result.images - kept[-1]).abs().max() > 1e-3
     assert not call(small, mode=mode).interrupted
 
 
 def runs(pipe):
-    """One of each kind, short."""
+    """One short run of each kind."""
     yield call(pipe, num_inference_steps=2)
     yield call(pipe, mode="sample", num_inference_steps=2)
     yield pipe.expand(

@@ -1,4 +1,4 @@
-"""Cross-Image's FreeU against ALGORITHMS.md 2.6 written out, on UNets with SD 1.5's proportions of channels."""
+"""Cross-Image's FreeU against ALGORITHMS.md 2.6 written out, on UNets with SD 1.5's proportions."""
 
 import contextlib
 import math
@@ -12,7 +12,7 @@ from tests.processors.models import make_pipe, make_unet, unet_inputs
 
 
 def sd15_like():
-    """block_out_channels 16, 32, 64, 64: a twentieth of SD 1.5's. Its up blocks are entered with 64, 64, 64 and 32."""
+    """block_out_channels 16, 32, 64, 64: a twentieth of SD 1.5's. Its up blocks receive 64, 64, 64 and 32."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=16,
@@ -27,7 +27,10 @@ def sd15_like():
 
 
 def boosted(x: torch.Tensor, backbone: float, low: float) -> torch.Tensor:
-    """First half of the channels scaled; then the four lowest frequencies, -1 and 0 each way, of all channels, one basis wave at a time."""
+    """Scale the first half of the channels, then the four lowest frequencies of all channels.
+
+    Those are -1 and 0 in each direction, one basis wave at a time.
+    """
     height, width = x.shape[-2:]
     x = torch.cat([x[:, : x.shape[1] // 2] * backbone, x[:, x.shape[1] // 2 :]], 1)
     result = x.to(torch.complex128)
@@ -66,7 +69,10 @@ def literal_freeu(unet, wide: int, narrow: int):
 
 
 def entered_and_left(unet, widths, context=contextlib.nullcontext, **inputs):
-    """What enters each up block, of these widths, as its first layer sees it before the skip connection; and what leaves the UNet."""
+    """The input of each up block of these widths, and the output of the UNet.
+
+    The input is that of the block's first layer, before the skip connection.
+    """
     entered = []
     with contextlib.ExitStack() as hooks, context(), torch.no_grad():
         for block, width in zip(unet.up_blocks, widths):

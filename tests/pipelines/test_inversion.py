@@ -1,4 +1,4 @@
-"""Inversion against ALGORITHMS.md 2.1 written out with plain numbers, against diffusers' scheduler, and against itself: forth and back."""
+"""Inversion against ALGORITHMS.md 2.1 written out, against diffusers' scheduler, and there and back."""
 
 import itertools
 import math
@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from qalign import embedded
 from qalign.embedded import scenes
 from qalign.sampling import inversion
-from qalign.sampling.inversion import Inversion, denoise_step, invert_ddim, invert_ddpm, require_finite
+from qalign.sampling.denoising import denoise_step, require_finite
+from qalign.sampling.inversion import Inversion, invert_ddim, invert_ddpm
 from tests.processors.models import make_unet
 
 STEPS = 20
@@ -43,7 +44,7 @@ def make_predict(dtype: torch.dtype = torch.float32):
 
 
 def cheap_predict(latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """Two convolutions, for what holds of every model."""
+    """Two convolutions, for properties of every model."""
     weights = torch.randn(2, 4, 4, 3, 3, generator=seeded(6)) / 3
     hidden = torch.tanh(F.conv2d(latents, weights[0], padding=1) + timesteps.view(-1, 1, 1, 1) / 500)
     return F.conv2d(hidden, weights[1], padding=1)
@@ -296,6 +297,7 @@ def test_half_precision_models_stay_finite_and_lead_back(invert, dtype) -> None:
     assert psnr(regenerate(found, predict, scheduler)[-1], clean) > 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, size, steps", [(torch.float32, 128, 20), (torch.bfloat16, 64, 3), (torch.float16, 64, 3)]
 )
@@ -401,7 +403,7 @@ def test_wrong_files_are_refused_in_one_line(tmp_path) -> None:
             Inversion.load(tmp_path / name)
         assert "\n" not in str(raised.value)
     for absent in (tmp_path / "absent", tmp_path):
-        with pytest.raises(FileNotFoundError, match="which is not there"):
+        with pytest.raises(FileNotFoundError, match="which does not exist"):
             Inversion.load(absent)
 
 

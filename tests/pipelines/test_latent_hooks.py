@@ -1,12 +1,12 @@
-"""What methods make of latents: StyleID's first ones, Visual style prompting's colour calibration and its early guidance, against their formulas."""
+"""Latents that methods change: StyleID's start, Visual Style Prompting's colours and early guidance."""
 
 import pytest
 import torch
 
 from qalign import BatchLayout, FeatureBank, StyleID, VisualStylePrompting, attach
-from qalign.pipelines import appearance_transfer
+from qalign.pipelines import transfer_loop
+from qalign.sampling.denoising import denoise_step
 from qalign.sampling.guidance import early_scales, guidance_by_step
-from qalign.sampling.inversion import denoise_step
 from tests.pipelines.test_inversion import make_scheduler
 from tests.pipelines.transfers import pictures, trajectory, transfer, watch
 from tests.processors.models import PROMPTS, SIZE, make_pipe
@@ -39,7 +39,7 @@ def test_style_id_starts_in_the_styles_statistics() -> None:
 
 
 def test_a_transfer_starts_there(small, pair, monkeypatch) -> None:
-    """Rows: the output, the output without the edit, appearance, structure. The others start as inversion left them."""
+    """Rows: output, output without edit, appearance, structure. The others start as they were inverted."""
     samples = watch(small, monkeypatch)
     appearance, structure = pair.latents[2]
     for method, start in (
@@ -107,7 +107,7 @@ def test_a_transfer_is_calibrated_at_its_timesteps_alone(small, pair, monkeypatc
         steps.append((output, int(timestep), sample))
         return denoise_step(scheduler, output, timestep, sample, **options)
 
-    monkeypatch.setattr(appearance_transfer, "denoise_step", record)
+    monkeypatch.setattr(transfer_loop, "denoise_step", record)
     options = {"inversion": pair, "adain": None, "structures": pictures(1, seed=1)}
     without = trajectory(small, method=VisualStylePrompting(calibration=None), **options)
     steps.clear()
@@ -131,16 +131,16 @@ def test_early_scales() -> None:
 
 @pytest.mark.parametrize("family", ["small", "sdxl"])
 def test_stock_pipeline_takes_one_scale_per_step(family) -> None:
-    """Each step is the DDIM step of ε(∅) + w (ε(c) - ε(∅)) with its own w, also while a method is attached."""
+    """Each step is the DDIM step of ε(∅) + w (ε(c) - ε(∅)) with its own w, also with a method attached."""
     pipe, predicted, latents = make_pipe(family), [], []
     pipe.unet.register_forward_hook(lambda module, args, output: predicted.append(output[0]))
     noise = torch.randn(2, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     scales = early_scales(4, 3.0, early=20.0, count=2)
-    told = guidance_by_step(scales)
+    callback = guidance_by_step(scales)
 
     def step_end(pipe, step, timestep, given):
         latents.append(given["latents"])
-        return told(pipe, step, timestep, given)
+        return callback(pipe, step, timestep, given)
 
     options = {
         "latents": noise,

@@ -1,7 +1,8 @@
-"""The pipeline against ALGORITHMS.md §2 written out (literal.py), step by step, and the traps of its §13 on the pipeline.
+"""The pipeline against ALGORITHMS.md §2 written out (literal.py), step by step, and the traps of its §13.
 
-Truth is the literal run in float64 (in float32 on the embedded model), with no error of PyTorch's own allowed for: the budget is the slack of
-qalign_kernels.testing alone, the sum behind a latent being as long as the tokens of all edited layers and steps.
+Truth is the literal run in float64, in float32 on the embedded model. The budget is the slack of
+qalign_kernels.testing alone, without an error of PyTorch's own; the sum behind a latent is as long as
+the tokens of all edited layers and steps.
 """
 
 import copy
@@ -19,7 +20,7 @@ from torch import Tensor
 from qalign import AppearanceTransferPipeline, CrossImage, QAlign
 from qalign.context.layer_call import Site
 from qalign.embedded.scenes import held_out_pairs, render
-from qalign.pipelines import appearance_transfer
+from qalign.pipelines import AppearanceTransferOutput, transfer_loop
 from qalign.sampling.inversion import Inversion
 from qalign.sampling.object_masks import segment
 from qalign_kernels.testing import judge
@@ -36,7 +37,10 @@ GAIN = 3.0  # random attention is nearly uniform; this makes it choose
 def make_pipeline(
     prediction: str, seed: int = 0, channels: tuple[int, int, int] = (16, 32, 32)
 ) -> StableDiffusionPipeline:
-    """Three levels, self- and cross-attention in the upper two; the scheduler of SD 1.5, or one that ends without noise."""
+    """Three levels, with self- and cross-attention in the upper two.
+
+    The scheduler is that of SD 1.5, or one that ends without noise.
+    """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=GRID,
@@ -94,7 +98,10 @@ class Case:
     def literal(
         self, numbers: literal.Numbers, freeu: tuple[int, int] = (0, 0), double: bool = True
     ) -> tuple[Tensor, literal.Run]:
-        """float64 [steps, 3, C, h, w] and the record. freeu: the numbers of channels that stand for 1280 and 640. double: computed in float64."""
+        """float64 [steps, 3, C, h, w] and the record.
+
+        `freeu` has the numbers of channels in place of 1280 and 640. `double` computes in float64.
+        """
         unet, grid = copy.deepcopy(self.pipe.unet), self.inversion.latents.shape[-2:]
         latents, z, prompt = self.inversion.latents, self.inversion.noises, self.prompt
         if double:
@@ -119,7 +126,7 @@ class Case:
 
     def pipeline(
         self, trajectory: list[Tensor] | None = None, **settings
-    ) -> tuple[Tensor, appearance_transfer.AppearanceTransferOutput]:
+    ) -> tuple[Tensor, AppearanceTransferOutput]:
         """[steps, 3, C, h, w], which grows in `trajectory`, and the result."""
         trajectory = [] if trajectory is None else trajectory
 
@@ -169,7 +176,7 @@ def assert_same(actual: Tensor, truth: Tensor) -> None:
         assert verdict.passed, f"step {step}: {verdict}"
 
 
-# the literal one is itself
+# the literal run follows its text
 
 
 @torch.no_grad()
@@ -205,7 +212,7 @@ def test_literal_noise_leads_to_the_next_latent(short: Case) -> None:
     assert all(torch.equal(rows[literal.OUT], rows[literal.STRUCT]) for rows in trajectory)
 
 
-# the pipeline is the literal one
+# the pipeline equals the literal run
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -315,7 +322,10 @@ def test_inversion_as_published(prediction: str, freeu: bool) -> None:
 
 @pytest.fixture(scope="module")
 def held_out() -> Case:
-    """Two scenes that the embedded model has not seen, inverted in 13 steps, of which 9 are executed: one takes keys from the structure."""
+    """Two scenes that the embedded model has not seen, inverted in 13 steps.
+
+    9 of the steps run, and one of them takes keys from the structure.
+    """
     pipe = embedded_pipe(AppearanceTransferPipeline)
     pair = held_out_pairs(1)[0]
     scenes = render([pair.appearance, pair.structure])
@@ -334,6 +344,7 @@ def held_out() -> Case:
     )
 
 
+@pytest.mark.slow
 def test_cross_image_on_the_embedded_model(held_out: Case) -> None:
     actual, result = held_out.pipeline(method=CrossImage(), noun=held_out.noun)
     truth, run = held_out.literal(shortened(9, EMBEDDED), double=False)  # which would take ten times as long
@@ -342,8 +353,9 @@ def test_cross_image_on_the_embedded_model(held_out: Case) -> None:
     assert_same(actual, truth)
 
 
+@pytest.mark.slow
 def test_qalign_on_the_embedded_model(held_out: Case) -> None:
-    """By the mean: among this many tokens rounding may change a best match, though hardly what it brings."""
+    """The mean is compared: among so many tokens rounding may change a best match, with little effect."""
     actual, _ = held_out.pipeline(method=QAlign(), adain="whole")
     truth, _ = held_out.literal(shortened(9, EMBEDDED, rearranged=True, masked=False), double=False)
     effect = (truth[:, literal.OUT] - truth[:, literal.STRUCT]).abs().mean()
@@ -355,7 +367,10 @@ def test_qalign_on_the_embedded_model(held_out: Case) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Watched(CrossImage):
-    """Cross-Image attention that writes down where it is asked, and the sums of its weights: what it makes of values that are all 1."""
+    """Cross-Image attention that records its calls and the sums of its weights.
+
+    The sums are its output for values that are all 1.
+    """
 
     seen: list = field(default_factory=list)
 
@@ -367,7 +382,7 @@ class Watched(CrossImage):
 
 @pytest.fixture(scope="module")
 def watched() -> dict[str, list[tuple]]:
-    """By what was called, from the first step to the last: (i, positional arguments)."""
+    """The calls by function, from the first step to the last: (i, positional arguments)."""
     case, method, ends, calls = make_case("v_prediction", 100), Watched(), [], defaultdict(list)
 
     def noted(name: str, function):
@@ -379,7 +394,7 @@ def watched() -> dict[str, list[tuple]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("MapCollector", "object_masks", "adain_latents", "swap_guided"):
-            patch.setattr(appearance_transfer, name, noted(name, getattr(appearance_transfer, name)))
+            patch.setattr(transfer_loop, name, noted(name, getattr(transfer_loop, name)))
         patch.setattr(case.pipe.unet, "forward", noted("unet", case.pipe.unet.forward))
         case.pipeline(ends, method=method, noun=case.noun)
     return {**calls, "attend": method.seen}
@@ -441,7 +456,7 @@ def test_trap_10_order_of_rearranged_keys_is_irrelevant(short: Case) -> None:
 
 
 def test_trap_11_adain_variance_unbiased_eps_inside_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where latents are nearly flat, every other convention is seen: the UNet predicts nothing and the inversion is faint."""
+    """Nearly flat latents show every other convention: the UNet predicts zero and the inversion is faint."""
     case = make_case("v_prediction", 13)
     torch.nn.init.zeros_(case.pipe.unet.conv_out.weight)
     torch.nn.init.zeros_(case.pipe.unet.conv_out.bias)

@@ -1,4 +1,4 @@
-"""Masks: the maps against materialised ones, the clusters and both rules against their text, and a UNet that is left as it was."""
+"""Masks: maps against materialised ones, clusters and both rules against their text, a restored UNet."""
 
 import logging
 import string
@@ -13,9 +13,8 @@ pytest.importorskip("sklearn")
 from qalign import QAlign, attach  # noqa: E402
 from qalign.embedded import scenes  # noqa: E402
 from qalign.sampling import object_masks as masks  # noqa: E402
+from qalign.sampling.attention_maps import AttentionMaps, MapCollector  # noqa: E402
 from qalign.sampling.object_masks import (
-    AttentionMaps,
-    MapCollector,
     default_noun,
     noun_map,
     noun_tokens,
@@ -29,7 +28,7 @@ from tests.processors.test_unet_contract import ip_adapter_weights  # noqa: E402
 
 
 class Recorder(AttnProcessor):
-    """Classic attention that keeps each layer's queries and keys, [B, H, N, D], by layer name and in the order of the calls."""
+    """Classic attention that keeps queries and keys [B, H, N, D] by layer, in the order of the calls."""
 
     def __init__(self, unet) -> None:
         self.names = {module: name for name, module in unet.named_modules()}
@@ -81,7 +80,10 @@ def partition(labels):
 
 
 def quadrants(grid=(8, 12)):
-    """Maps of two pictures of 4 regions; text token 2 is about region 1 in the first and region 2 in the second, token 3 about region 3."""
+    """Maps of two pictures of 4 regions.
+
+    Text token 2 is about region 1 in the first picture and region 2 in the second, token 3 about region 3.
+    """
     height, width = grid
     row, column = torch.meshgrid(
         torch.arange(height) >= height // 2, torch.arange(width) >= width // 2, indexing="ij"
@@ -468,6 +470,6 @@ def test_whole_picture_where_no_cluster_passes_said_once(caplog) -> None:
             assert object_masks(maps, ()).all()
     assert [record.message.split("(")[1].split(")")[0] for record in caplog.records] == [
         "no cluster of tokens attends enough to it",
-        "no word of the prompt names it",
+        "the prompt has no word for it",
     ]
     assert object_masks(maps, (), size=(3, 5)).shape == (2, 3, 5)

@@ -1,4 +1,4 @@
-"""Regions that the UNet's own attention tells: against the embedded model's scenes and the text of self-segmentation, and a transfer in them."""
+"""Regions from the UNet's own attention: against the embedded scenes and the text, and in a transfer."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ pytest.importorskip("sklearn")
 
 from qalign import AppearanceTransferPipeline, Regions  # noqa: E402
 from qalign.embedded.scenes import BACKGROUNDS, held_out_pairs, render, token_labels  # noqa: E402
-from qalign.pipelines import appearance_transfer  # noqa: E402
-from qalign.sampling.object_masks import MapCollector, noun_map, noun_tokens, object_regions, segment  # noqa: E402
+from qalign.pipelines import self_regions  # noqa: E402
+from qalign.sampling.attention_maps import MapCollector  # noqa: E402
+from qalign.sampling.object_masks import noun_map, noun_tokens, object_regions, segment  # noqa: E402
 from tests.pipelines.transfers import PROMPT, pictures, seeded, transfer  # noqa: E402
 from tests.processors.models import embedded_pipe
 
@@ -34,7 +35,7 @@ def iou(one, other):
 
 
 def test_embedded_models_object_masks_fit_their_scene(pipe) -> None:
-    """Against the object's own share of the picture, which a mask of everything scores, and against the objects of other scenes."""
+    """The mask beats a mask of everything, which scores the object's share, and those of other scenes."""
     masks, truths = [], []
     for pair in held_out_pairs(12, seed=1):
         scenes = render([pair.appearance, pair.structure])
@@ -99,8 +100,8 @@ def test_masks_become_two_mutually_hidden_regions() -> None:
     regions = object_regions(torch.stack([LEFT, ~LEFT]))
     assert torch.equal(regions.appearance, LEFT.long()) and torch.equal(regions.structure, 1 - LEFT.long())
     assert not (
-        regions.keys("appearance", 24, torch.device("cpu"))
-        & regions.queries("appearance", 24, 24, torch.device("cpu"))
+        regions.picture_labels("appearance", 24, torch.device("cpu"))
+        & regions.query_labels("appearance", 24, 24, torch.device("cpu"))
     )[0].any()
 
 
@@ -111,12 +112,13 @@ def test_an_object_that_is_not_found_restricts_nothing(missing, which) -> None:
     masks[which] = missing
     regions = object_regions(torch.stack(masks))
     queries, keys = (
-        regions.queries("appearance", 24, 24, torch.device("cpu")),
-        regions.keys("appearance", 24, torch.device("cpu")),
+        regions.query_labels("appearance", 24, 24, torch.device("cpu")),
+        regions.picture_labels("appearance", 24, torch.device("cpu")),
     )
     assert ((queries[0, :, None] & keys[0]) != 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [False, True])
 def test_a_transfer_finds_them_itself(pipe, birds, known) -> None:
     (appearance, structure), prompt = birds
@@ -144,15 +146,15 @@ def test_sizes_that_are_not_square(small) -> None:
 
 
 def test_a_noun_may_be_named(small, monkeypatch) -> None:
-    asked = []
+    calls = []
     monkeypatch.setattr(
-        appearance_transfer,
+        self_regions,
         "object_masks",
-        lambda maps, places, **_: asked.append(places) or LEFT.expand(2, 4, 6),
+        lambda maps, places, **_: calls.append(places) or LEFT.expand(2, 4, 6),
     )
     for noun in (None, "zebra", "tree"):
         small.self_regions(pictures(1)[0], pictures(1, seed=1)[0], "a zebra by a tree", noun=noun)
-    assert asked[0] == asked[1] == noun_tokens(small.tokenizer, "a zebra by a tree", "zebra") != asked[2]
+    assert calls[0] == calls[1] == noun_tokens(small.tokenizer, "a zebra by a tree", "zebra") != calls[2]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_a_noun_may_be_named(small, monkeypatch) -> None:
     ],
 )
 def test_refusals_come_before_any_work(small, monkeypatch, options, message) -> None:
-    monkeypatch.setattr(small, "invert", None)
+    monkeypatch.setattr(small, "_invert", None)
     with pytest.raises(ValueError, match=message):
         transfer(small, regions="self", **options)
 
@@ -179,4 +181,4 @@ def test_other_words_are_refused(small) -> None:
 
 def test_label_map_reaches_layers_of_other_size(small) -> None:
     regions = object_regions(F.interpolate(torch.stack([LEFT, LEFT])[None].float(), (16, 16))[0].bool())
-    assert regions.keys("structure", 64, torch.device("cpu")).unique().tolist() == [1, 2]
+    assert regions.picture_labels("structure", 64, torch.device("cpu")).unique().tolist() == [1, 2]

@@ -48,7 +48,7 @@ def transfer(pipe, structures: torch.Tensor | None = None, **options):
 
 
 def watch(pipe, monkeypatch) -> list[torch.Tensor]:
-    """The samples that the UNet gets from here on."""
+    """The samples that the UNet receives from here on."""
     samples, forward = [], pipe.unet.forward
 
     def record(sample, *args, **kwargs):

@@ -139,7 +139,8 @@ def test_bank_forwards_pipeline_requests_to_its_method():
     served = FeatureBank("appearance").serve(StyleID())
     x, y = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for each in (served, copy.copy(served)):
-        assert torch.equal(each.start(x, y), StyleID().start(x, y)) and not hasattr(each, "change_clean")
+        assert torch.equal(each.start(x, y), StyleID().start(x, y))
+        assert each.change_clean(x, y, 120) is x and each.default_steps is StyleID.default_steps
 
 
 def test_rows_that_the_bank_stands_for_are_plain():

@@ -1,7 +1,7 @@
-"""Python reads this when it starts, where the tests put this folder on its path: a GPU that does nothing.
+"""Replace the GPU by one that does nothing. Python runs this at its start where the folder is on its path.
 
-Triton launches on `benchmarks.gpu.stub_driver`, "cuda" is the CPU, memory is zero, every check passes, the lists of
-what is measured are short, and no package can be imported that a machine with a GPU may lack.
+Triton launches on `benchmarks.gpu.stub_driver`, "cuda" is the CPU, memory is zero, and every check passes.
+The lists of what is measured are short. Packages that a machine with a GPU may lack cannot be imported.
 """
 
 import contextlib

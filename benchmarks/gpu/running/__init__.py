@@ -1,1 +1,1 @@
-"""How a GPU run goes on: stages in order, their processes, their journals, the files that it shows."""
+"""How a GPU run proceeds: its stages in order, their processes, their journals, the published files."""

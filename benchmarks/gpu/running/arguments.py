@@ -1,4 +1,4 @@
-"""What every stage is told: where its files go and how long it may take."""
+"""The arguments of every stage: the folder for its files, and its time."""
 
 import argparse
 import time
@@ -9,7 +9,7 @@ from ...suite import rows
 
 
 class Clock:
-    """The seconds that are left of a stage."""
+    """The seconds that a stage has left."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -27,5 +27,5 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def write(folder: Path, stage: str, **content: Any) -> None:
-    """Write the stage's JSON; the key "stage" tells it from files of rows."""
+    """Write the JSON of a stage; its key "stage" distinguishes it from files of rows."""
     rows.write(folder / f"{stage}.json", {"stage": stage, **content})

@@ -1,4 +1,4 @@
-"""Functions in processes of their own, forked from a server that has everything imported and no device."""
+"""Call functions in other processes, forked from a server that has imported everything and uses no device."""
 
 import multiprocessing
 import os
@@ -26,21 +26,21 @@ PRELOADED = (
 
 
 class Answer(NamedTuple):
-    """What the function returned, or why there is nothing."""
+    """The value that the function returned, or the reason why there is none."""
 
     value: Any = None
     error: str | None = None
 
 
 def preload() -> None:
-    """Say what the server imports, before the first `ask`."""
+    """Set what the server imports; call it before the first `ask`."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
 
 
 def ask(function: Callable[..., Any], *arguments: Any, log: Path, seconds: float) -> Answer:
-    """Call a function of an importable module in a new process, whose output is appended to `log`.
+    """Call a function of an importable module in a new process; its output is appended to `log`.
 
-    What raises, ends its process or is still running after `seconds` is an error.
+    A call is an error if it raises, ends its process, or still runs after `seconds`.
     """
     worker = Worker()
     try:
@@ -50,9 +50,9 @@ def ask(function: Callable[..., Any], *arguments: Any, log: Path, seconds: float
 
 
 class Worker:
-    """A process that answers one call after the other, and a new one after a call that went wrong.
+    """A process that answers call after call. After a failed call, a new process takes its place.
 
-    To start a process on a GPU takes seconds, and what one call does to its device harms those after it.
+    A process on a GPU takes seconds to start, and a failed call can break its device for the calls after it.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Worker:
         try:
             if self._connection.poll(max(seconds, 0)):
                 return Answer(*self._connection.recv())
-            return Answer(error=f"did not come to an end in {seconds:.0f} s")
+            return Answer(error=f"did not finish in {seconds:.0f} s")
         except (EOFError, ConnectionError):
             self._process.join()
             return Answer(error=f"ended its process with exit code {self._process.exitcode}")

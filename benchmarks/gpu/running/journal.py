@@ -1,4 +1,4 @@
-"""What a worker has begun, finished and found, line by line on disk, so that its successor knows where it ended."""
+"""The journal of a worker, line by line on disk, so that the next worker knows where it stopped."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,11 @@ from typing import Any
 
 
 class Journal:
-    """Entries are `begin` and `end` of a first visit or of a group's timing, `group` (finished), `skip` (what is not to be tried again),
-    `note` (a peer that shows no figure) and `failure` (of ours)."""
+    """The entries of one plan, by kind.
+
+    `begin` and `end` surround a first visit or the timing of a group. `group` is a finished group. `skip` is
+    left out from now on. `note` names a peer without a figure, and `failure` an error of our own.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,14 +27,14 @@ class Journal:
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
-                continue  # the writer was stopped within the line
+                continue  # the writer stopped within the line
         return [(kind, text) for kind, text in lines]
 
     def texts(self, kind: str) -> list[str]:
         return [text for found, text in self.entries() if found == kind]
 
     def left_open(self) -> str | None:
-        """What was begun and did not end: it ended the process, or let it hang."""
+        """Give what began and did not end: it ended the process, or it hung."""
         marks = [(kind, text) for kind, text in self.entries() if kind in ("begin", "end")]
         return marks[-1][1] if marks and marks[-1][0] == "begin" else None
 

@@ -1,4 +1,4 @@
-"""Child processes that end in time: output to a log, the process group stopped at its limit."""
+"""Child processes with a time limit: their output goes to a log, and their process group ends with them."""
 
 import ctypes
 import os
@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[3]
 SECONDS_TO_END = 2.0
 
 
-PARENT = "QALIGN_GPU_PARENT"  # the variable that tells a process who started it
+PARENT = "QALIGN_GPU_PARENT"  # the variable with the process id of the parent
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Let the system stop this process when its parent is gone, however that ended.
+    """Let the system stop this process when its parent ends, for any reason.
 
     Args:
-        parent: its process id; one that is gone already ends this process at once.
+        parent: the process id of the parent; a parent that has already ended ends this process at once.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -29,7 +29,7 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with the checkout on the path; FlexAttention's one kernel needs no pool of compilers."""
+    """Copy the environment, with the checkout on the path and one compiler thread for FlexAttention."""
     return {
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
         **os.environ,
@@ -39,7 +39,11 @@ def environment() -> dict[str, str]:
 
 
 def run(command: Sequence[str], log: Path, seconds: float, **variables: str) -> int | None:
-    """Exit code of `command` in its parent's process group, or None where it was stopped after `seconds`."""
+    """Run a command in the process group of its parent.
+
+    Returns:
+        The exit code, or None where the command was stopped after `seconds`.
+    """
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment() | variables
@@ -53,7 +57,7 @@ def run(command: Sequence[str], log: Path, seconds: float, **variables: str) -> 
 
 
 def run_group(command: Sequence[str], log: Path, seconds: float) -> int | None:
-    """`run` in a process group of its own, of which nothing is left over when this returns."""
+    """As `run`, in a process group of its own; no process of the group is left when this returns."""
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True

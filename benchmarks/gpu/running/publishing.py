@@ -1,6 +1,6 @@
-"""What a run shows while it goes on: a few files, each replaced whole, whatever second the machine goes away.
+"""Publish a run while it goes on: a few files, each replaced as a whole, so that a sudden end loses little.
 
-The stages write into a folder of their own beside many logs; a thread copies what has changed.
+The stages write into a folder of their own beside many logs. A thread copies the files that changed.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ SECONDS_BETWEEN_ARCHIVES = 15.0
 
 
 class Layout(NamedTuple):
-    """The files of a run.
+    """The published files of a run.
 
     Attributes:
-        whole: the file that has the contents of `parts`, JSON files of stages, under their names.
-        copies: files of stages that are shown as they are.
-        archive: the file that has the logs.
+        whole: the file with the contents of all `parts`, by name; parts are JSON files of stages.
+        copies: files of stages that are copied unchanged.
+        archive: the file with the logs.
     """
 
     whole: str
@@ -38,12 +38,12 @@ class Layout(NamedTuple):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Name every file that is shown."""
+        """Name every published file."""
         return self.whole, *self.copies, self.archive
 
 
 class Publisher:
-    """Inside, `out` shows what is in `work`: results half a second later, logs every 15 s."""
+    """Inside, `out` follows `work`: results half a second later, logs every 15 s."""
 
     def __init__(self, work: Path, out: Path, layout: Layout) -> None:
         self._work, self._out, self._layout = work, out, layout
@@ -81,7 +81,9 @@ class Publisher:
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as archive:
             for log in sorted((self._work / "logs").glob("*")):
-                content = log.read_bytes()  # a copy: a log that grows while it is packed breaks the archive
+                content = (
+                    log.read_bytes()
+                )  # a copy, because a log that grows while it is packed breaks the archive
                 entry = tarfile.TarInfo(f"logs/{log.name}")
                 entry.size, entry.mtime = len(content), int(time.time())
                 archive.addfile(entry, io.BytesIO(content))
@@ -100,7 +102,7 @@ class Publisher:
                     archived = time.monotonic()
 
     def _changed(self, name: str, sources: Sequence[str]) -> bool:
-        """Whether a source has been written since `name` was shown."""
+        """Whether a source was written after `name` was published."""
         files = [self._work / source for source in sources]
         state = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
         self._seen[name] = state

@@ -1,4 +1,4 @@
-"""A run as a sequence of stages under one deadline: each a process of its own, none of which stops the rest."""
+"""Run stages in order under one deadline. Each is a process, and a failure does not stop the rest."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,9 +11,10 @@ SECONDS_TO_REPORT = 5.0
 
 
 class Stage(NamedTuple):
-    """`command` is started with `--seconds S` behind it and is to end by itself after S; it is stopped a little later.
+    """A command that gets `--seconds S` and must end by itself after S seconds; it is stopped a little later.
 
-    S is at most `seconds`; with less than `least_seconds` left the stage is skipped, and stages before it leave it as much.
+    S is at most `seconds`. With less than `least_seconds` left the stage is skipped, and earlier stages keep
+    that much time free for it.
     """
 
     name: str
@@ -23,7 +24,7 @@ class Stage(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """`status`: ok, failed (by its exit code), stopped (at its limit) or skipped (for want of time)."""
+    """How a stage ended: ok, failed (exit code), stopped (time limit) or skipped (no time left)."""
 
     stage: str
     status: str
@@ -34,7 +35,7 @@ class Outcome(NamedTuple):
 def run_all(
     stages: Sequence[Stage], folder: Path, seconds: float, after_each: Callable[[list[Outcome]], None]
 ) -> list[Outcome]:
-    """Run the stages one after the other within `seconds`; outcomes also go to stages.json in `folder`."""
+    """Run the stages one after the other within `seconds`; stages.json in `folder` has the outcomes."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds - SECONDS_TO_REPORT
     outcomes: list[Outcome] = []

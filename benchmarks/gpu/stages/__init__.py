@@ -1,1 +1,1 @@
-"""The stages of a GPU run, each a module with a `main` that a process of its own calls, and what they measure with."""
+"""The stages of a GPU run. Each is a module with a `main` that runs in a process of its own."""

@@ -1,4 +1,4 @@
-"""Stage 2: what this GPU reaches at most: copy bandwidth, a large bf16 matmul on random data, instructions per clock of its pipes."""
+"""Stage "ceilings": the most that this GPU reaches in copies, a large matmul, and single instructions."""
 
 import statistics
 import threading
@@ -21,7 +21,7 @@ CLOCK_FIELD = "clocks.sm"
 
 
 def times(call: Callable[[], Any], seconds: float) -> list[float]:
-    """Seconds of single calls, for about `seconds` in all, with an empty L2 cache before each."""
+    """Time single calls for about `seconds`, in seconds, with an empty L2 cache before each."""
     call()
     torch.cuda.synchronize()
     start = time.monotonic()
@@ -35,7 +35,7 @@ def times(call: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def copy(seconds: float) -> dict[str, Any]:
-    """Bytes read and written per second by a device copy."""
+    """Measure how many bytes a device copy reads and writes per second."""
     source = torch.randint(256, (COPY_MIB << 20,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     p20, p50, p80 = percentiles(times(lambda: target.copy_(source), seconds))
@@ -51,7 +51,7 @@ def copy(seconds: float) -> dict[str, Any]:
 
 
 def large_matmul() -> Callable[[], Tensor]:
-    """Make the call that shares are shares of: zeros would show more, as they cost less power."""
+    """Make the matmul that defines shares. Its data are random: zeros cost less power and run faster."""
     left, right, product = (
         torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(3)
     )
@@ -64,7 +64,7 @@ def matmul_tflops(seconds: float) -> float:
 
 
 def matmul(seconds: float) -> dict[str, Any]:
-    """What `large_matmul` reaches, and the clocks at which it does."""
+    """Measure `large_matmul` and the clock rates while it runs."""
     call = large_matmul()
     with Clocks() as clocks:
         p20, p50, p80 = percentiles(times(call, seconds))
@@ -78,7 +78,7 @@ def matmul(seconds: float) -> dict[str, Any]:
 
 
 class Clocks:
-    """The SM clock as nvidia-smi reads it a few times a second while something runs."""
+    """The SM clock, read by nvidia-smi several times a second."""
 
     def __enter__(self) -> "Clocks":
         self._readings: list[float] = []
@@ -99,7 +99,7 @@ class Clocks:
             self._readings.append(float(value))
 
     def summary(self) -> list[float] | None:
-        """Smallest, median and largest reading."""
+        """Give the smallest, the median and the largest reading."""
         return (
             [min(self._readings), statistics.median(self._readings), max(self._readings)]
             if self._readings
@@ -117,7 +117,7 @@ def main() -> int:
         try:
             found = reach(share)
             rows += found if isinstance(found, list) else [found]
-        except Exception as error:  # the other ceilings are worth having
+        except Exception as error:  # the other ceilings may work
             problems.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
         arguments.write(options.out, "ceilings", rows=rows, problems=problems)
     for problem in problems:

@@ -1,6 +1,6 @@
-"""What one call is made of, and what else it could take: its kernels, other tiles, the rate of the L2 cache.
+"""Stages "kernels" and "tiles": the kernels of one call, other tiles, and the rate of the L2 cache.
 
-A worker as `worker` is: rows after each step, a journal that tells its successor what to leave out.
+It works like `worker`: it writes rows after each step, and a journal of what the next worker leaves out.
 """
 
 import functools
@@ -19,8 +19,8 @@ from qalign_kernels.bench.ops import SDPA, op_named
 
 from ...suite import providers, shapes
 from ...suite.shapes import Shape
-from ...tune import command as tune
 from ...tune import trials
+from ...tune.sweep import medians
 from ..plan import core_shapes
 from ..running import arguments
 from .ceilings import large_matmul, matmul_tflops
@@ -37,7 +37,7 @@ Step = Callable[[], list[Row]]
 
 
 def kernel_rows(shape: Shape) -> list[Row]:
-    """Time the kernels of one call of ours and of SDPA, whose implementation they tell."""
+    """Time the kernels of one call of ours and of SDPA; kernel names show the implementation of SDPA."""
     inputs = shapes.make_inputs(shape, True, torch.bfloat16, "cuda")
     rows: list[Row] = []
     for name, provider in PROFILED:
@@ -51,7 +51,7 @@ def kernel_rows(shape: Shape) -> list[Row]:
 
 
 def tile_rows(shape: Shape, name: str, right: list[Row]) -> list[Row]:
-    """Time a trial under the shipped tile and every candidate that is right, in turn, as graphs."""
+    """Time a trial as graphs, in turn, under the shipped tile and under every candidate that is right."""
     trial = trials.trial_named(name)
     key = tile_key(trial.op, trial.mode, shape, DTYPES[0])
     inputs = shapes.make_inputs(shape, True, torch.bfloat16, "cuda")
@@ -69,14 +69,12 @@ def tile_rows(shape: Shape, name: str, right: list[Row]) -> list[Row]:
         try:
             with _configs.trying(key, tile):
                 graphs[tile] = capture(lambda: trial.timed.run(inputs, OURS))[0]
-        except Exception as error:  # a tile that does not fit is a finding
+        except Exception as error:  # the tile may not fit
             torch.cuda.synchronize()
             problems.append(
                 place | {"tile": tile, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             )
-    seconds = tune.medians(
-        list(graphs), lambda tile: measure.time_rounds(graphs[tile].replay, 1)[0], TILE_ROUNDS
-    )
+    seconds = medians(list(graphs), lambda tile: measure.time_rounds(graphs[tile].replay, 1)[0], TILE_ROUNDS)
     base = seconds.get(shipped)
     rows: list[Row] = []
     for tile, time in seconds.items():
@@ -86,7 +84,7 @@ def tile_rows(shape: Shape, name: str, right: list[Row]) -> list[Row]:
 
 
 def l2_rows() -> list[Row]:
-    """Measure the rate at which one buffer is summed again and again, beside the large matmul."""
+    """Measure the rate of repeated sums of one buffer, beside the large matmul."""
     rows = []
     for mib in L2_MIB:
         buffer, total = torch.ones(mib << 18, device="cuda"), torch.zeros(1, device="cuda")
@@ -104,12 +102,12 @@ def l2_rows() -> list[Row]:
 
 
 def kernel_steps(right: list[Row]) -> dict[str, Step]:
-    """List the steps in which torch's profiler watches, which slows down what is timed after it."""
+    """List the steps with torch's profiler, which slows down later timings."""
     return {f"kernels {shape.size}": functools.partial(kernel_rows, shape) for shape in core_shapes()}
 
 
 def tile_steps(right: list[Row]) -> dict[str, Step]:
-    """List the steps that time, what decides most first."""
+    """List the timed steps, the most important first."""
     found: dict[str, Step] = {}
     for call in tile_calls():
         found.setdefault(
@@ -124,19 +122,19 @@ PLANS = {"kernels": kernel_steps, "tiles": tile_steps}
 
 
 def take(wanted: dict[str, Step], where: Files, clock: arguments.Clock) -> None:
-    """Run the steps that no worker before this one has done or failed in."""
+    """Run the steps that no earlier worker finished or failed in."""
     done = {*where.journal.texts("group"), *where.journal.texts("skip")}
     rows = where.read_rows()
     for name, step in wanted.items():
         if name in done:
             continue
         if clock.left() < SECONDS_OF_STEP:
-            where.journal.add("note", f"{name}: not measured for want of time")
+            where.journal.add("note", f"{name}: not measured, no time left")
             continue
         where.journal.add("begin", name)
         try:
             rows += step()
-        except Exception as error:  # the next step is worth having
+        except Exception as error:  # the next step may work
             rows.append(
                 {
                     "what": "error",

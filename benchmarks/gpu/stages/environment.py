@@ -1,4 +1,4 @@
-"""Stage 1: the machine as it is. Clocks and power are read, never set."""
+"""Stage "environment": a description of the machine. Clocks and power are read, never set."""
 
 import importlib.metadata
 import platform
@@ -16,9 +16,20 @@ from ...suite.rows import commit
 from ..running import arguments
 
 FIELDS = (
-    "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",
-    "utilization.gpu", "memory.used", "mig.mode.current", "clocks_event_reasons.active",
-)  # fmt: skip
+    "name",
+    "driver_version",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+    "utilization.gpu",
+    "memory.used",
+    "mig.mode.current",
+    "clocks_event_reasons.active",
+)
 PACKAGES = (
     "fa3-fwd",
     "flash-kmeans",
@@ -31,7 +42,7 @@ PACKAGES = (
 
 
 def nvidia_smi(*fields: str) -> dict[str, str]:
-    """The fields of the first GPU as nvidia-smi prints them; empty where the program is not there or does not know one of them."""
+    """Read fields of the first GPU by nvidia-smi; empty without it, or where a field is unknown."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
@@ -54,7 +65,7 @@ def _version(package: str) -> str:
 def facts() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     readings: dict[str, str] = {}
-    for field in FIELDS:  # one by one: drivers differ in the fields that they know
+    for field in FIELDS:  # one by one, because drivers know different fields
         readings |= nvidia_smi(field)
     return {
         "device": properties.name,

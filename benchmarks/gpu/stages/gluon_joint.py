@@ -1,7 +1,7 @@
-"""Stage "gluon": the kernels for Hopper, which are written in Gluon, against those that all GPUs have.
+"""Stage "gluon": the kernels for Hopper, written in Gluon, against the general kernels.
 
-For each shape of attention, with and without counts, and of the joint argmax, both give the same results, and
-how long each takes; the kernel for Hopper with each of its tiles.
+For each shape of attention (with and without counts) and of the joint argmax, it compares the results of both
+kernels and their times. The kernel for Hopper runs with each of its candidate tiles.
 """
 
 import functools
@@ -28,15 +28,18 @@ from ..running import arguments, forks
 
 ROUNDS = 20
 COMPILE_SECONDS = 20
-ATTENTION_SHAPES = ("sdxl", "flux", "sdxl-low", "sd21-1024px")  # by name, looked up when the stage runs
+ATTENTION_SHAPES = ("sdxl", "flux", "sdxl-low", "sd21-1024px")  # names of shapes
 JOINT_SHAPES = ("sdxl", "flux", "sd15-512px", "sdxl-low", "sd15-low", "sd21-1024px")
 
 
 class Trial(NamedTuple):
-    """A call whose kernel for Hopper is chosen by `key`; `kernel` is part of its name.
+    """A call whose kernel for Hopper is chosen by `key`.
 
-    `work` counts floating-point operations, `partitions` among how many a tile's warps are divided, and
-    `same` compares the results of both kernels.
+    Attributes:
+        kernel: part of the kernel's name.
+        work: floating-point operations of the call.
+        partitions: the number of parts among which the warps of a tile are divided.
+        same: compares the results of both kernels.
     """
 
     what: str
@@ -106,7 +109,7 @@ def joint_trial(shape: Shape) -> Trial:
 
 
 def compare(trial: Trial, shape: Shape) -> Iterator[dict[str, Any]]:
-    """Yield the time of the general kernel, then that of each tile of the other and whether it is right."""
+    """Yield the time of the general kernel, then the time and the correctness of each tile for Hopper."""
     shipped = _configs.tiles().get(trial.key)
     place = {"what": trial.what, "shape": shape.size}
     with _configs.trying(trial.key, None):
@@ -117,13 +120,13 @@ def compare(trial: Trial, shape: Shape) -> Iterator[dict[str, Any]]:
         with _configs.trying(trial.key, tile):
             try:
                 yield {**row, **trial.same(wanted, trial.call()), **_times(trial, tile)}
-            except Exception as error:  # the next tile is worth a try
+            except Exception as error:  # the next tile may work
                 problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 yield {**row, "right": False, "error": problem}
 
 
 def _same(wanted: tuple[Tensor, Tensor], match: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Compare matches: few may have another index, of an almost equal score."""
+    """Compare matches. A few may have another index with an almost equal score."""
     (wanted_index, wanted_score), (index, score) = wanted, match
     error = (score - wanted_score).abs().max().item()
     same = (index == wanted_index).float().mean().item()
@@ -132,7 +135,7 @@ def _same(wanted: tuple[Tensor, Tensor], match: tuple[Tensor, Tensor]) -> dict[s
 
 
 def _close(wanted: Tensor, output: Tensor) -> dict[str, Any]:
-    """Compare outputs whose weights are rounded at other maxima."""
+    """Compare outputs whose weights were rounded with different maxima."""
     wanted, output = wanted.float(), output.float()
     largest = wanted.abs().max().item()
     error = (output - wanted).abs().max().item()
@@ -145,7 +148,7 @@ def _close(wanted: Tensor, output: Tensor) -> dict[str, Any]:
 
 
 def _times(trial: Trial, tile: Tile | None) -> dict[str, Any]:
-    """Give the µs of the whole op and of its kernel alone."""
+    """Measure the whole op and its kernel alone, in µs."""
     alone = _kernel_launch(trial, tile)
     whole_us, kernel_us = (
         1e6 * statistics.median(measure.time_rounds(one, ROUNDS, flushes=4)) for one in (trial.call, alone)
@@ -158,9 +161,9 @@ def _times(trial: Trial, tile: Tile | None) -> dict[str, Any]:
 
 
 def _kernel_launch(trial: Trial, tile: Tile | None) -> Callable[[], None]:
-    """Give the launch of the kernel among those of the op; to repeat it changes nothing.
+    """Find the kernel's launch among those of the op. Repeating it changes nothing.
 
-    What is compiled for Hopper counts the warps that load as well, so the tile says how many there are.
+    Compiled kernels for Hopper count the loading warps too, so the tile gives their number of warps.
     """
     launched: list[tuple[Any, ...]] = []
     with _launch.watching(lambda *one: launched.append(one)):
@@ -172,7 +175,7 @@ def _kernel_launch(trial: Trial, tile: Tile | None) -> Callable[[], None]:
 
 
 def trials() -> Iterator[tuple[Shape, Callable[[], Trial]]]:
-    """List what is compared, what is newest first."""
+    """List the comparisons, the newest kernel first."""
     for shape in map(shape_named, ATTENTION_SHAPES):
         for counted in (False, True):
             yield shape, functools.partial(attention_trial, shape, counted)
@@ -181,7 +184,7 @@ def trials() -> Iterator[tuple[Shape, Callable[[], Trial]]]:
 
 
 def compile_attention(folder: Path) -> None:
-    """Fill Triton's cache with the kernels of attention, each in a process of its own; failures show later."""
+    """Compile the kernels of attention in parallel processes; later stages report the failures."""
     log = folder / "logs" / "gluon-compile.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     seen: set[int] = set()

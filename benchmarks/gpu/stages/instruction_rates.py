@@ -1,7 +1,7 @@
-"""Lanes per clock and multiprocessor of one instruction at a time: is FMNMX half as fast as FFMA?
+"""Measure lanes per clock and multiprocessor of single instructions: is FMNMX half as fast as FFMA?
 
-Every multiprocessor runs `WARPS` warps whose lanes hold `CHAINS` dependent chains each; the loop holds nothing but the instruction and its own
-counter. The clock is the one that the multiprocessor counts itself, over its own nanoseconds.
+Every multiprocessor runs `WARPS` warps. Each lane holds `CHAINS` dependent chains. The loop contains the
+instruction and its counter, nothing else. The clock rate is counted cycles over measured nanoseconds.
 """
 
 from typing import Any
@@ -50,7 +50,10 @@ def rate_kernel(
     UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Four tensors of BLOCK elements feed each other, so that no step can be folded into another. clock_ptr: int64 [programs, 2]."""
+    """Run chains over four tensors of BLOCK elements. They feed each other, so the compiler can fold no step.
+
+    clock_ptr: int64 [programs, 2].
+    """
     offsets = tl.arange(0, BLOCK)
     a = tl.load(values_ptr + offsets)
     b = tl.load(values_ptr + BLOCK + offsets)
@@ -130,20 +133,20 @@ def measure(seconds: float) -> list[dict[str, Any]]:
 
 
 def lanes_per_clock(iterations: int, cycle_count: float) -> float:
-    """Instructions of the chains that one multiprocessor did, times their lanes, over its cycles."""
+    """Count lanes per cycle of one multiprocessor, from its instructions and its cycles."""
     instructions = iterations * UNROLL * CHAINS * WARPS * PROGRAMS_PER_MULTIPROCESSOR
     return instructions * LANES / cycle_count
 
 
 def loop_contents(compiled: Any) -> dict[str, int] | None:
-    """How often each instruction stands in the loop, read from the machine code: the proof that the chain was not folded."""
+    """Count the instructions in the loop of the machine code, which proves that the chain was not folded."""
     from triton import knobs
 
     from ...static.machine_code import natural_loops, read_cubin
 
     try:
         code = read_cubin(compiled.asm["cubin"], knobs.nvidia.cuobjdump.path, 0)
-    except Exception:  # without the disassembler the rate stands alone
+    except Exception:  # there is no disassembler
         return None
     body = max(natural_loops(code.instructions), key=len, default=frozenset())
     names = [code.instructions[position].name.split(".")[0] for position in body]

@@ -1,6 +1,6 @@
-"""Calls of the joint argmax that no op makes: other keys than queries, a batch index, counts, NaN.
+"""Calls of the joint argmax that no op makes: fewer keys, a batch index, counts, NaN.
 
-The stage "right" judges them. On Hopper they take its own kernel, elsewhere the general one.
+The stage "right" judges them. On Hopper its own kernel serves them, elsewhere the general one.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from qalign_kernels.bench.measure import Inputs
 
 from ...tune.trials import Call
 
-FEWER = 77  # tokens that the reference lacks
+FEWER = 77  # the reference has so many tokens fewer
 NAN_TOKEN = 5
 
 
@@ -24,7 +24,7 @@ def _fewer_keys(x: Inputs) -> Inputs:
 
 
 def _turned(x: Inputs) -> Tensor:
-    """A batch index that is not the identity where there are two rows."""
+    """Make a batch index that is not the identity where the batch has two rows."""
     return torch.arange(x.query.shape[0], device=x.query.device, dtype=torch.int32).flip(0)
 
 
@@ -51,7 +51,7 @@ def _counted(x: Inputs, backend: str) -> tuple[Tensor, Tensor]:
 
 def _check_counted(x: Inputs, result: tuple[Tensor, Tensor], backend: str) -> bool:
     match, counts = result
-    index = (~match & 0xFFFFFFFF).int()  # what `_tile.pack_match` puts into the lower half
+    index = (~match & 0xFFFFFFFF).int()  # the lower half as `_tile.pack_match` packs it
     wanted, score = _ragged(x, backend)
     again = torch.zeros_like(counts).scatter_add_(2, index.long(), torch.ones_like(index))
     return (

@@ -1,4 +1,4 @@
-"""The kernels of one call, as torch's profiler sees them."""
+"""The kernels of one call, from torch's profiler."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ import torch
 from qalign_kernels.bench import measure
 
 ROUNDS = 10
-NOT_OURS = re.compile("memset|FillFunctor", re.IGNORECASE)  # what empties the cache between calls
+NOT_OURS = re.compile("memset|FillFunctor", re.IGNORECASE)  # kernels that empty the cache between calls
 SDPA_KERNELS = (
     ("FA4", "cute.*flash|flash.*cute|FlashAttentionForwardSm"),
     ("FA3", "FlashAttnFwdSm90|flash.*Sm90"),
@@ -21,7 +21,7 @@ SDPA_KERNELS = (
 
 
 class Kernel(NamedTuple):
-    """`microseconds` of one launch, `launches` in one call."""
+    """A kernel's time of one launch in µs, and its launches in one call."""
 
     name: str
     microseconds: float
@@ -47,7 +47,7 @@ def kernels(call: Callable[[], Any], rounds: int = ROUNDS) -> list[Kernel]:
 
 
 def sdpa_implementation(names: Iterable[str]) -> str:
-    """Name the implementation of SDPA by the kernels that ran.
+    """Name the implementation of SDPA by its kernels.
 
     >>> sdpa_implementation(["void pytorch_flash::flash_fwd_kernel<...>"])
     'FA2'

@@ -1,4 +1,7 @@
-"""Stage 5: workers that measure, one after the other. One that dies or hangs is followed by another, which leaves out what it was busy with."""
+"""Run the workers that measure, one after the other.
+
+If a worker dies or hangs, the next one leaves out the visit that caused it.
+"""
 
 import os
 import subprocess
@@ -27,7 +30,11 @@ WORKER_OF = {
 def supervise(
     command: Sequence[str], journal: Journal, clock: arguments.Clock, stall_seconds: float = STALL_SECONDS
 ) -> int:
-    """0 where a worker came to its end, or measured until time was up. `command` is started with `--seconds S` behind it."""
+    """Start workers until one finishes or time is up. `command` gets `--seconds S`.
+
+    Returns:
+        0 where a worker finished or measured until its time was up, else 1.
+    """
     for number in range(WORKERS):
         with journal.path.with_name(f"{journal.path.stem}-{number}.log").open("w") as output:
             seconds = max(0.0, clock.left() - SECONDS_TO_END)
@@ -44,14 +51,14 @@ def supervise(
             journal.add("note", f"stopped at the end of its time in {journal.left_open() or 'no visit'}")
             return 0
         _leave_out(journal, code)
-    journal.add("failure", f"{WORKERS} workers have ended early, the last with exit code {code}")
+    journal.add("failure", f"{WORKERS} workers ended early, the last with exit code {code}")
     return 1
 
 
 def _wait(
     process: subprocess.Popen, journal: Journal, clock: arguments.Clock, stall_seconds: float
 ) -> int | None:
-    """The exit code, or None where nothing was written for too long or time was up."""
+    """Give the exit code, or None where the worker wrote nothing for too long or time was up."""
     started = time.time()
     while True:
         try:
@@ -65,12 +72,12 @@ def _wait(
 
 
 def _leave_out(journal: Journal, code: int | None) -> None:
-    """What the worker was busy with is not tried again; it is a failure where it is ours."""
-    how = "did not come to an end" if code is None else f"ended the process with exit code {code}"
+    """Skip the worker's last visit from now on; it is a failure where the provider is ours."""
+    how = "did not finish" if code is None else f"ended the process with exit code {code}"
     place = journal.left_open()
     if place is None:
         journal.add(
-            "failure", f"a worker {how} outside any visit: {processes.last_line(_newest_log(journal))}"
+            "failure", f"a worker {how} outside of any visit: {processes.last_line(_newest_log(journal))}"
         )
         return
     of_peer = not place.startswith("[") and f" {OURS} [" not in place
@@ -84,7 +91,7 @@ def _newest_log(journal: Journal) -> Path:
 
 
 def compile_all(folder: Path, clock: arguments.Clock) -> None:
-    """The compilers' work, over all cores, before anything is timed."""
+    """Compile everything on all cores, before anything is timed."""
     from ..plan import compile_parts
 
     def part(number: int) -> None:

@@ -1,7 +1,7 @@
-"""Stage "right": whether every op and every candidate tile is right and repeats bit by bit.
+"""Stage "right": is every op and every candidate tile right, and does it repeat bit by bit?
 
-Processes take call after call, side by side. One in which a call went wrong is replaced: whatever a call does to
-its device, the others are judged. What the next stages time is compiled afterwards.
+Processes take call after call, in parallel. After a failed call its process is replaced, so that a broken
+device does not affect the other calls. The calls also compile what the next stages time.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ RAGGED = (Shape("", 1, 2, 1000, 64), Shape("", 1, 8, 1000, 40))
 
 
 class Call(NamedTuple):
-    """What one process judges: an op, one of JOINT_CALLS, or what the trial of that name times under a tile."""
+    """One judged call: an op, one of JOINT_CALLS, or the timed call of a trial under a tile."""
 
     name: str
     shape: Shape
@@ -62,7 +62,7 @@ class Call(NamedTuple):
 
 
 def calls() -> list[Call]:
-    """List what is judged: what the next stages time, core ops, tiles, everything else; bfloat16 first."""
+    """List the calls: what the next stages time, core ops, tiles, then the rest; bfloat16 first."""
     timed = [Call(op, shape, PROCESSOR, DTYPES[0]) for shape in core_shapes() for op in CORE_OPS]
     others = [op.name for op in OPS if op.name not in CORE_OPS and not op.correlated]
     core, half = (_everywhere(CORE_OPS, dtype) for dtype in DTYPES)
@@ -83,13 +83,13 @@ def _everywhere(names: Sequence[str], dtype: str) -> list[Call]:
 
 
 def joint_calls() -> list[Call]:
-    """List the joint matches that heads in a row allow, among them those that no op makes."""
+    """List the joint matches at shapes that store the heads in a row, JOINT_CALLS among them."""
     names = ("similarity_argmax", *JOINT_CALLS)
     return [Call(name, shape, PROCESSOR, dtype) for dtype in DTYPES for shape in JOINT for name in names]
 
 
 def tile_calls() -> list[Call]:
-    """List the candidate tiles at the core shapes that have most tokens, without those that are shipped.
+    """List the candidate tiles at the core shapes with most tokens, without the shipped tiles.
 
     The stage "gluon" tries the tiles of the kernels in Gluon.
     """
@@ -103,12 +103,12 @@ def tile_calls() -> list[Call]:
 
 
 def tile_shapes() -> list[Shape]:
-    """List the shapes at which candidates are tried."""
+    """List the shapes for the candidates."""
     return core_shapes()[:MOST_TILE_SHAPES]
 
 
 def tile_key(op: str, mode: str, shape: Shape, dtype: str) -> Key:
-    """Give the key by which a launch here looks up its tile, for inputs as processors have them."""
+    """Give the key of a launch on inputs in the layout of attention processors."""
     folded = mode in ("joint", "topk") and shape.heads * shape.head_dim % FOLDED_HEAD_DIM == 0
     head_dim = FOLDED_HEAD_DIM if folded else shape.head_dim
     tokens, triton = _configs.token_bucket(shape.tokens), _configs.triton_minor()
@@ -116,9 +116,9 @@ def tile_key(op: str, mode: str, shape: Shape, dtype: str) -> Key:
 
 
 def judge(call: Call) -> dict[str, Any]:
-    """Run the call three times, first on poisoned memory, and hold it against float64.
+    """Run the call three times, first on poisoned memory, and compare it with float64.
 
-    The third call replays the launches of the second (`_triton/_replay.py`); all three must agree bit by bit.
+    The third call replays the launches of the second (`_triton/_replay.py`). All three must agree bit by bit.
     """
     start = time.monotonic()
     inputs = shapes.make_inputs(call.shape, True, getattr(torch, call.dtype), "cuda", layout=call.layout)
@@ -157,7 +157,7 @@ def _parts(result: Any) -> tuple[Any, ...]:
 
 
 def answers(chosen: list[Call], folder: Path, clock: arguments.Clock) -> Iterator[dict[str, Any]]:
-    """Yield a row for each call as it is known, those without time too."""
+    """Yield a row for each finished call, and a row with an error for each call without time."""
     forks.preload()
     free: queue.SimpleQueue[forks.Worker] = queue.SimpleQueue()
     workers = [forks.Worker() for _ in range(max(1, os.cpu_count() or 1))]
@@ -167,7 +167,7 @@ def answers(chosen: list[Call], folder: Path, clock: arguments.Clock) -> Iterato
     def run(call: Call) -> dict[str, Any]:
         seconds = min(SECONDS_OF_CALL, clock.left())
         if seconds < SECONDS_TO_START:
-            return call.row() | {"error": "not started for want of time"}
+            return call.row() | {"error": "not started, no time left"}
         worker, log = free.get(), folder / "logs" / f"right-{call.name.replace(' ', '_')}.log"
         answer = worker.ask(judge, call, log=log, seconds=seconds)
         free.put(worker)

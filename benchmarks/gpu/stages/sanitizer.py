@@ -1,4 +1,4 @@
-"""Stage 4: compute-sanitizer's memcheck and racecheck over one small call of every op, where that program is installed."""
+"""Stage "sanitizer": memcheck and racecheck of compute-sanitizer, over one small call of every op."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from typing import Any
 from ..running import arguments, processes
 
 TOOLS = ("memcheck", "racecheck")
-PARTS = 4  # of the ops, beside each other: most of the time is the start of a process and compilation
+PARTS = 4  # parallel parts of the ops; most of the time is process start and compilation
 ERROR_CODE = 99
 FINDING = "=========     at "
 
@@ -31,7 +31,7 @@ def program() -> str | None:
 
 
 def check(sanitizer: str, tool: str, part: int, folder: Path, seconds: float) -> dict[str, Any]:
-    """One tool's verdict on a part of the ops: its own summary line and the exit code."""
+    """Run one tool on a part of the ops, and give its summary line and whether it passed."""
     log, start = folder / "logs" / f"{tool}-{part}.log", time.monotonic()
     calls = (sys.executable, "-m", "benchmarks.gpu.stages.small_calls", str(part), str(PARTS))
     code = processes.run(
@@ -44,7 +44,8 @@ def check(sanitizer: str, tool: str, part: int, folder: Path, seconds: float) ->
     called = re.findall(r"^called (.+)$", text, re.MULTILINE)
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.+)", text)
     if code is None:
-        verdict = f"not ended after {seconds:.0f} s, {'with findings' if FINDING in text else 'nothing found so far'}"
+        findings = "with findings" if FINDING in text else "nothing found so far"
+        verdict = f"still running after {seconds:.0f} s, {findings}"
     else:
         verdict = summary[-1] if summary else processes.last_line(log)
     passed = code == 0 or code is None and FINDING not in text

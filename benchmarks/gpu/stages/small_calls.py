@@ -1,4 +1,7 @@
-"""One small call of every op of a part on the GPU, for compute-sanitizer: `python -m benchmarks.gpu.stages.small_calls PART PARTS`."""
+"""Make one small call of every op of a part, for compute-sanitizer.
+
+Usage: `python -m benchmarks.gpu.stages.small_calls PART PARTS`.
+"""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Stage "validate": `qalign_kernels.validate --quick` on the device, in as many processes as there are cores.
+"""Stage "validate": `qalign_kernels.validate --quick` on the device, in one process per core.
 
-A process has one op in one dtype. Core ops come first, then bfloat16. The file has what is known so far.
+A process has one op in one dtype. Core ops come first, then bfloat16. The file is written after each result.
 """
 
 import json
@@ -45,7 +45,7 @@ class Job(NamedTuple):
         return f"{self.dtype} {self.op}"
 
     def log(self, folder: Path) -> Path:
-        """Name the log, beside which the rows lie."""
+        """Name the log; the rows are beside it."""
         return folder / "logs" / f"validate-{self.name.replace(' ', '_')}.log"
 
 
@@ -67,9 +67,9 @@ def rows(job: Job) -> dict[str, Any]:
 
 
 def run(job: Job, folder: Path, clock: arguments.Clock) -> forks.Answer:
-    """Ask a process for the rows of a job."""
+    """Run a job in a process and give its rows."""
     if clock.left() < SECONDS_TO_START:
-        return forks.Answer(error="not started for want of time")
+        return forks.Answer(error="not started, no time left")
     return forks.ask(rows, job, log=job.log(folder), seconds=clock.left())
 
 
@@ -84,7 +84,7 @@ def run_all(
 
 
 class Merged:
-    """validate.json: one file like that of `validate --json`, and what has not ended, with the reason."""
+    """The file validate.json, like that of `validate --json`, with a reason for each unfinished job."""
 
     def __init__(self, folder: Path, chosen: list[Job], device: str) -> None:
         self._file = folder / "validate.json"
@@ -94,7 +94,7 @@ class Merged:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Join what earlier stages wrote and the last answer of every job."""
+        """Join the rows of earlier stages with the last answer of every job."""
         found = [self._before, *(answer.value for answer in self._answers.values() if answer.value)]
         missing = {job.name: answer.error for job, answer in self._answers.items() if not answer.value}
         joined = {name: [item for part in found for item in part[name]] for name in ("rows", "dropped")}
@@ -105,24 +105,24 @@ class Merged:
         }
 
     def add(self, job: Job, answer: forks.Answer) -> None:
-        """Take what a job gave, in place of what it gave before."""
+        """Replace the answer of a job."""
         self._answers[job] = answer
         write(self._file, self.content)
 
     def without_memory(self) -> list[Job]:
-        """List the jobs that dropped a case."""
+        """List the jobs that dropped a case for lack of memory."""
         return [job for job, answer in self._answers.items() if answer.value and answer.value["dropped"]]
 
     def conclude(self) -> int:
-        """Print the sums; 1 where a case failed, or a job has not ended."""
+        """Print the sums, and give 1 where a case failed or a job is unfinished."""
         content = self.content
         failures = [failure for row in content["rows"] for failure in row["failures"]]
         lines = [f"FAILED {failure}" for failure in failures]
-        lines += [f"not run for want of memory: {case}" for case in content["dropped"]]
-        lines += [f"not ended: {name}, {reason}" for name, reason in content["unfinished"].items()]
+        lines += [f"not run for lack of memory: {case}" for case in content["dropped"]]
+        lines += [f"unfinished: {name}, {reason}" for name, reason in content["unfinished"].items()]
         cases = sum(row["cases"] for row in content["rows"])
         print(*lines, sep="\n")
-        print(f"{cases} cases, {len(failures)} failed, {len(content['unfinished'])} ops not ended")
+        print(f"{cases} cases, {len(failures)} failed, {len(content['unfinished'])} ops unfinished")
         return 1 if failures or content["unfinished"] or not content["rows"] else 0
 
 
@@ -136,7 +136,9 @@ def main() -> int:
     forks.preload()
     for job, answer in run_all(chosen, options.out, clock, os.cpu_count() or 1):
         merged.add(job, answer)
-    for job, answer in run_all(merged.without_memory(), options.out, clock, workers=1):  # with all of it
+    for job, answer in run_all(
+        merged.without_memory(), options.out, clock, workers=1
+    ):  # one at a time, with all of the memory
         if answer.value:
             merged.add(job, answer)
     return merged.conclude()

@@ -1,4 +1,7 @@
-"""Measures groups, one after the other, in one process. Whatever a peer does, the others are measured; see `measure` for what ends the process."""
+"""Measure groups in one process, one after the other.
+
+A peer that fails does not stop the others. `measure` says what ends the process.
+"""
 
 import json
 import sys
@@ -24,7 +27,7 @@ from .ceilings import large_matmul, matmul_tflops
 
 DEVICE, DTYPE = "cuda", "bf16"
 REPEATS = 3
-ROUNDS = 15  # of each visit and mode, where they fit in SECONDS_OF_VISIT
+ROUNDS = 15  # for each visit and mode, or fewer to fit in SECONDS_OF_VISIT
 SECONDS_OF_VISIT = 0.05
 LEAST_SECONDS_OF_GROUP = 4.0
 CHECKED_PEERS = ("fa3", "flex", providers.FLEX_FLASH, *providers.CHANNEL_PEERS, "sageattention")
@@ -34,7 +37,7 @@ PLANS = {"core": core_groups, "must_show": must_show_groups, "speed": other_grou
 
 
 class BrokenDevice(Exception):
-    """The CUDA context is lost: this process can measure nothing more."""
+    """The CUDA context is lost, so this process can measure nothing more."""
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Measured:
 
 
 class Files(NamedTuple):
-    """Where rows and the journal of a plan lie."""
+    """The files of a plan: its rows and its journal."""
 
     rows: Path
     journal: Journal
@@ -71,14 +74,14 @@ def files(folder: Path, plan: str) -> Files:
 
 
 def measure_groups(groups: list[Group], where: Files, clock: arguments.Clock) -> None:
-    """Rows of all groups that are not in the journal yet, written after each."""
+    """Measure all groups that are not in the journal yet, and write the rows after each."""
     done = {*where.journal.texts("group"), *where.journal.texts("skip")}
     kept = rows.parse(where.read_rows())
     for group in groups:
         if group.name in done:
             continue
         if clock.left() < LEAST_SECONDS_OF_GROUP:
-            where.journal.add("note", f"{group.name}: not measured for want of time")
+            where.journal.add("note", f"{group.name}: not measured, no time left")
             continue
         print(f"{group.name}: {len(group.visits)} visits, {clock.left():.0f} s left", flush=True)
         before = tuple(kept)
@@ -89,15 +92,18 @@ def measure_groups(groups: list[Group], where: Files, clock: arguments.Clock) ->
 
 
 def measure(group: Group, journal: Journal, clock: arguments.Clock) -> Iterator[list[Row]]:
-    """Yield the rows after each repeat. Visits alternate, there and back, so that drift cancels in their ratios,
-    and the ceiling that shares are shares of is measured between the repeats."""
+    """Yield the rows after each repeat.
+
+    Visits take turns, in reverse order every second time, so that drift cancels in their ratios. The large
+    matmul, by which shares are defined, is measured between the repeats.
+    """
     _forget_compiled()
     torch.cuda.empty_cache()
     inputs = _inputs(group)
     found: dict[Visit, Measured] = {}
     for visit in group.visits:
         if clock.left() < LEAST_SECONDS_OF_GROUP / 2:
-            journal.add("note", f"{_name(visit, group)}: not measured for want of time")
+            journal.add("note", f"{_name(visit, group)}: not measured, no time left")
         elif measured := _first_visit(visit, group, inputs, journal):
             found[visit] = measured
     journal.add("begin", group.name)
@@ -114,7 +120,7 @@ def measure(group: Group, journal: Journal, clock: arguments.Clock) -> Iterator[
 
 
 def _forget_compiled() -> None:
-    """Reset torch.compile where a peer has used it: to import it takes seconds."""
+    """Reset torch.compile where a peer used it. The import takes seconds, so other runs avoid it."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
@@ -140,7 +146,7 @@ def _name(visit: Visit, group: Group) -> str:
 
 
 def _first_visit(visit: Visit, group: Group, inputs: shapes.Inputs, journal: Journal) -> Measured | None:
-    """Build, check, capture; None where the visit shows no figure, with the reason in the journal."""
+    """Build, check and capture a call; None where it gives no figure, with the reason in the journal."""
     name, (op_name, provider) = _name(visit, group), visit
     if name in journal.texts("skip"):
         return None
@@ -152,7 +158,7 @@ def _first_visit(visit: Visit, group: Group, inputs: shapes.Inputs, journal: Jou
             journal.add("note", f"{name}: not run, {reason}")
         else:
             measured = _prepare(op, provider, inputs, name, journal)
-    except Exception as error:  # a peer that cannot run here is a note, one of ours a failure
+    except Exception as error:  # a failing peer is a note, a failure of ours an error
         journal.add(
             "failure" if provider == OURS else "note",
             f"{name}: {type(error).__name__}: {error}".splitlines()[0][:300],
@@ -199,10 +205,10 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 def _captured(
     call: Callable[[], Any], result: Any, provider: str, name: str, journal: Journal
 ) -> torch.cuda.CUDAGraph | None:
-    """The call as a graph, whose replay must give the same bits where the call is ours."""
+    """Capture the call as a graph; where the call is ours, the replay must give the same bits."""
     try:
         graph, replayed = capture(call)
-    except Exception as error:  # synchronising calls cannot be captured
+    except Exception as error:  # calls that synchronise cannot be captured
         journal.add("note", f"{name}: no CUDA graph, {type(error).__name__}: {error}".splitlines()[0][:300])
         _require_device()
         return None
@@ -213,7 +219,7 @@ def _captured(
 
 
 def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The graph of one call and what its first replay gave."""
+    """Capture one call as a graph; give the graph and the result of its first replay."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -255,7 +261,7 @@ def _row(visit: Visit, group: Group, measured: Measured, yardstick: Measured | N
 
 
 def _graph_times(seconds: list[float], work: float | None) -> dict[str, Any]:
-    """Give the fields of a row that hold for replays of the graph, which may have failed to be captured."""
+    """Give the fields of a row about replays of the graph; none where the capture failed."""
     if not seconds:
         return {}
     p20, p50, p80 = percentiles(seconds)
@@ -265,7 +271,7 @@ def _graph_times(seconds: list[float], work: float | None) -> dict[str, Any]:
 
 
 def call_once(groups: list[Group], clock: arguments.Clock) -> None:
-    """Only that everything is compiled: what fails here is reported where it is measured."""
+    """Make every call once, so that everything is compiled. Failures are reported by later stages."""
     for group in groups:
         _forget_compiled()
         inputs = _inputs(group)
@@ -276,7 +282,7 @@ def call_once(groups: list[Group], clock: arguments.Clock) -> None:
                 providers.build(provider, op_named(op_name), inputs)()
                 torch.cuda.synchronize()
                 print(f"called {op_name} {provider} {group.name}", flush=True)
-            except Exception as error:  # reported where it is measured
+            except Exception as error:  # the stage that measures it reports the failure
                 print(
                     f"{op_name} {provider} {group.name}: {type(error).__name__}: {error}".splitlines()[0],
                     flush=True,

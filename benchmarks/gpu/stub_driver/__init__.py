@@ -5,8 +5,8 @@
 ...     stub.launches
 4
 
-Tensors live on the CPU; kernels are really compiled, for sm_90, and results are whatever memory holds. It
-shows the host's part of a launch: its time, its grids, and the parameters that a kernel would get.
+Tensors are on the CPU. Kernels are compiled for sm_90 and not executed, so results are undefined memory. The
+stub shows the host's part of a launch: its time, its grid, and the kernel's parameters.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ RECORD_BYTES = 1 << 20
 
 
 class Call(NamedTuple):
-    """A launch as the CUDA driver saw it; `parameters` are packed as the kernel reads them."""
+    """A launch as the CUDA driver receives it; `parameters` are packed as the kernel reads them."""
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
 
 class Stub:
-    """What the driver counts and records."""
+    """The counters and the records of the driver."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -60,6 +60,7 @@ class Stub:
 
     @registers.setter
     def registers(self, count: int) -> None:
+        """How many registers per thread the driver reports for kernels that are loaded from now on."""
         ctypes.c_int.in_dll(self._library, "stub_registers").value = count
 
     @contextlib.contextmanager
@@ -82,12 +83,12 @@ class Stub:
 
 
 def missing() -> str | None:
-    """Why the stub cannot be built on this machine, or None."""
+    """Give the reason why the stub cannot be built on this machine, or None."""
     return _backends.triton_problem() or (None if _compiler() else "no C compiler (gcc, clang or CC)")
 
 
 def problem() -> str | None:
-    """Why the stub cannot stand in for a GPU in this process, or None."""
+    """Give the reason why the stub cannot replace a GPU in this process, or None."""
     if reason := missing():
         return reason
     if _backends.interpreted():
@@ -97,15 +98,16 @@ def problem() -> str | None:
 
 @contextlib.contextmanager
 def stub_driver(folder: Path) -> Iterator[Stub]:
-    """Inside, the ops take backend="triton" on CPU tensors and launch on a GPU that does nothing.
+    """Inside, ops with backend="triton" take CPU tensors and launch on a GPU that does nothing.
+
+    Afterwards the process keeps kernels that no GPU can run.
 
     Args:
-        folder: keeps the driver and what Triton compiles; made at need. A second use of it compiles nothing.
+        folder: keeps the driver and the compiled kernels; made where it is missing. A second use compiles
+            nothing.
 
     Raises:
-        RuntimeError: where `problem` gives a reason.
-
-    A process that was in here keeps kernels that no GPU can run.
+        RuntimeError: `problem` gives a reason.
     """
     if reason := problem():
         raise RuntimeError(
@@ -113,7 +115,7 @@ def stub_driver(folder: Path) -> Iterator[Stub]:
         )
     library = ctypes.CDLL(
         str(_build(folder)), mode=ctypes.RTLD_GLOBAL
-    )  # Triton's dlopen finds it by its name
+    )  # Triton's dlopen finds the library by its name
     library.stub_launches.restype = library.stub_recorded.restype = ctypes.c_long
     stub = Stub(library)
 
@@ -156,7 +158,7 @@ def _nvidia_driver() -> Any:
 
 
 def _torch_cuda(stub: Stub) -> dict[str, Any]:
-    """What Triton's driver asks of torch."""
+    """Replace the functions of torch.cuda that Triton's driver calls."""
     properties = types.SimpleNamespace(
         name="NVIDIA H100 (stub)",
         major=CAPABILITY[0],
@@ -172,7 +174,7 @@ def _torch_cuda(stub: Stub) -> dict[str, Any]:
 
 
 class _OnGpu(NamedTuple):
-    """What `triton_refusal` reads of a tensor, as if it lived on a GPU."""
+    """The attributes that `triton_refusal` reads, of a tensor on a GPU."""
 
     dtype: torch.dtype
     device: torch.device = torch.device("cuda")

@@ -1,0 +1,144 @@
+"""Inversion of an appearance and its structures, with a cache on disk."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ..processors.attach import find_unet
+from ..sampling.freeu import cross_image_freeu
+from ..sampling.inversion import KINDS, Inversion, invert_ddim, invert_ddpm
+from ..sampling.inversion_cache import InversionCache, digest
+from .base import LatentDiffusion
+from .transfer_inputs import Generators, make_generators, stack_pictures
+
+
+class PairInversion(LatentDiffusion):
+    """The inversion of pictures as a mixin before a Stable Diffusion pipeline."""
+
+    @torch.no_grad()
+    def invert(
+        self: Any,
+        appearance: Any,
+        structure: Any,
+        prompt: str = "",
+        *,
+        num_inference_steps: int = 100,
+        inversion: str = "ddpm",
+        inversion_guidance_scale: float = 3.5,
+        freeu: bool = False,
+        cache: str | Path | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+    ) -> Inversion:
+        """Invert an appearance and its structures, once for several transfers of the same pictures.
+
+        Args:
+            appearance: one picture: PIL, a tensor [3, H, W] or an array [H, W, 3], floats in [0, 1] or
+                bytes.
+            structure: one or several pictures.
+            prompt: what all of the pictures show.
+            num_inference_steps: T.
+            inversion: "ddpm" is edit-friendly, "ddim" is deterministic.
+            inversion_guidance_scale: of classifier-free guidance.
+            freeu: run Cross-Image's FreeU, `qalign.sampling.freeu`.
+            cache: a folder for inversions, one file for each picture with its settings and noise. None
+                keeps none.
+            height: of the pictures in pixels, a multiple of 8. None is the first structure's. Pictures of
+                other sizes are scaled to cover it, and their middle is cut out.
+            width: the same across.
+            generator: of the noise: one, or a list with one for each of [appearance, structures...]. None
+                draws new noise, unless the cache has the pictures.
+
+        Returns:
+            an `Inversion` with rows [appearance, structures...].
+
+        Raises:
+            TypeError: an argument is of the wrong type; the message names it.
+            ValueError: an argument is invalid; the message names it.
+            FloatingPointError: latents or predictions are NaN or infinite.
+
+        Example:
+            >>> from qalign import AppearanceTransferPipeline
+            >>> pipe = AppearanceTransferPipeline.from_pipe(pipe)
+            >>> pipe.invert(appearance, structure, prompt, num_inference_steps=2).latents.shape
+            torch.Size([3, 2, 4, 16, 16])
+
+        Notes:
+            One generator gives all structures the same noise. The result is deterministic for a given
+            generator.
+
+        Source: "ddpm", arXiv 2304.06140; "ddim", arXiv 2010.02502.
+        """
+        return self._invert(
+            stack_pictures(appearance, structure, height, width),
+            prompt,
+            num_inference_steps=num_inference_steps,
+            inversion=inversion,
+            guidance_scale=inversion_guidance_scale,
+            freeu=freeu,
+            cache=cache,
+            generator=generator,
+        )
+
+    def _invert(
+        self: Any,
+        pictures: Tensor,
+        prompt: str,
+        *,
+        num_inference_steps: int,
+        inversion: str,
+        guidance_scale: float,
+        freeu: bool,
+        cache: str | Path | None,
+        generator: Generators,
+    ) -> Inversion:
+        """The inversion of pictures [1 + n, 3, H, W], from the cache where it has them."""
+        if inversion not in KINDS:
+            raise ValueError(
+                f"inversion: expected an Inversion or one of {', '.join(KINDS)}, got {inversion!r}"
+            )
+        clean, scheduler = self.encode(pictures), ddim_scheduler(self.scheduler)
+        condition, unconditional = self.conditions(prompt, *pictures.shape[-2:])
+        generators = make_generators(generator, len(pictures))
+        keys = [""] * len(pictures)
+        if cache is not None:
+            noise = [
+                each.get_state() if generator is not None and inversion == "ddpm" else None
+                for each in generators
+            ]
+            settings = [num_inference_steps, inversion, guidance_scale, freeu]
+            shared = digest(settings, dict(scheduler.config), condition, unconditional, find_unet(self))
+            keys = [digest(shared, row, state) for row, state in zip(clean, noise)]
+
+        def make(rows: list[int]) -> Inversion:
+            predict = self._guided(condition, unconditional, guidance_scale)
+            with self._freeu(freeu), self.progress_bar(total=num_inference_steps) as bar:
+                options: dict[str, Any] = {"steps": num_inference_steps, "progress": bar.update}
+                if inversion == "ddim":
+                    return invert_ddim(predict, scheduler, clean[rows], **options)
+                options["generator"] = [generators[row] for row in rows]
+                options["batch_size"] = 3 * len(pictures) - 2  # the number of rows in denoising
+                return invert_ddpm(predict, scheduler, clean[rows], **options)
+
+        inverted = InversionCache(cache).fill(keys, make)
+        self.maybe_free_model_hooks()
+        return inverted.to(clean.device)
+
+    def _freeu(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
+        return cross_image_freeu(self) if wanted else contextlib.nullcontext()
+
+
+def ddim_scheduler(scheduler: Any, timesteps: Tensor | None = None) -> DDIMScheduler:
+    """A DDIMScheduler with the noise levels of `scheduler`, set to `timesteps` if they are given."""
+    ddim = DDIMScheduler.from_config(scheduler.config)
+    if timesteps is not None:
+        ddim.set_timesteps(len(timesteps))
+        if not torch.equal(ddim.timesteps, timesteps):
+            expected = f"the {len(timesteps)} timesteps of this pipeline's scheduler"
+            raise ValueError(f"inversion: expected {expected}, got those of another")
+    return ddim

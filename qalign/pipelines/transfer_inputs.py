@@ -1,0 +1,106 @@
+"""The arguments of an appearance transfer: checks, methods by name, counted steps, pictures of one size."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..context.clock import Clock
+from ..methods import TRANSFERS, Method, find_method
+from ..sampling.inversion import Inversion
+from .base import check_output
+from .pictures import choose_size, cover, to_tensors
+
+METHODS = TRANSFERS
+PUBLISHED_STEPS = (11 / 68, 1.0)
+ADAIN = ("masked", "whole", None)
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def check_options(
+    adain: str | None, edit_steps: tuple[float, float] | None, output_type: str, names: Sequence[str]
+) -> None:
+    if adain not in ADAIN:
+        raise ValueError(f"adain: expected 'masked', 'whole' or None, got {adain!r}")
+    if edit_steps is not None and not (len(edit_steps) == 2 and 0 <= edit_steps[0] < edit_steps[1] <= 1):
+        expected = "None or fractions (start, stop) with 0 <= start < stop <= 1"
+        raise ValueError(f"edit_steps: expected {expected}, got {edit_steps!r}")
+    check_output(output_type, names)
+
+
+def make_method(method: Method | str | None) -> Method | None:
+    """The method itself, or a new one of that name with its default settings."""
+    return find_method(method, METHODS)() if isinstance(method, str) else method
+
+
+def active_steps(method: Method, edit_steps: tuple[float, float] | None) -> tuple[float, float]:
+    """(start, stop) of the edit, as fractions of the steps that run."""
+    return edit_steps or method.default_steps or PUBLISHED_STEPS
+
+
+def edited_steps(method: Method, num_inference_steps: int, *, skip: float = 0.32) -> list[int]:
+    """List the steps of a transfer at which a method edits and reads the appearance.
+
+    Args:
+        method: any method, with its own default steps.
+        num_inference_steps: of the inversion.
+        skip: the fraction of these that is left out.
+
+    Returns:
+        the steps, counted from the first one that runs.
+
+    Raises:
+        ValueError: `skip` leaves no step.
+
+    Example:
+        >>> from qalign import CrossImage
+        >>> edited_steps(CrossImage(), 9)
+        [2, 3, 4, 5]
+    """
+    total = num_inference_steps - count_skipped(skip, num_inference_steps)
+    clock = Clock(active_steps(method, None), method.takes_structure)
+    found = []
+    for step in range(total):
+        clock.set(step, total)
+        if not clock.idle and not clock.from_structure:
+            found.append(step)
+    return found
+
+
+def count_structures(inversion: Inversion) -> int:
+    rows = inversion.latents.shape[1]
+    if rows < 2:
+        raise ValueError(f"inversion: expected rows for [appearance, structures...], got {rows}")
+    return rows - 1
+
+
+def count_skipped(skip: float, steps: int) -> int:
+    """How many of `steps` the fraction `skip` leaves out."""
+    if not 0 <= skip < 1 or round(skip * steps) >= steps:
+        raise ValueError(f"skip: expected a fraction that leaves at least one of {steps} steps, got {skip!r}")
+    return round(skip * steps)
+
+
+def stack_pictures(appearance: Any, structure: Any, height: int | None, width: int | None) -> Tensor:
+    """float32 [1 + n, 3, H, W] in [0, 1], on the CPU: the appearance, then the structures."""
+    appearances, structures = to_tensors(appearance, "appearance"), to_tensors(structure, "structure")
+    if len(appearances) != 1:
+        raise ValueError(f"appearance: expected one picture, got {len(appearances)}")
+    size = choose_size(structures[0], height, width, "structure")
+    return torch.stack([cover(picture, size).cpu() for picture in appearances + structures])
+
+
+def make_generators(generator: Generators, pictures: int) -> list[torch.Generator]:
+    """One generator for each picture. A single one seeds two: the appearance's and the structures'."""
+    if generator is None or isinstance(generator, torch.Generator):
+        seeds = torch.randint(
+            2**62, (2,), generator=generator, device=generator.device if generator else "cpu"
+        ).tolist()
+        return [torch.Generator().manual_seed(seed) for seed in [seeds[0]] + [seeds[1]] * (pictures - 1)]
+    if len(generator) != pictures:
+        raise ValueError(
+            f"generator: expected one, or one for each of {pictures} pictures, got {len(generator)}"
+        )
+    return list(generator)
