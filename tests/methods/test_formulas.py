@@ -16,11 +16,14 @@ from qalign.context.regions import Regions
 from qalign.methods import (
     BoundedAttention,
     ConsiStory,
+    CrossImage,
     CtrlX,
     DreamMatcher,
     EyeForAnEye,
     FreeCustom,
     MasaCtrl,
+    QAlign,
+    QAlignWarp,
     ReferenceOnly,
     SeAl,
     StoryDiffusion,
@@ -40,6 +43,10 @@ ANYWHERE = ("", "down_blocks", "mid_block", "up_blocks")
 LABELS = torch.arange(GRID[0] * GRID[1]).view(GRID) * 7 % 5
 MASKS = [(torch.arange(GRID[0] * GRID[1]).view(GRID) * step % 7 > 2).long() for step in (3, 5)]
 CASES = {
+    "qalign": (QAlign(structure_every=0), literal.qalign, {}),
+    "qalign plain": (QAlign(structure_every=0, contrast=1.0), literal.qalign, {"contrast": 1.0}),
+    "qalign_warp": (QAlignWarp(structure_every=0), literal.qalign_warp, {}),
+    "cross_image": (CrossImage(structure_every=0), literal.cross_image, {}),
     "visual_style": (VisualStylePrompting(), literal.visual_style, {}),
     "masactrl": (MasaCtrl(), literal.masactrl, {}),
     "masactrl union": (MasaCtrl(union=True), literal.masactrl, {"union": True}),

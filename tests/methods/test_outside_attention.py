@@ -571,7 +571,7 @@ def test_mismatched_token_indices_and_regions_are_refused():
     both = {"regions": Regions(appearance=LABELS, structure=LABELS)}
     far_message, both_message = (
         "expected places below the prompt's 7, got 7",
-        "regions: expected None, for MasaCtrl",
+        "regions: expected None, because MasaCtrl",
     )
     for method, options, message in ((far, {}, far_message), (AUTOMATIC, both, both_message)):
         with (
