@@ -1,7 +1,7 @@
-"""What is the tiled path's own: blocks of any size, the fused route, gradients, and memory that never holds N×N.
+"""What the tiled path alone has: blocks of any size, the fused route, gradients, memory without N×N.
 
-Each way to call an op meets blocks of several sizes, dtypes and both routes. What goes wrong in a known way is a
-named risk. A property test draws further calls from the whole space, the same ones in every run.
+Every call of an op meets blocks of several sizes, several dtypes and both routes. Each known way to go
+wrong is a named risk. Property tests draw further calls from the whole space, the same in every run.
 """
 # above 400 lines: all of it draws on one table of calls and ways
 
@@ -88,7 +88,7 @@ def learned(tensors, dtype=None):
 
 
 def attention_cases(dtype):
-    """Every way to call attention: name to (tensors [query, *keys, *values], what each segment adds, settings)."""
+    """Calls of attention by name: tensors [query, *keys, *values], what each segment adds, settings."""
     query, key, value, key2, value2, wide = features(
         SMALL["q"], SMALL["k"], SMALL["v"], (2, 3, 70, 8), (2, 3, 70, 8), (2, 3, 21, 11), dtype=dtype
     )
@@ -247,7 +247,7 @@ def test_every_case_of_attention_is_a_risk():
 
 @st.composite
 def attention_calls(draw):
-    """Any call of attention: each option of each segment on its own; every second one may take the fused route."""
+    """Draw a call of attention, each option on its own. Every second call may take the fused route."""
     fused, additions = draw(st.booleans()), []
     width = 8 if fused else draw(st.sampled_from((8, 11)))
     shapes = [(2, 3, 21), (2, 3, 70)][: 1 if fused else draw(st.integers(1, 2))]
