@@ -10,6 +10,7 @@ import sys
 import types
 
 import pytest
+import yaml
 from PIL import Image
 
 import qalign
@@ -215,3 +216,28 @@ def test_mkdocs_builds_strictly(tmp_path):
     assert "hero.png" in (tmp_path / "index.html").read_text(encoding="utf-8")
     page = (tmp_path / "api" / "similarity_argmax" / "index.html").read_text(encoding="utf-8")
     assert "reference_labels" in page
+
+
+def test_citation_has_the_version_of_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == qalign_kernels.__version__
+    heading = f"## [{citation['version']}] - {citation['date-released']}"
+    assert heading in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_hooks_take_the_pinned_ruff():
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    pins = {pin for hook in local["hooks"] for pin in hook.get("additional_dependencies", [])}
+    assert len(pins) == 1 and pins <= {*(ROOT / "constraints.txt").read_text().splitlines()}
+
+
+def test_workflow_runs_the_verbs_of_make():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"].values()
+    ran = " ".join(step.get("run", "") for job in jobs for step in job["steps"])
+    assert "make test " in ran and ".ci/run" in ran and "make docs" in ran
+
+
+def test_bug_template_wants_the_environment():
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text(encoding="utf-8"))
+    wanted = [field for field in form["body"] if field.get("validations", {}).get("required")]
+    assert any("python -m qalign_kernels.env" in field["attributes"]["label"] for field in wanted)
