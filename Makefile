@@ -85,7 +85,7 @@ test: lint
 	@echo "validate: every op against float64"
 	@$(PY) -m qalign_kernels.validate --quick
 	@echo "pytest: the fast tier"
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" --durations 20 --durations-min 2 $(ARGS)
 
 test-slow: $(READY)
 	@echo "pytest: the slow tier"

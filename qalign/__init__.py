@@ -1,13 +1,21 @@
 """Attention to reference images in diffusers pipelines.
 
->>> pipe.unet.set_attn_processor(QAlignAttnProcessor())
+Drop Q-Align into a pipeline whose rows are output, appearance and structure:
+
+>>> from qalign import AppearanceTransferPipeline, QAlign, attach
 >>> with attach(pipe, QAlign(), layers="up", steps=(0.1, 0.9)):
-...     images = pipe([prompt] * 3, latents=latents).images
+...     images = pipe([prompt] * 3, latents=latents, num_inference_steps=50, guidance_scale=1).images
+>>> len(images)
+3
+
+Transfer the appearance of one picture to the structure of another:
 
 >>> pipe = AppearanceTransferPipeline.from_pipe(pipe)
->>> image = pipe(appearance, structure, "a photo of a zebra", method=QAlign()).images[0]
+>>> image = pipe(appearance, structure, prompt, num_inference_steps=50).images[0]
+>>> image.size
+(32, 32)
 
-`attach` says where latents come from, `Editing` how to write a method of your own.
+The docstring of `attach` shows where `latents` come from. `Editing` is the base of a method of your own.
 """
 
 import difflib

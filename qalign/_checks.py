@@ -1,13 +1,13 @@
-"""Checks of arguments that several callers make."""
+"""Checks of arguments that several modules share."""
 
 from typing import Any
 
 
 def require_count(name: str, number: Any, least: int = 0) -> None:
-    """The argument `name` has to be an integer of at least `least`; True and 7.0 are none.
+    """Check that the argument `name` is an integer of at least `least`. A bool or a float is not an integer.
 
     Raises:
-        ValueError: it is not.
+        ValueError: `number` is something else.
     """
     if not isinstance(number, int) or isinstance(number, bool) or number < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {number!r}")

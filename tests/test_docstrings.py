@@ -11,20 +11,13 @@ import torch
 import qalign_kernels
 from tests.project import ROOT
 
-NOT_RUNNING_YET = (
-    "qalign",
-    "qalign.context.regions",
-    "qalign.processors.attach",
-    "qalign.processors.feature_bank",
-)
-
 
 def modules() -> list[str]:
     """The modules of both packages that show an example, by dotted name."""
     files = [file for package in ("qalign_kernels", "qalign") for file in (ROOT / package).rglob("*.py")]
     shown = [file.relative_to(ROOT) for file in files if ">>> " in file.read_text(encoding="utf-8")]
     names = [".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in shown]
-    return sorted(set(names) - set(NOT_RUNNING_YET))
+    return sorted(set(names))
 
 
 @functools.cache
@@ -50,7 +43,7 @@ def namespace() -> dict:
 
 def fewer_steps(source: str) -> str:
     """The same example with two denoising steps where it has many."""
-    return re.sub(r"(num_inference_steps ?= ?)\d+", r"\g<1>2", source)
+    return re.sub(r"(num_inference_steps\"? ?[=:] ?)\d+", r"\g<1>2", source)
 
 
 def failures(test: doctest.DocTest, names: dict) -> str:

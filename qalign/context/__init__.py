@@ -1,1 +1,1 @@
-"""What a method may know: the call of a layer, the roles of its rows, regions, steps and the layers of a model."""
+"""What a method may know: the call of a layer, the roles of the batch's rows, regions, steps, layer names."""

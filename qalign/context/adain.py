@@ -1,4 +1,4 @@
-"""Adaptive instance normalisation: of latents, over whole pictures or inside masks, and of an attention layer's tokens."""
+"""Adaptive instance normalisation (AdaIN): of latents, with or without masks, and of attention tokens."""
 
 import torch
 from torch import Tensor
@@ -12,21 +12,30 @@ def adain(
     style_mask: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Give the content's channels the mean and deviation of the style's.
+    """Give the content's channels the mean and standard deviation of the style's channels.
 
-    (x - mean(x)) / √(var(x) + eps) · √(var(y) + eps) + mean(y), per row and channel over space, var unbiased. With masks the statistics
-    are those inside them, and the content changes inside its own only.
+    (x - mean(x)) / √(var(x) + eps) · √(var(y) + eps) + mean(y), per row and channel over space. The variance
+    is unbiased. With masks, the statistics are taken inside the masks, and the content changes only inside
+    its own mask. A row with fewer than two positions in one of its masks has no variance, and stays as it is.
+
+    >>> import torch
+    >>> from qalign.context.adain import adain
+    >>> content, style = torch.randn(2, 4, 16, 16), torch.randn(1, 4, 32, 32) + 5
+    >>> adain(content, style).shape
+    torch.Size([2, 4, 16, 16])
 
     Args:
         content: x [B, C, h, w].
         style: y [B or 1, C, h', w'].
-        content_mask, style_mask: bool [B or 1, h, w] and [B or 1, h', w']; None is everywhere.
+        content_mask, style_mask: bool [B or 1, h, w] and [B or 1, h', w']. None is the whole picture.
         eps: added to both variances.
-
-    A row with fewer than two positions in either of its masks has no variance and stays as it is.
 
     Returns:
         [B, C, h, w] in the content's dtype, computed in float32 or better.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+
     Source: Cross-Image attention, arXiv 2311.03335.
     """
     if (
@@ -46,9 +55,15 @@ def adain(
 
 
 def token_adain(x: Tensor, reference: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """Give each head's channels the mean and deviation that they have over the reference's tokens.
+    """Give each head's channels the mean and standard deviation that they have over the reference's tokens.
 
-    (x - mean(x)) / √(var(x) + eps) · √(var(y) + eps) + mean(y), per row, head and channel over tokens, var unbiased.
+    (x - mean(x)) / √(var(x) + eps) · √(var(y) + eps) + mean(y), per row, head and channel over tokens. The
+    variance is unbiased.
+
+    >>> import torch
+    >>> from qalign.context.adain import token_adain
+    >>> token_adain(torch.randn(1, 2, 16, 8), torch.randn(1, 2, 64, 8)).shape
+    torch.Size([1, 2, 16, 8])
 
     Args:
         x: [B, H, N, D].
@@ -57,6 +72,7 @@ def token_adain(x: Tensor, reference: Tensor, *, eps: float = 1e-5) -> Tensor:
 
     Returns:
         [B, H, N, D] in the dtype of x, computed in float32 or better, with x's order in memory.
+
     Source: StyleAligned, arXiv 2312.02133.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -69,7 +85,7 @@ def token_adain(x: Tensor, reference: Tensor, *, eps: float = 1e-5) -> Tensor:
 
 
 def _mask(mask: Tensor | None, name: str, picture: Tensor) -> Tensor:
-    """bool [B or 1, 1, h, w]."""
+    """Return the mask as bool [B or 1, 1, h, w]."""
     if mask is None:
         return torch.ones(1, 1, *picture.shape[-2:], dtype=torch.bool, device=picture.device)
     rows, space = len(picture), list(picture.shape[-2:])
@@ -79,14 +95,13 @@ def _mask(mask: Tensor | None, name: str, picture: Tensor) -> Tensor:
         or mask.shape[0] not in (1, rows)
         or list(mask.shape[1:]) != space
     ):
-        raise ValueError(
-            f"{name}: expected bool [{rows} or 1, {space[0]}, {space[1]}], got {mask.dtype} {list(mask.shape)}"
-        )
+        expected = f"bool [{rows} or 1, {space[0]}, {space[1]}]"
+        raise ValueError(f"{name}: expected {expected}, got {mask.dtype} {list(mask.shape)}")
     return mask.unsqueeze(1)
 
 
 def _statistics(picture: Tensor, mask: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and deviation [B, C, 1, 1] inside the mask, and whether there is enough in it for them [B or 1, 1, 1, 1]."""
+    """Return mean and deviation [B, C, 1, 1] inside the mask, and bool [B or 1, 1, 1, 1]: they exist."""
     space = (-2, -1)
     count = mask.sum(space, keepdim=True)
     mean = torch.where(mask, picture, 0).sum(space, keepdim=True) / count.clamp(min=1)

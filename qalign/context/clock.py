@@ -1,4 +1,4 @@
-"""The step of a running denoising loop, for methods that change with it."""
+"""The step of a running denoising loop, for methods that change during the loop."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,29 @@ import torch
 
 
 class Clock:
-    """What the present step means for a method, as 0-dim tensors: a compiled processor reads them and is never recompiled.
+    """The present denoising step, and what it means for a method.
+
+    A compiled processor reads the 0-dim tensors, so it is not compiled again at each step.
+
+    >>> from qalign.context.clock import Clock
+    >>> clock = Clock((0.5, 1.0))
+    >>> clock.set(1, 4)
+    >>> clock.idle, clock.active.item(), round(clock.progress.item(), 3)
+    (True, False, 0.333)
+
+    Args:
+        steps: the fractions (start, stop) of the loop in which the method edits. None is the whole loop.
+        takes_structure: the method's function of (step, total); None never reads the structure.
+
+    Raises:
+        ValueError: `steps` are not such fractions.
 
     Attributes:
-        active: bool, whether the step lies inside `steps`.
-        from_structure: bool, whether keys and values come from the structure in this step.
-        progress: float32, step / (total - 1), from 0 to 1.
-        idle: `active` denied, on the host, for processors that are not compiled.
-        step, total: the step (from 0) and the number of steps; None before the first.
+        active: bool tensor, whether the method edits in this step.
+        from_structure: bool tensor, whether keys and values come from the structure in this step.
+        progress: float32 tensor, step / (total - 1), from 0 to 1.
+        idle: the opposite of `active` as a Python bool, for processors that are not compiled.
+        step, total: the step, from 0, and the number of steps. None before the first step.
     """
 
     def __init__(
@@ -36,11 +51,11 @@ class Clock:
 
     @property
     def gated(self) -> bool:
-        """Whether there are steps at which the method rests."""
+        """Whether there are steps in which the method does not edit."""
         return self.steps is not None
 
     def set(self, step: int, total: int, device: torch.device | None = None) -> None:
-        """Move to `step` of `total`; the tensors move to `device` with it."""
+        """Move to `step` of `total`, and the tensors to `device`."""
         self.step, self.total = step, total
         self.idle = self.steps is not None and not self.steps[0] <= step / total < self.steps[1]
         if device is not None:
@@ -53,7 +68,7 @@ class Clock:
         self.from_structure.fill_(self.takes_structure is not None and self.takes_structure(step, total))
 
     def reset(self) -> None:
-        """Back to before the first step."""
+        """Return to the state before the first step."""
         self.step = self.total = None
         self.idle = False
         self.active.fill_(True)

@@ -1,7 +1,8 @@
-"""The place where a method acts: one attention layer in one forward pass."""
+"""One call of one attention layer: the place where a method acts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,11 @@ HIDDEN_BIAS = -1e3  # an additive mask hides a key below this; diffusers writes 
 
 
 class ForwardPass:
-    """One call of the denoiser: what is known of it, and what a method keeps for its later layers.
+    """One call of the denoiser, and what a method keeps in it for later layers of the same call.
 
     Attributes:
         size: (height, width) of the latents.
-        kept: tensors by names of the method's choice; nothing when a call begins.
+        kept: tensors by names that the method chooses. It is empty when a call begins.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,13 @@ class ForwardPass:
         self.kept.clear()
 
 
+class Owner(Protocol):
+    """What called the method: a processor or a hook, installed on a layer."""
+
+    layer: str
+    forward: ForwardPass | None
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """What a method knows besides queries, keys and values [B, H, N, D]: rows, labels, scale and step.
@@ -40,19 +48,20 @@ class Site:
     >>> import torch
     >>> from qalign import BatchLayout, Site
     >>> site = Site(BatchLayout("output", "appearance", "structure"))
-    >>> q = torch.zeros(6, 2, 16, 8)  # two guidance parts of three rows
+    >>> q = torch.zeros(6, 2, 16, 8)  # two guidance halves of three rows
     >>> site.output_rows(q).tolist(), site.reference_rows(q).tolist()
     ([0, 3], [1, 4])
 
     Methods mostly use `reference` and `own` (segments of keys and values), `query_labels`, `stock` and
-    `scale`.
+    `scale`. Labels are bit sets, int32 [rows or 1, N]: a query sees a key if their sets share a bit.
 
-    Attributes:
+    Args:
         layout: the roles of the batch's rows.
-        scale: of the dot product; None is 1/sqrt(D).
+        scale: the factor of the dot product. None is 1/sqrt(D).
         mask: additive or boolean [B, 1 or H, 1 or N_q, N_k], or None.
-        clock: the step, or None where nobody counts steps.
-        owner: whatever installed the processor; `owner.layer` is the name of the layer. A method that reads it is compiled once per layer.
+        clock: the denoising step, or None outside of a loop.
+        owner: the processor or hook that called the method. A method that reads `layer` is compiled once for
+            each layer.
         regions: the labels of the pictures' tokens, or None.
     """
 
@@ -60,12 +69,16 @@ class Site:
     scale: float | None = None
     mask: Tensor | None = None
     clock: Clock | None = None
-    owner: object = None
+    owner: Owner | None = None
     regions: Regions | None = None
 
     @property
     def idle(self) -> bool:
-        """Whether the step is known, on the host, to need no edit. A compiled processor does not ask: it selects by `clock.active`."""
+        """Whether the method edits nothing in this step.
+
+        In a compiled layer it is always False: the step is not known there, and `merge` selects the rows by
+        `clock.active`.
+        """
         if self.clock is None or not self.clock.gated or torch.compiler.is_compiling():
             return False
         if self.clock.step is None:
@@ -75,58 +88,63 @@ class Site:
 
     @property
     def layer(self) -> str:
-        """The name of the layer; empty where nobody gave it one."""
-        return getattr(self.owner, "layer", "")
+        """The name of the layer, or an empty string."""
+        return "" if self.owner is None else self.owner.layer
 
     @property
     def forward(self) -> ForwardPass | None:
-        """The present call of the denoiser; None where nobody follows it: `attach` does for methods that act in cross-attention."""
-        return getattr(self.owner, "forward", None)
+        """The present call of the denoiser. `attach` provides it for methods that act in cross-attention."""
+        return None if self.owner is None else self.owner.forward
 
     @property
     def step(self) -> int:
-        """The step of the denoising loop; 0 where nobody counts."""
+        """The denoising step; 0 without a clock."""
         return 0 if self.clock is None or self.clock.step is None else self.clock.step
 
     def output_rows(self, q: Tensor) -> Tensor:
-        """int32, the rows that the method edits."""
+        """Return the rows that the method edits, int32."""
         return self.layout.index("output", q.shape[0], q.device)
 
     def reference_rows(self, q: Tensor) -> Tensor:
-        """int32, the row that each output row reads in this step: its appearance, or its structure where the clock says so."""
+        """Return the row that each output row reads in this step, int32.
+
+        It is the appearance, or the structure in a structure step.
+        """
         appearance = self.layout.index("appearance", q.shape[0], q.device)
         if self.clock is None or "structure" not in self.layout.roles:
             return appearance
-        return torch.where(
-            self.clock.from_structure.to(q.device),
-            self.layout.index("structure", q.shape[0], q.device),
-            appearance,
-        )
+        return torch.where(self.clock.from_structure.to(q.device), self.structure_rows(q), appearance)
 
     def conditional(self, rows: Tensor, q: Tensor) -> Tensor:
-        """Those of `rows`, one for each output row, that lie in the conditional guidance part: the positive one, or the only one."""
+        """Select those of `rows`, one for each output row, in the conditional guidance half.
+
+        Without guidance these are all.
+        """
         return rows.chunk(self.layout.parts(q.shape[0]))[-1]
 
     def unconditional(self, rows: Tensor, q: Tensor) -> Tensor:
-        """The rest of `rows`: none where there is one guidance part."""
+        """Select the rest of `rows`. Without guidance there is none."""
         return rows[: len(rows) - len(self.conditional(rows, q))]
 
     def structure_rows(self, q: Tensor) -> Tensor:
-        """int32, the structure of each output row."""
+        """Return the structure row of each output row, int32."""
         return self.layout.index("structure", q.shape[0], q.device)
 
     def companion_rows(self, q: Tensor) -> list[Tensor]:
-        """int32, for each output of the layout: the row of it that each output row has in its own guidance part and image."""
+        """Return, for each output of the layout, its row beside each output row, int32.
+
+        Two rows are beside each other if they have the same guidance half and image.
+        """
         return self.layout.companions(q.shape[0], q.device)
 
     def references(self, q: Tensor) -> list[Tensor]:
-        """int32, for each appearance that an output has, in the layout's order: the row of it that each output row reads."""
+        """Return, for each appearance of an output, the row that each output row reads, int32."""
         return self.layout.references(q.shape[0], q.device)
 
     def reference(
         self, k: Tensor, v: Tensor, rows: Tensor, *, logit_scale: float = 1.0, logit_shift: float = 0.0
     ) -> Segment:
-        """The reference's keys and values, one of `rows` for each output row, with the labels that their tokens have."""
+        """Return the keys and values of `rows`, one for each output row, with their tokens' labels."""
         return Segment(
             k,
             v,
@@ -136,92 +154,105 @@ class Site:
             batch_index=rows,
         )
 
-    def own(self, k: Tensor, v: Tensor, rows: Tensor, regions: Tensor | None = None) -> Segment:
-        """The keys and values of `rows` themselves, seen by all queries or by those that meet `regions`, int32 [1, N]."""
-        return Segment(k, v, labels=self._seen(rows, regions), batch_index=rows)
+    def own(self, k: Tensor, v: Tensor, rows: Tensor, labels: Tensor | None = None) -> Segment:
+        """Return the keys and values of `rows` with `labels` [1, N]. None lets every query see them."""
+        return Segment(k, v, labels=self._visible(rows, labels), batch_index=rows)
 
     def query_labels(self, q: Tensor) -> Tensor | None:
-        """Bit sets int32 [1, N] of the output rows' tokens; None where everything is seen."""
+        """Return the labels [1, N] of the output rows' queries, or None if nothing is hidden from them."""
         regions, tokens = self.regions, q.shape[2]
         if regions is not None:
-            return self._by_step(lambda picture: regions.queries(picture, tokens, tokens, q.device))
+            return self._by_step(lambda picture: regions.query_labels(picture, tokens, tokens, q.device))
         return self.open_labels(q)
 
     def open_labels(self, q: Tensor) -> Tensor | None:
-        """Bit sets int32 [1, N] of queries that see every key which has any bits; None where nothing hides a key."""
+        """Return labels [1, N] of queries that see every key with any bit, or None if nothing is hidden."""
         hides = self.mask is not None or self.regions is not None
         return q.new_full((1, q.shape[2]), EVERYTHING, dtype=torch.int32) if hides else None
 
     def subject_labels(self, k: Tensor, rows: Tensor, picture: str, number: int, count: int) -> Tensor | None:
-        """As `key_labels`, of the `number`-th of `count` pictures: no bits where its label is 0; None where nothing hides a token."""
+        """Return labels of the keys of `rows`, the `number`-th of `count` pictures, that show its subject.
+
+        A token whose region is 0 has no bits. The result is None if nothing hides a token.
+        """
         regions = self.regions
-        return self._seen(
-            rows, None if regions is None else regions.subject(picture, number, count, k.shape[2], k.device)
-        )
+        if regions is None:
+            return self._visible(rows, None)
+        return self._visible(rows, regions.subject_labels(picture, number, count, k.shape[2], k.device))
 
     def key_labels(self, k: Tensor, rows: Tensor) -> Tensor | None:
-        """Bit sets int32 [len(rows) or 1, N] of the reference's tokens: no bits where the attention mask hides them."""
+        """Return the labels [len(rows) or 1, N] of the reference's keys. A masked token has no bits."""
         regions = self.regions
-        return self._seen(
-            rows,
-            None
-            if regions is None
-            else self._by_step(lambda picture: regions.keys(picture, k.shape[2], k.device)),
-        )
+        if regions is None:
+            return self._visible(rows, None)
+        labels = self._by_step(lambda picture: regions.picture_labels(picture, k.shape[2], k.device))
+        return self._visible(rows, labels)
 
     def own_labels(self, rows: Tensor) -> Tensor | None:
-        """Bit sets int32 [len(rows), N] of the tokens of `rows` where their own row reads them; None where no mask hides any."""
-        return self._seen(rows, None)
+        """Return labels [len(rows), N] that hide the masked tokens of `rows`, or None without a mask."""
+        return self._visible(rows, None)
 
-    def _seen(self, rows: Tensor, labels: Tensor | None) -> Tensor | None:
-        """`labels` without those tokens of `rows` that the attention mask hides."""
+    def _visible(self, rows: Tensor, labels: Tensor | None) -> Tensor | None:
+        """`labels` without the tokens of `rows` that the attention mask hides."""
         if self.mask is None:
             return labels
         if self.mask.shape[1] != 1 or self.mask.shape[2] != 1:
-            raise ValueError(
-                f"attention_mask: expected a key mask [B, 1, N] on an edited layer, got {list(self.mask.shape)} after preparation"
-            )
+            expected = "a key mask [B, 1, N] on an edited layer"
+            got = f"{list(self.mask.shape)} after preparation"
+            raise ValueError(f"attention_mask: expected {expected}, got {got}")
         mask = self.mask.index_select(0, rows)[:, 0, 0]
-        seen = mask if mask.dtype == torch.bool else mask > HIDDEN_BIAS
-        return torch.where(seen, EVERYTHING if labels is None else labels, 0).int()
+        visible = mask if mask.dtype == torch.bool else mask > HIDDEN_BIAS
+        return torch.where(visible, EVERYTHING if labels is None else labels, 0).int()
 
     def _by_step(self, labels: Callable[[str], Tensor]) -> Tensor:
-        """Those of the appearance, or of the structure where this step reads it."""
+        """The labels of the appearance, or of the structure in a structure step."""
         if self.clock is None or "structure" not in self.layout.roles:
             return labels("appearance")
         structure = labels("structure")
         return torch.where(self.clock.from_structure.to(structure.device), structure, labels("appearance"))
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stock attention of every row."""
+        """Return the stock attention output of every row."""
         return self._stock(q, k, v, self.mask)
 
     def merge(self, q: Tensor, k: Tensor, v: Tensor, edited: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
-        """`edited` [rows, H, N, D] in the output rows and stock attention in the others, of which `edited` may also be a function."""
-        output = self._index("output", q)
-        if self.clock is not None and self.clock.gated and torch.compiler.is_compiling():
+        """Return `edited` [rows, H, N, D] in the output rows and stock attention in the others.
+
+        `edited` may be a function of the result with the other rows filled in.
+        """
+        output = self._long_index("output", q)
+        if self._selects_in_the_graph:
             plain = self.plain(q, k, v)
             edited = edited(plain) if callable(edited) else edited
-            edited = torch.where(self.clock.active.to(q.device), edited, plain.index_select(0, output))
-            return plain.index_copy(0, output, edited)
-        merged, others = torch.empty_like(q), self._index("other", q)
+            return self._where_active(plain, output, edited)
+        merged, others = torch.empty_like(q), self._long_index("other", q)
         if others.numel():
             merged.index_copy_(0, others, self.stock(q, k, v, others))
         return merged.index_copy_(0, output, edited(merged) if callable(edited) else edited)
 
     def stock(self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
-        """Stock attention of `rows` alone."""
+        """Return the stock attention output of `rows` alone."""
         mask = None if self.mask is None else self.mask.index_select(0, rows)
         return self._stock(take(q, rows), take(k, rows), take(v, rows), mask)
 
     def replace(self, hidden: Tensor, edited: Tensor) -> Tensor:
-        """Features [B, ...] with `edited` [rows, ...] in the output rows, where the step edits at all."""
-        output = self._index("output", hidden)
-        if self.clock is not None and self.clock.gated and torch.compiler.is_compiling():
-            edited = torch.where(self.clock.active.to(hidden.device), edited, hidden.index_select(0, output))
+        """Return features [B, ...] with `edited` [rows, ...] in the output rows, in steps that edit."""
+        output = self._long_index("output", hidden)
+        if self._selects_in_the_graph:
+            return self._where_active(hidden, output, edited)
         return hidden.index_copy(0, output, edited)
 
-    def _index(self, role: str, q: Tensor) -> Tensor:
+    @property
+    def _selects_in_the_graph(self) -> bool:
+        """Whether a compiled layer computes both results and selects one by the step."""
+        return self.clock is not None and self.clock.gated and torch.compiler.is_compiling()
+
+    def _where_active(self, plain: Tensor, output: Tensor, edited: Tensor) -> Tensor:
+        assert self.clock is not None
+        active = self.clock.active.to(plain.device)
+        return plain.index_copy(0, output, torch.where(active, edited, plain.index_select(0, output)))
+
+    def _long_index(self, role: str, q: Tensor) -> Tensor:
         return self.layout.index(role, q.shape[0], q.device, torch.int64)
 
     def _stock(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -231,14 +262,14 @@ class Site:
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of [B, H, N, D], such as the queries of `site.output_rows(q)`.
+    """Select rows of [B, H, N, D], such as the queries of `site.output_rows(q)`.
 
     >>> import torch
     >>> from qalign import take
     >>> take(torch.zeros(3, 2, 16, 8), torch.tensor([0, 2])).shape
     torch.Size([2, 2, 16, 8])
 
-    Tokens stay outside heads in memory, as projections leave them, for stock attention to sum in the same
+    Tokens stay outside heads in memory, as projections leave them, so that stock attention sums in the same
     order.
     """
     return x.transpose(1, 2).index_select(0, rows).transpose(1, 2)

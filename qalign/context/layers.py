@@ -1,26 +1,32 @@
-"""What everybody asks of a denoiser: its layers by short names and by block, the grids of their tokens, the size of its pictures."""
+"""The layers of a denoiser: short names, blocks, the grids of their tokens, and the size of its pictures."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def short_name(layer: str) -> str:
-    """A self-attention layer's name without what most share: up_blocks.1.attentions.0.transformer_blocks.0.attn1 -> up_blocks.1.attentions.0"""
+    """Shorten up_blocks.1.attentions.0.transformer_blocks.0.attn1 to up_blocks.1.attentions.0."""
     return layer.removesuffix(".attn1").removesuffix(".transformer_blocks.0")
 
 
 def decoder_layers(names: Sequence[str]) -> list[str]:
-    """Those of the decoder, the up blocks, in their order."""
+    """Select the layers of the decoder, which are those of the up blocks, in their order."""
     return [name for name in names if name.startswith("up_blocks.")]
 
 
 def halved(grid: tuple[int, int]) -> tuple[int, int]:
-    """Both sides halved and rounded up, as a UNet's downsampling does."""
+    """Halve both sides and round up, as a UNet's downsampling does."""
     return -(-grid[0] // 2), -(-grid[1] // 2)
 
 
 def token_grid(size: Sequence[int], tokens: int) -> tuple[int, int]:
-    """(rows, columns) of a layer's tokens over latents or a picture of `size` (height, width), halved from layer to layer.
+    """Return the grid (rows, columns) of a layer's tokens.
+
+    `size` is (height, width) of the latents or of the picture. A UNet halves the grid from block to block.
+
+    >>> from qalign.context.layers import token_grid
+    >>> token_grid((64, 96), 24 * 16)
+    (16, 24)
 
     Raises:
         ValueError: no number of halvings gives so many tokens.
@@ -35,5 +41,5 @@ def token_grid(size: Sequence[int], tokens: int) -> tuple[int, int]:
 
 
 def picture_size(pipe: Any) -> int:
-    """The side, in pixels, of the pictures that a pipeline was trained on."""
+    """Return the side, in pixels, of the pictures that a pipeline was trained on."""
     return pipe.unet.config.sample_size * pipe.vae_scale_factor

@@ -106,7 +106,7 @@ def draw_heat_maps(
             for name, heats in maps.items()
         }
         note += " In the corner: the part of the point, and how much of the map lies on it."
-    title = f"Where a point of the structure looks in the appearance, {short_name(capture.layer)}"
+    title = f"Where a point looks in {short_name(capture.layer)}"
     return point_heat_maps(structure, appearance, points, maps, title=title, note=note, captions=captions)
 
 

@@ -1,4 +1,4 @@
-"""The classes of `_names` for a type checker, which cannot read a table of strings. A test holds the two together."""
+"""The classes of `_names`, for type checkers, which cannot read a table of strings. A test compares both."""
 
 from typing import TYPE_CHECKING
 

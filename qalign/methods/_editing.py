@@ -71,11 +71,11 @@ class Method:
         return site.plain(q, k, v)
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        """Select the self-attention layers that are edited when the user names none; here the decoder's last six."""
+        """Select the self-attention layers that are edited by default; here the decoder's last six."""
         return last_six(names)
 
     def takes_structure(self, step: int, total: int) -> bool:
-        """Return whether output rows read their structure instead of their appearance at `step` of `total`."""
+        """Return whether output rows read the structure, and not the appearance, at `step` of `total`."""
         return False
 
     def prepare(self, hidden: Tensor, project: Project, site: Site) -> Tensor:
@@ -106,7 +106,7 @@ class Method:
         return latents
 
     def change_clean(self, clean: Tensor, appearance: Tensor, timestep: int) -> Tensor:
-        """Return the outputs' predicted clean latents x̂_0 [outputs, C, h, w] in `AppearanceTransferPipeline`.
+        """Return the outputs' clean latents x̂_0 [outputs, C, h, w] in `AppearanceTransferPipeline`.
 
         The appearance's x̂_0 is [1, C, h, w].
         """
@@ -242,11 +242,11 @@ def require_method(method: Any) -> None:
 
 
 def last_six(names: Sequence[str]) -> list[str]:
-    """Select the last six layers of the decoder: up_blocks.2 and up_blocks.3 of SD 1.5, up_blocks.1 of SDXL."""
+    """Select the decoder's last six: up_blocks.2 and up_blocks.3 of SD 1.5, up_blocks.1 of SDXL."""
     return decoder_layers(names)[-6:]
 
 
 def uniform(count: int, *key: int | str) -> Tensor:
-    """Return pseudo-random numbers in [0, 1), float32 [count] on the CPU, which `key` and `count` determine."""
+    """Return pseudo-random float32 [count] in [0, 1) on the CPU, determined by `key` and `count`."""
     seed = random.Random(repr((*key, count))).getrandbits(62)
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Attention distillation: latents moved until self-attention draws from a style what it would draw with the style's own keys and values."""
+"""Attention distillation: losses between the self-attention of moving latents and that of a style."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,12 @@ from ._editing import last_six
 
 
 class LayerFeatures(NamedTuple):
-    """One self-attention layer in one pass of the UNet.
+    """The features of one self-attention layer in one pass of the UNet.
 
     Attributes:
-        query, key, value: [B, H, N, D]. output: [B, H, N, D], what attention made of them, before the output projection.
-        scale: of the dot product; None is 1/sqrt(D).
+        query, key, value: [B, H, N, D].
+        output: [B, H, N, D], the attention output before the output projection.
+        scale: the factor of the dot product. None is 1/sqrt(D).
     """
 
     query: Tensor
@@ -28,11 +29,11 @@ class LayerFeatures(NamedTuple):
     scale: float | None
 
 
-Features = Mapping[str, LayerFeatures]  # by layer
+Features = Mapping[str, LayerFeatures]  # name of the layer -> features
 
 
 class Losses(NamedTuple):
-    """float32 scalars: total = distillation + content_weight · content."""
+    """The float32 scalars of total = distillation + content_weight · content."""
 
     total: Tensor
     distillation: Tensor
@@ -41,20 +42,38 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionDistillation:
-    """The losses of attention distillation: a method on latents, not on an attention layer, so `attach` does not take it.
+    """Compute the losses of attention distillation, which move latents towards a style.
 
-    distillation = Σ_layers mean |O - sg(softmax(a s Q K_styleᵀ) V_style)|,  content = Σ_layers mean |Q - sg(Q_content)|
+    distillation = Σ_layers mean |O - sg(softmax(a s Q K_styleᵀ) V_style)|
+    content = Σ_layers mean |Q - sg(Q_content)|
+    total = distillation + content_weight · content
 
-    O and Q are those of the latents that move. sg stops the gradient: in the first term it goes through O only. Several styles are attended as their
-    concatenation. With `regions` a query sees the style's tokens of its own label: rows are the output's tokens, columns the style's.
+    O and Q are those of the moving latents. sg stops the gradient, so the first term has a gradient only
+    through O. Several styles are attended as their concatenation. With `regions`, a query sees only the
+    style's tokens of its own label.
+
+    This is a method on latents, and not on an attention layer: `attach` does not take it, and
+    `AttentionDistillationPipeline` does.
+
+    >>> import torch
+    >>> from qalign import AttentionDistillation
+    >>> from qalign.methods.attention_distillation import LayerFeatures
+    >>> layer = LayerFeatures(*torch.randn(4, 1, 2, 16, 8), scale=None)
+    >>> losses = AttentionDistillation().loss({"up": layer}, {"up": layer}, {"up": layer})
+    >>> losses.total.shape, losses.content.item()
+    (torch.Size([]), 0.0)
 
     Args:
-        content_weight: λ of the content; published are 0.2 for appearance, 0.25 for style, 0.15 for masked textures.
-        logit_scale: a of the ideal output.
+        content_weight: the weight of the content. Published are 0.2 for appearance, 0.25 for style and 0.15
+            for masked textures.
+        logit_scale: a, the factor of the logits over the style.
 
-    Source: Attention Distillation, arXiv 2502.20235. Deviation: a query whose label the style does not show sees all of it, as everywhere under
-    `Regions`; published code has no key left there.
-    Not here: the loss between attention maps, FLUX. The tuning of the VAE's decoder is `qalign.sampling.decoder_tuning`.
+    Notes:
+        A query whose label the style does not show sees all of the style, as everywhere with `Regions`. The
+        published code has no key left there. The loss between attention maps and FLUX are not here. The
+        tuning of the VAE's decoder is `qalign.sampling.decoder_tuning`.
+
+    Source: Attention Distillation, arXiv 2502.20235.
     """
 
     content_weight: float = 0.2
@@ -68,25 +87,28 @@ class AttentionDistillation:
         *,
         regions: Regions | Sequence[Regions] | None = None,
     ) -> Losses:
-        """The losses of `features` with B rows, differentiable in them.
+        """Return the losses of `features`, differentiable in them.
 
         Args:
-            style: of S rows, one for each style, which all rows of `features` share.
-            content: of B rows or of one; None is no content.
-            regions: `appearance` is the style's label map, `structure` the output's; of one style only. One for all rows, or one for each row
-                with the same style.
+            features: of B rows, by layer.
+            style: of S rows, one for each style. All rows of `features` share them.
+            content: of B rows or of one. None is no content loss.
+            regions: labels, with one style only: `appearance` is the style's label map, and `structure` the
+                output's. One for all rows, or one for each row with the same style.
+
+        Returns:
+            float32 scalars, summed over layers.
 
         Raises:
-            ValueError: layers that differ, or regions with several styles.
+            ValueError: the layers differ, or there are regions with several styles.
         """
         if (
             not features
             or features.keys() != style.keys()
             or (content is not None and features.keys() != content.keys())
         ):
-            raise ValueError(
-                f"style: expected the layers {', '.join(features) or '(none)'} in style and content, got {', '.join(style)}"
-            )
+            expected = f"the layers {', '.join(features) or '(none)'} in style and content"
+            raise ValueError(f"style: expected {expected}, got {', '.join(style)}")
         zero = next(iter(features.values())).query.new_zeros((), dtype=torch.float32)
         distilled, kept = zero, zero
         for name, layer in features.items():
@@ -108,9 +130,9 @@ class AttentionDistillation:
             raise ValueError(f"regions: expected one style with them, got {len(style.key)}")
         of_rows = [regions] if isinstance(regions, Regions) else regions
         queries = torch.cat(
-            [each.queries("appearance", layer.query.shape[2], tokens, device) for each in of_rows]
+            [each.query_labels("appearance", layer.query.shape[2], tokens, device) for each in of_rows]
         )  # [B|1, N]
-        keys = of_rows[0].keys("appearance", tokens, device)
+        keys = of_rows[0].picture_labels("appearance", tokens, device)
         return distillation_loss(
             layer.output,
             layer.query,
@@ -122,4 +144,5 @@ class AttentionDistillation:
         )
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
+        """Select the layers whose losses are summed by default: the decoder's last six."""
         return last_six(names)

@@ -1,4 +1,4 @@
-"""Bounded attention: subjects in one picture that do not see each other."""
+"""Bounded attention: the subjects of a picture do not see each other."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -14,35 +14,53 @@ from ..context.layer_call import Site, take
 from ..context.regions import EVERYTHING, LARGEST, Regions
 from ._editing import Card, Editing
 
-ONLY_BACKGROUND = torch.iinfo(torch.int32).min  # the sign bit, which no label has
+ONLY_BACKGROUND = torch.iinfo(torch.int32).min  # the sign bit, which is no label's bit
 ALL_BUT_BACKGROUND = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundedAttention(Editing):
-    """Attention without leakage between the subjects of a picture.
+    """Draw a picture without leakage between its subjects.
 
-    Self-attention of the output rows: softmax over own keys j with label(j) = label(i), or either of both background. The labels are those of
-    `attach(..., regions=Regions(structure=..., background=0))`: one for each subject's box or mask. Every self-attention layer, every step.
+    Self-attention of the output rows: softmax over those own keys j with label(j) = label(i), or with i or j
+    in the background. The labels are those of `attach(..., regions=Regions(structure=..., background=0))`:
+    one for each subject's box or mask. By default in every self-attention layer, at every step.
 
-    Cross-attention, with `subject_tokens`, in every such layer, whatever `attach(layers=...)` names, and in the conditional half of the output rows
-    alone: a query sees of the subjects' tokens its own subject's, no filter token, and all other tokens; a background query sees no subject's token
-    and not the end of the prompt, or, `optimized`, every subject's and the end too. As bit sets that have to meet: a subject's token its label's
-    bit, filter tokens none, the end all but the sign bit, other tokens all; a subject's query its label's bit, the background's the sign bit, or,
-    `optimized`, all.
+    Cross-attention needs `subject_tokens`. It is edited in every cross-attention layer, independent of
+    `attach(layers=...)`, and only in the conditional half of the output rows. A subject's query sees its own
+    subject's tokens and no other subject's. A background query sees no subject's token and not the end of the
+    prompt; if `optimized`, it sees both. No query sees a filter token, and all queries see the other tokens.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, BoundedAttention, Regions, Site
+    >>> boxes = Regions.from_boxes([(0, 0, 0.5, 1), (0.5, 0, 1, 1)], 4, 4)
+    >>> q, k, v = torch.randn(3, 1, 2, 16, 8)
+    >>> BoundedAttention().attend(q, k, v, Site(BatchLayout("output"), regions=boxes)).shape
+    torch.Size([1, 2, 16, 8])
 
     Args:
-        subject_tokens: by label, where the subject's words stand among the prompt's tokens, the start token being 0; {} leaves cross-attention
-            alone. A token of several subjects is seen by each.
-        filter_tokens: of words that tell nothing of a subject, such as determiners, prepositions and numbers, hidden from every query.
-        eos_token: of the end of the prompt: the number of the prompt's tokens plus one. Needed with `subject_tokens`.
-        optimized: the form that holds while the latents are optimised by the guidance loss; False: while they are denoised.
+        subject_tokens: for each label, the positions of the subject's words among the prompt's tokens. The
+            start token is 0. Every subject of a token sees it. {} does not edit cross-attention.
+        filter_tokens: the positions of words that do not describe a subject, such as determiners,
+            prepositions and numbers. They are hidden from every query.
+        eos_token: the position of the end of the prompt, which is the number of its tokens plus one. It is
+            needed with `subject_tokens`.
+        optimized: the form that holds while the guidance loss optimises the latents. False is the form of
+            denoising.
 
-    Without guidance parts, or where the two are separate calls, every call counts as conditional.
+    Raises:
+        ValueError: labels above 30, a negative position, or no `eos_token` where it is needed.
+
+    Notes:
+        The rules of cross-attention are bit sets that have to share a bit. A subject's token and its queries
+        have the bit of its label. Filter tokens have none. The end has all bits except the sign bit, and
+        other tokens have all. Background queries have the sign bit; if `optimized`, they have all. Without
+        guidance halves, or if the two are separate calls, every call counts as conditional.
+        The guidance loss, the refinement of boxes to masks and the positions of words are in
+        `BoundedAttentionPipeline`. A token of the picture in several subjects is not possible: give the
+        overlap its own label, which then sees itself and the background.
 
     Source: Bounded Attention, arXiv 2403.16990.
-    Not here, but in `BoundedAttentionPipeline`: guidance by its loss, refinement of boxes to masks, the places of words in the prompt. Nowhere: a
-    picture's token in several subjects (give the overlap a label of its own, which then sees itself and the background).
     """
 
     card: ClassVar[Card] = Card(
@@ -73,16 +91,15 @@ class BoundedAttention(Editing):
                 "eos_token: expected the place of the prompt's end because subject_tokens came, got None"
             )
         if self._places and min(self._places) < 0:
-            raise ValueError(
-                f"subject_tokens, filter_tokens, eos_token: expected places of 0 and more, got {min(self._places)}"
-            )
+            names, got = "subject_tokens, filter_tokens, eos_token", min(self._places)
+            raise ValueError(f"{names}: expected places of 0 and more, got {got}")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         if site.idle:
             return site.plain(q, k, v)
-        labels = self._regions(site).keys("structure", q.shape[2], q.device)
+        labels = self._regions(site).picture_labels("structure", q.shape[2], q.device)
         output = site.output_rows(q)
-        segment = site.own(k, v, output, regions=labels)
+        segment = site.own(k, v, output, labels=labels)
         return site.merge(q, k, v, attention(take(q, output), segment, scale=site.scale, query_labels=labels))
 
     def attend_cross(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -90,20 +107,18 @@ class BoundedAttention(Editing):
             return site.plain(q, k, v)
         regions, tokens = self._regions(site), k.shape[2]
         if regions.background in self.subject_tokens:
-            raise ValueError(
-                f"subject_tokens: expected labels of subjects, got {regions.background}, which is the background's"
-            )
+            background = f"{regions.background}, which is the background's"
+            raise ValueError(f"subject_tokens: expected labels of subjects, got {background}")
         if max(self._places) >= tokens:
-            raise ValueError(
-                f"subject_tokens, filter_tokens, eos_token: expected places below the prompt's {tokens}, got {max(self._places)}"
-            )
+            names, got = "subject_tokens, filter_tokens, eos_token", max(self._places)
+            raise ValueError(f"{names}: expected places below the prompt's {tokens}, got {got}")
         output = site.output_rows(q)
         conditional, others = site.conditional(output, q), site.unconditional(output, q)
-        labels = regions.keys("structure", q.shape[2], q.device)
+        labels = regions.picture_labels("structure", q.shape[2], q.device)
         queries = (
             labels if self.optimized else torch.where(labels == EVERYTHING, ONLY_BACKGROUND, labels).int()
         )
-        segment = site.own(k, v, conditional, regions=self.token_labels(tokens, q.device))
+        segment = site.own(k, v, conditional, labels=self.token_labels(tokens, q.device))
         edited = attention(take(q, conditional), segment, scale=site.scale, query_labels=queries)
         return site.merge(
             q, k, v, torch.cat([site.stock(q, k, v, others), edited]) if others.numel() else edited
@@ -116,7 +131,7 @@ class BoundedAttention(Editing):
         return list(names) if self.subject_tokens else []
 
     def token_labels(self, tokens: int, device: torch.device) -> Tensor:
-        """Bit sets int32 [1, T] of a prompt's tokens, which a query sees where they meet its own."""
+        """Return the labels of a prompt's tokens as bit sets, int32 [1, T]."""
         make = _token_labels.__wrapped__ if torch.compiler.is_compiling() else _token_labels
         return make(tuple(self.subject_tokens.items()), self.filter_tokens, self.eos_token, tokens, device)
 
@@ -143,7 +158,6 @@ def _token_labels(
     tokens: int,
     device: torch.device,
 ) -> Tensor:
-    """Bit sets int32 [1, T] of a prompt's tokens."""
     labels = [EVERYTHING] * tokens
     for place in {place for _, places in subjects for place in places} | set(filters):
         labels[place] = 0
@@ -151,5 +165,5 @@ def _token_labels(
         for place in places:
             labels[place] |= 1 << label
     labels[eos] = ALL_BUT_BACKGROUND
-    with torch.inference_mode(False):  # autograd must be able to keep it
+    with torch.inference_mode(False):  # so that autograd can save it
         return torch.tensor([labels], dtype=torch.int32, device=device)

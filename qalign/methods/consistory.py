@@ -1,4 +1,4 @@
-"""ConsiStory: pictures of a batch that see the subject of each other."""
+"""ConsiStory: the pictures of a batch attend the subjects of each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,23 +15,41 @@ from ._editing import Card, Editing, uniform
 
 @dataclass(frozen=True, kw_only=True)
 class ConsiStory(Editing):
-    """Subject-driven self-attention over the outputs of a batch: `BatchLayout(*["output"] * 4)`, and appearance rows if there are any.
+    """Attend the subjects of the other outputs; every row is an output, or an appearance.
 
-    output row i: softmax over all of its own keys and, of each other picture, the keys of its subject that dropout keeps. Dropout is drawn for
-    each picture and step, and shared by all layers of one size. From the second of 50 steps on, in all self-attention layers of the up blocks.
+    A layout is `BatchLayout(*["output"] * 4)`.
 
-    Subjects are the labels other than 0 of `attach(..., regions=Regions(structure=[mask_1, ..., mask_4]))`, one map for each output and, as
-    `appearance`, for each appearance row; without regions a picture is all subject.
+    output row i: softmax over all of its own keys and over those keys of each other picture's subject that
+    dropout keeps. Dropout is drawn for each picture and step. All layers of one size share it. By default
+    from the second of 50 steps on, in all self-attention layers of the up blocks.
+
+    Subjects are the labels other than 0 of `attach(..., regions=Regions(structure=[mask_1, ..., mask_4]))`,
+    one map for each output. Appearance rows have theirs in `appearance`. Without regions, all of a picture is
+    subject.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, ConsiStory, Site
+    >>> q, k, v = torch.randn(3, 4, 2, 16, 8)
+    >>> site = Site(BatchLayout(*["output"] * 4))
+    >>> ConsiStory().attend(q, k, v, site).shape
+    torch.Size([4, 2, 16, 8])
 
     Args:
-        dropout: the share of a subject's keys that the others do not see.
-        anchors: only the first so many outputs are seen by the others; None: all.
-        seed: of the dropout, which is a function of it, the step, the picture's number and the number of tokens. It is drawn on the host: a
-            compiled layer breaks its graph there.
+        dropout: the share of a subject's keys that the other pictures do not see.
+        anchors: the number of outputs, from the first on, that the others see. None is all.
+        seed: of the dropout. It depends only on the seed, the step, the picture's number and the number of
+            tokens. It is drawn on the CPU, so a compiled layer breaks its graph there.
 
-    Source: ConsiStory, arXiv 2402.03286. An appearance row is an anchor of an earlier run: it is seen and sees nobody.
-    Not here: blending queries with those of a run without it (0.9 to 0.818 in the first tenth of the steps), which is a second pass; injecting
-    features of the nearest token, found by DIFT in a finished run; masks of the run's cross-attention.
+    Raises:
+        ValueError: `dropout` is no fraction below 1.
+
+    Notes:
+        An appearance row is an anchor of an earlier run: others see it, and it sees no others. Three parts of
+        the paper are not here. One blends queries with those of a second run without the method (0.9 to 0.818
+        in the first tenth of the steps). One injects features of the nearest token, found by DIFT in a
+        finished run. One makes masks of the run's cross-attention.
+
+    Source: ConsiStory, arXiv 2402.03286.
     """
 
     card: ClassVar[Card] = Card(
@@ -69,7 +87,7 @@ class ConsiStory(Editing):
         segments = [site.own(k, v, output)]
         for place, (rows, picture, number, count) in enumerate(pictures):
             kept = (uniform(k.shape[2], self.seed, site.step, place) >= self.dropout).to(q.device)
-            others = (rows != output)[:, None, None]  # its own keys a row sees once
+            others = (rows != output)[:, None, None]  # a row sees its own keys only once
             labels = site.subject_labels(k, rows, picture, number, count)
             segments.append(Segment(k, v, counts=(kept & others).int(), labels=labels, batch_index=rows))
         return site.merge(

@@ -15,19 +15,33 @@ from ._editing import Card, Editing
 
 @dataclass(frozen=True, kw_only=True)
 class CrossImage(Editing):
-    """Appearance transfer by swapped keys and values.
+    """Transfer appearance by swapped keys and values.
 
-    output rows: contrasted softmax(s Q_out K_refᵀ) V_ref, the reference being the appearance, or the structure at some early steps.
-    All other rows are stock attention, and an output row's queries are always its own.
+    output rows: contrasted softmax(s Q_out K_refᵀ) V_ref. The reference is the appearance, or the structure
+    at some early steps. Queries of an output row are always its own. All other rows are stock attention.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, CrossImage, Site
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)  # three rows, two heads, 16 tokens, eight channels
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> CrossImage().attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Args:
-        contrast: c of clip(c·(p - 1/N) + 1/N, 0, 1) on the probabilities, which are not renormalised; 1.0 is plain softmax.
-        structure_every: period, in steps, of those at which the structure's keys and values are read; 0 is never. Needs a layout with a
-            structure row and a clock: `attach` on a pipeline, or `control.track`.
-        structure_until: the fraction of the steps after which the structure is not read any more. As published: 40 of the 68 that run.
+        contrast: c of clip(c·(p - 1/N) + 1/N, 0, 1) on the probabilities p, without renormalisation. 1.0 is
+            plain softmax.
+        structure_every: the period, in steps, of the structure steps, which read the structure's keys and
+            values. 0 is never. They need a layout with a structure row and a clock: `attach` on a pipeline,
+            or `control.track`.
+        structure_until: the fraction of the steps after which there are no structure steps. The published
+            number is 40 of the 68 steps that run.
 
-    Source: Cross-Image attention, arXiv 2311.03335. Its code numbers the steps one late and calls the first two 0; so does this.
-    Not here: its swap guidance, latent AdaIN, FreeU and step range (`attach(steps=...)`).
+    Notes:
+        The published code numbers the steps one late and calls the first two steps 0. So does this class.
+        Swap guidance and AdaIN of latents are in `AppearanceTransferPipeline`; the range of steps is
+        `attach(steps=...)`.
+
+    Source: Cross-Image attention, arXiv 2311.03335.
     """
 
     card: ClassVar[Card] = Card(
@@ -45,7 +59,10 @@ class CrossImage(Editing):
     structure_until: float = 40 / 68
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        """Self-attention in the last two decoder blocks that have any: 32² and 64² tokens in SD 1.5 at 512 and SDXL at 1024 pixels."""
+        """Select the self-attention of the last two decoder blocks that have any.
+
+        They have 32² and 64² tokens in SD 1.5 at 512 pixels and in SDXL at 1024 pixels.
+        """
         decoder = decoder_layers(names)
         blocks = list(dict.fromkeys(name.split(".")[1] for name in decoder))[-2:]
         return [name for name in decoder if name.split(".")[1] in blocks]

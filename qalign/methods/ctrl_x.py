@@ -1,4 +1,4 @@
-"""Ctrl-X: structure by injected queries and keys, appearance by the statistics that attention finds for each token."""
+"""Ctrl-X: structure by injected queries and keys, appearance by statistics that attention transfers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,27 +15,42 @@ from ._editing import Card, Editing, Hook, Project
 
 @dataclass(frozen=True, kw_only=True)
 class CtrlX(Editing):
-    """Structure and appearance control without training, for the first 0.6 of the steps.
+    """Control structure and appearance without training, in the first 0.6 of the steps.
 
-    Appearance layers, before projection, F being the hidden states and F^h their channels cut by head:
+    Appearance layers, before projection. F are the hidden states, and F^h their channels cut by head:
 
-        norm(x) = (x - mean_tokens(x)) / std_tokens(x);  q, k = heads(W norm(F));  P = softmax(s q_out k_appᵀ), q_out that of the structure in
-        structure layers;  M = P F_app^h;  S = √max(P (F_app^h)² - M², 0);  F_out^h <- S norm(F_out^h) + M
+        norm(x) = (x - mean_tokens(x)) / std_tokens(x);  q, k = heads(W norm(F))
+        P = softmax(s q_out k_appᵀ);  M = P F_app^h;  S = √max(P (F_app^h)² - M², 0)
+        F_out^h <- S norm(F_out^h) + M
 
-    Structure layers, after it: queries and keys of the output are the structure's, values its own. Structure convolutions: what a residual block
-    gives, skip connection included, is the structure's in the output rows, y_out <- y_structure.
+    In layers that are structure layers too, q_out is the structure's.
 
-    The std is unbiased and nothing is added to it, as published. The moments are taken about the mean of F_app over tokens, which changes
-    nothing but the rounding.
+    Structure layers, after projection: queries and keys of the output are the structure's, and values are its
+    own. Structure convolutions: the output of a residual block, with its skip connection, is the structure's
+    in the output rows: y_out <- y_structure.
+
+    The standard deviation is unbiased, and no eps is added to it, as published. The moments are taken about
+    the mean of F_app over tokens, which changes only the rounding.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, CtrlX, Site
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)  # three rows, two heads, 16 tokens, eight channels
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> CtrlX(structure_layers=("up_blocks",), structure_convolutions=()).attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Args:
-        structure_layers, appearance_layers: first parts of names. As published, for SDXL; on SD 1.5, whose decoder begins its attention one block
-            later, they are the user's to choose.
-        structure_convolutions: names of residual blocks, whatever `attach(layers=...)` names; () injects none. Needs a structure row.
+        structure_layers, appearance_layers: beginnings of layer names. The defaults are the published layers
+            of SDXL. On SD 1.5 the decoder begins its attention one block later: choose them yourself.
+        structure_convolutions: names of residual blocks, independent of `attach(layers=...)`. () injects
+            none. A structure row is needed.
 
-    Source: Ctrl-X, arXiv 2406.07540. Published on SDXL with rows [uncond, structure, appearance, cond], of which cond alone is edited:
-    `BatchLayout("plain", "structure", "appearance", "output", guidance=False)`.
-    Not here: noise drawn anew for both references, self-recurrence.
+    Notes:
+        Published on SDXL with the rows [uncond, structure, appearance, cond], of which only cond is edited:
+        `BatchLayout("plain", "structure", "appearance", "output", guidance=False)`. New noise for both
+        references at every step and self-recurrence are not here.
+
+    Source: Ctrl-X, arXiv 2406.07540.
     """
 
     card: ClassVar[Card] = Card(
@@ -67,13 +82,13 @@ class CtrlX(Editing):
         return dict.fromkeys(self.structure_convolutions, _inject)
 
     def prepare(self, hidden: Tensor, project: Project, site: Site) -> Tensor:
-        """The hidden states [B, N, C] with the appearance's statistics in the output rows."""
+        """Return the hidden states [B, N, C] with the appearance's statistics in the output rows."""
         if site.idle or not _among(site.layer, self.appearance_layers):
             return hidden
         output, reference = site.output_rows(hidden), site.reference_rows(hidden)
-        asking = site.structure_rows(hidden) if _among(site.layer, self.structure_layers) else output
-        q, k, _ = project(_normalised(hidden.index_select(0, torch.cat([asking, reference]))))
-        query, key = q[: len(asking)], k[len(asking) :]
+        querying = site.structure_rows(hidden) if _among(site.layer, self.structure_layers) else output
+        q, k, _ = project(_normalised(hidden.index_select(0, torch.cat([querying, reference]))))
+        query, key = q[: len(querying)], k[len(querying) :]
         cut = hidden.float().unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
         style = take(cut, reference)
         centre = style.mean(-2, keepdim=True)
@@ -86,11 +101,9 @@ class CtrlX(Editing):
         return site.replace(hidden, edited.transpose(1, 2).flatten(2).to(hidden.dtype))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        return (
-            super().attend(q, k, v, site)
-            if _among(site.layer, self.structure_layers)
-            else site.plain(q, k, v)
-        )
+        if _among(site.layer, self.structure_layers):
+            return super().attend(q, k, v, site)
+        return site.plain(q, k, v)
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         structure = site.structure_rows(q)
@@ -99,7 +112,7 @@ class CtrlX(Editing):
 
 
 def _inject(module: nn.Module, x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """Features [B, C, h, w] with the structure's in the output rows."""
+    """The features [B, C, h, w] with the structure's in the output rows."""
     return site.replace(y, y.index_select(0, site.structure_rows(y)))
 
 
@@ -108,7 +121,7 @@ def _among(name: str, beginnings: Sequence[str]) -> bool:
 
 
 def _normalised(x: Tensor) -> Tensor:
-    """Each channel with mean 0 and unbiased deviation 1 over tokens [..., N, C], in float32 or better."""
+    """Give each channel mean 0 and unbiased deviation 1 over tokens [..., N, C], in float32 or better."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     variance, mean = torch.var_mean(wide, dim=-2, keepdim=True)
     return (wide - mean).div_(variance.sqrt()).to(x.dtype)

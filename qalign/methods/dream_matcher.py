@@ -1,4 +1,4 @@
-"""DreamMatcher: the output's values are those of the appearance tokens that match it, where the match returns to where it began."""
+"""DreamMatcher: values of matching appearance tokens, where the match returns to its origin."""
 
 import math
 from dataclasses import dataclass
@@ -17,26 +17,38 @@ from ._editing import Card, Editing
 
 @dataclass(frozen=True, kw_only=True)
 class DreamMatcher(Editing):
-    """Appearance matching self-attention: the output keeps its queries and keys, and with them its layout, and takes matching values.
+    """Keep the output's queries and keys, and so its layout, and take matching values of the appearance.
 
-    π(i) = argmax_j cos(f_out,i, f_app,j);  ρ(j) = argmax_i cos(f_app,j, f_out,i);  c_i = [|i - ρ(π(i))| < τ H r]
-    output rows: softmax(s Q_out K_outᵀ) (m c V_app[π] + (1 - m c) V_out)
+    π(i) = argmax_j cos(f_out,i, f_app,j),  ρ(j) = argmax_i cos(f_app,j, f_out,i),
+    c_i = [|i - ρ(π(i))| < τ H r],
+    output rows: softmax(s Q_out K_outᵀ) (m c V_app[π] + (1 - m c) V_out).
 
-    |·| is the distance in tokens on the layer's grid of H rows, m the output's foreground and r the share of the tokens that it covers: from
-    the fifth of 50 steps on in the last six self-attention layers.
+    |·| is the distance in tokens on the layer's grid of H rows. m is the output's foreground, and r the share
+    of the tokens that it covers. By default from the fifth of 50 steps on, in the last six self-attention
+    layers.
 
-    The foreground are the labels other than 0 of `attach(..., regions=Regions(structure=mask))`, everything without; with labels of the
-    appearance besides, tokens are matched within their label.
+    The foreground is the labels other than 0 of `attach(..., regions=Regions(structure=mask))`. Without
+    regions it is everything. With labels of the appearance too, tokens are matched within their label.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, DreamMatcher, Site
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)  # three rows, two heads, 16 tokens, eight channels
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> DreamMatcher().attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Args:
         consistency: τ.
-        size: (height, width) of the latents or of the picture, where there are no regions to tell; None: square.
+        size: (height, width) of the latents or of the picture, if there are no regions. None is a square.
 
-    Source: DreamMatcher, arXiv 2402.09812. It matches features of two decoder blocks, reduced together by PCA, from a pass of their own (as DIFT);
-    f here are the layer's own queries, all heads together: every layer matches anew and no pass is added. Its foreground is a soft map of the
-    cross-attention, here a mask.
-    Not here: matching those features or hidden states, the masks of the run's cross-attention, its guidance of matched patches, and its first
-    call, where without a mask the output attends the appearance outright.
+    Notes:
+        The published form matches features of two decoder blocks, reduced together by PCA, from a separate
+        pass. Here f are the layer's own queries of all heads: every layer matches for itself, and there is
+        no further pass. The published foreground is a soft map of the cross-attention; here it is a
+        mask. The guidance of matched patches is not here, nor is the first call, in which an output without a
+        mask attends the appearance.
+
+    Source: DreamMatcher, arXiv 2402.09812.
     """
 
     card: ClassVar[Card] = Card(
@@ -70,12 +82,15 @@ class DreamMatcher(Editing):
         return attention(query, segment, scale=site.scale, query_labels=query_labels)
 
     def _kept(self, there: Tensor, back: Tensor, site: Site) -> Tensor:
-        """bool [rows, 1, N]: foreground tokens whose round trip ends near them; no token where nothing matches."""
+        """bool [rows, 1, N]: the foreground tokens whose match leads back near them.
+
+        A token without a match is not among them.
+        """
         tokens = there.shape[-1]
         foreground = (
             None
             if site.regions is None
-            else site.regions.subject("structure", 0, 1, tokens, there.device) != 0
+            else site.regions.subject_labels("structure", 0, 1, tokens, there.device) != 0
         )
         height, width = self._grid(tokens, site)
         start = torch.arange(tokens, device=there.device)
@@ -91,7 +106,6 @@ class DreamMatcher(Editing):
             return token_grid(size, tokens)
         side = math.isqrt(tokens)
         if side * side != tokens:
-            raise ValueError(
-                f"size: expected (height, width) of the latents where {tokens} tokens are no square, got None"
-            )
+            expected = f"(height, width) of the latents, because {tokens} tokens are no square"
+            raise ValueError(f"size: expected {expected}, got None")
         return side, side

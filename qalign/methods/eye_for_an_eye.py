@@ -1,4 +1,4 @@
-"""Eye-for-an-eye: the output's features are replaced by those of the appearance that resemble them most."""
+"""Eye-for-an-eye: the output's hidden states are replaced by the most similar ones of the appearance."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,18 +15,32 @@ from .cross_image import CrossImage
 
 @dataclass(frozen=True, kw_only=True)
 class EyeForAnEye(CrossImage):
-    """Appearance transfer by semantic matching of hidden states, before they are projected.
+    """Transfer appearance by semantic matching of hidden states, before they are projected.
 
-    π(i) = argmax_j cos(h_out,i, h_app,j) over all channels; h_out,i <- h_app,π(i); queries, keys and values are all projections of the result.
-    At Cross-Image's structure steps h_out <- h_structure. Layers are Cross-Image's, and its contrast is off.
+    π(i) = argmax_j cos(h_out,i, h_app,j) over all channels,  h_out,i <- h_app,π(i).
+    Queries, keys and values of the output rows are projections of the result. At Cross-Image's structure
+    steps, h_out <- h_structure. The layers are Cross-Image's, and there is no contrast.
+
+    >>> from qalign import EyeForAnEye, attach
+    >>> with attach(pipe, EyeForAnEye(), steps=(0, 1)):
+    ...     images = pipe([prompt] * 3, latents=latents, num_inference_steps=2, guidance_scale=1).images
+    >>> len(images)
+    3
 
     Args:
-        contrast: 1.0, as published; others are refused, for there is no edited attention map.
+        contrast: 1.0, as published. There is no edited attention map that could have another.
         structure_every, structure_until: as `CrossImage`.
 
-    Source: Eye-for-an-eye, arXiv 2406.07008. Its code matches in the conditional row and edits the unconditional one; this edits what it matches.
-    Its form that swaps values only is `QAlign(refinement="warped_values")`, which matches queries.
-    Not here: masks from a segmentation model (`regions` does that) and AdaIN.
+    Raises:
+        ValueError: another contrast.
+
+    Notes:
+        The published code matches in the conditional row and edits the unconditional row. This class edits
+        the row that it matches. The published form that swaps values only is, with matched queries,
+        `QAlign(refinement="warped_values")`. Masks from a segmentation model are not here (`regions` takes
+        them), nor is AdaIN.
+
+    Source: Eye-for-an-eye, arXiv 2406.07008.
     """
 
     card: ClassVar[Card] = Card(
@@ -46,13 +60,11 @@ class EyeForAnEye(CrossImage):
             raise ValueError(f"contrast: expected 1.0 for EyeForAnEye, got {self.contrast!r}")
 
     def prepare(self, hidden: Tensor, project: Project, site: Site) -> Tensor:
-        """The hidden states [B, N, C] with those of the output rows replaced."""
+        """Return the hidden states [B, N, C] with matched ones in the output rows."""
         if site.idle:
             return hidden
-        output, appearance = (
-            site.output_rows(hidden),
-            site.layout.index("appearance", len(hidden), hidden.device),
-        )
+        output = site.output_rows(hidden)
+        appearance = site.layout.index("appearance", len(hidden), hidden.device)
         features = hidden.unsqueeze(1)
         index, _ = similarity_argmax(
             features.index_select(0, output),

@@ -15,23 +15,39 @@ from ._editing import Card, Editing
 
 @dataclass(frozen=True, kw_only=True)
 class FreeCustom(Editing):
-    """Multi-reference self-attention: the output attends its own keys and those of the subjects of all of its appearances.
+    """Compose one output of the subjects of several appearances.
 
-    A = softmax([s Q_out K_outᵀ, s Q_out K_1ᵀ + b_1, ..., s Q_out K_Rᵀ + b_R]) [V_out; V_1; ...; V_R] in the output rows, b_r,j = w_r where token j
-    of reference r shows the subject and -∞ elsewhere; with classifier-free guidance its unconditional half becomes f A_own + (1 - f) A, A_own
-    being plain self-attention. Every step, in the last six self-attention layers.
+    A = softmax([s Q_out K_outᵀ, s Q_out K_1ᵀ + b_1, ..., s Q_out K_Rᵀ + b_R]) [V_out; V_1; ...; V_R] in the
+    output rows. b_r,j = w_r if token j of reference r shows the subject, and -∞ otherwise. With
+    classifier-free guidance the unconditional half becomes f A_own + (1 - f) A, where A_own is plain
+    self-attention. By default at every step, in the last six self-attention layers.
 
-    References are the appearance rows, as many as the layout has: `BatchLayout("output", "appearance", "appearance")`. Subjects are the labels
-    other than 0 of `attach(..., regions=Regions(appearance=[mask_1, mask_2]))`; without regions each reference is all subject. Labels of the
-    structure are not read.
+    References are the appearance rows, as many as the layout has. Subjects are the labels other than 0 of
+    `attach(..., regions=Regions(appearance=[mask_1, mask_2]))`. Without regions, all of a reference is
+    subject. Labels of the structure are not read.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, FreeCustom, Site
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)
+    >>> site = Site(BatchLayout("output", "appearance", "appearance"))
+    >>> FreeCustom(mask_weights=(3.0, 2.0)).attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Args:
-        mask_weights: w, one number for all references or one for each, as if a subject's keys were there e^w times.
-        style_fidelity: f. As published 1: the unconditional half does not see the references, so guidance pushes towards them.
+        mask_weights: w, one number for all references or one for each. A subject's keys count as if they were
+            there e^w times.
+        style_fidelity: f. With 1, as published, the unconditional half does not see the references, and
+            guidance moves towards them.
 
-    Source: FreeCustom, arXiv 2405.13870, weights as in its configurations. Its code takes a weight of 0 for a mask of 0; here the subject is then
-    seen without a shift.
-    Not here: subject masks from a segmentation model, the noising of the references, which a pipeline of the user's does.
+    Raises:
+        ValueError: `style_fidelity` is no fraction.
+
+    Notes:
+        The weights are those of the published configurations. The published code takes a weight of 0 for a
+        mask of 0; here the subject is then seen without a shift. Subject masks from a segmentation model are
+        not here. The noise of the references is the pipeline's task.
+
+    Source: FreeCustom, arXiv 2405.13870.
     """
 
     card: ClassVar[Card] = Card(
@@ -68,7 +84,7 @@ class FreeCustom(Editing):
         return site.merge(q, k, v, torch.cat([own, shared]))
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
-        """What the conditional half attends with a single reference."""
+        """Return the attention of the conditional half to a single reference."""
         return self._shared(q, k, v, output, [reference], site)
 
     def _shared(
@@ -81,9 +97,8 @@ class FreeCustom(Editing):
             else list(self.mask_weights)
         )
         if len(weights) != count:
-            raise ValueError(
-                f"mask_weights: expected a number, or one for each of {count} references, got {len(weights)}"
-            )
+            expected = f"a number, or one for each of {count} references"
+            raise ValueError(f"mask_weights: expected {expected}, got {len(weights)}")
         segments = [site.own(k, v, output)]
         for number, (rows, weight) in enumerate(zip(references, weights)):
             labels = site.subject_labels(k, rows, "appearance", number, count)

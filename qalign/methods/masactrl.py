@@ -19,29 +19,47 @@ from ._editing import Card, Editing
 
 @dataclass(frozen=True, kw_only=True)
 class MasaCtrl(Editing):
-    """Consistent editing: the output (target) takes keys and values of the appearance row (source).
+    """Edit consistently: the output (target) takes keys and values of the appearance row (source).
 
-    output rows: softmax(s Q_out K_srcᵀ) V_src, or with `union` softmax(s Q_out [K_src; K_out]ᵀ) [V_src; V_out], from the fifth of 50 steps on in
-    the last six self-attention layers (SD 1.4: 10 to 15; for SDXL the authors begin at layer 44, 54 or 64 of 70).
+    output rows: softmax(s Q_out K_srcᵀ) V_src. With `union`: softmax(s Q_out [K_src; K_out]ᵀ) [V_src; V_out].
+    By default from the fifth of 50 steps on, in the last six self-attention layers. These are layers 10 to 15
+    of SD 1.4. For SDXL the authors begin at layer 44, 54 or 64 of 70.
 
-    The method's mask form attends the source's foreground and background apart and puts both together by the target's mask. For binary masks
-    that is a label on each token: `attach(..., regions=Regions(appearance=source_mask, structure=target_mask))`.
+    The published mask form attends foreground and background of the source separately, and joins both results
+    by the target's mask. For binary masks this is a label on each token:
+    `attach(..., regions=Regions(appearance=source_mask, structure=target_mask))`.
 
-    With token indices the masks come from the cross-attention of the run, inside `attach` alone: m = mean over heads and layers of `map_tokens`
-    tokens, as far as they have run in this call of the UNet, of the attention that the conditional rows give to those tokens of their prompt;
-    mask = (m - min m) / (max m - min m) ≥ threshold, resized to the layer by nearest neighbour, for both guidance parts. Until the first such
-    layer has run, the form without masks. An m that is the same everywhere is background.
+    With token indices, the masks come from the cross-attention of the run, inside `attach` only:
+    m is the mean over heads and layers of the attention that conditional rows give to these tokens of their
+    prompt, and mask = (m - min m) / (max m - min m) ≥ threshold.
+    The layers are those with `map_tokens` tokens that have run in this call of the UNet. The mask is resized
+    to each layer by nearest neighbour, and serves both guidance halves. Until the first such layer has run,
+    the method has no masks. A constant m is background.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, MasaCtrl, Site
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)  # three rows, two heads, 16 tokens, eight channels
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> MasaCtrl().attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Args:
-        union: attend the output's own keys too. The authors' class for it cannot run; this is the formula that it states.
-        ref_token_idx, cur_token_idx: where the foreground's words stand in the prompts of source and target, the start token being 0; the authors
-            take (1,) for both. () is no automatic mask.
+        union: attend the output's own keys too. The authors' class for it cannot run. This is its formula.
+        ref_token_idx, cur_token_idx: the positions of the foreground's words in the prompts of source and
+            target. The start token is 0. The authors take (1,) for both. () makes no automatic masks.
         threshold: of the automatic masks.
-        map_tokens: of the layers whose attention they are made of: 16² in SD at 512 pixels; at 1024 pixels SDXL's smallest have 32².
+        map_tokens: the number of tokens of the layers that give the masks: 16² in SD at 512 pixels. The
+            smallest layers of SDXL at 1024 pixels have 32².
 
-    Source: MasaCtrl, arXiv 2304.08465. Its code adds 1 to the logits of unmasked keys, which changes nothing, and where the source has no
-    foreground it attends uniformly; here such a query attends all of the source.
-    Not here: the inversion of a real source.
+    Raises:
+        ValueError: one of the two token indices alone, or a negative position.
+
+    Notes:
+        The published code adds 1 to the logits of unmasked keys, which changes nothing. Where the source has
+        no foreground, it attends uniformly; here such a query attends all of the source. Inversion of a real
+        source is not here.
+
+    Source: MasaCtrl, arXiv 2304.08465.
     """
 
     card: ClassVar[Card] = Card(
@@ -65,19 +83,24 @@ class MasaCtrl(Editing):
         for name in ("ref_token_idx", "cur_token_idx"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if bool(self.ref_token_idx) != bool(self.cur_token_idx):
-            raise ValueError(
-                f"ref_token_idx, cur_token_idx: expected both or neither, got {self.ref_token_idx} and {self.cur_token_idx}"
-            )
+            raise ValueError(f"ref_token_idx, cur_token_idx: expected both or neither, got {self._indices}")
         if min((*self.ref_token_idx, *self.cur_token_idx), default=0) < 0:
             raise ValueError(
-                f"ref_token_idx, cur_token_idx: expected places of 0 and more, got {self.ref_token_idx} and {self.cur_token_idx}"
+                f"ref_token_idx, cur_token_idx: expected places of 0 and more, got {self._indices}"
             )
+
+    @property
+    def _indices(self) -> str:
+        return f"{self.ref_token_idx} and {self.cur_token_idx}"
 
     def cross_layers(self, names: Sequence[str]) -> list[str]:
         return list(names) if self.ref_token_idx else []
 
     def attend_cross(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Stock attention, of which the mass on the foreground's words is kept: [source; target], [2 rows, N]."""
+        """Return stock attention, and keep how much of it goes to the foreground's words.
+
+        The kept tensor is [2 rows, N]: the conditional rows of the source, then those of the target.
+        """
         if (
             self.ref_token_idx
             and site.forward is not None
@@ -104,18 +127,21 @@ class MasaCtrl(Editing):
             query_labels, segments = site.query_labels(q), [site.reference(k, v, reference)]
         else:
             query_labels, key_labels = masks
-            segments = [site.own(k, v, reference, regions=key_labels)]
+            segments = [site.own(k, v, reference, labels=key_labels)]
         if self.union:
             segments.append(site.own(k, v, output))
         return attention(take(q, output), segments, scale=site.scale, query_labels=query_labels)
 
     def _automatic_masks(self, q: Tensor, site: Site) -> tuple[Tensor, Tensor] | None:
-        """Bit sets int32 [rows, N] of target queries and source keys: 1 foreground, 2 background; None before any map came."""
+        """Labels [rows, N] of target queries and source keys: 1 is foreground, 2 is background.
+
+        The result is None until a layer has given a map.
+        """
         if not self.ref_token_idx or site.forward is None or not site.forward.kept:
             return None
         if site.regions is not None:
             raise ValueError(
-                "regions: expected None, for MasaCtrl makes masks of its own from token indices, got Regions"
+                "regions: expected None, because MasaCtrl makes masks from its token indices, got Regions"
             )
         mass = torch.stack(list(site.forward.kept.values())).mean(0)
         low, high = mass.aminmax(dim=-1, keepdim=True)
@@ -140,12 +166,11 @@ def _columns(source: tuple[int, ...], target: tuple[int, ...], tokens: int, devi
     """int32 [2, T]: 0 for the chosen tokens of each prompt, 1 for the others.
 
     Raises:
-        ValueError: there is no such token.
+        ValueError: the prompt has no such token.
     """
     if max(*source, *target) >= tokens:
-        raise ValueError(
-            f"ref_token_idx, cur_token_idx: expected places below the prompt's {tokens}, got {max(*source, *target)}"
-        )
-    with torch.inference_mode(False):  # autograd must be able to keep it
+        expected = f"places below the prompt's {tokens}"
+        raise ValueError(f"ref_token_idx, cur_token_idx: expected {expected}, got {max(*source, *target)}")
+    with torch.inference_mode(False):  # so that autograd can save it
         columns = [[int(place not in chosen) for place in range(tokens)] for chosen in (source, target)]
         return torch.tensor(columns, dtype=torch.int32, device=device)

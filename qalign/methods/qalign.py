@@ -1,4 +1,4 @@
-"""Q-Align: keys and values of the reference, rearranged by query-query similarity before they are attended."""
+"""Q-Align: query-query similarity rearranges the reference's keys and values, and attention reads them."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -77,7 +77,10 @@ class QAlign(CrossImage):
             raise ValueError(f"aligned: expected one of {', '.join(ALIGNED)}, got {self.aligned!r}")
 
     def match(self, q: Tensor, output: Tensor, reference: Tensor, site: Site) -> Match:
-        """π of the rows `output` in the rows `reference`: index [rows, 1 or H, N], and how alike they are."""
+        """Return π of the rows `output` in the rows `reference`, and the similarities.
+
+        Both are [rows, 1 or H, N].
+        """
         return similarity_argmax(
             self.alignment_query(q, output, site),
             q,
@@ -89,7 +92,10 @@ class QAlign(CrossImage):
         )
 
     def alignment_query(self, q: Tensor, output: Tensor, site: Site) -> Tensor:
-        """Q_align [rows, H, N, D]: its similarity with any query is the mean of those of the queries that are aligned."""
+        """Return Q_align [rows, H, N, D].
+
+        With "both", its similarity to any query is the mean of the output's and the structure's.
+        """
         own = take(q, output)
         if self.aligned == "output" or "structure" not in site.layout.roles:
             return own
@@ -99,7 +105,10 @@ class QAlign(CrossImage):
         return torch.lerp(self._compared(own), self._compared(structure), 0.5).to(q.dtype)
 
     def _compared(self, q: Tensor) -> Tensor:
-        """In float32, what the similarity makes of a token: the direction over all channels, or of each head; or the query itself."""
+        """The queries in float32, divided by their norm for "cosine".
+
+        The norm is over all channels for one alignment of all heads, and over each head's otherwise.
+        """
         wide = q.to(torch.promote_types(q.dtype, torch.float32))
         if self.similarity == "dot":
             return wide
@@ -172,10 +181,10 @@ class QAlignWarp(QAlign):
     contrast: float = field(default=1.0, init=False, repr=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """The attention output of every row. Output rows gather from the appearance's row where it can be shared.
+        """Return the attention output of every row; output rows gather from that of the appearance row.
 
-        The appearance's row is not the one to read where labels or a mask restrict what the output reads, and
-        there is no such row where a bank holds the reference: `edit` computes it then.
+        The appearance row cannot be shared if labels or a mask restrict what the output reads, or if a bank
+        holds the reference. Then `edit` computes its attention output.
         """
         restricted = site.regions is not None or site.mask is not None or site.layout.unread
         if restricted or site.idle:

@@ -1,4 +1,4 @@
-"""Reference-only control: self-attention sees the reference's keys beside its own."""
+"""Reference-only control: self-attention attends the reference's keys beside its own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,33 @@ from ._editing import Card, Editing
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOnly(Editing):
-    """Reference control without training.
+    """Control by a reference, without training.
 
-    A = softmax(s Q_out [K_out; K_ref]ᵀ) [V_out; V_ref] in the output rows; with classifier-free guidance its unconditional half becomes
-    f A_own + (1 - f) A, A_own being plain self-attention. Every self-attention layer, every step.
+    A = softmax(s Q_out [K_out; K_ref]ᵀ) [V_out; V_ref] in the output rows. With classifier-free guidance the
+    unconditional half becomes f A_own + (1 - f) A, where A_own is plain self-attention. By default in every
+    self-attention layer, at every step.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, ReferenceOnly, Site
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)  # three rows, two heads, 16 tokens, eight channels
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> ReferenceOnly().attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Args:
-        style_fidelity: f, how little of the reference reaches the unconditional half: it makes guidance push towards the reference.
+        style_fidelity: f. The larger f is, the less the unconditional half sees of the reference, and the
+            more guidance moves towards the reference.
 
-    Source: reference-only of ControlNet, as in diffusers' community pipeline `stable_diffusion_reference`, whose read pass keeps the hidden states of
-    the reference, noised to the step; a row of the batch, or `FeatureBank`, holds the same. Attention weight 1.0, so no layer is left out.
-    Not here: its `reference_adain` of convolutional features.
+    Raises:
+        ValueError: `style_fidelity` is no fraction.
+
+    Notes:
+        This is the form of diffusers' community pipeline `stable_diffusion_reference`. Its read pass keeps
+        the hidden states of the reference, with noise of the present step. A row of the batch, or
+        `FeatureBank`, gives the same. Its attention weight of 1.0 leaves out no layer. Its `reference_adain`
+        of convolutional features is not here.
+
+    Source: reference-only of ControlNet.
     """
 
     card: ClassVar[Card] = Card(

@@ -1,4 +1,4 @@
-"""SeAl: appearance infused where a query finds it, from each query's best keys alone."""
+"""SeAl: each query takes the appearance of its most similar keys, if they are similar enough."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,25 +18,47 @@ BLENDS = ("average", "add", "extrapolate", "keys_values")
 
 @dataclass(frozen=True, kw_only=True)
 class SeAl(Editing):
-    """Gated infusion of the appearance into self-attention.
+    """Blend the appearance into self-attention where a query resembles one of its keys.
 
-    sim_i = max_j cos(q_i, k_app,j), M_i = [sim_i > τ], w_i = δ M_i; A_app,i = softmax attention over the top k appearance keys of query i
-    (k = 1: v_app of the best), A_base = the output's own self-attention; the output rows of mid and up blocks become, by `blend`,
+    sim_i = max_j cos(q_i, k_app,j),  M_i = [sim_i > τ],  w_i = δ M_i.
+    A_app,i is softmax attention over the k most similar appearance keys of query i; for k = 1 it is the value
+    of the best key. A_base is the output's own self-attention. The output rows of mid and up blocks become,
+    by `blend`:
 
-        "average": (A_base + w A_app) / (1 + w)          "add": A_base + w A_app
-        "extrapolate": A_base + w (A_app - A_base)       "keys_values": attention to (K_out + w K_app[π]) / (1 + w), values alike, π the best keys
+        "average": (A_base + w A_app) / (1 + w)
+        "add": A_base + w A_app
+        "extrapolate": A_base + w (A_app - A_base)
+        "keys_values": attention to (K_out + w K_app[π]) / (1 + w) and values alike, π the best keys
+
+    >>> import torch
+    >>> from qalign import BatchLayout, SeAl, Site
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)  # three rows, two heads, 16 tokens, eight channels
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> SeAl().attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Args:
-        threshold: τ, from the first step to the last. strength: δ, likewise. Steps need a clock: `attach` on a pipeline, or `control.track`.
+        threshold: τ, from the first step to the last. A change needs a clock: `attach` on a pipeline, or
+            `control.track`.
+        strength: δ, from the first step to the last.
         topk: k.
-        heads: "joint", one similarity for all heads, or "per_head".
-        blend: as above.
+        heads: "joint" for one similarity of all heads, "per_head" for one of each.
+        blend: one of the formulas above.
 
-    Source: SeAl (CVPR 2026), of which only the project page and a summary were available: the blend, the schedules, the timesteps and whether heads
-    are merged are not published there. τ = 0.15, k = 1 and δ = 3 are; the other defaults are inferred, and all can be chosen.
-    Here the appearance row runs along; its cache of a noise-free pass is `AppearanceTransferPipeline.noise_free` or `FeatureBank.record_clean`,
-    Delta-Bridge is `qalign.sampling.guidance.delta_bridge`, AnchorAlign `qalign.sampling.anchor_align.anchor_align`.
-    Not here: the segmentation model that finds AnchorAlign's boxes.
+    Raises:
+        ValueError: `blend` is none of these.
+
+    Notes:
+        Only the project page and a summary of the paper are available. They state τ = 0.15, k = 1 and δ = 3.
+        They do not state the blend, the schedules, the timesteps, or whether heads are merged: these defaults
+        are inferred.
+        The appearance row runs along here. Its cache of a pass without noise is
+        `AppearanceTransferPipeline.noise_free` or `FeatureBank.record_clean`. Delta-Bridge is
+        `qalign.sampling.guidance.delta_bridge`, and AnchorAlign is
+        `qalign.sampling.anchor_align.anchor_align`. The segmentation model that finds AnchorAlign's boxes is
+        not here.
+
+    Source: SeAl (CVPR 2026).
     """
 
     card: ClassVar[Card] = Card(
@@ -60,7 +82,7 @@ class SeAl(Editing):
             raise ValueError(f"blend: expected one of {', '.join(BLENDS)}, got {self.blend!r}")
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        """All of the mid and up blocks."""
+        """Select all self-attention layers of the mid and up blocks."""
         return [name for name in names if not name.startswith("down_blocks.")]
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
@@ -77,9 +99,9 @@ class SeAl(Editing):
         gate = match.score[..., :1] > self._now(self.threshold, site, q)
         weight = torch.where(gate, self._now(self.strength, site, q), 0.0).to(q.dtype)
         if self.blend == "keys_values":
-            found = rearrange_kv(take(k, reference), take(v, reference), match.index[..., 0])
+            matched = rearrange_kv(take(k, reference), take(v, reference), match.index[..., 0])
             key, value = (
-                (take(own, output) + weight * other) / (1 + weight) for own, other in zip((k, v), found)
+                (take(own, output) + weight * other) / (1 + weight) for own, other in zip((k, v), matched)
             )
             segment = Segment(key, value, labels=site.own_labels(output))
             return attention(query, segment, scale=site.scale, query_labels=site.open_labels(q))
@@ -91,7 +113,7 @@ class SeAl(Editing):
         return total if self.blend == "add" else total / (1 + weight)
 
     def _now(self, ends: tuple[float, float], site: Site, q: Tensor) -> Tensor:
-        """The value between the ends that this step has; the first where nobody counts steps."""
+        """The value of this step between the two ends, or the first end without a clock."""
         progress = (
             torch.zeros((), device=q.device) if site.clock is None else site.clock.progress.to(q.device)
         )

@@ -1,4 +1,4 @@
-"""StoryDiffusion: pictures of a batch that see random tokens of each other, and so keep their characters."""
+"""StoryDiffusion: the pictures of a batch attend random tokens of each other to keep their characters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +15,32 @@ from ._editing import Card, Editing, uniform
 
 @dataclass(frozen=True, kw_only=True)
 class StoryDiffusion(Editing):
-    """Consistent self-attention over the outputs of a batch: every row is an output, `BatchLayout(*["output"] * 4)`.
+    """Attend random tokens of the other outputs: every row is an output, `BatchLayout(*["output"] * 4)`.
 
-    output row i: softmax over all of its own keys and, of each other row, the keys that a mask drawn at this step keeps; the masks are shared by all
-    rows, heads and layers of one size. A layer is left out of a step at random. Keys that no mask keeps are not computed.
+    output row i: softmax over all of its own keys and over those keys of each other row that the step's
+    random mask keeps. All rows, heads and layers of one size share a mask. A layer is left out of a step at
+    random. Keys that no mask keeps are not computed.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, Site, StoryDiffusion
+    >>> q, k, v = torch.randn(3, 4, 2, 16, 8)
+    >>> site = Site(BatchLayout(*["output"] * 4))
+    >>> StoryDiffusion().attend(q, k, v, site).shape
+    torch.Size([4, 2, 16, 8])
 
     Args:
-        rate: the share of another row's tokens that is seen.
-        skip: how often a layer is left out, before and from `settled` (a fraction of the steps) on.
-        seed: of masks and omissions, which are a function of it, the step, the layer's name and the number of tokens.
+        rate: the share of another row's tokens that is kept.
+        skip: the probabilities that a layer is left out, before and after `settled`.
+        settled: the fraction of the steps at which the second probability begins.
+        seed: of masks and left-out layers. They depend only on the seed, the step, the layer's name and the
+            number of tokens.
 
-    Source: StoryDiffusion, arXiv 2405.01434: four pictures, up blocks, rate 0.5, skip 0.3 in the first 20 of 50 steps and 0.1 after.
-    Not here: later pictures that read the first four from memory (`FeatureBank` keeps hidden states for methods that read one reference).
+    Notes:
+        Published are four pictures, the up blocks, rate 0.5, and skip 0.3 in the first 20 of 50 steps and 0.1
+        later. Further pictures that read the first four from memory are not here: `FeatureBank` keeps hidden
+        states for methods that read one reference.
+
+    Source: StoryDiffusion, arXiv 2405.01434.
     """
 
     card: ClassVar[Card] = Card(
@@ -45,18 +59,17 @@ class StoryDiffusion(Editing):
     seed: int = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        step, total = (
-            (0, 1)
-            if site.clock is None or site.clock.step is None
-            else (site.clock.step, site.clock.total or 1)
-        )
-        if site.idle or self._draw(1, step, site.layer).item() < self.skip[step / total >= self.settled]:
+        total = 1 if site.clock is None else site.clock.total or 1
+        skip = self.skip[site.step / total >= self.settled]
+        if site.idle or self._draw(1, site.step, site.layer).item() < skip:
             return site.plain(q, k, v)
         output, tokens = site.output_rows(q), k.shape[2]
-        seen = (self._draw(tokens, step, "") < self.rate).to(q.device)
+        seen = (self._draw(tokens, site.step, "") < self.rate).to(q.device)
         segments = []
         for rows in site.companion_rows(q):
-            counts = (seen | (rows == output)[:, None]).int()[:, None]  # all of its own row, [rows, 1, N]
+            counts = (seen | (rows == output)[:, None]).int()[
+                :, None
+            ]  # [rows, 1, N], all keys of its own row
             segments.append(Segment(k, v, counts=counts, labels=site.own_labels(rows), batch_index=rows))
         return site.merge(
             q, k, v, attention(take(q, output), segments, scale=site.scale, query_labels=site.query_labels(q))

@@ -1,4 +1,4 @@
-"""StyleAligned: all pictures of a batch share the style of its reference."""
+"""StyleAligned: all pictures of a batch share the style of the reference."""
 
 import math
 from collections.abc import Sequence
@@ -17,27 +17,44 @@ from ._editing import Card, Editing, Hook
 
 @dataclass(frozen=True, kw_only=True)
 class StyleAligned(Editing):
-    """Style alignment by shared self-attention, the reference being the appearance row.
+    """Align the style of all outputs by shared self-attention; the reference is the appearance row.
 
-    output rows: softmax([s Q̂ K̂_outᵀ, a s Q̂ K_refᵀ + b]) [V_out; V_ref], Q̂ and K̂_out with the mean and deviation that each channel has over
-    the reference's tokens, in every self-attention layer. The reference's own row is stock: its shared keys are twice the same.
+    output rows: softmax([s Q̂ K̂_outᵀ, a s Q̂ K_refᵀ + b]) [V_out; V_ref]. Q̂ and K̂_out have the mean and
+    the standard deviation that each channel has over the reference's tokens. By default in every
+    self-attention layer. The reference's row is stock, because its shared keys are its own keys twice.
 
-    Shared group norms: every group norm of the UNet, those of residual blocks and the last one included, takes an output row's mean and variance
-    over the tokens of the output and of its reference together.
+    Group norms are shared too: every group norm of the UNet takes an output row's mean and variance over the
+    tokens of the output and of its reference together.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, Site, StyleAligned
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)  # three rows, two heads, 16 tokens, eight channels
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> StyleAligned().attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Args:
-        adain_queries, adain_keys, adain_values: what takes the reference's statistics.
-        shared_score_scale: a. shared_score_shift: b, as if the reference's keys were there e^b times. For a real picture, inverted, the authors
-            take b = ln 2, and for a famous one a = 0.5.
-        full_attention_share: every output attends all outputs, and the appearance if the layout has one, without statistics, a or b. As
-            published, where the reference attends the others too, every row is an output.
-        share_group_norm: whether group norms are shared, whatever `attach(layers=...)` and `level` name. None, as published: on Stable Diffusion they
-            are, on SDXL not; there the authors share them for a real picture alone, as `real()` does.
-        level: 0 shares in all layers, 1 in none; between them ⌊level · L⌋ evenly spaced layers of L are not shared (above a half: are all that
-            is not, the other way round).
+        adain_queries, adain_keys, adain_values: whether these take the reference's statistics.
+        shared_score_scale: a.
+        shared_score_shift: b, as if the reference's keys were there e^b times. For an inverted real picture
+            the authors take b = ln 2, and for a famous picture a = 0.5.
+        full_attention_share: every output attends all outputs, and the appearance if the layout has one,
+            without statistics, a and b. In the published form the reference attends the others too: give
+            every row the role "output".
+        share_group_norm: whether group norms are shared, independent of `attach(layers=...)` and `level`.
+            None is the published choice: yes on Stable Diffusion, no on SDXL. On SDXL the authors share them
+            only for a real picture, as `real()` does.
+        level: 0 shares in all layers, 1 in none. In between, ⌊level · L⌋ evenly spaced layers of L are not
+            shared; above one half, ⌊(1 - level) · L⌋ evenly spaced layers are shared.
 
-    Source: StyleAligned, arXiv 2312.02133. Its code also shares layer norms, which changes nothing: their statistics are of one token.
-    Not here: the latents of an inverted reference, which replace its row after every step.
+    Raises:
+        ValueError: `level` is no fraction.
+
+    Notes:
+        The published code shares layer norms too. This changes nothing, because their statistics are of one
+        token. Latents of an inverted reference, which replace its row after every step, are not here.
+
+    Source: StyleAligned, arXiv 2312.02133.
     """
 
     card: ClassVar[Card] = Card(
@@ -65,7 +82,7 @@ class StyleAligned(Editing):
 
     @classmethod
     def real(cls) -> "StyleAligned":
-        """With b = ln 2 and shared group norms, as for an inverted photograph."""
+        """Make the settings for an inverted photograph: b = ln 2 and shared group norms."""
         return cls(shared_score_shift=math.log(2), share_group_norm=True)
 
     def hooks(self, model: nn.Module) -> dict[str, Hook]:
@@ -77,7 +94,7 @@ class StyleAligned(Editing):
         }
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        """All, but those that `level` leaves out."""
+        """Select all layers except those that `level` leaves out."""
         few = math.floor((1 - self.level if self.level > 0.5 else self.level) * len(names))
         marked = {name for place, name in enumerate(names) if few and place % (len(names) // few) == 0}
         return [name for name in names if (name in marked) == (self.level > 0.5)]
@@ -106,7 +123,10 @@ class StyleAligned(Editing):
 
 
 def _share_norm(norm: nn.Module, x: Tensor, y: Tensor, site: Site) -> Tensor:
-    """y, the group norm of x [B, C, h, w] or [B, C, N], with statistics of output and reference together in the output rows."""
+    """The group norm of x [B, C, h, w] or [B, C, N], with shared statistics in the output rows.
+
+    y is the stock group norm. The shared statistics are of output and reference together.
+    """
     reference = site.reference_rows(x) if "appearance" in site.layout.roles else site.companion_rows(x)[0]
     both = torch.cat([x.index_select(0, rows) for rows in (site.output_rows(x), reference)], dim=2)
     return site.replace(y, norm.forward(both)[:, :, : x.shape[2]])

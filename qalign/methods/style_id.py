@@ -1,4 +1,4 @@
-"""StyleID: queries that keep the content's, keys and values of the style, sharper softmax."""
+"""StyleID: mostly the content's queries, keys and values of the style, a sharper softmax."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,22 +14,34 @@ from ._editing import Card, Editing
 
 @dataclass(frozen=True, kw_only=True)
 class StyleID(Editing):
-    """Style transfer from inverted pictures.
+    """Transfer the style of an inverted picture to an inverted picture.
 
-    output rows: softmax(T s (γ Q_content + (1 - γ) Q_out) K_styleᵀ) V_style, content being the structure row and style the appearance row,
-    in the last six self-attention layers.
+    output rows: softmax(T s (γ Q_content + (1 - γ) Q_out) K_styleᵀ) V_style, in the last six self-attention
+    layers. The content is the structure row, the style is the appearance row.
 
-    `start`, in `AppearanceTransferPipeline`: the output's first latents are AdaIN(z_content → z_style), per channel over the picture, no eps.
+    In `AppearanceTransferPipeline` the output's first latents are AdaIN(z_content → z_style), per channel
+    over the picture, without eps.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, Site, StyleID
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)  # three rows, two heads, 16 tokens, eight channels
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> StyleID().attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Args:
-        query_preservation: γ, how much of the content's queries is kept.
-        temperature: T on the logits; above 1 it sharpens.
-        initial_adain: whether `start` does that.
+        query_preservation: γ, the share of the content's queries.
+        temperature: T on the logits. Above 1 it makes the softmax sharper.
+        initial_adain: whether the first latents take the style's statistics.
 
-    Source: StyleID, arXiv 2312.09008. Its features come from the inversions of both pictures, cached by timestep; here both rows run along, and
-    in `AppearanceTransferPipeline` they are the inversions. As published there: `inversion="ddim"`, 50 steps, the first left out (skip=0.02),
-    no swap guidance. The published AdaIN takes the statistics of a batch of pictures, this one those of each. In a loop of your own, with
-    `attach`, `start` is yours to call.
+    Notes:
+        The published features come from the inversions of both pictures, stored by timestep. Here both rows
+        run along, and in `AppearanceTransferPipeline` they are inversions. Its published settings there are
+        `inversion="ddim"`, 50 steps without the first (skip=0.02), and no swap guidance. The published AdaIN
+        takes the statistics of a batch of pictures, and this one takes those of each picture. In a loop of
+        your own, call `start` yourself.
+
+    Source: StyleID, arXiv 2312.09008.
     """
 
     card: ClassVar[Card] = Card(
@@ -47,7 +59,7 @@ class StyleID(Editing):
     initial_adain: bool = True
 
     def start(self, latents: Tensor, appearance: Tensor) -> Tensor:
-        """The first latents [outputs, C, h, w] in the statistics of the appearance's [1, C, h, w]."""
+        """Return the latents [outputs, C, h, w] with the statistics of the appearance's [1, C, h, w]."""
         return adain(latents, appearance, eps=0.0) if self.initial_adain else latents
 
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:

@@ -1,4 +1,4 @@
-"""Z-STAR: the output attends the style's keys beside its own, and decides itself how much."""
+"""Z-STAR: the output attends the style's keys beside its own keys."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,16 +13,27 @@ from ._editing import Card, Editing
 
 @dataclass(frozen=True, kw_only=True)
 class ZStar(Editing):
-    """Zero-shot style transfer by one softmax over both pictures.
+    """Transfer style by one softmax over both pictures.
 
-    output rows: softmax([λ s Q_out K_styleᵀ, s Q_out K_outᵀ]) [V_style; V_out], from the sixth of 30 steps on in the last six self-attention
-    layers.
+    output rows: softmax([λ s Q_out K_styleᵀ, s Q_out K_outᵀ]) [V_style; V_out], from the sixth of 30 steps
+    on, in the last six self-attention layers.
+
+    >>> import torch
+    >>> from qalign import BatchLayout, Site, ZStar
+    >>> q, k, v = torch.randn(3, 3, 2, 16, 8)  # three rows, two heads, 16 tokens, eight channels
+    >>> site = Site(BatchLayout("output", "appearance", "structure"))
+    >>> ZStar().attend(q, k, v, site).shape
+    torch.Size([3, 2, 16, 8])
 
     Args:
-        style_scale: λ of the logits of the style. In the authors' code 1.2 for the content's row, which is the output's.
+        style_scale: λ, the factor of the style's logits. The authors' code has 1.2 for the content's row,
+            which is the output's row here.
+
+    Notes:
+        The style's own row, which attends the content with a factor of 1.5, is not here: no output reads it.
+        The optional spatial bias is not here.
 
     Source: Z-STAR, arXiv 2311.16491.
-    Not here: the style's own row attending the content (1.5), which no output reads, and the optional spatial bias.
     """
 
     card: ClassVar[Card] = Card(

@@ -1,4 +1,4 @@
-"""attach(): choose layers and steps of a denoiser, install processors and hooks, keep the step clock, restore everything."""
+"""attach(): install a method on layers of a denoiser, follow the denoising steps, restore everything."""
 
 import fnmatch
 import functools
@@ -18,12 +18,12 @@ from ..methods import Hook, Method, require_method
 from .unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
-NOT_SPATIAL = (
+NOT_SPATIAL = (  # the tokens of these modules are not those of one image
     "fuser",
     "motion_modules",
     "temporal_transformer_blocks",
     "temp_attentions",
-)  # tokens of these are not one image's
+)
 REPLACED_BY = {
     "SlicedAttnProcessor": "attention slicing",
     "FusedAttnProcessor2_0": "fuse_qkv_projections",
@@ -45,18 +45,25 @@ def attach(
 ) -> "Control":
     """Run `method` on a pipeline's UNet, or on a UNet, inside a `with` block.
 
+    >>> from qalign import AppearanceTransferPipeline, QAlign, attach
     >>> with attach(pipe, QAlign(), layers="up", steps=(0.1, 0.9)) as control:
     ...     images = pipe([prompt] * 3, latents=latents, num_inference_steps=50, guidance_scale=1).images
+    >>> len(images), len(control.layers)
+    (3, 6)
 
-    The rows are output, appearance and structure, and the output begins as the structure. Their `latents` are
-    inverted, for a pipeline with a DDIMScheduler (noisiest first, in the rows appearance, structure):
+    The rows are output, appearance and structure, and the output begins as the structure. One way to get
+    their `latents` is inversion, for a pipeline with a DDIMScheduler:
 
     >>> tool = AppearanceTransferPipeline.from_pipe(pipe)  # shares the weights
     >>> settings = {"num_inference_steps": 50, "inversion": "ddim", "inversion_guidance_scale": 1}
-    >>> latents = tool.invert(appearance, structure, prompt, **settings).latents[0][[1, 0, 1]].to(pipe.dtype)
+    >>> inverted = tool.invert(appearance, structure, prompt, **settings)
+    >>> latents = inverted.latents[0][[1, 0, 1]].to(pipe.dtype)  # the noisiest of [appearance, structure]
+    >>> latents.shape
+    torch.Size([3, 4, 16, 16])
 
-    or noised, by an image-to-image pipeline, with the same noise for output and structure:
+    Another way is an image-to-image pipeline, with the same noise for output and structure:
 
+    >>> from diffusers import AutoPipelineForImage2Image
     >>> noising = AutoPipelineForImage2Image.from_pipe(pipe)
     >>> clean = tool.encode([structure, appearance])[[0, 1, 0]].to(pipe.dtype)
     >>> generators = [torch.Generator().manual_seed(seed) for seed in (0, 1, 0)]
@@ -65,29 +72,41 @@ def attach(
     ...     images = noising([prompt] * 3, image=clean, **settings).images
 
     Args:
-        pipe_or_model: a diffusers pipeline with a UNet, or the UNet. Only the UNet's self-attention is touched, unless the method asks for more:
-            a method's docstring says so, and `layers` does not choose among that.
-        method: such as `QAlign()`.
+        pipe_or_model: a diffusers pipeline with a UNet, or the UNet. `attach` changes the UNet's
+            self-attention layers. A few methods also act in other modules: their docstrings say so, and
+            `layers` does not select among those modules.
+        method: an instance, such as `QAlign()`.
         layout: the roles of the batch's rows.
-        layers: a name, "down", "mid" or "up", the first part of a name, a pattern with * and ?, or a list of these; None is the method's
-            own choice.
-        steps: (start, stop) as fractions of the denoising loop; None is the method's own choice, which mostly is all of it: (0, 1).
-        regions: labels of the pictures' tokens: what is matched and read then stays in its region.
-
-    A pipeline's steps are told from its scheduler, which has to be chosen before. The loop of a bare model goes through `control.track`.
-    Two methods on layers of their own are two `with` blocks, one inside the other.
+        layers: a name, "down", "mid" or "up", the beginning of a name, a pattern with * and ?, or a list of
+            these. None is the method's own choice.
+        steps: fractions (start, stop) of the denoising loop. None is the method's own choice, mostly the
+            whole loop (0, 1).
+        regions: labels of the pictures' tokens. A token then matches and reads only tokens with its label.
 
     Returns:
-        what to enter. Processors, hooks and clock are installed on entry and removed at the end, after errors
-            too.
+        The context manager `Control`. It installs processors, hooks and clock on entry, and removes them at
+        the end, also after an error.
+
     Raises:
-        TypeError, ValueError: a bad argument, named. RuntimeError, on entry: one of the layers carries a processor of this library already.
+        TypeError, ValueError: a bad argument, named.
+        RuntimeError: on entry, if one of the layers already has a processor of this library.
+
+    Notes:
+        The steps are counted by the pipeline's scheduler, so set the scheduler before `attach`. For a loop of
+        your own over a bare UNet, use `control.track`. Two methods on different layers are two `with` blocks,
+        one inside the other.
     """
     return Control(pipe_or_model, method, layout, layers, steps, regions)
 
 
 class Control:
-    """The processors that `attach` installs, their layers and their clock. Enter it to install, leave it to restore."""
+    """What `attach` returns: a context manager that installs a method and restores the model.
+
+    Attributes:
+        layers: the self-attention layers that the method edits, by name.
+        cross_layers: the cross-attention layers in which it acts, by name.
+        clock: the present step.
+    """
 
     def __init__(
         self,
@@ -129,13 +148,15 @@ class Control:
             name for name, attn in self._attention.items() if isinstance(attn.processor, UNetAttnProcessor)
         ]
         if carried:
-            got = f"{len(carried)} with one, {carried[0]} the first (attached twice? two methods need layers of their own)"
+            advice = "attached twice? two methods need layers of their own"
+            got = f"{len(carried)} with one, {carried[0]} the first ({advice})"
             raise RuntimeError(
                 f"layers: expected {len(self._attention)} without a processor of this library, got {got}"
             )
         for name, attn in self.cross_layers.items():
-            if isinstance(attn.processor, nn.Module):  # its weights would be lost, and what it does with them
-                got = f"{type(attn.processor).__name__} on {name} ({type(self.method).__name__} needs cross-attention without an IP-Adapter)"
+            if isinstance(attn.processor, nn.Module):  # its weights would have no effect
+                advice = f"{type(self.method).__name__} needs cross-attention without an IP-Adapter"
+                got = f"{type(attn.processor).__name__} on {name} ({advice})"
                 raise RuntimeError(f"cross-attention: expected processors without weights, got {got}")
         forward = ForwardPass() if self.cross_layers else None
         settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions, "forward": forward}
@@ -161,9 +182,7 @@ class Control:
     ) -> None:
         for name, attn in self._attention.items():
             attn.set_processor(self._originals[name])
-            self._processors[
-                name
-            ].method = None  # whoever kept it, as unfuse_qkv_projections does, now has stock attention
+            self._processors[name].method = None  # unfuse_qkv_projections may put it back: as stock attention
         while self._handles:
             self._handles.pop().remove()
         self._unfollow()
@@ -171,10 +190,16 @@ class Control:
         self._processors, self._originals = {}, {}
 
     def track(self, timesteps: Sequence[Any] | Tensor) -> Iterator[Any]:
-        """The timesteps of a denoising loop of your own, one by one, with the clock set to each.
+        """Iterate over the timesteps of a denoising loop of your own, and set the clock to each step.
 
-        >>> for timestep in control.track(scheduler.timesteps):
-        ...     noise = unet(latents, timestep, encoder_hidden_states=prompts).sample
+        >>> from qalign import QAlign, attach
+        >>> pipe.scheduler.set_timesteps(2)
+        >>> prompts = pipe.encode_prompt([prompt] * 3, "cpu", 1, False)[0]
+        >>> with attach(pipe.unet, QAlign()) as control, torch.no_grad():
+        ...     for timestep in control.track(pipe.scheduler.timesteps):
+        ...         noise = pipe.unet(latents, timestep, encoder_hidden_states=prompts).sample
+        >>> noise.shape
+        torch.Size([3, 4, 16, 16])
         """
         try:
             for step, timestep in enumerate(timesteps):
@@ -184,7 +209,11 @@ class Control:
             self.clock.reset()
 
     def verify(self) -> None:
-        """Raise if the processors are no longer those that were installed, and say what replaced them."""
+        """Check that the installed processors are still in place.
+
+        Raises:
+            RuntimeError: others replaced them; the message says which.
+        """
         attended = self._attention.items()
         replaced = Counter(
             type(attn.processor).__name__
@@ -194,9 +223,8 @@ class Control:
         if replaced:
             causes = [REPLACED_BY[name] for name in replaced if name in REPLACED_BY]
             advice = f"attach after {', '.join(causes)}" if causes else "attach after whatever set them"
-            raise RuntimeError(
-                f"processors: expected UNetAttnProcessor on {len(attended)} attached layers, got {_count(replaced)}: {advice}"
-            )
+            expected = f"UNetAttnProcessor on {len(attended)} attached layers"
+            raise RuntimeError(f"processors: expected {expected}, got {_count(replaced)}: {advice}")
 
     def _set(self, step: int, total: int) -> None:
         if step == 0:
@@ -209,31 +237,43 @@ class Control:
         )
 
     def _declare_guidance(self) -> None:
-        """A pipeline that says it runs without guidance has one part: a batch of twice the rows is then an error, not a second part."""
+        """Take the guidance halves from a pipeline that runs without guidance.
+
+        A batch with twice the rows is then an error, and not a second half.
+        """
         layout = self.layout
         if layout.guidance is None and getattr(self.pipe, "do_classifier_free_guidance", None) is False:
-            layout = BatchLayout(*layout.roles, guidance=False, images_per_prompt=layout.images_per_prompt)
+            layout = BatchLayout(
+                *layout.roles,
+                guidance=False,
+                images_per_prompt=layout.images_per_prompt,
+                unread=layout.unread,
+            )
         for processor in self._processors.values():
             processor.layout = layout
         for hook in self.hooks.values():
             hook.layout = layout
 
     def _follow(self, scheduler: Any) -> None:
-        """Have the scheduler tell the step: a loop sets its timesteps, scales the input before the UNet and steps after it."""
+        """Follow the steps at the scheduler's functions.
+
+        A loop sets the timesteps, scales the input before the UNet, and steps after it.
+        """
         self._scheduler = scheduler
-        for name, told in (
+        for name, callback in (
             ("set_timesteps", self._rewind),
             ("scale_model_input", self._refresh),
             ("step", self._advance),
         ):
             if hasattr(scheduler, name):
                 self._scheduler_attributes[name] = vars(scheduler).get(name, _ABSENT)
-                setattr(scheduler, name, _then(getattr(scheduler, name), told))
+                setattr(scheduler, name, _then(getattr(scheduler, name), callback))
 
     def _unfollow(self) -> None:
         if getattr(self.pipe, "scheduler", None) is not self._scheduler:
             _log.warning(
-                "scheduler: it was replaced while %s was attached, and the steps of the new one were not followed",
+                "scheduler: it was replaced while %s was attached, "
+                "and the steps of the new one were not followed",
                 type(self.method).__name__,
             )
         for name, original in self._scheduler_attributes.items():
@@ -253,36 +293,35 @@ class Control:
         self._set((self.clock.step or 0) + 1, self._total())
 
     def _total(self) -> int:
-        """The length of the running loop: shorter than the schedule in image-to-image."""
+        """The number of steps in the loop: fewer than in the schedule for image-to-image."""
         return getattr(self.pipe, "num_timesteps", None) or len(self._scheduler.timesteps)
 
 
 class ModuleHook:
-    """A method's function on the output of one module, `layer` by name; nothing in steps at which the method rests."""
+    """A method's function on the output of the module `layer`, in the steps in which the method edits."""
 
     def __init__(
         self, function: Hook, layout: BatchLayout, layer: str, clock: Clock, regions: Regions | None
     ) -> None:
-        self.function, self.layout, self.layer, self.clock, self.regions = (
-            function,
-            layout,
-            layer,
-            clock,
-            regions,
-        )
+        self.function, self.layout, self.layer = function, layout, layer
+        self.clock, self.regions = clock, regions
+        self.forward: ForwardPass | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         site = Site(self.layout, None, None, self.clock, self, self.regions)
-        return (
-            output
-            if site.idle or "output" not in self.layout.roles
-            else self.function(module, inputs[0], output, site)
-        )
+        if site.idle or "output" not in self.layout.roles:
+            return output
+        return self.function(module, inputs[0], output, site)
 
 
 def find_unet(pipe_or_model: Any) -> nn.Module:
+    """Return the UNet of a pipeline, or the UNet itself, without the wrapper of torch.compile.
+
+    Raises:
+        TypeError: there is none.
+    """
     model = getattr(pipe_or_model, "unet", pipe_or_model)
-    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it
+    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module) or not all(hasattr(model, block) for block in BLOCKS):
         raise TypeError(
             f"pipe_or_model: expected a pipeline with a UNet, or a UNet, got {type(pipe_or_model).__name__}"
@@ -291,18 +330,20 @@ def find_unet(pipe_or_model: Any) -> nn.Module:
 
 
 def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: Method) -> dict[str, Any]:
-    """The self-attention layers of a UNet that `layers` names, in the order of the model."""
+    """Select the self-attention layers of a UNet, in the order of the model. Arguments as in `attach`.
+
+    Raises:
+        ValueError: a name that matches no layer, or no layer at all.
+    """
     present = _attention_layers(model, cross=False)
     if not present:
-        raise ValueError(
-            f"pipe_or_model: expected self-attention in {', '.join(BLOCKS)}, got {type(model).__name__} without any"
-        )
+        expected, got = f"self-attention in {', '.join(BLOCKS)}", f"{type(model).__name__} without any"
+        raise ValueError(f"pipe_or_model: expected {expected}, got {got}")
     if layers is None:
         chosen = set(method.default_layers(list(present)))
         if not chosen:
-            raise ValueError(
-                f"layers: expected names, for {type(method).__name__} has no default on {type(model).__name__}, got None"
-            )
+            reason = f"{type(method).__name__} has no default on {type(model).__name__}"
+            raise ValueError(f"layers: expected names, because {reason}, got None")
     else:
         chosen = set()
         if not layers:
@@ -310,10 +351,9 @@ def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: 
         for wanted in [layers] if isinstance(layers, str) else layers:
             found = {name for name in present if _matches(name, wanted)}
             if not found:
+                expected = f"names or patterns of self-attention layers of {type(model).__name__}"
                 got = f"{wanted!r}, which none of {len(present)} matches (first: {next(iter(present))})"
-                raise ValueError(
-                    f"layers: expected names or patterns of self-attention layers of {type(model).__name__}, got {got}"
-                )
+                raise ValueError(f"layers: expected {expected}, got {got}")
             chosen |= found
     return {name: module for name, module in present.items() if name in chosen}
 
@@ -340,9 +380,8 @@ def _hooks_of(method: Method, model: nn.Module) -> dict[str, Hook]:
     present = dict(model.named_modules())
     for name in hooks:
         if name not in present:
-            raise ValueError(
-                f"hooks: expected names of modules of {type(model).__name__}, got {name!r} from {type(method).__name__}"
-            )
+            expected = f"names of modules of {type(model).__name__}"
+            raise ValueError(f"hooks: expected {expected}, got {name!r} from {type(method).__name__}")
     return hooks
 
 
@@ -355,11 +394,11 @@ def _begin(forward: ForwardPass, model: nn.Module, args: tuple[Any, ...], kwargs
     forward.begin(*(args[0] if args else kwargs["sample"]).shape[-2:])
 
 
-def _then(function: Callable, told: Callable[[], None]) -> Callable:
+def _then(function: Callable, callback: Callable[[], None]) -> Callable:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        told()
+        callback()
         return result
 
     return wrapped

@@ -14,24 +14,34 @@ from .attach import attach
 
 
 class FeatureBank:
-    """The hidden states that self-attention layers were given in a reference pass, by layer and step of the loop.
+    """The hidden states of a reference pass, by self-attention layer and denoising step.
 
-    >>> bank = FeatureBank("appearance")
+    One reference pass then serves any number of later batches without reference rows.
+
+    >>> from qalign import BatchLayout, FeatureBank, QAlign, attach
+    >>> bank, settings = FeatureBank("appearance"), {"num_inference_steps": 50, "guidance_scale": 1}
     >>> with attach(pipe, bank.record(QAlign()), layout=BatchLayout("output")):
-    ...     pipe(prompt, latents=reference)
-    >>> with attach(pipe, bank.serve(QAlign()), layout=BatchLayout("output")):
-    ...     images = pipe([prompt] * 8, latents=latents).images
+    ...     reference = pipe(prompt, latents=latents[:1], **settings).images
+    >>> with attach(pipe, bank.serve(QAlign()), layout=BatchLayout("output", "output")):
+    ...     images = pipe([prompt] * 2, latents=latents[1:], **settings).images
+    >>> len(images), bank.nbytes > 0
+    (2, True)
 
-    In the second pass a layer's rows are those of the batch and, behind them in each guidance part, those of the bank, which run through no
-    other part of the UNet. That is the batched pass [outputs, references] to rounding, for its reference rows do not depend on the others. Both
-    passes need the same timesteps and picture size. A batch may have rows of the bank's roles as well, which then are not read. A method that acts
-    outside self-attention is refused: `StyleAligned(share_group_norm=False)` and `CtrlX(structure_convolutions=())` are served.
+    In a later pass, the rows of the bank follow the batch's rows of each guidance half inside the edited
+    layers. They pass through no other part of the UNet. The result is that of the batch [outputs, references]
+    up to rounding, because reference rows do not depend on other rows. Both passes need the same timesteps
+    and picture size. Rows of the batch that have a role of the bank are not read. A method that acts outside
+    self-attention is refused. `StyleAligned(share_group_norm=False)` and `CtrlX(structure_convolutions=())`
+    are served.
 
     Args:
-        roles: of the recorded rows, as a layout names them: one for each prompt of the recording pass.
-        device: where the features are kept; None: where they come from.
-        dtype: in which; None: as they come.
-        limit: bytes on that device; what comes when they are used up is kept on the CPU. None: no limit.
+        roles: "appearance" or "structure" for each prompt of the reference pass.
+        device: where the features are kept. None keeps them where they are computed.
+        dtype: of the kept features. None is the dtype in which they are computed.
+        limit: the number of bytes on that device. Further features are kept on the CPU. None is no limit.
+
+    Raises:
+        ValueError: `roles` has other names, or none.
     """
 
     def __init__(
@@ -46,20 +56,20 @@ class FeatureBank:
 
     @property
     def nbytes(self) -> int:
-        """Of all features, wherever they are."""
+        """The bytes of all features, on the device and on the CPU."""
         return sum(kept.nbytes for kept in self._kept.values())
 
     @property
     def spilled(self) -> int:
-        """Of those that are kept on the CPU because of `limit`."""
+        """The bytes of the features that `limit` moved to the CPU."""
         return self.nbytes - self._on_device
 
     def record(self, method: Method) -> Method:
-        """What to attach in the reference pass, for `method` later: stock attention that fills the bank, whatever the rows are called."""
+        """Return what to attach in the reference pass: stock attention that fills the bank for `method`."""
         return _Recorder(self, method)
 
     def serve(self, method: Method) -> Method:
-        """What to attach to later pictures, whose layout has none of the bank's rows: `method`, reading from the bank."""
+        """Return what to attach in later passes: `method`, which reads the bank's rows."""
         return _Server(self, method)
 
     @torch.no_grad()
@@ -74,23 +84,31 @@ class FeatureBank:
         steps: tuple[float, float] | None = None,
         **condition: Any,
     ) -> Method:
-        """A noise-free reference pass: the same clean latents at each timestep, one call of the UNet each.
+        """Fill the bank in a reference pass without noise: the same clean latents at each timestep.
 
-        >>> seal = bank.record_clean(pipe, SeAl(), clean, pipe.scheduler.timesteps, encoder_hidden_states=prompts)
+        The UNet is called once for each timestep.
+
+        >>> from qalign import BatchLayout, FeatureBank, SeAl, attach
+        >>> pipe.scheduler.set_timesteps(2)
+        >>> prompts = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+        >>> bank, clean = FeatureBank("appearance"), torch.randn(1, 4, 16, 16)
+        >>> timesteps = pipe.scheduler.timesteps
+        >>> seal = bank.record_clean(pipe, SeAl(), clean, timesteps, encoder_hidden_states=prompts)
         >>> with attach(pipe, seal, layout=BatchLayout("output")):
-        ...     images = pipe([prompt] * 8, latents=latents).images
+        ...     images = pipe(prompt, latents=latents[:1], guidance_scale=1, num_inference_steps=2).images
 
         Args:
             pipe_or_model: a diffusers pipeline with a UNet, or the UNet, on the device of the latents.
-            method: that reads the features later.
-            latents: [roles, C, h, w], not noised and, whatever the scheduler, not scaled.
-            timesteps: of the later loop.
-            layers, steps: as `attach`, as later.
+            method: the method that reads the features later.
+            latents: [roles, C, h, w], without noise, and not scaled for any scheduler.
+            timesteps: those of the later loop.
+            layers, steps: as `attach`, and the same as later.
             condition: keyword arguments of the UNet, such as `encoder_hidden_states` [roles, T, C].
 
         Returns:
-            `serve(method)`.
-        Source: SeAl (CVPR 2026); its timesteps are not published.
+            `serve(method)`, to be attached in later passes.
+
+        Source: SeAl (CVPR 2026). Its timesteps are not published.
         """
         layout = BatchLayout(*["output"] * len(self.roles), guidance=False)
         with attach(pipe_or_model, self.record(method), layout=layout, layers=layers, steps=steps) as control:
@@ -99,11 +117,12 @@ class FeatureBank:
         return self.serve(method)
 
     def clear(self) -> None:
+        """Remove all features."""
         self._kept.clear()
         self._on_device = 0
 
     def write(self, layer: str, step: int, hidden: Tensor) -> None:
-        """Keep [parts, roles, images, N, C]."""
+        """Keep the features [guidance halves, roles, images, N, C] of a layer at a step."""
         kept = hidden.detach().to(self.device or hidden.device, self.dtype or hidden.dtype, copy=True)
         previous = self._kept.pop((layer, step), None)
         if previous is not None:
@@ -115,17 +134,16 @@ class FeatureBank:
         self._kept[layer, step] = kept
 
     def read(self, layer: str, step: int, like: Tensor) -> Tensor:
-        """What was kept, on the device and in the dtype of `like`.
+        """Return the kept features on the device and in the dtype of `like`.
 
         Raises:
-            RuntimeError: nothing was.
+            RuntimeError: there are none of this layer and step.
         """
         if (layer, step) not in self._kept:
             layers, steps = (len({key[place] for key in self._kept}) for place in (0, 1))
             wanted = f"features of {layer or 'a layer without a name'} at step {step}"
-            raise RuntimeError(
-                f"bank: expected {wanted}, got {layers} other layers and {steps} steps (record with the same method and timesteps)"
-            )
+            got = f"{layers} other layers and {steps} steps (record with the same method and timesteps)"
+            raise RuntimeError(f"bank: expected {wanted}, got {got}")
         return self._kept[layer, step].to(like.device, like.dtype)
 
 
@@ -153,9 +171,8 @@ class _BankMethod(Wrapped):
         return []
 
     def _refuse(self) -> None:
-        raise ValueError(
-            f"method: expected one that acts in self-attention alone, which a bank serves, got {self.method!r}"
-        )
+        expected = "one that acts in self-attention alone, because a bank keeps no other features"
+        raise ValueError(f"method: expected {expected}, got {self.method!r}")
 
 
 class _Recorder(_BankMethod):
@@ -163,9 +180,8 @@ class _Recorder(_BankMethod):
         if not site.idle:
             layout = site.layout
             if len(layout.roles) != len(self.bank.roles):
-                raise ValueError(
-                    f"layout: expected {len(self.bank.roles)} roles, as the bank has, got {', '.join(layout.roles)}"
-                )
+                expected = f"{len(self.bank.roles)} roles, as the bank has"
+                raise ValueError(f"layout: expected {expected}, got {', '.join(layout.roles)}")
             shape = (layout.parts(len(hidden)), len(layout.roles), layout.images_per_prompt)
             self.bank.write(site.layer, site.step, hidden.unflatten(0, shape))
         return hidden
@@ -179,9 +195,8 @@ class _Server(_BankMethod):
         if site.idle:
             return hidden
         if site.mask is not None:
-            raise ValueError(
-                f"attention_mask: expected none with a bank, got {list(site.mask.shape)} after preparation"
-            )
+            got = f"{list(site.mask.shape)} after preparation"
+            raise ValueError(f"attention_mask: expected none with a bank, got {got}")
         layout, rows = site.layout, self.bank.read(site.layer, site.step, hidden)
         shape = (layout.parts(len(hidden)), len(layout.roles), layout.images_per_prompt)
         rows = rows.expand(shape[0], -1, shape[2], -1, -1)

@@ -1,4 +1,4 @@
-"""The projection path of UNet attention, once for all methods, and the processors that put a method on it."""
+"""Attention processors for UNets: the projections around the attention, once for all methods."""
 
 import contextlib
 import functools
@@ -23,22 +23,36 @@ _NEUTRAL = Method()
 
 
 class UNetAttnProcessor:
-    """A method on the attention layers of a UNet; stock attention without one.
+    """Run a method on the attention layers of a UNet. Without a method it is stock attention.
 
-    Everything around the attention is that of diffusers' AttnProcessor2_0, bit for bit: norms, masks, fused and adapted projections,
-    residual, rescaling. So is the attention itself without a method, in cross-attention unless the method has `attend_cross`, and in every row that
-    the method leaves plain.
-    Scores and softmax are computed in float32 whatever `upcast_attention` and `upcast_softmax` say.
+    Norms, masks, fused and adapted projections, the residual and the rescaling are bit for bit those of
+    diffusers' AttnProcessor2_0. The attention itself is too, wherever the method edits nothing: without a
+    method, in cross-attention unless the method defines `attend_cross`, and in every row that the method
+    leaves plain. Scores and softmax are computed in float32, whatever `upcast_attention` and `upcast_softmax`
+    are.
+
+    >>> from qalign import QAlignWarp, UNetAttnProcessor
+    >>> before = pipe.unet.attn_processors
+    >>> pipe.unet.set_attn_processor(UNetAttnProcessor(QAlignWarp()))
+    >>> images = pipe([prompt] * 3, latents=latents, num_inference_steps=50, guidance_scale=1).images
+    >>> pipe.unet.set_attn_processor(before)  # empties `before`
+    >>> len(images)
+    3
 
     Args:
-        method: what edits self-attention, and cross-attention if it has `attend_cross`; None edits nothing.
-        layout: the roles of the batch's rows. Without an output row nothing is edited.
-        clock: the step of the denoising loop; None: every step is active and reads the appearance.
-        layer: the layer's name, for methods that ask.
-        regions: labels of the pictures' tokens, which restrict what the output reads; None: everything is read.
-        forward: where a method keeps what later layers of the same call of the UNet need; None: nowhere.
+        method: the method that edits attention. None edits nothing.
+        layout: the roles of the batch's rows. A layout without an output row edits nothing.
+        clock: the denoising step. Without a clock, every step is edited and reads the appearance.
+        layer: the name of the layer, which some methods read.
+        regions: labels of the pictures' tokens, which restrict what the output reads. None is no restriction.
+        forward: the call of the UNet, where a method keeps tensors for later layers. None keeps nothing.
 
-    `load_ip_adapter` and `unload_ip_adapter` create processors anew, without arguments: settings belong to `qalign.attach`, after loading.
+    Raises:
+        TypeError: `method` or `layout` is of another type.
+
+    Notes:
+        `load_ip_adapter` and `unload_ip_adapter` make new processors without arguments. Use `qalign.attach`
+        after loading an adapter.
     """
 
     def __init__(
@@ -105,19 +119,25 @@ class UNetAttnProcessor:
 
 
 class QAlignAttnProcessor(UNetAttnProcessor):
-    """Drop-in Q-Align: `pipe.unet.set_attn_processor(QAlignAttnProcessor())`.
+    """Run Q-Align in every self-attention layer: `pipe.unet.set_attn_processor(QAlignAttnProcessor())`.
 
+    >>> from qalign import QAlignAttnProcessor
     >>> before = pipe.unet.attn_processors
     >>> pipe.unet.set_attn_processor(QAlignAttnProcessor())
     >>> images = pipe([prompt] * 3, latents=latents, num_inference_steps=50, guidance_scale=1).images
     >>> pipe.unet.set_attn_processor(before)  # empties `before`
 
-    The last line restores what was there; `set_default_attn_processor` refuses processors that it does not
-    know. `qalign.attach` restores by itself, and says where `latents` come from.
+    The last line restores the former processors. `set_default_attn_processor` cannot do it: it refuses
+    processors of other libraries. `qalign.attach` restores by itself; its docstring shows where `latents`
+    come from.
 
-    It edits the output rows of every self-attention layer at every step: they read the appearance row. The
-    method is `QAlign()`, as the paper states it. `UNetAttnProcessor(QAlignWarp())` is the same with this
-    library's variant. Structure steps need the clock of `qalign.attach`, which also selects layers and steps.
+    Output rows read the appearance row, at every step. The method is `QAlign()`, as the paper states it. For
+    this library's variant use `UNetAttnProcessor(QAlignWarp())`. Structure steps need the clock of
+    `qalign.attach`, which also selects layers and steps.
+
+    Args:
+        method: a `QAlign` with other settings, or None for stock attention.
+        layout: the roles of the batch's rows.
     """
 
     def __init__(self, *, method: QAlign | None = _QALIGN, layout: BatchLayout = DEFAULT_LAYOUT) -> None:
@@ -125,7 +145,16 @@ class QAlignAttnProcessor(UNetAttnProcessor):
 
 
 class CrossImageAttnProcessor(UNetAttnProcessor):
-    """Drop-in Cross-Image attention: `pipe.unet.set_attn_processor(CrossImageAttnProcessor())`. As `QAlignAttnProcessor`."""
+    """Run Cross-Image attention in every self-attention layer. Use it as `QAlignAttnProcessor`.
+
+    >>> from qalign import CrossImageAttnProcessor
+    >>> CrossImageAttnProcessor().method.contrast
+    1.67
+
+    Args:
+        method: a `CrossImage` with other settings, or None for stock attention.
+        layout: the roles of the batch's rows.
+    """
 
     def __init__(
         self, *, method: CrossImage | None = _CROSS_IMAGE, layout: BatchLayout = DEFAULT_LAYOUT
@@ -134,7 +163,7 @@ class CrossImageAttnProcessor(UNetAttnProcessor):
 
 
 def is_unet_attention(module: nn.Module) -> bool:
-    """Whether `module` is diffusers' `Attention` without added key and value projections: the kind that this projection path serves."""
+    """Return whether `module` is diffusers' `Attention` without added key and value projections."""
     return (
         hasattr(module, "rescale_output_factor")
         and hasattr(module, "set_processor")
@@ -143,7 +172,7 @@ def is_unet_attention(module: nn.Module) -> bool:
 
 
 def register_with_guiders(processor_class: type) -> None:
-    """Let diffusers' LayerSkip treat `processor_class` as its own AttnProcessor2_0; nothing where its hooks are not loaded."""
+    """Let diffusers' LayerSkip treat `processor_class` as AttnProcessor2_0, if its hooks are loaded."""
     helpers = sys.modules.get("diffusers.hooks._helpers")
     models = sys.modules.get("diffusers.models.attention_processor")
     with contextlib.suppress(AttributeError, ValueError):
@@ -162,7 +191,7 @@ def _check_layer(attn: "Attention", encoder_hidden_states: Tensor | None) -> Non
 
 
 def _prepare_mask(attn: "Attention", mask: Tensor | None, keys: Tensor) -> Tensor | None:
-    """[B, 1 or H, 1 or N_q, N_k]; one mask for all heads stays one."""
+    """Return the mask [B, 1 or H, 1 or N_q, N_k]. A mask for all heads is not repeated."""
     if mask is None:
         return None
     batch = keys.shape[0]
@@ -173,10 +202,9 @@ def _prepare_mask(attn: "Attention", mask: Tensor | None, keys: Tensor) -> Tenso
 def project(
     attn: "Attention", hidden_states: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, H, N, D], tokens outside heads in memory."""
-    fused = (
-        attn.fused_projections and type(attn.to_q) is nn.Linear
-    )  # an adapter loaded since has not reached the fused weights
+    """Return queries, keys and values [B, H, N, D], with tokens outside heads in memory."""
+    # An adapter that was loaded after fusing wraps to_q and has not changed the fused weights.
+    fused = attn.fused_projections and type(attn.to_q) is nn.Linear
     if context is None and fused:
         q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
     else:

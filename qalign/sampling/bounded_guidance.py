@@ -201,7 +201,9 @@ def _reach(
 
     `keys` are bit sets int32 [1, T]; None are those of the picture's own tokens.
     """
-    queries = regions.keys("structure", layer.query.shape[2], layer.query.device)[0, :, None]  # [N, 1]
+    queries = regions.picture_labels("structure", layer.query.shape[2], layer.query.device)[
+        0, :, None
+    ]  # [N, 1]
     kinds, ids = torch.unique(queries if keys is None else keys, return_inverse=True)
     mass = label_mass(
         layer.query, layer.key, ids.view(1, -1).int(), len(kinds), scale=layer.scale
@@ -296,7 +298,7 @@ class MaskRefiner:
             got = ", ".join(map(str, sorted(sizes)))
             raise ValueError(f"mask_layers: expected layers of one number of tokens, got {got}")
         for own, words in zip(features.values(), cross.values()):
-            queries = regions.keys("structure", own.query.shape[2], own.query.device)[0]
+            queries = regions.picture_labels("structure", own.query.shape[2], own.query.device)[0]
             tokens = method.token_labels(words.key.shape[2], own.query.device)[0]
             self.count += 1
             self.self_map = torch.lerp(

@@ -19,8 +19,7 @@ NOTHING = tl.constexpr(-0x7F800001)  # -inf as `ordered` gives it
 
 
 class Features(NamedTuple):
-    """A tensor [B, H, N, D]: the pitches of batch row, head and token in bytes, and the stride of its
-    channels.
+    """A tensor [B, H, N, D]: pitches of batch row, head and token in bytes, and the stride of channels.
 
     In bytes, the pitch of a head is a multiple of 16 even at head dim 40, so that loads stay wide.
     """

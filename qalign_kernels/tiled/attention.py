@@ -33,14 +33,22 @@ from ._masses import (
 )
 
 
+class _Seen(NamedTuple):
+    """The keys of a segment that a group of queries sees, and which segment it is."""
+
+    position: int
+    segment: Any  # without labels
+
+
 class _GroupCall(NamedTuple):
     """A call as one group of queries makes it."""
 
     rows: list[Any]  # the segments as the group's batch rows read them
-    seen: list[
-        tuple[int, Any]
-    ]  # position and keys of each segment of which the group sees a key, without labels
+    seen: list[_Seen]  # of each segment of which the group sees a key
     guide: Any
+
+    def segments(self) -> list[Any]:
+        return [seen.segment for seen in self.seen]
 
 
 class _Given(NamedTuple):
@@ -92,7 +100,7 @@ def attention(
         call, part = _of_group(group, segments, guide), group.of(query)
         if call.seen:
             own = settings._replace(query_labels=None, guide=call.guide)
-            part_output, part_lse = _attend(part, [s for _, s in call.seen], call.rows, own, need_lse)
+            part_output, part_lse = _attend(part, call.segments(), call.rows, own, need_lse)
         else:
             part_output = output.new_zeros((*part.shape[:3], output.shape[3]))
             part_lse = part.new_full(part.shape[:3], float("-inf"))
@@ -112,7 +120,7 @@ def _of_group(group: Group, segments: Sequence[Any], guide: Any) -> _GroupCall:
         )
         if key.shape[2]:
             own = dataclasses.replace(segment, key=key, value=value, counts=counts, labels=None)
-            seen.append((position, own))
+            seen.append(_Seen(position, own))
     if guide is not None:
         key, kept = _of_rows(dataclasses.replace(segments[0], key=guide.key), group.batch).key, group.keys[0]
         guide = guide._replace(
@@ -171,10 +179,9 @@ def attention_backward(
     guide: Any,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of query, keys, values and guide that are needed. Masses are computed again, block by
-    block.
+    """The gradients of query, keys, values and guide that are needed.
 
-    With g_ij = dO_i·v_j (with a contrast: times c inside the clip):
+    Masses are computed again, block by block. With g_ij = dO_i·v_j (a contrast: times c inside the clip):
     dl_ij = m_j p_ij (g_ij - Σ_k m_k p_ik g_ik + dlse_i), dv_j = Σ_i m_j w_ij dO_i.
 
     On the CPU torch's fused attention computes them, where it serves the call and output and log-sum-exp are
@@ -204,10 +211,9 @@ def _backward_of_groups(
         if not call.seen:
             continue
         own = settings._replace(query_labels=None, guide=call.guide)
-        seen = [segment for _, segment in call.seen]
-        grads = _backward(given.of(group), group.of(query), seen, call.rows, own)
+        grads = _backward(given.of(group), group.of(query), call.segments(), call.rows, own)
         firsts = (1, 1 + len(segments))  # of the keys, and of the values
-        places = [0, *(first + position for first in firsts for position, _ in call.seen), *of_guide]
+        places = [0, *(first + seen.position for first in firsts for seen in call.seen), *of_guide]
         for place, grad in zip(places, grads):
             if place in (0, *of_guide[:1]):
                 sums[place][group.batch].index_copy_(2, group.queries, grad)

@@ -43,6 +43,7 @@ def trained(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(trained, tmp_path):
     for _ in range(20):
         try:
@@ -56,6 +57,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(trained, tmp_path):
             torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=1e-6, msg=f"{name} {key}")
 
 
+@pytest.mark.slow
 def test_a_written_model_is_trained_on(trained, tmp_path):
     trained.pipeline().to(torch.float16).save_pretrained(tmp_path / "written")
     (tmp_path / "written" / "record.json").write_text(json.dumps(trained.record))
@@ -79,6 +81,7 @@ def test_a_written_model_is_trained_on(trained, tmp_path):
     assert not torch.equal(*first)  # other scenes
 
 
+@pytest.mark.slow
 def test_training_moves_every_parameter(trained):
     torch.manual_seed(trained.settings.seed)
     fresh = Training(trained.folder, trained.settings, torch.device("cpu"), print)
@@ -110,6 +113,7 @@ def test_words_of_captions_are_single_tokens():
     assert len(spelled) > 1 and tokenizer.unk_token_id not in spelled
 
 
+@pytest.mark.slow
 def test_command_stops_in_time_and_explains_resuming(tmp_path, capsys):
     arguments = [
         "--work",
@@ -132,6 +136,7 @@ def test_command_stops_in_time_and_explains_resuming(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_record_says_what_was_run(trained):
     record = json.loads(json.dumps(trained.record))
     assert (

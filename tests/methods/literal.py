@@ -1,4 +1,4 @@
-"""The published formulas written out for one guidance part, map by map and row by row: the truth that the methods are held against."""
+"""The published formulas, written out map by map and row by row. They are the truth for the methods."""
 
 import math
 
@@ -91,9 +91,10 @@ def seal(attn, out, app, struct, *, tau=0.15, delta=3.0, top=1, joint=True, blen
     if blend == "keys_values":
         one_k, one_v = (x.gather(1, best[..., :1].expand(-1, -1, x.shape[2])) for x in (k, v))
         return plain(q, (own_k + w * one_k) / (1 + w), (own_v + w * one_v) / (1 + w))
-    infused = (logits(q, k).gather(2, best).softmax(-1).unsqueeze(2) @ v.unsqueeze(1).expand(-1, q.shape[1], -1, -1).gather(
-        2, best.unsqueeze(-1).expand(*best.shape, v.shape[2])
-    )).squeeze(2)  # fmt: skip
+    values = v.unsqueeze(1).expand(-1, q.shape[1], -1, -1)
+    best_values = values.gather(2, best.unsqueeze(-1).expand(*best.shape, v.shape[2]))
+    weights = logits(q, k).gather(2, best).softmax(-1)
+    infused = (weights.unsqueeze(2) @ best_values).squeeze(2)
     base = plain(q, own_k, own_v)
     return {
         "average": (base + w * infused) / (1 + w),

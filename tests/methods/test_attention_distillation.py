@@ -119,8 +119,13 @@ def test_label_missing_in_the_style_sees_everything():
 
 
 def test_the_ideal_output_and_the_references_are_detached():
-    own, style, content = ({name: LayerFeatures(*(x.detach().requires_grad_() for x in layer[:4]), None) for name, layer in some.items()}
-                           for some in (features(2, 0), features(1, 100), features(2, 200)))  # fmt: skip
+    own, style, content = (
+        {
+            name: LayerFeatures(*(x.detach().requires_grad_() for x in layer[:4]), None)
+            for name, layer in some.items()
+        }
+        for some in (features(2, 0), features(1, 100), features(2, 200))
+    )
     AttentionDistillation(content_weight=2.0).loss(own, style, content).total.backward()
     for name, layer in own.items():
         k, v = style[name].key, style[name].value

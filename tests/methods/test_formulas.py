@@ -1,4 +1,4 @@
-"""Every method against its published formulas written out, layer by layer and through a small real UNet; the truth is float64."""
+"""Every method against its published formulas in float64, for a layer and through a small real UNet."""
 
 import functools
 import math
@@ -141,7 +141,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 class Literal:
-    """An attention processor of a layer's literal formula, for rows [output, appearance, structure] of each guidance part."""
+    """An attention processor of a literal formula, for rows [output, appearance, structure] of each half."""
 
     def __init__(self, formula, **settings):
         self.formula, self.settings = formula, settings
@@ -331,7 +331,7 @@ def test_trap_masactrl_without_source_foreground_attends_everything():
 
 @torch.no_grad()
 def test_trap_ctrl_x_adds_nothing_to_the_deviation():
-    """Features a thousandth as large have statistics a thousandth as large: an eps of 1e-5 in the variance would show."""
+    """Features scaled by 1/1000 scale the statistics. An eps of 1e-5 in the variance would be visible."""
     attn, hidden = make_attention(2, 40)
     method, site = CtrlX(structure_layers=(), appearance_layers=ANYWHERE), Site(LAYOUT)
     small, large = (

@@ -111,7 +111,7 @@ REFUSALS = {
     "own_methods.blends:NoMethod": "a class that extends qalign.Editing, got 'own_methods.blends:NoMethod'",
     "own_methods.blends:SOME": "a class that extends qalign.Editing, got 'own_methods.blends:SOME': 3",
     "own_methods.blends:Unset": "got none for other",
-    "own_methods.blends:": f"'package.module:Class' or one of {', '.join(METHODS)}, got 'own_methods.blends:'",
+    "own_methods.blends:": f"one of {', '.join(METHODS)}, got 'own_methods.blends:'",
 }
 
 

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
     ids=repr,
 )
 def test_a_token_reads_its_own_region_alone(method):
-    """What changes in the reference's right half does not reach the output's left half, and does reach its right one."""
+    """A change of the reference's right half reaches the output's right half, and not its left half."""
     attn, hidden = make_attention(2, 40)
     attn.set_processor(
         UNetAttnProcessor(method, LAYOUT, regions=Regions(appearance=HALVES, structure=HALVES))
@@ -40,20 +40,27 @@ def test_a_label_that_the_reference_lacks_sees_everything():
     regions = Regions(
         appearance=torch.zeros(4, 4, dtype=torch.long), structure=torch.tensor([[0, 0, 3, 3]] * 4)
     )
-    assert regions.queries("appearance", 16, 16, CPU).view(4, 4)[0].tolist() == [1, 1, EVERYTHING, EVERYTHING]
-    assert regions.queries("structure", 16, 16, CPU).view(4, 4)[0].tolist() == [1, 1, 8, 8]
+    assert regions.query_labels("appearance", 16, 16, CPU).view(4, 4)[0].tolist() == [
+        1,
+        1,
+        EVERYTHING,
+        EVERYTHING,
+    ]
+    assert regions.query_labels("structure", 16, 16, CPU).view(4, 4)[0].tolist() == [1, 1, 8, 8]
 
 
 def test_the_background_sees_and_is_seen():
     regions = Regions(structure=torch.tensor([[0, 1], [2, 30]]), background=0)
-    assert regions.keys("structure", 4, CPU).tolist() == [[EVERYTHING, 2, 4, 1 << 30]]
+    assert regions.picture_labels("structure", 4, CPU).tolist() == [[EVERYTHING, 2, 4, 1 << 30]]
 
 
 def test_labels_are_taken_at_each_tokens_middle():
     labels = torch.arange(8).repeat_interleave(2).repeat(16, 1)
     regions = Regions(structure=labels)
-    assert regions.keys("structure", 64, CPU).view(8, 8)[0].tolist() == [1 << n for n in range(8)]
-    assert regions.keys("structure", 16, CPU).view(4, 4)[3].tolist() == [1 << n for n in (1, 3, 5, 7)]
+    assert regions.picture_labels("structure", 64, CPU).view(8, 8)[0].tolist() == [1 << n for n in range(8)]
+    assert regions.picture_labels("structure", 16, CPU).view(4, 4)[3].tolist() == [
+        1 << n for n in (1, 3, 5, 7)
+    ]
 
 
 @torch.no_grad()
@@ -108,11 +115,11 @@ def test_from_pictures(tmp_path):
             "structure: expected labels of 0 to 30, got -1 to -1",
         ),
         (
-            lambda: Regions(structure=HALVES).queries("appearance", 96, 96, CPU),
+            lambda: Regions(structure=HALVES).query_labels("appearance", 96, 96, CPU),
             "regions: expected labels of the appearance, which .* got None",
         ),
         (
-            lambda: Regions(structure=HALVES).keys("structure", 95, CPU),
+            lambda: Regions(structure=HALVES).picture_labels("structure", 95, CPU),
             "tokens: expected a grid of 8 x 12 halved some times, got 95",
         ),
     ],
@@ -151,6 +158,6 @@ def test_a_window_has_the_labels_of_its_place():
         assert torch.equal(cut.structure[::scale, ::scale], labels[1:3, 2:6])
     with pytest.raises(
         ValueError,
-        match="^regions: expected a label map of the structure of 4 x 4 latents, or of its pixels, got 4 x 6$",
+        match="^regions: expected a label map of the structure of 4 x 4 latents, .*, got 4 x 6$",
     ):
         Regions(structure=labels).window(slice(0, 2), slice(0, 2), (4, 4))

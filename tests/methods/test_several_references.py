@@ -1,4 +1,4 @@
-"""Several references for one output, pictures that see each other, and matches between pictures: what the formulas alone do not show."""
+"""Several references for one output, pictures that see each other, and matches between pictures."""
 
 import math
 
@@ -125,7 +125,7 @@ def test_masked_keys_are_hidden_in_every_row(method, layout, hidden):
     "method", [FreeCustom(), DreamMatcher(size=GRID)], ids=lambda method: type(method).__name__
 )
 def test_attention_mass_can_be_read(method, hidden):
-    """`compare` gives label indicators as values, as many as there are labels: rows of the result are shares that sum to one."""
+    """`compare` gives label indicators as values, so the results are shares that sum to one."""
     q, k, _ = (x[None].repeat(3, 1, 1, 1) for x in literal.project(make_attention(2, 40)[0], hidden[0]))
     labels = (torch.arange(TOKENS) % 4).expand(3, -1)
     site, rows = (
@@ -271,7 +271,7 @@ def test_methods_that_read_one_appearance_say_so(name, hidden):
     attn.set_processor(prepared)
     with pytest.raises(
         ValueError,
-        match="^layout: expected one appearance, for this method reads no more, got 2 for one output$",
+        match="^layout: expected one appearance, because this method reads only one, got 2 for one output$",
     ):
         attn(hidden)
 
@@ -316,7 +316,7 @@ def test_settings_out_of_range_are_refused():
 def test_several_label_maps_where_one_is_read(hidden):
     with pytest.raises(
         ValueError,
-        match="regions: expected one label map of the appearance, for this method reads no more, got 2",
+        match="regions: expected one label map of the appearance, because this method reads only one, got 2",
     ):
         run(ReferenceOnly(), hidden, TRIPLET, regions=Regions(appearance=MASKS, structure=MASKS[0]))
     with pytest.raises(

@@ -96,6 +96,7 @@ def test_from_pipe_makes_a_subclass_of_its_family() -> None:
     assert type(Own.from_pipe(make_pipe("sdxl"))) is AppearanceTransferXLPipeline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"), [("small", torch.float16), ("small", torch.bfloat16), ("sdxl", torch.bfloat16)]
 )
@@ -179,6 +180,7 @@ def test_the_package_gives_its_pipelines_when_asked() -> None:
         _ = qalign.Nothing
 
 
+@pytest.mark.slow
 def test_embedded_reconstructs_and_transfers() -> None:
     pipe = embedded_pipe(AppearanceTransferPipeline)
     appearance, structure = render([held_out_seed(0), held_out_seed(1)]).image
@@ -289,6 +291,7 @@ def test_nan_says_where_and_what_to_change(part) -> None:
     )
 
 
+@pytest.mark.slow
 def test_overflowing_half_precision_vae_works_in_float32(monkeypatch) -> None:
     pipe, dtypes = own(make()), []
     pipe.vae.to(torch.float16)

@@ -182,7 +182,7 @@ def test_default_layers_are_the_published_ones():
 @pytest.mark.parametrize("rows", [1, 2])
 def test_maps_are_the_last_rows_bounded_attention(rows):
     layer = LayerFeatures(*(random_features(rows, 3, 64, 40, seed=seed) for seed in range(4)), None)
-    bits = REGIONS.keys("structure", 64, torch.device("cpu"))[0]
+    bits = REGIONS.picture_labels("structure", 64, torch.device("cpu"))[0]
     expected = self_maps(layer, BOXES).mean(0)
     assert (bounded_map(layer, bits, bits) - expected).norm() <= 2e-6 * expected.norm()
     assert (bounded_map(layer, bits, bits) == 0).sum() > 0  # a subject does not see the other

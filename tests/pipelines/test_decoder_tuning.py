@@ -47,6 +47,7 @@ def call(pipe, **options):
     )
 
 
+@pytest.mark.slow
 def test_tuning_reproduces_better_and_restores_weights():
     pipe, scene = embedded_pipe(AttentionDistillationPipeline), render([held_out_seed(1)], 64).image
     before, latents = state(pipe), pipe.encode(scene).detach()

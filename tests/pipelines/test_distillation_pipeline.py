@@ -318,6 +318,7 @@ def test_several_contents_are_as_many_calls(small):
         assert (alone - image).abs().mean() < 1e-3 * image.abs().mean()
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_scene_falls():
     pipe, image = embedded(), scenes().image
     with torch.no_grad():
@@ -347,6 +348,7 @@ def test_gradients_that_float16_would_round_to_zero_arrive():
     assert torch.equal(latents.detach(), -torch.ones(1, 4, 4, 4)) and latents.grad is None
 
 
+@pytest.mark.slow
 def test_masks_of_a_scene_draw_object_from_object():
     pipe, (style, content), labels = embedded(), scenes().image, (scenes().labels >= len(BACKGROUNDS)).long()
     regions, method = (

@@ -297,6 +297,7 @@ def test_half_precision_models_stay_finite_and_lead_back(invert, dtype) -> None:
     assert psnr(regenerate(found, predict, scheduler)[-1], clean) > 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, size, steps", [(torch.float32, 128, 20), (torch.bfloat16, 64, 3), (torch.float16, 64, 3)]
 )

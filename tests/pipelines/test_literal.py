@@ -344,6 +344,7 @@ def held_out() -> Case:
     )
 
 
+@pytest.mark.slow
 def test_cross_image_on_the_embedded_model(held_out: Case) -> None:
     actual, result = held_out.pipeline(method=CrossImage(), noun=held_out.noun)
     truth, run = held_out.literal(shortened(9, EMBEDDED), double=False)  # which would take ten times as long
@@ -352,6 +353,7 @@ def test_cross_image_on_the_embedded_model(held_out: Case) -> None:
     assert_same(actual, truth)
 
 
+@pytest.mark.slow
 def test_qalign_on_the_embedded_model(held_out: Case) -> None:
     """The mean is compared: among so many tokens rounding may change a best match, with little effect."""
     actual, _ = held_out.pipeline(method=QAlign(), adain="whole")

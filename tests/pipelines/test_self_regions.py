@@ -100,8 +100,8 @@ def test_masks_become_two_mutually_hidden_regions() -> None:
     regions = object_regions(torch.stack([LEFT, ~LEFT]))
     assert torch.equal(regions.appearance, LEFT.long()) and torch.equal(regions.structure, 1 - LEFT.long())
     assert not (
-        regions.keys("appearance", 24, torch.device("cpu"))
-        & regions.queries("appearance", 24, 24, torch.device("cpu"))
+        regions.picture_labels("appearance", 24, torch.device("cpu"))
+        & regions.query_labels("appearance", 24, 24, torch.device("cpu"))
     )[0].any()
 
 
@@ -112,12 +112,13 @@ def test_an_object_that_is_not_found_restricts_nothing(missing, which) -> None:
     masks[which] = missing
     regions = object_regions(torch.stack(masks))
     queries, keys = (
-        regions.queries("appearance", 24, 24, torch.device("cpu")),
-        regions.keys("appearance", 24, torch.device("cpu")),
+        regions.query_labels("appearance", 24, 24, torch.device("cpu")),
+        regions.picture_labels("appearance", 24, torch.device("cpu")),
     )
     assert ((queries[0, :, None] & keys[0]) != 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [False, True])
 def test_a_transfer_finds_them_itself(pipe, birds, known) -> None:
     (appearance, structure), prompt = birds
@@ -180,4 +181,4 @@ def test_other_words_are_refused(small) -> None:
 
 def test_label_map_reaches_layers_of_other_size(small) -> None:
     regions = object_regions(F.interpolate(torch.stack([LEFT, LEFT])[None].float(), (16, 16))[0].bool())
-    assert regions.keys("structure", 64, torch.device("cpu")).unique().tolist() == [1, 2]
+    assert regions.picture_labels("structure", 64, torch.device("cpu")).unique().tolist() == [1, 2]

@@ -1,4 +1,4 @@
-"""Small but real pipelines: the layouts of SD 1.5, SD 2.1 and SDXL built from configs, with seeded weights and a tokenizer of single letters."""
+"""Small real pipelines of SD 1.5, SD 2.1 and SDXL with seeded weights and a tokenizer of single letters."""
 
 import functools
 import string

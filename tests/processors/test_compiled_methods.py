@@ -1,4 +1,4 @@
-"""A layer under every method and torch.compile: the results of the eager layer, and one graph that is not made anew from step to step."""
+"""A layer under every method and torch.compile: results as without, and one graph for all steps."""
 
 from collections.abc import Callable
 

@@ -1,11 +1,15 @@
-"""BatchLayout: roles, guidance parts and images per prompt, against rows written out by hand."""
+"""BatchLayout: roles, guidance halves and images per prompt, against rows written out by hand."""
+
+import importlib
 
 import pytest
 import torch
 
-from qalign import BatchLayout
+from qalign import BatchLayout, Site
 
 TRIPLET = ("output", "appearance", "structure")
+ROLES = "3 roles (output, appearance, structure)"
+SIX = f"batch: expected 6 or 12 rows = {ROLES} x 1 or 2 guidance parts x 2 images per prompt"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_index_made_in_inference_mode_serves_autograd() -> None:
         ),
         (
             lambda: BatchLayout("output", "appearance", "appearance").rows("appearance", 3),
-            "layout: expected one appearance, for this method reads no more, got 2 for one output",
+            "layout: expected one appearance, because this method reads only one, got 2 for one output",
         ),
         (
             lambda: BatchLayout("output", "structure", "structure"),
@@ -133,11 +137,11 @@ def test_index_made_in_inference_mode_serves_autograd() -> None:
         ),
         (
             lambda: BatchLayout(*TRIPLET, images_per_prompt=2).parts(9),
-            "batch: expected 6 or 12 rows = 3 roles (output, appearance, structure) x 1 or 2 guidance parts x 2 images per prompt, got 9 rows",
+            f"{SIX}, got 9 rows",
         ),
         (
             lambda: BatchLayout(*TRIPLET, guidance=True).rows("output", 3),
-            "batch: expected 6 rows = 3 roles (output, appearance, structure) x 2 guidance parts x 1 images per prompt, got 3 rows",
+            f"batch: expected 6 rows = {ROLES} x 2 guidance parts x 1 images per prompt, got 3 rows",
         ),
         (
             lambda: BatchLayout("output", "structure").rows("appearance", 2),
@@ -149,3 +153,27 @@ def test_errors_say_what_was_expected_and_what_came(make, message) -> None:
     with pytest.raises(ValueError) as caught:
         make()
     assert str(caught.value) == message
+
+
+def test_extended_layout_is_whole_when_constructed() -> None:
+    layout = BatchLayout("output", "structure", guidance=True).extended("appearance", "structure")
+    assert layout == BatchLayout("output", "plain", "appearance", "structure", guidance=True, unread=2)
+    assert layout.rows("other", 8) == (1, 5)
+
+
+def test_rows_are_resolved_once_for_a_layout(monkeypatch) -> None:
+    module = importlib.import_module("qalign.context.layout")
+    made = []
+
+    def counted(*arguments):
+        made.append(arguments)
+        return make(*arguments)
+
+    make = module._make_index
+    module._cached_index.cache_clear()
+    monkeypatch.setattr(module, "_make_index", counted)
+    q = torch.zeros(6, 2, 4, 8)
+    for _ in range(3):
+        site = Site(BatchLayout(*TRIPLET))
+        site.merge(q, q, q, q[site.output_rows(q)])
+    assert sorted(role for _, role, *_ in made) == ["other", "output", "output"]  # int32, and int64 to write

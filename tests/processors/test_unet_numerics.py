@@ -169,7 +169,7 @@ def test_each_part_and_image_reads_its_own_reference() -> None:
 
 @torch.no_grad()
 def test_only_matched_reference_tokens_reach_the_output() -> None:
-    """A reference token that no query resembles most may hold anything; Cross-Image attention would pass it on."""
+    """An unmatched reference token may hold anything. Cross-Image attention would pass it on."""
     generator = torch.Generator().manual_seed(12)
     q, k, v = torch.randn(3, 2, 2, 32, 16, generator=generator)
     q[0] = q[1, :, :8].repeat(1, 4, 1)  # the output's queries are copies of the reference's first eight
