@@ -17,7 +17,7 @@ import qalign
 import qalign_kernels
 from benchmarks import pages
 from tests.project import ROOT
-from tests.test_docstrings import fewer_steps, namespace
+from tests.test_docstrings import namespace
 
 DOCS = ROOT / "docs"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -40,6 +40,11 @@ def read(page):
 
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE)
+
+
+def fewer_steps(source):
+    """The same code with two denoising steps where it has many."""
+    return re.sub(r'(num_inference_steps"?[=:] ?)\d+', r"\g<1>2", source)
 
 
 def named(page):
@@ -113,6 +118,7 @@ def test_pictures_are_small_files(name):
     assert (DOCS / "images" / name).stat().st_size <= 400 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in sorted(DOCS.glob("*.md")) if blocks(page, "python")], ids=named
 )
@@ -187,6 +193,7 @@ def test_examples_are_short_and_named(path):
     assert any(f"examples/{path.name}" in page.read_text() for page in DOCS.glob("*.md"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path, beside_the_examples, monkeypatch, capsys):
     """As they stand, with two denoising steps in place of many."""
@@ -206,6 +213,7 @@ def test_examples_run(path, beside_the_examples, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_mkdocs_builds_strictly(tmp_path):
     """In a process of its own, as `make docs` does it."""
     pytest.importorskip("mkdocs")
