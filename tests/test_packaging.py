@@ -19,7 +19,12 @@ from qalign import __main__ as command_line
 from tests.project import ROOT, own_files, packaging_arguments
 
 OURS = ("benchmarks", "qalign", "qalign_kernels", "tests")
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}  # by import
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}  # by import
 BROUGHT = {"triton"}  # by a torch for GPUs; where it is absent, "auto" does without
 COMMANDS_OF_DIFFUSERS = ("bound", "distill", "leakage", "methods", "scenes", "texture", "transfer")
 

@@ -10,13 +10,14 @@ import sys
 import types
 
 import pytest
+import yaml
 from PIL import Image
 
 import qalign
 import qalign_kernels
 from benchmarks import pages
 from tests.project import ROOT
-from tests.test_docstrings import fewer_steps, namespace
+from tests.test_docstrings import namespace
 
 DOCS = ROOT / "docs"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -39,6 +40,11 @@ def read(page):
 
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE)
+
+
+def fewer_steps(source):
+    """The same code with two denoising steps where it has many."""
+    return re.sub(r'(num_inference_steps"?[=:] ?)\d+', r"\g<1>2", source)
 
 
 def named(page):
@@ -112,6 +118,7 @@ def test_pictures_are_small_files(name):
     assert (DOCS / "images" / name).stat().st_size <= 400 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in sorted(DOCS.glob("*.md")) if blocks(page, "python")], ids=named
 )
@@ -186,6 +193,7 @@ def test_examples_are_short_and_named(path):
     assert any(f"examples/{path.name}" in page.read_text() for page in DOCS.glob("*.md"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path, beside_the_examples, monkeypatch, capsys):
     """As they stand, with two denoising steps in place of many."""
@@ -205,6 +213,7 @@ def test_examples_run(path, beside_the_examples, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_mkdocs_builds_strictly(tmp_path):
     """In a process of its own, as `make docs` does it."""
     pytest.importorskip("mkdocs")
@@ -215,3 +224,28 @@ def test_mkdocs_builds_strictly(tmp_path):
     assert "hero.png" in (tmp_path / "index.html").read_text(encoding="utf-8")
     page = (tmp_path / "api" / "similarity_argmax" / "index.html").read_text(encoding="utf-8")
     assert "reference_labels" in page
+
+
+def test_citation_has_the_version_of_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == qalign_kernels.__version__
+    heading = f"## [{citation['version']}] - {citation['date-released']}"
+    assert heading in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_hooks_take_the_pinned_ruff():
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    pins = {pin for hook in local["hooks"] for pin in hook.get("additional_dependencies", [])}
+    assert len(pins) == 1 and pins <= {*(ROOT / "constraints.txt").read_text().splitlines()}
+
+
+def test_workflow_runs_the_verbs_of_make():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"].values()
+    ran = " ".join(step.get("run", "") for job in jobs for step in job["steps"])
+    assert "make test " in ran and ".ci/run" in ran and "make docs" in ran
+
+
+def test_bug_template_wants_the_environment():
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text(encoding="utf-8"))
+    wanted = [field for field in form["body"] if field.get("validations", {}).get("required")]
+    assert any("python -m qalign_kernels.env" in field["attributes"]["label"] for field in wanted)
