@@ -1,7 +1,7 @@
 """What surrounds a call stays outside: the result of an op depends on its arguments alone.
 
-Autocast is off inside every op, forward and backward. Matmul precision is obeyed. A forward-mode tangent, for which
-only the reference has rules, is refused.
+Autocast is off inside every op, forward and backward. Torch's matmul precision is obeyed. A forward-mode
+tangent is refused: only the reference has rules for it.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for batches of one size; differentiable any number of times, backward inside `torch.autocast` too."""
+    """a @ b for batches of one size; differentiable any number of times, inside `torch.autocast` too."""
     return _Product.apply(a, b)
 
 

@@ -1,4 +1,4 @@
-"""match_counts by integer scatter, take_rows by one gather; the gradient of a gather sums in the accumulate dtype."""
+"""match_counts by integer scatter, take_rows by one gather. The gradient of a gather sums in float32."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def take_rows_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
-    """The gradient of x [B, H, N_k, D]: the sum of `grad` [B, H, N_q, D] over the queries that took each token."""
+    """The gradient of x [B, H, N_k, D]: `grad` [B, H, N_q, D], summed over the queries that took a token."""
     total = grad.new_zeros((*grad.shape[:2], num_tokens, grad.shape[3]), dtype=accumulate_dtype(grad))
     added = grad.to(total.dtype).masked_fill((index < 0).unsqueeze(-1), 0)
     add_rows(total, index, added)
@@ -26,7 +26,7 @@ def take_rows_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
 
 
 def add_rows(total: Tensor, index: Tensor, added: Tensor, batch_index: Tensor | None = None) -> None:
-    """Add `added` [B, H, N_q, ..., D] to the tokens of `total` [B_r, H, N_k, D] that `index` [B, 1 or H, N_q, ...] names.
+    """Add `added` [B, H, N_q, ..., D] to the tokens of `total` [B_r, H, N_k, D] at `index` [B, 1 or H, N_q, ...].
 
     -1 adds to token 0: let `added` be zero there. Deterministic on every device.
     """

@@ -156,7 +156,8 @@ def matched_score_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of query and reference, from those of the scores of the matched pairs.
 
-    With x̂ = x / |x| for "cosine": dq̂_i = Σ_t g_it r̂_π(it), dr̂_j = Σ_{π(it) = j} g_it q̂_i, dx = (dx̂ - x̂ (x̂·dx̂)) / |x|.
+    dq̂_i = Σ_t g_it r̂_π(it) and dr̂_j = Σ_{π(it) = j} g_it q̂_i. For "cosine", x̂ = x / |x| and
+    dx = (dx̂ - x̂ (x̂·dx̂)) / |x|.
     """
     dtype, (batch, heads, tokens, head_dim) = accumulate_dtype(query), query.shape
     if index.dim() == 3:

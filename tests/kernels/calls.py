@@ -1,4 +1,4 @@
-"""One call of every public op with every optional argument that changes its way, for tests that sweep over all ops."""
+"""Calls of every public op with each optional argument that changes its way, for sweeps over all ops."""
 
 import functools
 from collections.abc import Callable

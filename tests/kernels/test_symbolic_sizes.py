@@ -1,4 +1,4 @@
-"""torch.compile serves other numbers of tokens, rows and settings by one more graph, without a graph break."""
+"""torch.compile serves other sizes by one more graph, and other settings, without a graph break."""
 
 import functools
 
@@ -10,7 +10,7 @@ import qalign_kernels as qk
 from qalign_kernels import Segment
 from tests.kernels.calls import CALLS, inputs
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 LEARNED = pytest.mark.parametrize("learned", [False, True], ids=["inference", "training"])
 
 
