@@ -10,6 +10,7 @@ import pytest
 
 from tests.project import ROOT, packaging_arguments
 
+pytestmark = pytest.mark.slow
 PINS = ROOT / "constraints.txt"
 LINUX = "x86_64-manylinux_2_28"
 MACHINES = [(python, LINUX) for python in ("3.11", "3.12", "3.13", "3.14")]

@@ -4,6 +4,7 @@ import pytest
 
 from tests.stubbed import run_over_stub
 
+pytestmark = pytest.mark.slow
 RUNS = """
 import threading
 from unittest import mock

@@ -1,8 +1,8 @@
 """The two tiers of the tests, as a plugin of pytest: a case without `slow` fails where it takes too long.
 
-What counts is a case with its fixtures and the processes that it waited for: its processor time, which a busy machine
-hardly changes, or its duration where that is shorter, as many threads share the work. `fast_case_seconds` in
-pyproject.toml is several times what a case without `slow` should take.
+A case is measured with its fixtures and with the processes that it waited for. Processor time counts,
+because a busy machine hardly changes it. Where many threads share the work, the shorter wall time counts.
+`fast_case_seconds` in pyproject.toml is several times what a case without `slow` should take.
 """
 
 import os

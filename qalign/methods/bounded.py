@@ -66,7 +66,7 @@ class BoundedAttention(Editing):
     card: ClassVar[Card] = Card(
         "Bounded attention",
         "2403.16990",
-        "subjects do not see each other",
+        "own keys of the same subject and of the background",
         "all",
         "all",
         "attention (labels)",

@@ -55,7 +55,7 @@ class ConsiStory(Editing):
     card: ClassVar[Card] = Card(
         "ConsiStory",
         "2402.03286",
-        "K, V + subjects of the others, dropout",
+        "own keys and the subjects of the other outputs, with dropout",
         "up blocks",
         "2 to 50 of 50",
         "attention (counts, labels)",

@@ -47,7 +47,7 @@ class CrossImage(Editing):
     card: ClassVar[Card] = Card(
         "Cross-Image",
         "2311.03335",
-        "K, V <- appearance, contrast",
+        "keys and values of the appearance; contrast",
         "last two decoder blocks",
         "12 to 68 of 68",
         "attention (contrast)",

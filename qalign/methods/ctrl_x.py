@@ -56,7 +56,7 @@ class CtrlX(Editing):
     card: ClassVar[Card] = Card(
         "Ctrl-X",
         "2406.07540",
-        "Q, K and features <- structure; hidden states take moments from appearance",
+        "queries, keys and features of the structure; statistics of the appearance",
         "encoder and first decoder blocks",
         "first 0.6",
         "attention (moments)",

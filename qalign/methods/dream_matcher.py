@@ -54,7 +54,7 @@ class DreamMatcher(Editing):
     card: ClassVar[Card] = Card(
         "DreamMatcher",
         "2402.09812",
-        "V <- appearance's where matches agree both ways",
+        "values of the appearance where matches agree in both directions",
         "last six of the decoder",
         "5 to 50 of 50",
         "similarity_argmax, attention",

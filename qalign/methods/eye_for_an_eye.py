@@ -46,7 +46,7 @@ class EyeForAnEye(CrossImage):
     card: ClassVar[Card] = Card(
         "Eye-for-an-eye",
         "2406.07008",
-        "hidden states <- best match in appearance",
+        "hidden states replaced by their best match in the appearance",
         "last two decoder blocks",
         "12 to 68 of 68",
         "similarity_argmax",

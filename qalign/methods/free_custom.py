@@ -53,7 +53,7 @@ class FreeCustom(Editing):
     card: ClassVar[Card] = Card(
         "FreeCustom",
         "2405.13870",
-        "K, V + subjects of all appearances, shifted by 3",
+        "own keys and the subjects of all appearances, shifted by 3",
         "last six of the decoder",
         "all",
         "attention (segments, labels)",

@@ -65,7 +65,7 @@ class MasaCtrl(Editing):
     card: ClassVar[Card] = Card(
         "MasaCtrl",
         "2304.08465",
-        "K, V <- appearance (or both)",
+        "keys and values of the source, or of source and output",
         "last six of the decoder",
         "5 to 50 of 50",
         "attention (segments)",

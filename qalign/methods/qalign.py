@@ -58,7 +58,7 @@ class QAlign(CrossImage):
     card: ClassVar[Card] = Card(
         "Q-Align",
         "2508.21090",
-        "K, V <- appearance, rearranged by query alignment, contrast",
+        "keys and values of the appearance, rearranged by query alignment; contrast",
         "last two decoder blocks",
         "12 to 68 of 68",
         "similarity_argmax, attention (counts, contrast)",

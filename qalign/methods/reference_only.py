@@ -45,7 +45,13 @@ class ReferenceOnly(Editing):
     """
 
     card: ClassVar[Card] = Card(
-        "Reference-only", "ControlNet #1236", "K, V + appearance", "all", "all", "attention (segments)", 2.0
+        "Reference-only",
+        "ControlNet #1236",
+        "own and appearance keys in one softmax",
+        "all",
+        "all",
+        "attention (segments)",
+        2.0,
     )
 
     style_fidelity: float = 0.5

@@ -64,7 +64,7 @@ class SeAl(Editing):
     card: ClassVar[Card] = Card(
         "SeAl",
         "CVPR 2026",
-        "own attention blended with best appearance values",
+        "own attention blended with the values of the best-matching appearance tokens",
         "mid and up blocks",
         "all",
         "similarity_topk, topk attention",

@@ -46,7 +46,7 @@ class StoryDiffusion(Editing):
     card: ClassVar[Card] = Card(
         "StoryDiffusion",
         "2405.01434",
-        "K, V + random tokens of others",
+        "own keys and random tokens of the other outputs",
         "up blocks",
         "all",
         "attention (counts)",

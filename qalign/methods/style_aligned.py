@@ -60,7 +60,7 @@ class StyleAligned(Editing):
     card: ClassVar[Card] = Card(
         "StyleAligned",
         "2312.02133",
-        "AdaIN of Q, K; K, V + appearance",
+        "own and reference keys in one softmax; reference statistics for queries and keys",
         "all",
         "all",
         "token_adain, attention (segments)",

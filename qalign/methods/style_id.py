@@ -47,7 +47,7 @@ class StyleID(Editing):
     card: ClassVar[Card] = Card(
         "StyleID",
         "2312.09008",
-        "Q blended with structure; K, V <- appearance, T = 1.5",
+        "queries blended with the structure's; appearance keys and values, sharper softmax",
         "last six of the decoder",
         "all",
         "attention (scale)",

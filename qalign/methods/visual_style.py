@@ -45,7 +45,7 @@ class VisualStylePrompting(Editing):
     card: ClassVar[Card] = Card(
         "Visual style prompting",
         "2402.12974",
-        "K, V <- appearance",
+        "keys and values of the appearance",
         "last six of the decoder",
         "all",
         "attention",

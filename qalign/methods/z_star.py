@@ -39,7 +39,7 @@ class ZStar(Editing):
     card: ClassVar[Card] = Card(
         "Z-STAR",
         "2311.16491",
-        "K, V + appearance, its logits x 1.2",
+        "own and appearance keys in one softmax; appearance logits times 1.2",
         "last six of the decoder",
         "6 to 30 of 30",
         "attention (segments)",

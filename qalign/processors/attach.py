@@ -102,6 +102,11 @@ def attach(
 class Control:
     """What `attach` returns: a context manager that installs a method and restores the model.
 
+    >>> from qalign import CrossImage, attach
+    >>> control = attach(pipe, CrossImage(), layers="mid")
+    >>> list(control.layers)
+    ['mid_block.attentions.0.transformer_blocks.0.attn1']
+
     Attributes:
         layers: the self-attention layers that the method edits, by name.
         cross_layers: the cross-attention layers in which it acts, by name.

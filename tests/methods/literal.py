@@ -30,6 +30,37 @@ def adain(x: Tensor, y: Tensor) -> Tensor:
     return normalised * (y.var(1, keepdim=True) + 1e-5).sqrt() + y.mean(1, keepdim=True)
 
 
+def contrasted(p: Tensor, contrast: float) -> Tensor:
+    """Around each row's mean, clipped, and not renormalised."""
+    mean = p.mean(-1, keepdim=True)
+    return ((p - mean) * contrast + mean).clip(0, 1)
+
+
+def cross_image(attn, out, app, struct, *, contrast=1.67, **_) -> Tensor:
+    (q, _, _), (_, k, v) = project(attn, out), project(attn, app)
+    return contrasted(logits(q, k).softmax(-1), contrast) @ v
+
+
+def cosine(one: Tensor, two: Tensor) -> Tensor:
+    """Of queries [H, N, d], all heads together: [N, N]."""
+    one, two = (x.transpose(0, 1).flatten(1) for x in (one, two))
+    return (one / one.norm(dim=-1, keepdim=True)) @ (two / two.norm(dim=-1, keepdim=True)).mT
+
+
+def qalign(attn, out, app, struct, *, contrast=1.67, **_) -> Tensor:
+    """Align queries, rearrange keys and values in memory, attend them."""
+    (q, _, _), (ref_q, k, v) = project(attn, out), project(attn, app)
+    match = cosine(q, ref_q).argmax(1)
+    return contrasted(logits(q, k[:, match]).softmax(-1), contrast) @ v[:, match]
+
+
+def qalign_warp(attn, out, app, struct, **_) -> Tensor:
+    """The appearance's own attention output, at the match of output and structure together."""
+    q, struct_q, (ref_q, k, v) = project(attn, out)[0], project(attn, struct)[0], project(attn, app)
+    match = (cosine(q, ref_q) + cosine(struct_q, ref_q)).argmax(1)
+    return plain(ref_q, k, v)[:, match]
+
+
 def visual_style(attn, out, app, struct, **_) -> Tensor:
     (q, _, _), (_, k, v) = project(attn, out), project(attn, app)
     return plain(q, k, v)

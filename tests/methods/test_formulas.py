@@ -16,11 +16,14 @@ from qalign.context.regions import Regions
 from qalign.methods import (
     BoundedAttention,
     ConsiStory,
+    CrossImage,
     CtrlX,
     DreamMatcher,
     EyeForAnEye,
     FreeCustom,
     MasaCtrl,
+    QAlign,
+    QAlignWarp,
     ReferenceOnly,
     SeAl,
     StoryDiffusion,
@@ -40,6 +43,10 @@ ANYWHERE = ("", "down_blocks", "mid_block", "up_blocks")
 LABELS = torch.arange(GRID[0] * GRID[1]).view(GRID) * 7 % 5
 MASKS = [(torch.arange(GRID[0] * GRID[1]).view(GRID) * step % 7 > 2).long() for step in (3, 5)]
 CASES = {
+    "qalign": (QAlign(structure_every=0), literal.qalign, {}),
+    "qalign plain": (QAlign(structure_every=0, contrast=1.0), literal.qalign, {"contrast": 1.0}),
+    "qalign_warp": (QAlignWarp(structure_every=0), literal.qalign_warp, {}),
+    "cross_image": (CrossImage(structure_every=0), literal.cross_image, {}),
     "visual_style": (VisualStylePrompting(), literal.visual_style, {}),
     "masactrl": (MasaCtrl(), literal.masactrl, {}),
     "masactrl union": (MasaCtrl(union=True), literal.masactrl, {"union": True}),
@@ -292,7 +299,7 @@ def test_other_rows_and_idle_steps_are_bitwise_stock(case):
 
 @torch.no_grad()
 def test_trap_style_aligned_scales_only_the_reference_copy():
-    """With a = 0 the reference's logits are all b: a shift so low that it vanishes leaves attention to the own keys, after AdaIN."""
+    """With a = 0 the reference's logits are all b. A very low b leaves only the own keys, after AdaIN."""
     attn, hidden = make_attention(2, 40)
     attn.set_processor(
         UNetAttnProcessor(StyleAligned(shared_score_scale=0.0, shared_score_shift=-1e4), LAYOUT)
@@ -318,7 +325,7 @@ def test_trap_shift_ln_2_is_the_reference_twice():
 
 @torch.no_grad()
 def test_trap_masactrl_without_source_foreground_attends_everything():
-    """The published fill with the lowest number gives uniform attention there; not NaN, and here not uniform either."""
+    """The published lowest number gives uniform attention there. Here it is neither NaN nor uniform."""
     attn, hidden = make_attention(2, 40)
     nothing, everything = torch.zeros(GRID, dtype=torch.long), torch.ones(GRID, dtype=torch.long)
     attn.set_processor(

@@ -166,7 +166,7 @@ def test_hooks_name_modules_that_are_there():
 
 @torch.no_grad()
 def test_every_group_norm_spans_output_and_reference():
-    """Those of residual blocks and conv_norm_out included, each held against the formula on what it is given."""
+    """Also in residual blocks and conv_norm_out; each is compared to the formula on its own input."""
     unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
     norms = {name: module for name, module in unet.named_modules() if isinstance(module, torch.nn.GroupNorm)}
     given, seen, stock = {}, {}, {}
@@ -507,7 +507,7 @@ def test_trap_masactrl_adds_one_to_binary_masks_alone():
 
 @torch.no_grad()
 def test_source_lacking_a_side_is_attended_whole():
-    """One whose only background token falls away on a coarser grid, where the published code attends uniformly."""
+    """The only background token is lost on a coarser grid. The published code attends uniformly there."""
     attn, hidden = make_attention(2, 40)
     height, width = GRID
     qkv = project(attn, hidden[:3, : height * width // 4], None)
@@ -571,7 +571,7 @@ def test_mismatched_token_indices_and_regions_are_refused():
     both = {"regions": Regions(appearance=LABELS, structure=LABELS)}
     far_message, both_message = (
         "expected places below the prompt's 7, got 7",
-        "regions: expected None, for MasaCtrl",
+        "regions: expected None, because MasaCtrl",
     )
     for method, options, message in ((far, {}, far_message), (AUTOMATIC, both, both_message)):
         with (

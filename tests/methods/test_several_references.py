@@ -73,7 +73,7 @@ def test_trap_free_custom_adds_weights_instead_of_multiplying(hidden):
 
 
 def test_trap_free_custom_hides_all_but_the_subject(hidden):
-    """Another background of a reference changes nothing, another subject does; references without any subject leave the own keys."""
+    """A reference's background changes nothing, its subject does. Without subjects only own keys are left."""
     regions, method = Regions(appearance=MASKS), FreeCustom(style_fidelity=0.0)
     before = run(method, hidden, regions=regions)[0]
     for reference in (0, 1):
@@ -159,7 +159,7 @@ def test_a_bank_keeps_several_references():
 
 
 def test_trap_dream_matcher_keeps_the_outputs_layout(hidden):
-    """An appearance that is the output, its tokens in another order, gives back the values that the output has: only Q and K place them."""
+    """The output with its tokens in another order, as appearance, returns the output's own values."""
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1))
     rows = torch.stack([hidden[0], hidden[0, order], hidden[2]])
     torch.testing.assert_close(
@@ -201,7 +201,7 @@ def test_trap_dream_matcher_allows_less_for_small_foregrounds(hidden):
 def test_dream_matcher_on_a_grid_that_nobody_told(hidden):
     with pytest.raises(
         ValueError,
-        match=r"size: expected \(height, width\) of the latents where 96 tokens are no square, got None",
+        match=r"size: expected \(height, width\) of the latents, because 96 tokens are no square, got None",
     ):
         run(DreamMatcher(), hidden, TRIPLET)
     with pytest.raises(ValueError, match="tokens: expected a grid of 9 x 9 halved some times, got 96"):
