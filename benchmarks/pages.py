@@ -194,10 +194,7 @@ def _ablation() -> dict[str, Any]:
 
 
 def _compared(found: Mapping[str, Any]) -> dict[str, Any]:
-    given = found["methods"]
-    if "qalign_warp" not in given:  # measured before QAlignWarp had a name of its own
-        given = {"cross_image": given["cross_image"], "qalign_warp": given["qalign"]}
-    return {name: given[name] for name in COMPARED if name in given}
+    return {name: found["methods"][name] for name in COMPARED}
 
 
 def _setting(found: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Griffe extension for mkdocstrings: examples of docstrings become code blocks, and their last lines paragraphs with a label."""
+"""Griffe extension for mkdocstrings: examples become code blocks, labelled last lines become paragraphs."""
 
 import re
 

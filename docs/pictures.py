@@ -1,6 +1,6 @@
 """Draw the pictures of the documents on the embedded model: `python docs/pictures.py`, about two minutes.
 
-hero.png: the first held-out pairs of seeds 0, 1, ... by three methods from one inversion each. They are not chosen by eye.
+hero.png: the first held-out pair of seeds 0, 1, ..., not chosen by eye, by three methods from one inversion.
 transfer.png: the six lines of the README, run as they stand there.
 """
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @functools.cache
 def packaging_arguments() -> dict[str, Any]:
-    """Read what pyproject.toml declares, under setuptools' names; extras of this package within extras are resolved."""
+    """Read what pyproject.toml declares, under setuptools' names; extras within extras are resolved."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     project, tool = declared["project"], declared["tool"]["setuptools"]
     module, _, name = tool["dynamic"]["version"]["attr"].rpartition(".")

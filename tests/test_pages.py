@@ -1,4 +1,4 @@
-"""The documents: generated blocks are current, code runs, commands parse, links lead somewhere, examples are short and run."""
+"""The documents: blocks are current, code runs, commands parse, links lead somewhere, examples are short."""
 
 import doctest
 import importlib
@@ -123,7 +123,7 @@ def test_pictures_are_small_files(name):
     "page", [page for page in sorted(DOCS.glob("*.md")) if blocks(page, "python")], ids=named
 )
 def test_python_of_pages_runs(page, beside_the_examples, monkeypatch):
-    """Block after block in one namespace, which begins with a small pipeline, a prompt, pictures and latents."""
+    """Block after block in one namespace, which begins with a small pipeline, a prompt, pictures, latents."""
     pytest.importorskip("diffusers")
     module = types.ModuleType("page")
     vars(module).update(namespace())
