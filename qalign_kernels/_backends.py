@@ -11,13 +11,14 @@ import importlib.metadata
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _contracts
+from . import _contracts, reference
 from ._triton._configs import version_numbers
 
 BACKENDS = ("auto", "triton", "tiled", "reference")
@@ -30,13 +31,14 @@ TRITON_MAX_LABELS = 128
 
 _log = logging.getLogger("qalign_kernels")
 _default = os.environ.get("QALIGN_BACKEND", "auto")
+_chosen = threading.local()  # `backend` of a thread that is inside `use_backend`
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Use one backend for every call inside the block that names none.
 
-    The setting is for the whole process, and blocks may be nested. The environment variable QALIGN_BACKEND
+    The setting is for the current thread, and blocks may be nested. The environment variable QALIGN_BACKEND
     sets the default outside all blocks.
 
     Args:
@@ -54,19 +56,22 @@ def use_backend(name: str) -> Iterator[None]:
         >>> output.shape
         torch.Size([1, 8, 64, 40])
     """
-    global _default
     _contracts.check_choice("backend", name, BACKENDS)
-    previous, _default = _default, name
+    previous = getattr(_chosen, "backend", None)
+    _chosen.backend = name
     try:
         yield
     finally:
-        _default = previous
+        _chosen.backend = previous
 
 
 def requested(backend: str | None) -> str:
     """The requested backend: the argument, else that of `use_backend`, else QALIGN_BACKEND, else "auto"."""
-    name = _default if backend is None else backend
-    _contracts.check_choice("QALIGN_BACKEND" if backend is None else "backend", name, BACKENDS)
+    name = getattr(_chosen, "backend", None) if backend is None else backend
+    if name is None:
+        _contracts.check_choice("QALIGN_BACKEND", _default, BACKENDS)
+        return _default
+    _contracts.check_choice("backend", name, BACKENDS)
     return name
 
 
@@ -173,13 +178,15 @@ def require_gradient(op: str, backend: str, tensor: Tensor, head_dims: tuple[int
         )
 
 
-@functools.cache
 def implementation(backend: str, stem: str) -> Any:
-    """The module that implements `stem` for "triton", "tiled" or "reference".
+    """The module that implements `stem` for "triton", "tiled" or "reference"."""
+    return getattr(reference, stem) if backend == "reference" else _imported(backend, stem)
 
-    The functions for Triton replay the launches of earlier calls of the same kind.
-    """
-    package = {"triton": "_triton", "tiled": "tiled", "reference": "reference"}[backend]
+
+@functools.cache
+def _imported(backend: str, stem: str) -> Any:
+    """Import a backend at its first call. The functions for Triton replay the launches of earlier calls."""
+    package = {"triton": "_triton", "tiled": "tiled"}[backend]
     module = importlib.import_module(f"qalign_kernels.{package}.{stem}")
     if backend != "triton":
         return module

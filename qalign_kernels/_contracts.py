@@ -33,7 +33,7 @@ def check_features(argument: str, value: Tensor) -> None:
         fail(argument, "a tensor [B, H, N, D]", value, error=TypeError)
     if value.dtype not in FLOAT_DTYPES:
         fail(argument, "float16, bfloat16, float32 or float64", value, error=TypeError)
-    if value.dim() != 4 or 0 in value.shape:
+    if value.dim() != 4 or any(size == 0 for size in value.shape):
         fail(argument, "[B, H, N, D] with every size at least 1", value)
 
 
@@ -61,29 +61,39 @@ def check_sizes(argument: str, value: Tensor, **expected: int) -> None:
 
 
 def check_integers(
-    argument: str, value: Tensor, sizes: Sequence[tuple[str, Sequence[int]]], device: torch.device
+    argument: str, value: Tensor, sizes: Sequence[tuple[str, int]], device: torch.device
 ) -> None:
-    """Check for an int32 tensor on `device`; `sizes` has (text for the message, valid sizes) for each axis."""
-    shape = "[" + ", ".join(name for name, _ in sizes) + "]"
+    """Check for an int32 tensor on `device`.
+
+    `sizes` has (text for the message, size) for each axis. An axis may be 1 if its text says so.
+    """
     if not isinstance(value, Tensor) or value.dtype != torch.int32:
-        fail(argument, f"int32 {shape}", value, error=TypeError)
-    if value.dim() != len(sizes) or any(size not in valid for size, (_, valid) in zip(value.shape, sizes)):
-        fail(argument, f"int32 {shape}", value)
+        fail(argument, _int32(sizes), value, error=TypeError)
+    if value.dim() != len(sizes):
+        fail(argument, _int32(sizes), value)
+    for given, (name, size) in zip(value.shape, sizes):
+        if given != size and not (given == 1 and "1" in name):
+            fail(argument, _int32(sizes), value)
     if value.device != device:
         raise ValueError(f"{argument}: expected device {device}, got {value.device}")
+
+
+def _int32(sizes: Sequence[tuple[str, int]]) -> str:
+    """The shape for a message. Only a failed check writes sizes down: torch.compile would fix them."""
+    return "int32 [" + ", ".join(name.format(size) for name, size in sizes) + "]"
 
 
 def check_token_labels(
     argument: str, value: Tensor, batch: int, tokens: int, tokens_name: str, device: torch.device
 ) -> None:
-    sizes = [(f"B={batch} or 1", (batch, 1)), (f"{tokens_name}={tokens}", (tokens,))]
+    sizes = [("B={} or 1", batch), (f"{tokens_name}={{}}", tokens)]
     check_integers(argument, value, sizes, device)
 
 
 def check_counts(
     argument: str, value: Tensor, batch: int, heads: int, tokens: int, device: torch.device
 ) -> None:
-    sizes = [(f"B={batch}", (batch,)), (f"1 or H={heads}", (1, heads)), (f"N_k={tokens}", (tokens,))]
+    sizes = [("B={}", batch), ("1 or H={}", heads), ("N_k={}", tokens)]
     check_integers(argument, value, sizes, device)
 
 
@@ -92,7 +102,7 @@ def check_batch_index(
 ) -> None:
     """Check for an int32 [B], or for one row for each query row if there is no index."""
     if value is not None:
-        check_integers(argument, value, [(f"B={query.shape[0]}", (query.shape[0],))], query.device)
+        check_integers(argument, value, [("B={}", query.shape[0])], query.device)
     elif rows != query.shape[0]:
         raise ValueError(
             f"{rows_argument}: expected batch={query.shape[0]}, that of query, or a {argument}, "
@@ -108,7 +118,7 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 def check_number(argument: str, value: object, *, above: float | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument}: expected a number, got {describe(value)}")
-    if not math.isfinite(value) or (above is not None and value <= above):
+    if not -math.inf < value < math.inf or (above is not None and value <= above):
         raise ValueError(
             f"{argument}: expected a finite number{'' if above is None else f' above {above}'}, got {value!r}"
         )

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from . import _ambient
+
 LIBRARY = torch.library.Library("qalign_kernels", "DEF")
 
 
@@ -22,7 +24,7 @@ def register(
     the results. Without `backward` the op has no gradient.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _ambient.without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"qalign_kernels::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
@@ -38,6 +40,11 @@ def no_second_derivative(op: str, reason: str) -> dict[str, Callable]:
         raise RuntimeError(f"{op}: expected one derivative, got a second one: {reason}")
 
     return {"setup_context": lambda ctx, inputs, output: None, "backward": refuse}
+
+
+def scale_of(query: torch.Tensor, scale: float | None) -> float:
+    """`scale`, or 1/sqrt(D); torch.compile takes the head dim for constant, as the kernels do."""
+    return int(query.shape[3]) ** -0.5 if scale is None else float(scale)
 
 
 def accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:

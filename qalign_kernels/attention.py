@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends, _contracts, _library
+from . import _ambient, _backends, _contracts, _library
 from .segments import Guide, Segment, check_segments
 
 
@@ -31,6 +31,7 @@ class AttentionWithLse(NamedTuple):
     lse: Tensor
 
 
+@_ambient.public
 def attention(
     query: Tensor,
     segments: Segment | Sequence[Segment],
@@ -88,6 +89,7 @@ def attention(
     return _attend(query, segments, scale, contrast, query_labels, None, False, backend)[0]
 
 
+@_ambient.public
 def attention_with_lse(
     query: Tensor,
     segments: Segment | Sequence[Segment],
@@ -163,7 +165,7 @@ def _attend(
     if scale is not None:
         _contracts.check_number("scale", scale)
     _contracts.check_number("contrast", contrast, above=0)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _library.scale_of(query, scale)
     backend = _backends.requested(backend)
     if backend == "reference":
         module = _backends.implementation("reference", "attention")

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _backends, _contracts, _library
+from . import _ambient, _backends, _contracts, _library
 from .segments import Segment
 
 
+@_ambient.public
 def distillation_loss(
     output: Tensor,
     query: Tensor,
@@ -69,7 +70,7 @@ def distillation_loss(
     keys, values, labels = _check(output, query, ref_key, ref_value, query_labels, ref_labels)
     if scale is not None:
         _contracts.check_number("scale", scale)
-    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = _library.scale_of(query, scale)
     backend = _backends.requested(backend)
     if backend == "reference":
         segments = _segments(keys, values, labels, query.shape[0])

@@ -1,12 +1,12 @@
 """Where attention goes: its mass on each class of keys, and its map averaged over heads."""
 
-import torch
 from torch import Tensor
 
-from . import _backends, _contracts, _library
-from .reference import probe as reference
+from . import _ambient, _backends, _contracts, _library
+from .tiled import probe as tiled
 
 
+@_ambient.public
 def label_mass(
     query: Tensor,
     key: Tensor,
@@ -68,6 +68,7 @@ def label_mass(
     return _label_mass_op(query, key, key_labels, num_labels, scale, counts, backend)
 
 
+@_ambient.public
 def mean_attention_map(
     query: Tensor, key: Tensor, *, scale: float | None = None, backend: str | None = None
 ) -> Tensor:
@@ -106,14 +107,7 @@ def mean_attention_map(
         return _backends.implementation("reference", "probe").mean_attention_map(query, key, scale=scale)
     if _library.wants_gradient(query, key):
         _backends.require_gradient("mean_attention_map", backend, query, (query.shape[3],))
-        heads = ((query[:, h : h + 1], key[:, h : h + 1]) for h in range(query.shape[1]))
-        maps = (
-            torch.utils.checkpoint.checkpoint(
-                reference.mean_attention_map, q, k, scale=scale, use_reentrant=False
-            )
-            for q, k in heads
-        )
-        return sum(maps) / query.shape[1]
+        backend = "tiled"
     return _mean_map_op(query, key, scale, backend)
 
 
@@ -125,10 +119,9 @@ def _check(query: Tensor, key: Tensor) -> None:
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
-    if scale is None:
-        return query.shape[-1] ** -0.5
-    _contracts.check_number("scale", scale)
-    return float(scale)
+    if scale is not None:
+        _contracts.check_number("scale", scale)
+    return _library.scale_of(query, scale)
 
 
 def _label_mass_implementation(query, key, key_labels, num_labels, scale, counts, backend):
@@ -171,7 +164,7 @@ def _label_mass_backward_fake(
 
 _label_mass_backward_op = _library.register(
     "label_mass_backward",
-    "(Tensor grad_mass, Tensor mass, Tensor query, Tensor key, Tensor key_labels, int num_labels, "
+    "(Tensor grad_mass, Tensor mass, Tensor query, Tensor key, Tensor key_labels, SymInt num_labels, "
     "float scale, Tensor? counts, bool[] needs, str backend) -> Tensor[]",
     _label_mass_backward_implementation,
     _label_mass_backward_fake,
@@ -194,16 +187,37 @@ def _label_mass_backward(ctx, grad_mass):
 
 _label_mass_op = _library.register(
     "label_mass",
-    "(Tensor query, Tensor key, Tensor key_labels, int num_labels, float scale, Tensor? counts, "
+    "(Tensor query, Tensor key, Tensor key_labels, SymInt num_labels, float scale, Tensor? counts, "
     "str backend) -> Tensor",
     _label_mass_implementation,
     _label_mass_fake,
     setup_context=_setup_context,
     backward=_label_mass_backward,
 )
+
+
+def _setup_map_context(ctx, inputs, output):
+    query, key, ctx.scale, _ = inputs
+    ctx.save_for_backward(query, key)
+
+
+def _mean_map_backward(ctx, grad):
+    grads = _mean_map_backward_op(grad, *ctx.saved_tensors, ctx.scale)
+    return *(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad)), None, None
+
+
+_mean_map_backward_op = _library.register(
+    "mean_attention_map_backward",
+    "(Tensor grad, Tensor query, Tensor key, float scale) -> (Tensor, Tensor)",
+    lambda grad, query, key, scale: tiled.mean_attention_map_backward(grad, query, key, scale=scale),
+    lambda grad, query, key, scale: (query.new_empty(query.shape), key.new_empty(key.shape)),
+    **_library.no_second_derivative("mean_attention_map", "only backend='reference' has every derivative"),
+)
 _mean_map_op = _library.register(
     "mean_attention_map",
     "(Tensor query, Tensor key, float scale, str backend) -> Tensor",
     _mean_map_implementation,
     _mean_map_fake,
+    setup_context=_setup_map_context,
+    backward=_mean_map_backward,
 )

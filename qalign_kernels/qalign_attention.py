@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends, _contracts, _library
+from . import _ambient, _backends, _contracts, _library
 from ._choices import REFINEMENTS
 from .attention import attention, guided_attention
-from .rearrange import match_counts, take_rows
+from .rearrange import match_counts, take_batch_rows, take_rows
 from .segments import Guide, Segment
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
 from .topk_attention import topk_attention
 from .unit_features import alignment_features
 
 
+@_ambient.public
 def qalign_attention(
     query: Tensor,
     ref_query: Tensor,
@@ -119,7 +120,7 @@ def qalign_attention(
             own_key=own_key,
             topk=topk,
             strength=strength,
-            scale=query.shape[3] ** -0.5 if scale is None else scale,
+            scale=_library.scale_of(query, scale),
             contrast=contrast,
             query_labels=query_labels,
             ref_labels=ref_labels,
@@ -135,7 +136,7 @@ def qalign_attention(
         return _soft(query, alignment_query, ref_query, reference, similarity, strength, query_labels, refine)
 
     if refinement == "rearranged":
-        scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+        scale = _library.scale_of(query, scale)
         call = _Rearranged(
             query,
             alignment_query.detach(),
@@ -172,11 +173,10 @@ def qalign_attention(
         alignment_query.detach(), ref_query.detach(), **matching, backend=backend
     )
     if refinement == "warped_output":
-        own = ref_query if batch_index is None else ref_query.index_select(0, batch_index)
+        own = take_batch_rows(ref_query, batch_index)
         output = attention(own, reference, scale=scale, query_labels=ref_labels, backend=backend)
         return _unmatchable_to_nan(take_rows(output, index, backend=backend), score)
-    if batch_index is not None:
-        ref_value = ref_value.index_select(0, batch_index)
+    ref_value = take_batch_rows(ref_value, batch_index)
     value = _unmatchable_to_nan(take_rows(ref_value, index, backend=backend), score)
     if own_key is None:
         return value

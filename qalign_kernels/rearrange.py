@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from . import _backends, _contracts, _library
+from . import _ambient, _backends, _contracts, _library
 from .tiled import rearrange as tiled
 
 
+@_ambient.public
 def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) -> Tensor:
     """Count how often each reference token was matched.
 
@@ -36,12 +37,12 @@ def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) 
     """
     if not isinstance(index, Tensor):
         _contracts.fail("index", "int32 [B, 1 or H, N_q]", index, error=TypeError)
-    if index.dim() != 3 or 0 in index.shape:
+    if index.dim() != 3 or any(size == 0 for size in index.shape):
         _contracts.fail("index", "int32 [B, 1 or H, N_q] with every size at least 1", index)
     _contracts.check_integers(
         "index",
         index,
-        [(f"{name}={size}", (size,)) for name, size in zip(("B", "G", "N_q"), index.shape)],
+        [(f"{name}={{}}", size) for name, size in zip(("B", "G", "N_q"), index.shape)],
         index.device,
     )
     _contracts.check_count("num_tokens", num_tokens)
@@ -51,6 +52,7 @@ def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) 
     return _counts_op(index, num_tokens, backend)
 
 
+@_ambient.public
 def rearrange_kv(
     key: Tensor, value: Tensor, index: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -92,7 +94,7 @@ def rearrange_kv(
     _contracts.check_sizes("value", value, batch=key.shape[0], heads=key.shape[1], tokens=key.shape[2])
     batch, heads = key.shape[:2]
     tokens = index.shape[-1] if isinstance(index, Tensor) and index.dim() == 3 else 0
-    sizes = [(f"B={batch}", (batch,)), (f"1 or H={heads}", (1, heads)), ("N_q", (tokens,) if tokens else ())]
+    sizes = [("B={}", batch), ("1 or H={}", heads), ("N_q", tokens or -1)]
     _contracts.check_integers("index", index, sizes, key.device)
     if _backends.requested(backend) == "reference":
         return _backends.implementation("reference", "rearrange").rearrange_kv(key, value, index)
@@ -104,8 +106,17 @@ def take_rows(x: Tensor, index: Tensor, *, backend: str | None = None) -> Tensor
     backend = _backends.requested(backend)
     if _library.wants_gradient(x):
         _backends.require_gradient("rearrange_kv", backend, x, ())
-        return tiled.take_rows(x, index)
+        backend = "tiled"
     return _take_rows_op(x, index, backend)
+
+
+def take_batch_rows(x: Tensor, batch_index: Tensor | None) -> Tensor:
+    """x[batch_index]; a gradient sums over the query rows that read the same row in the accumulate dtype."""
+    if batch_index is None:
+        return x
+    if not _library.wants_gradient(x):
+        return x.index_select(0, batch_index)
+    return x.to(_library.accumulate_dtype(x)).index_select(0, batch_index).to(x.dtype)
 
 
 def _counts_implementation(index, num_tokens, backend):
@@ -126,12 +137,34 @@ def _take_rows_fake(x, index, backend):
     return x.new_empty((*x.shape[:2], index.shape[2], x.shape[3]))
 
 
+def _setup_context(ctx, inputs, output):
+    x, index, _ = inputs
+    ctx.tokens = x.shape[2]
+    ctx.save_for_backward(index)
+
+
+def _backward(ctx, grad):
+    return _take_rows_backward_op(grad, *ctx.saved_tensors, ctx.tokens), None, None
+
+
+_take_rows_backward_op = _library.register(
+    "take_rows_backward",
+    "(Tensor grad, Tensor index, SymInt num_tokens) -> Tensor",
+    tiled.take_rows_backward,
+    lambda grad, index, num_tokens: grad.new_empty((*grad.shape[:2], num_tokens, grad.shape[3])),
+    **_library.no_second_derivative("rearrange_kv", "only backend='reference' has every derivative"),
+)
 _counts_op = _library.register(
     "match_counts",
-    "(Tensor index, int num_tokens, str backend) -> Tensor",
+    "(Tensor index, SymInt num_tokens, str backend) -> Tensor",
     _counts_implementation,
     _counts_fake,
 )
 _take_rows_op = _library.register(
-    "take_rows", "(Tensor x, Tensor index, str backend) -> Tensor", _take_rows_implementation, _take_rows_fake
+    "take_rows",
+    "(Tensor x, Tensor index, str backend) -> Tensor",
+    _take_rows_implementation,
+    _take_rows_fake,
+    setup_context=_setup_context,
+    backward=_backward,
 )

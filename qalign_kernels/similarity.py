@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends, _contracts, _library
+from . import _ambient, _backends, _contracts, _library
+from .tiled import similarity as tiled
 
 SIMILARITIES = ("cosine", "dot")
 HEADS = ("joint", "per_head")
@@ -32,6 +33,7 @@ class Match(NamedTuple):
     score: Tensor
 
 
+@_ambient.public
 def similarity_argmax(
     query: Tensor,
     reference: Tensor,
@@ -101,12 +103,10 @@ def similarity_argmax(
                 query, reference, similarity, joint, *labels
             )
         )
-    index, score = _argmax_op(query.detach(), reference.detach(), similarity, joint, *labels, exact, backend)
-    if _library.wants_gradient(query, reference):
-        score = _matched_score(query, reference, index.unsqueeze(-1), similarity, batch_index).squeeze(-1)
-    return Match(index, score)
+    return Match(*_argmax_op(query, reference, similarity, joint, *labels, exact, backend))
 
 
+@_ambient.public
 def similarity_topk(
     query: Tensor,
     reference: Tensor,
@@ -152,8 +152,8 @@ def similarity_topk(
         >>> similarity_topk(query, reference, 4, heads="per_head").score.shape
         torch.Size([2, 8, 256, 4])
 
-    Memory: O(N k). Deterministic. The index has no gradient. The gradient of the score is computed by PyTorch
-    at the matched pairs.
+    Memory: O(N k). Deterministic. The index has no gradient. The gradient of the score is that
+    of the matched pairs, summed in float32.
     Source: SeAl (CVPR 2026) and the top-k refinement of this library for Q-Align, arXiv 2508.21090.
     """
     _check(query, reference, similarity, heads, query_labels, reference_labels, batch_index)
@@ -166,10 +166,7 @@ def similarity_topk(
                 query, reference, k, similarity, joint, *labels
             )
         )
-    index, score = _topk_op(query.detach(), reference.detach(), k, similarity, joint, *labels, backend)
-    if _library.wants_gradient(query, reference):
-        score = _matched_score(query, reference, index, similarity, batch_index)
-    return Match(index, score)
+    return Match(*_topk_op(query, reference, k, similarity, joint, *labels, backend))
 
 
 def _check(query, reference, similarity, heads, query_labels, reference_labels, batch_index) -> None:
@@ -183,24 +180,6 @@ def _check(query, reference, similarity, heads, query_labels, reference_labels, 
     _contracts.check_label_sets(
         query, reference, query_labels, "query_labels", reference_labels, "reference_labels"
     )
-
-
-def _matched_score(
-    query: Tensor, reference: Tensor, index: Tensor, similarity: str, batch_index: Tensor | None
-) -> Tensor:
-    """Compute the scores [B, G, N_q, k] of the matched pairs with autograd; O(N k C) memory."""
-    accumulate = _library.accumulate_dtype(query)
-    query, reference = query.to(accumulate), reference.to(accumulate)
-    if batch_index is not None:
-        reference = reference.index_select(0, batch_index)
-    if index.shape[1] == 1:  # one map for all heads: the concatenated head vectors
-        query, reference = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (query, reference))
-    if similarity == "cosine":
-        query, reference = (torch.nn.functional.normalize(x, dim=-1, eps=1e-12) for x in (query, reference))
-    rows = index.clamp(min=0).long().flatten(2).unsqueeze(-1).expand(-1, -1, -1, query.shape[-1])
-    matched = reference.gather(2, rows).unflatten(2, index.shape[2:])
-    score = (query.unsqueeze(3) * matched).sum(-1)
-    return score.masked_fill(index < 0, float("-inf"))
 
 
 def _argmax_implementation(
@@ -243,17 +222,52 @@ def _topk_fake(query, reference, k, similarity, joint, query_labels, reference_l
     return _empty_match(query, joint, k)
 
 
+def _setup_context(ctx, inputs, output):
+    query, reference, *settings = inputs
+    names = ("k", "similarity", "joint") if isinstance(settings[0], int) else ("similarity", "joint")
+    given = dict(zip(names, settings))
+    batch_index = settings[len(names) + 2]
+    ctx.similarity = given["similarity"]
+    ctx.inputs = len(inputs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, reference, output[0], batch_index)
+
+
+def _backward(ctx, _, grad_score):
+    query, reference, index, batch_index = ctx.saved_tensors
+    rest = [None] * (ctx.inputs - 2)
+    if grad_score is None:
+        return None, None, *rest
+    grads = _score_backward_op(grad_score, query, reference, index, ctx.similarity, batch_index)
+    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad)), *rest
+
+
+_score_backward_op = _library.register(
+    "matched_score_backward",
+    "(Tensor grad_score, Tensor query, Tensor reference, Tensor index, str similarity, Tensor? batch_index) "
+    "-> (Tensor, Tensor)",
+    tiled.matched_score_backward,
+    lambda grad_score, query, reference, index, similarity, batch_index: (
+        query.new_empty(query.shape),
+        reference.new_empty(reference.shape),
+    ),
+    **_library.no_second_derivative("similarity", "only backend='reference' has every derivative"),
+)
 _argmax_op = _library.register(
     "similarity_argmax",
     "(Tensor query, Tensor reference, str similarity, bool joint, Tensor? query_labels, "
     "Tensor? reference_labels, Tensor? batch_index, bool exact, str backend) -> (Tensor, Tensor)",
     _argmax_implementation,
     _argmax_fake,
+    setup_context=_setup_context,
+    backward=_backward,
 )
 _topk_op = _library.register(
     "similarity_topk",
-    "(Tensor query, Tensor reference, int k, str similarity, bool joint, Tensor? query_labels, "
+    "(Tensor query, Tensor reference, SymInt k, str similarity, bool joint, Tensor? query_labels, "
     "Tensor? reference_labels, Tensor? batch_index, str backend) -> (Tensor, Tensor)",
     _topk_implementation,
     _topk_fake,
+    setup_context=_setup_context,
+    backward=_backward,
 )

@@ -48,7 +48,7 @@ def topk_attention(
     Memory: O(N k). Differentiable in query, key and value, on the tiled path.
     Source: the "topk" refinement of `qalign_attention`.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _library.scale_of(query, scale)
     backend = _backends.requested(backend)
     if backend == "reference":
         module = _backends.implementation("reference", "qalign_attention")
@@ -57,9 +57,7 @@ def topk_attention(
         )
     if _library.wants_gradient(query, key, value):
         _backends.require_gradient("topk_attention", backend, query, (query.shape[3], value.shape[3]))
-        return tiled.topk_attention(
-            query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
-        )
+        backend = "tiled"
     return _topk_attention_op(query, key, value, index, scale, contrast, batch_index, backend)
 
 
@@ -76,10 +74,37 @@ def _topk_attention_fake(query, key, value, index, scale, contrast, batch_index,
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
+def _backward_implementation(grad, query, key, value, index, scale, contrast, batch_index):
+    return tiled.topk_attention_backward(
+        grad, query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, index, ctx.scale, ctx.contrast, batch_index, _ = inputs
+    ctx.save_for_backward(query, key, value, index, batch_index)
+
+
+def _backward(ctx, grad):
+    *tensors, batch_index = ctx.saved_tensors
+    grads = _backward_op(grad, *tensors, ctx.scale, ctx.contrast, batch_index)
+    return *(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad)), *[None] * 5
+
+
+_backward_op = _library.register(
+    "topk_attention_backward",
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, "
+    "Tensor? batch_index) -> (Tensor, Tensor, Tensor)",
+    _backward_implementation,
+    lambda grad, query, key, value, *_: tuple(x.new_empty(x.shape) for x in (query, key, value)),
+    **_library.no_second_derivative("topk_attention", "only backend='reference' has every derivative"),
+)
 _topk_attention_op = _library.register(
     "topk_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor index, float scale, float contrast, "
     "Tensor? batch_index, str backend) -> Tensor",
     _topk_attention_implementation,
     _topk_attention_fake,
+    setup_context=_setup_context,
+    backward=_backward,
 )

@@ -1,0 +1,3 @@
+from . import attention, distillation, probe, qalign_attention, rearrange, similarity
+
+__all__ = ["attention", "distillation", "probe", "qalign_attention", "rearrange", "similarity"]

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._product import product
+
 
 class _Segment(NamedTuple):
     """One segment as the batch rows of the queries read it."""
@@ -22,10 +24,12 @@ class _Segment(NamedTuple):
 
 def _segment(query, segment, scale, query_labels, guide, accumulate) -> _Segment:
     rows = slice(None) if segment.batch_index is None else segment.batch_index.long()
-    key, value = segment.key[rows].to(accumulate), segment.value[rows]
-    logits = segment.logit_scale * scale * (query.to(accumulate) @ key.mT) + segment.logit_shift
+    key, value = segment.key.to(accumulate)[rows], segment.value.to(accumulate)[rows]
+    logits = segment.logit_scale * scale * product(query.to(accumulate), key.mT) + segment.logit_shift
     if guide is not None:
-        logits = logits + guide.strength * (guide.query.to(accumulate) @ guide.key[rows].to(accumulate).mT)
+        logits = logits + guide.strength * product(
+            guide.query.to(accumulate), guide.key.to(accumulate)[rows].mT
+        )
     if segment.labels is not None:
         seen = (query_labels.unsqueeze(-1) & segment.labels.unsqueeze(-2)) != 0
         logits = logits.masked_fill(~seen.unsqueeze(1), float("-inf"))
@@ -57,4 +61,4 @@ def attention(
         else contrast_weights(probabilities, contrast, counts.sum(-1, keepdim=True).clamp(min=1))
     )
     weights = (counts * weights).masked_fill(unseen, 0).to(query.dtype)
-    return (weights.to(accumulate) @ value.to(accumulate)).to(query.dtype), lse
+    return product(weights.to(accumulate), value).to(query.dtype), lse

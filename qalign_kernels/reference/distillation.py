@@ -10,4 +10,4 @@ def distillation_loss(output, query, segments, *, scale, query_labels=None) -> T
     accumulate = torch.float64 if output.dtype == torch.float64 else torch.float32
     with torch.no_grad():
         ideal, _ = attention(query, segments, scale=scale, query_labels=query_labels)
-    return (output.to(accumulate) - ideal.to(accumulate)).abs().mean()
+    return (output.to(accumulate) - ideal.detach().to(accumulate)).abs().mean()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._product import product
 from .attention import attention, contrast_weights
 from .rearrange import rearrange_kv
 from .similarity import scores, similarity_argmax, similarity_topk
@@ -67,7 +68,10 @@ def qalign_attention(
 ) -> Tensor:
     """Its parameters are those of the public op, so that both can be compared."""
     if batch_index is not None:
-        ref_query, ref_key, ref_value = (x[batch_index.long()] for x in (ref_query, ref_key, ref_value))
+        accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+        ref_query, ref_key, ref_value = (
+            x.to(accumulate)[batch_index.long()].to(x.dtype) for x in (ref_query, ref_key, ref_value)
+        )
     joint = heads == "joint" and refinement not in ("guided", "soft")
     alignment_query = query if match_query is None else match_query
     alignment = Alignment(alignment_query, ref_query, similarity, joint, query_labels, ref_labels)
@@ -93,7 +97,7 @@ def _soft(call: Call) -> Tensor:
     table = _strengthened(scores(*call.alignment.unit()), call.strength)
     present = (table != float("-inf")).any(-1)
     weights = table.softmax(-1).masked_fill(~present.unsqueeze(-1), 0).to(call.query.dtype)
-    key, value = (weights @ call.key, weights @ call.value)
+    key, value = (product(weights, x.expand(*weights.shape[:2], -1, -1)) for x in (call.key, call.value))
     logits = _logits(call.query, key, call.scale).masked_fill(~present.unsqueeze(2), float("-inf"))
     return _weigh(logits, value, call.contrast, present.sum(-1))
 
@@ -168,7 +172,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return scale * (query.to(accumulate) @ key.to(accumulate).mT)
+    return scale * product(query.to(accumulate), key.to(accumulate).mT)
 
 
 def _weigh(logits: Tensor, value: Tensor, contrast: float, total: Tensor | None = None) -> Tensor:
@@ -184,22 +188,23 @@ def _weigh(logits: Tensor, value: Tensor, contrast: float, total: Tensor | None 
         )
         weights = contrast_weights(weights, contrast, total)
     weights = weights.masked_fill(unseen, 0).to(value.dtype)
-    return (weights.to(lse.dtype) @ value.to(lse.dtype)).to(value.dtype)
+    return product(weights.to(lse.dtype), value.to(lse.dtype)).to(value.dtype)
 
 
 def topk_attention(query, key, value, index, *, scale, contrast=1.0, batch_index=None) -> Tensor:
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    key, value = key.to(accumulate), value.to(accumulate)
     if batch_index is not None:
         key, value = key[batch_index.long()], value[batch_index.long()]
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     rows = index.clamp(min=0).long().expand(-1, query.shape[1], -1, -1)
     key, value = (
         x.unsqueeze(2).expand(-1, -1, query.shape[2], -1, -1).take_along_dim(rows.unsqueeze(-1), dim=3)
         for x in (key, value)
     )
-    logits = scale * (query.to(accumulate).unsqueeze(3) * key.to(accumulate)).sum(-1)
+    logits = scale * (query.to(accumulate).unsqueeze(3) * key).sum(-1)
     logits = logits.masked_fill(index < 0, float("-inf"))
     weights = _weigh_rows(logits, contrast).to(query.dtype)
-    return (weights.to(accumulate).unsqueeze(-1) * value.to(accumulate)).sum(3).to(query.dtype)
+    return (weights.to(accumulate).unsqueeze(-1) * value).sum(3).to(query.dtype)
 
 
 def _weigh_rows(logits: Tensor, contrast: float) -> Tensor:
@@ -208,6 +213,6 @@ def _weigh_rows(logits: Tensor, contrast: float) -> Tensor:
     probabilities = logits.softmax(-1).masked_fill(absent.all(-1, keepdim=True), 0)
     if contrast != 1.0:
         probabilities = contrast_weights(
-            probabilities, contrast, torch.tensor(float(logits.shape[-1]), dtype=logits.dtype)
+            probabilities, contrast, torch.full_like(logits[..., :1], logits.shape[-1])
         )
     return probabilities.masked_fill(absent, 0)

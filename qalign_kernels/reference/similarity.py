@@ -7,6 +7,8 @@
 import torch
 from torch import Tensor
 
+from ._product import product
+
 
 def scores(
     query: Tensor,
@@ -26,7 +28,7 @@ def scores(
         query, reference = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (query, reference))
     if similarity == "cosine":
         query, reference = (torch.nn.functional.normalize(x, dim=-1, eps=1e-12) for x in (query, reference))
-    result = query @ reference.mT
+    result = product(query, reference.mT)
     if query_labels is not None and reference_labels is not None:
         admissible = (query_labels.unsqueeze(-1) & reference_labels.unsqueeze(-2)) != 0
         result = result.masked_fill(~admissible.unsqueeze(1), float("-inf"))
@@ -37,12 +39,13 @@ def similarity_argmax(
     query, reference, similarity, joint, query_labels=None, reference_labels=None, batch_index=None
 ) -> tuple[Tensor, Tensor]:
     table = scores(query, reference, similarity, joint, query_labels, reference_labels, batch_index)
-    score = table.amax(-1)
-    # torch.max does not say which index it returns for ties: take the lowest; a row of NaN takes 0
+    best = table.detach().amax(-1)
+    # torch.max does not say which index it returns for ties: take the lowest; a row with NaN takes its first
     columns = torch.arange(table.shape[-1], device=table.device)
-    index = torch.where(table == score.unsqueeze(-1), columns, table.shape[-1]).amin(-1)
-    index = index.masked_fill(score.isnan(), 0).masked_fill(score == float("-inf"), -1)
-    return index.int(), score
+    chosen = (table == best.unsqueeze(-1)) | (table.isnan() & best.isnan().unsqueeze(-1))
+    index = torch.where(chosen, columns, table.shape[-1]).amin(-1)
+    score = table.gather(-1, index.unsqueeze(-1)).squeeze(-1)  # its gradient goes to one token, ties or not
+    return index.masked_fill(best == float("-inf"), -1).int(), score
 
 
 def similarity_topk(

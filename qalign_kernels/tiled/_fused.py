@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ._blocks import accumulate_dtype, batch_row, on_host
+
+_SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def fused_serves(query: Tensor, segment: Any) -> bool:
@@ -57,8 +60,9 @@ class FusedRow(NamedTuple):
 def fused(query: Tensor, segment: Any, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     query, key, value = (_dense(x) for x in (query, segment.key, segment.value))
     if segment.counts is None and segment.batch_index is None:
-        output, lse = _sdpa(query, key, value, None, scale, need_lse)
-        return output.contiguous(), None if lse is None else lse.add(segment.logit_shift).contiguous()
+        output, lse = _sdpa(query, key, value, None, scale)
+        lse = lse.add(segment.logit_shift).contiguous() if need_lse and lse is not None else None
+        return output.contiguous(), lse
     output = query.new_zeros(query.shape)
     lse = query.new_full(query.shape[:3], float("-inf"), dtype=accumulate_dtype(query)) if need_lse else None
     for b in range(query.shape[0]):
@@ -66,7 +70,7 @@ def fused(query: Tensor, segment: Any, scale: float, need_lse: bool) -> tuple[Te
         if row.key.shape[1] == 0:
             continue
         row_output, row_lse = _sdpa(
-            query[b : b + 1], row.key.unsqueeze(0), row.value.unsqueeze(0), row.mask, scale, need_lse
+            query[b : b + 1], row.key.unsqueeze(0), row.value.unsqueeze(0), row.mask, scale
         )
         output[b] = row_output[0].masked_fill_(row.empty, 0)
         if lse is not None and row_lse is not None:
@@ -109,12 +113,14 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _sdpa(query, key, value, mask, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    if not need_lse:
+def _sdpa(query, key, value, mask, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Output, and on the CPU the log-sum-exp. The caller's choice of SDPA backends stays outside."""
+    if on_host(query):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=mask, scale=scale
+        )
+    with sdpa_kernel(_SDPA_BACKENDS):
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, False, attn_mask=mask, scale=scale
-    )
 
 
 def _sdpa_backward(

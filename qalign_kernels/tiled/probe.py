@@ -74,3 +74,23 @@ def mean_attention_map(query: Tensor, key: Tensor, *, scale: float) -> Tensor:
                 logits = (query[b, h, rows].to(dtype) * scale) @ keys
                 result[b, rows] += logits.softmax(-1)
     return result.div_(heads)
+
+
+def mean_attention_map_backward(
+    grad: Tensor, query: Tensor, key: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of query and key, from that of the map, recomputing it block by block."""
+    dtype, (batch, heads, queries, _), tokens = accumulate_dtype(query), query.shape, key.shape[2]
+    grad_query, grad_key = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key))
+    for b in range(batch):
+        for h in range(heads):
+            keys = key[b, h].to(dtype)
+            for _, rows in blocks(1, queries, 3 * dtype.itemsize * tokens, query.device):
+                scaled = query[b, h, rows].to(dtype) * scale
+                map_rows = (scaled @ keys.mT).softmax(-1)
+                gain = grad[b, rows] / heads
+                offset = torch.einsum("rn,rn->r", map_rows, gain).unsqueeze(-1)
+                grad_logits = (gain - offset).mul_(map_rows)
+                grad_query[b, h, rows] = (grad_logits @ keys).mul_(scale)
+                grad_key[b, h].addmm_(grad_logits.mT, scaled)
+    return grad_query.to(query.dtype), grad_key.to(key.dtype)

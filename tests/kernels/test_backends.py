@@ -218,12 +218,15 @@ def calls(dtype):
     return {
         "similarity_argmax": (query, key, "cosine", True, query_labels, key_labels, rows, True, "tiled"),
         "similarity_topk": (query, key, 3, "dot", False, query_labels, key_labels, rows, "tiled"),
+        "matched_score_backward": (lse[..., None], query, key, topk, "cosine", rows),
         "match_counts": (index, 7, "tiled"),
         "take_rows": (value[:2], index, "tiled"),
+        "take_rows_backward": (grad, index, 7),
         "unit_features": (query, key, "tiled"),
         "attention": (query, *segments, True, False, "tiled"),
         "attention_backward": (grad, lse, grad, lse, query, *segments, [True, False, True], "tiled"),
         "topk_attention": (query, key, value, topk, 0.2, 1.0, rows, "tiled"),
+        "topk_attention_backward": (grad, query, key, value, topk, 0.2, 1.67, rows),
         "rearranged_attention": (
             query,
             query,
@@ -253,6 +256,7 @@ def calls(dtype):
             "tiled",
         ),
         "mean_attention_map": (query, key[:2], 0.2, "tiled"),
+        "mean_attention_map_backward": (torch.zeros(2, 5, 7, dtype=score), query, key[:2], 0.2),
         "distillation_loss": (
             features(2, 4, 5, 64, dtype=dtype),
             query,
@@ -324,9 +328,7 @@ def test_the_public_path_runs_on_fake_cuda_tensors(refinement):
 
 NOT_REPORTED = {
     "unit_features",
-    "attention_backward",
-    "distillation_loss_backward",
-    "label_mass_backward",
+    *(name for name in calls(torch.float32) if name.endswith("_backward")),
     "take_rows",
     "rearranged_attention",
 }

@@ -115,6 +115,7 @@ def attention_cases(dtype):
             [{"counts": per_head, "batch_index": shared, "logit_scale": 1.3}],
             {"contrast": 1.67},
         ),
+        "shared keys": (one, [{"batch_index": shared}], {}),
         "contrast": (one, [{}], {"contrast": 1.67}),
         "flattening contrast": (
             one,
@@ -216,6 +217,7 @@ RISKS = {
     "batch rows crossed, unread": ("crossed batch", F64, Way(RAGGED, "device")),
     "two batch rows add to one": ("shared batch row", F32, Way(RAGGED)),
     "two batch rows add to one, unread": ("shared batch row", BF16, Way(WHOLE, "device")),
+    "two batch rows add to one on the fused route": ("shared keys", F32, Way(WHOLE)),
     "a contrast clips": ("contrast", F32, Way(RAGGED)),
     "a contrast rounds its weights": ("contrast", BF16, Way(HEADS)),
     "a contrast below one gives hidden keys nothing": ("flattening contrast", F32, Way(HEADS)),
