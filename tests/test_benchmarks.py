@@ -220,7 +220,7 @@ def test_no_figure_for_a_failed_check(tmp_path):
     ("arguments", "complaint"),
     [
         (("--op", "nonsense"), "--op: expected part of an op's name"),
-        (("--device", "cuda"), "--device: expected one"),
+        (("--device", "cuda"), "--device: expected a device"),
     ],
 )
 def test_bad_arguments_give_one_line(arguments, complaint):

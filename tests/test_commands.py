@@ -24,7 +24,7 @@ from qalign.embedded import scenes  # noqa: E402
 from qalign.evaluation import correspondence, match_figures  # noqa: E402
 from qalign.evaluation.correspondence import Capture  # noqa: E402
 from qalign.methods.attention_distillation import AttentionDistillation  # noqa: E402
-from qalign.pipelines import attention_distillation, bounded_attention  # noqa: E402
+from qalign.pipelines import bounded_attention, distillation_run  # noqa: E402
 from qalign.sampling.bounded_guidance import BoundedGuidance  # noqa: E402
 from qalign_kernels._files import replacing  # noqa: E402
 from qalign_kernels.testing import random_features  # noqa: E402
@@ -703,7 +703,7 @@ def test_distill_writes_what_the_pipeline_returns(folder, tmp_path, capsys):
 )
 def test_interrupted_run_writes_its_best_picture(folder, tmp_path, capsys, monkeypatch, text):
     """Ctrl-C in the third iteration."""
-    descend, losses = attention_distillation.descend, []
+    descend, losses = distillation_run.descend, []
 
     def interrupted(*given):
         if len(losses) == 2:
@@ -711,7 +711,7 @@ def test_interrupted_run_writes_its_best_picture(folder, tmp_path, capsys, monke
         losses.append(descend(*given))
         return losses[-1]
 
-    monkeypatch.setattr(attention_distillation, "descend", interrupted)
+    monkeypatch.setattr(distillation_run, "descend", interrupted)
     options = "--style {}/a.png --model {}/model --steps 5 --iterations 1 --tune-decoder 2"
     assert run(folder, f"{text} {options} --out {tmp_path}/o.png") == 130
     assert "interrupted: the picture is the best one so far" in capsys.readouterr().out

@@ -79,7 +79,7 @@ def test_types_are_those_of_the_library(reveal) -> None:
     assert dict(zip(TYPES, reveal(TYPES))) == TYPES
 
 
-def test_classes_for_the_type_checker_are_those_of_the_table() -> None:
+def test_type_checkers_see_the_classes_of_the_table() -> None:
     tree = ast.parse((ROOT / "qalign/methods/_classes.py").read_text())
     found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
     assert {each.name: node.module for node in found for each in node.names} == _names.MODULES

@@ -288,6 +288,7 @@ assert "qalign_kernels._triton._attention_hopper" not in sys.modules
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_it_compiles_without_spills(tmp_path):
     rows = run_over_stub(COMPILED, tmp_path)
     assert {(row[0], row[1]) for row in rows} == {(x, d) for x in ("bf16", "fp16") for d in (64, 128)}
