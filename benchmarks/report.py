@@ -1,4 +1,4 @@
-"""Markdown tables and a plot of result files. `python -m benchmarks pages` puts the tables into the documents."""
+"""Markdown tables and a plot of result files. `python -m benchmarks pages` puts tables into documents."""
 
 import argparse
 import json

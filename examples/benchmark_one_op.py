@@ -1,7 +1,7 @@
 """Time one op beside PyTorch's own attention: `python examples/benchmark_one_op.py`.
 
-`python -m qalign_kernels.bench --op qalign_attention --shape 1,8,1024,40` does this for every op and shape. It
-checks the result first, and measures memory too.
+`python -m qalign_kernels.bench --op qalign_attention --shape 1,8,1024,40` does this for every op and shape.
+It checks the result first, and measures memory too.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""Where the kernels are tested: the three backends, on the GPU if there is one, else with Triton in its interpreter."""
+"""Fixtures: the three backends, on the GPU if there is one, else with Triton in its interpreter."""
 
 import os
 
@@ -63,7 +63,7 @@ def poisoned():
 
 @pytest.fixture
 def far(poisoned, device: str) -> torch.Tensor:
-    """float16 [1, 3, 24, 32] whose last head begins 2^31 elements in: memory that is reserved, hardly any of it touched."""
+    """float16 [1, 3, 24, 32] whose last head begins 2^31 elements in. The memory is reserved, not touched."""
     stride = 2**30
     try:
         torch.utils.deterministic.fill_uninitialized_memory = False

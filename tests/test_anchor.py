@@ -76,10 +76,10 @@ def test_object_takes_the_appearances_height_and_place() -> None:
 
 
 def test_boxes_and_pictures_are_named_when_refused() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"structure_box: expected \(left, top, right, bottom\) with left < right .*, got \(3, 2, 3, 5\)",
-    ):
+    expected = (
+        r"structure_box: expected \(left, top, right, bottom\) with left < right .*, got \(3, 2, 3, 5\)"
+    )
+    with pytest.raises(ValueError, match=expected):
         anchor_align(PICTURE, (3, 2, 3, 5), (0, 0, 1, 1))
     with pytest.raises(ValueError, match="appearance_box: expected"):
         anchor_align(PICTURE, (0, 0, 1, 1), (0, 0, 1))

@@ -1,4 +1,4 @@
-"""constraints.txt as a fresh machine meets it: resolved against what the public registry says, not what is installed here."""
+"""constraints.txt on a fresh machine: resolved against the public registry, not against this machine."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def _promised():
 
 
 def _resolve(folder, requirements, pins, python, platform):
-    """uv's reason why no set of published wheels fits, or None. Markers are those of `platform`, not of this machine.
+    """uv's reason why no set of published wheels fits, or None. Markers are those of `platform`.
 
     On Linux, where all of them are published, every pin is itself required; elsewhere a pin only constrains.
     """
@@ -72,7 +72,7 @@ def _pinned(pins, name):
 
 @pytest.fixture(scope="module")
 def conflicts(tmp_path_factory):
-    """(Python, platform) to the reason why the pins do not resolve there, or None. All at once: each mostly waits."""
+    """(Python, platform) to the reason why the pins do not resolve there, or None. All run at once."""
     requirements = _promised()
     folders = [tmp_path_factory.mktemp("resolve") for _ in MACHINES]
     with ThreadPoolExecutor(len(MACHINES)) as pool:

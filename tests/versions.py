@@ -1,7 +1,8 @@
 """Promised versions, tried: an environment for each end of what setup.py allows, and a short suite in each.
 
-`python -m tests.versions` builds the environments with uv from the public registry, one after the other, each in a
-folder that is removed afterwards, and runs in each: `qalign_kernels.validate --quick`, then the tests of SUITE.
+`python -m tests.versions` builds the environments with uv from the public registry, one after the other,
+each in a folder that is removed afterwards. It runs `qalign_kernels.validate --quick` in each, then the tests
+of SUITE.
 A torch with CUDA takes some 7 GB while it is tried. Exit code: 0 all passed, 1 not.
 """
 
@@ -29,7 +30,7 @@ RUNNERS = ("pytest>=8", "packaging>=23")
 
 
 class Environment(NamedTuple):
-    """What is installed: the requirements of some extras, further ones, and which of the allowed versions uv takes."""
+    """What is installed: some extras, further requirements, and which of the allowed versions uv takes."""
 
     name: str
     python: str

@@ -26,9 +26,9 @@ def take_rows_backward(grad: Tensor, index: Tensor, num_tokens: int) -> Tensor:
 
 
 def add_rows(total: Tensor, index: Tensor, added: Tensor, batch_index: Tensor | None = None) -> None:
-    """Add `added` [B, H, N_q, ..., D] to the tokens of `total` [B_r, H, N_k, D] at `index` [B, 1 or H, N_q, ...].
+    """Add `added` [B, H, N_q, ..., D] to the tokens of `total` [B_r, H, N_k, D] that `index` names.
 
-    -1 adds to token 0: let `added` be zero there. Deterministic on every device.
+    `index` is [B, 1 or H, N_q, ...]. Its -1 adds to token 0: let `added` be zero there. Deterministic.
     """
     batch, heads = places(total, index, batch_index)
     total.index_put_((batch, heads, index.clamp(min=0).long()), added, accumulate=True)

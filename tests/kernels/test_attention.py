@@ -399,7 +399,7 @@ def test_gradients_are_those_of_the_formula(contrast, with_lse, qkv):
 
 
 def written_out(query, keys, values, bias):
-    """Attention over all keys at once, with a bias [.., N_q or 1, N_k] on the logits; a row without keys gives zeros."""
+    """Attention over all keys at once, with a bias [.., N_q or 1, N_k]. A row without keys gives zeros."""
     empty = (bias == float("-inf")).all(-1, keepdim=True)
     logits = query @ torch.cat(keys, 2).mT / query.shape[3] ** 0.5 + bias.to(query.dtype)
     return logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0) @ torch.cat(values, 2)
@@ -408,7 +408,7 @@ def written_out(query, keys, values, bias):
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 160])
 @pytest.mark.parametrize("case", ["plain", "labels", "counts", "segments"])
 def test_gradients_against_float64(backend, case, head_dim, device):
-    """Query 0 has a label that no key has, key 0 one that no query has and the count 0: nothing reaches them, and nothing is NaN."""
+    """Query 0 and key 0 have labels of their own, and key 0 the count 0: their gradients are 0, not NaN."""
     tokens = (35,) if case != "segments" else (21, 14)
     query, *tensors = (
         random_features(1, 1, n, head_dim, seed=i, device=device)

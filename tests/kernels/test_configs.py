@@ -1,5 +1,6 @@
-"""The table of tiles: its rows, which of them a lookup takes, and what is made of the nearest one where it has none."""
+"""The table of tiles: its rows, which of them a lookup takes, and how it adapts the nearest one."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -124,7 +125,8 @@ def test_buckets(tokens, bucket, table):
 
 def test_a_tile_is_tried_and_taken_back(table):
     table[SOFTMAX._replace(tokens=None)] = Tile(64, 64, 4, 1)
-    ask = lambda: _configs.choose_tile("attention", "softmax", "sm_90", 64, torch.bfloat16, 4096)  # noqa: E731
+    asked = ("attention", "softmax", "sm_90", 64, torch.bfloat16, 4096)
+    ask = functools.partial(_configs.choose_tile, *asked)
     before = ask(), dict(table)
     with pytest.raises(RuntimeError), _configs.trying(SOFTMAX, Tile(16, 16, 4, 1)):
         with _configs.trying(SOFTMAX, Tile(32, 16, 4, 1)):

@@ -75,7 +75,7 @@ def test_gradient_reaches_the_output_only(backend, tensors):
 
 
 def test_queries_learn_through_the_output(tensors):
-    # as the method does: the queries that draw the ideal are those of the output, and only the output's way carries the gradient
+    # as in the method: the ideal uses the queries of the output, and only the output has a gradient
     def gradients(loss, precision):
         query, key, value = (x.to(precision).detach().requires_grad_() for x in (tensors[0], *tensors[:2]))
         ref = [x.to(precision) for x in tensors[2:]]

@@ -1,4 +1,4 @@
-"""The registered ops under opcheck (schema, fake, gradient) and torch.compile (one graph, no recompilation)."""
+"""The registered ops under opcheck (schema, fake, gradient) and torch.compile (one graph)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Programs that a GPU runs at once, and the division of keys that follows, against rows of the static gate."""
+"""Programs that a GPU runs at once, and the division of keys that follows, against the static gate."""
 
 import json
 from pathlib import Path

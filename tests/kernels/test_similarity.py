@@ -1,4 +1,4 @@
-"""similarity_argmax and similarity_topk: what must hold whatever computes them, then scores against float64."""
+"""similarity_argmax and similarity_topk: what must hold on every backend, then scores against float64."""
 
 import math
 

@@ -578,7 +578,8 @@ import qalign_kernels as qk
 from qalign_kernels.bench.measure import cpu_rise_mib
 torch.set_num_threads(1)
 def call(tokens):
-    query, ref_query, key, value = torch.randn(4, 1, {heads}, tokens, 40, generator=torch.Generator().manual_seed(0)){learned}
+    torch.manual_seed(0)
+    query, ref_query, key, value = torch.randn(4, 1, {heads}, tokens, 40){learned}
     return cpu_rise_mib(lambda: {statement})
 call(64)
 print(call({tokens}))
@@ -591,11 +592,13 @@ print(call({tokens}))
     [
         "qk.similarity_topk(query, ref_query, 40)",
         "qk.attention_with_lse(query, qk.Segment(key, value))",
-        "qk.attention(query, qk.Segment(key, value, labels=torch.ones(1, tokens).int()), contrast=1.67, query_labels=torch.ones(1, tokens).int())",
+        "qk.attention(query, qk.Segment(key, value, labels=(one := torch.ones(1, tokens).int())), "
+        "contrast=1.67, query_labels=one)",
         "qk.qalign_attention(query, ref_query, key, value, refinement='guided')",
         "qk.qalign_attention(query, ref_query, key, value, refinement='topk')",
         "qk.label_mass(query, key, torch.zeros(1, tokens).int(), 8)",
-        "torch.autograd.grad(qk.qalign_attention(query, ref_query, key, value, contrast=1.67).sum(), [query, key, value])",
+        "torch.autograd.grad(qk.qalign_attention(query, ref_query, key, value, contrast=1.67).sum(), "
+        "[query, key, value])",
     ],
 )
 def test_extra_memory_stays_below_one_map(statement):
