@@ -171,7 +171,7 @@ def call(function: Callable, *arguments: Any, **settings: Any) -> Any:
 
 @contextlib.contextmanager
 def ordinary() -> Iterator[None]:
-    """Inside, every call takes Triton's own launch, as a comparison. Process-wide."""
+    """Inside, every call of the process takes Triton's own launch, as a comparison."""
     global _off
     before, _off = _off, True
     try:
