@@ -11,7 +11,6 @@ from qalign_kernels import Segment
 from tests.kernels.calls import CALLS, inputs
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
-LEARNED = pytest.mark.parametrize("learned", [False, True], ids=["inference", "training"])
 
 
 def _counted(function, dynamic=None):
@@ -25,18 +24,17 @@ def _of(batch, tokens, learned):
     return x.of([leaf.requires_grad_(learned) for leaf in x.leaves()])
 
 
-@LEARNED
-@pytest.mark.parametrize(
-    ("sizes", "dynamic"),
-    [
-        (((3, 7), (3, 9), (3, 20)), None),
-        (((3, 7), (4, 7), (5, 7)), None),
-        (((3, 7), (4, 9), (5, 20)), True),
-    ],
-    ids=["tokens", "rows", "both"],
-)
 @pytest.mark.parametrize("name", CALLS)
-def test_other_sizes_take_one_more_graph(name, sizes, dynamic, learned):
+def test_more_tokens_take_one_more_graph(name):
+    _check(name, ((3, 7), (3, 9), (3, 20)), dynamic=None, learned=False)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_dynamic_sizes_take_two_graphs_in_training(name):
+    _check(name, ((3, 7), (4, 9), (5, 20)), dynamic=True, learned=True)
+
+
+def _check(name, sizes, *, dynamic, learned):
     call = CALLS[name]
     counter, compiled = _counted(lambda x: call(x, "tiled"), dynamic)
     for size in sizes:
