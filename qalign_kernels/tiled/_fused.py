@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ._blocks import accumulate_dtype, batch_row, on_host
 
 _FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+FEW_KEYS = 16  # below a vector register of keys, torch loses the NaN of a query unless there is a mask
 _SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -117,6 +118,8 @@ def _dense(x: Tensor) -> Tensor:
 def _sdpa(query, key, value, mask, scale: float) -> tuple[Tensor, Tensor | None]:
     """Output, and on the CPU the log-sum-exp. The caller's choice of SDPA backends stays outside."""
     if on_host(query):
+        if mask is None and key.shape[2] < FEW_KEYS:
+            mask = query.new_zeros(1, 1, 1, key.shape[2])
         return _FLASH_ON_CPU(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
     with sdpa_kernel(_SDPA_BACKENDS):
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None

@@ -398,6 +398,26 @@ def test_gradients_are_those_of_the_formula(contrast, with_lse, qkv):
         assert judge(actual, truth, truth, 40).passed
 
 
+@pytest.mark.parametrize("tokens", [1, 6, 15, 16, 17])
+def test_nan_query_with_few_keys_gives_nan(backend, tokens, device):
+    """torch's fused kernel on the CPU gives zeros below a vector register of keys."""
+    query, key, value = (random_features(1, 2, n, 16, seed=n, device=device) for n in (5, tokens, tokens))
+    query[0, 0, 3, 2] = float("nan")
+    expected = torch.zeros(1, 2, 5, dtype=torch.bool, device=device)
+    expected[0, 0, 3] = True
+    labels = torch.ones((1, tokens), dtype=torch.int32, device=device)
+    counts = torch.ones((1, 1, tokens), dtype=torch.int32, device=device)
+    for more in ({}, {"labels": labels}, {"counts": counts}):
+        found = attention_with_lse(
+            query,
+            Segment(key, value, **more),
+            query_labels=labels[:, :1].expand(1, 5).contiguous(),
+            backend=backend,
+        )
+        assert torch.equal(found.output.isnan().all(-1), expected)
+        assert torch.equal(found.lse.isnan(), expected)
+
+
 def written_out(query, keys, values, bias):
     """Attention over all keys at once, with a bias [.., N_q or 1, N_k]. A row without keys gives zeros."""
     empty = (bias == float("-inf")).all(-1, keepdim=True)
