@@ -191,6 +191,7 @@ def test_checks_see_one_wrong_row(op):
     assert not op.check(inputs, result, "tiled")
 
 
+@pytest.mark.slow
 def test_rows_have_their_columns(tmp_path):
     done = _speed("--op", "match_counts", "--json", str(tmp_path / "rows.json"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -204,6 +205,7 @@ def test_rows_have_their_columns(tmp_path):
     assert 0.55 < rows["tiled"]["unique_fraction"] < 0.7
 
 
+@pytest.mark.slow
 def test_no_figure_for_a_failed_check(tmp_path):
     sabotage = (
         "from qalign_kernels.bench import ops\n"

@@ -50,6 +50,7 @@ def _alive(pid: int) -> bool:
     return state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_failing_or_hanging_stages_stop_nothing_else(tmp_path, capsys):
     pid_file = tmp_path / "pid"
     stages = [
@@ -368,6 +369,7 @@ def test_first_contact_begins_with_core_ops_in_bfloat16(monkeypatch):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOINT_CALLS)
 def test_joint_checks_accept_right_and_see_wrong_matches(name, device):
     if problem := _backends.triton_problem():
@@ -761,6 +763,7 @@ for name, mode in rates.MODES.items():
 """
 
 
+@pytest.mark.slow
 def test_rate_kernel_loops_hold_only_the_chain():
     pytest.importorskip("triton")
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

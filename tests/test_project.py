@@ -315,6 +315,7 @@ def test_make_installs_every_extra_it_needs(bare_copy):
     assert 'install -e ".[diffusers,bench,demo,docs,dev]" -c constraints.txt' in text
 
 
+@pytest.mark.slow
 def test_make_shows_why_pip_refuses(bare_copy, tmp_path_factory):
     """A quiet pip says that pins conflict and hides which."""
     wheels = tmp_path_factory.mktemp("wheels")

@@ -93,6 +93,7 @@ def test_every_network_has_the_requested_dtype(dtype, recwarn):
     assert not [warning for warning in recwarn if "dtype" in str(warning.message)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_samples_are_finite(dtype):
     half = quiet(embedded.load(dtype))

@@ -86,6 +86,7 @@ def test_surroundings_stay_outside_of_ops(name, backend):
         assert all(map(_same, found, plain[1:])), surrounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_interpreted_kernels_ignore_autocast(name):
     refusal = _backends.triton_refusal(torch.empty(1), ())

@@ -274,6 +274,7 @@ def test_not_taken_without_its_row(listed, monkeypatch):
     assert _attended(_features()) == {OTHER}
 
 
+@pytest.mark.slow
 def test_the_interpreter_needs_no_gluon():
     code = """
 import sys, torch

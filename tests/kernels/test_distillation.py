@@ -160,6 +160,7 @@ def test_label_without_keys_gives_ideal_zero(backend, tensors):
     torch.testing.assert_close(direction[1, :, 2], torch.ones_like(direction[1, :, 2]))
 
 
+@pytest.mark.slow
 def test_gradient_is_zero_where_the_output_is_ideal(precision, device):
     backend, dtype = precision
     query, key, value = (

@@ -148,6 +148,7 @@ def test_counted_matches_take_it():
     assert launches[-1].kernel.fn.__name__ == HOPPER and launches[-1].arguments["counts_ptr"] is not None
 
 
+@pytest.mark.slow
 def test_the_interpreter_needs_no_gluon():
     code = """
 import sys, torch
@@ -160,6 +161,7 @@ assert "qalign_kernels._triton._joint_hopper" not in sys.modules
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_it_compiles_without_spills(tmp_path):
     rows = run_over_stub(COMPILED, tmp_path)
     assert sorted(row[0] for row in rows) == ["bf16"] * 2 + ["fp16"] * 2

@@ -156,6 +156,7 @@ def test_opcheck_of_attention(guided, learned, need_lse):
     checked(OPS.attention, *attention_arguments(guided, learned), need_lse, learned, "auto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
@@ -206,6 +207,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("call", CALLS)
 def test_compiles_to_one_graph_once(call, learned):

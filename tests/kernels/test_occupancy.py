@@ -102,6 +102,7 @@ def test_nothing_compiled_assumes_two_programs(monkeypatch):
     assert _occupancy.programs_at_once(None, num_warps=8, num_stages=3, x=torch.empty(1)) == ASSUMED_PROGRAMS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("registers", "splits"), [(128, 8), (200, 4)])
 def test_registers_of_the_kernel_decide_the_splits(registers, splits, tmp_path):
     tile = choose_tile("similarity", "joint", "sm_90", 40, torch.bfloat16, 4096)

@@ -67,6 +67,7 @@ def test_every_reading_in_every_precision(precision, refinement, head_dim, devic
     assert judge_formula(output, by_reference(settings), *features, reduction=2 * head_dim).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refinement", REFINEMENTS)
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_every_reading_at_the_other_head_dims(backend, refinement, head_dim, device):

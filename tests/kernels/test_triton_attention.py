@@ -60,6 +60,7 @@ def _labels(tokens, rows=BATCH, seed=7):
     return testing.random_integers(0, 4, rows, tokens, seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [(16, 16), (40, 40), (64, 96), (80, 16), (160, 40)])
 def test_head_dims(dtype, dims):
@@ -92,6 +93,7 @@ def test_labels(dtype, contrast):
     assert empty.any() and not output[empty].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("contrast", [1.0, 0.5, 1.67])
 def test_three_segments_with_everything(dtype, contrast):

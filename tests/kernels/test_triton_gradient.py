@@ -67,6 +67,7 @@ def labels(tokens, rows=BATCH, seed=7):
     return random_integers(0, 4, rows, tokens, seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [(40, 40), (64, 64), (80, 32), (96, 96), (128, 128), (160, 160), (32, 160)])
 def test_head_dims(dtype, dims):

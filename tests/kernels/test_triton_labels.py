@@ -145,6 +145,7 @@ def _features(*shapes, dtype=torch.float32):
     return [testing.random_features(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sets,contrast,counted,dtype",
     [

@@ -67,6 +67,7 @@ def test_argmax(dtype, similarity_kind, joint):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 128, 160])
 @pytest.mark.parametrize("joint", [False, True])
 def test_argmax_at_every_head_dim(head_dim, joint):
@@ -220,6 +221,7 @@ def _counted(query, keys, similarity_kind, joint, labels=(None, None, None)):
     return index, score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("similarity_kind", ["dot", "cosine"])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize(

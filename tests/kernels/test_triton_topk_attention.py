@@ -56,11 +56,13 @@ def test_topk_attention(dtype, maps, contrast):
     _hold(*_inputs(maps=maps, dtype=dtype), contrast=contrast)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [(16, 160), (32, 48), (64, 80), (80, 64), (96, 128), (128, 96), (160, 32)])
 def test_topk_attention_at_every_head_dim(dims):
     _hold(*_inputs(dims, k=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 17])
 def test_topk_attention_of_any_k(k):
     _hold(*_inputs(k=k), contrast=1.3)

@@ -196,6 +196,7 @@ def test_a_layer_is_the_published_formula(case, shape):
     assert relative_error(stock[[0, 3]], expected[[0, 3]]) > 1e-2  # it does edit
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("case", [name for name in CASES if name not in REGIONS])
 def test_a_unet_over_several_steps(case):

@@ -28,6 +28,7 @@ def project(hidden):
     return split.clone(), split.clone(), split.clone()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("name", METHODS)
 def test_layer_memory_is_a_few_times_its_inputs(name):

@@ -85,6 +85,7 @@ def test_steps_outside_the_window_are_bitwise_stock(method):
             unet(**inputs)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("method", COMPILED, ids=repr)
 def test_compiled_unet_is_one_graph_across_steps(method):

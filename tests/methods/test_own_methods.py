@@ -218,6 +218,7 @@ def test_attribute_of_a_wrong_name_shows_near_ones(wanted, near) -> None:
         exec(f"from qalign import {wanted}")
 
 
+@pytest.mark.slow
 def test_help_shows_lazy_names() -> None:
     code = "import qalign; help(qalign)"
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -215,6 +215,7 @@ def test_literal_noise_leads_to_the_next_latent(short: Case) -> None:
 # the pipeline equals the literal run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_cross_image_as_published(prediction: str) -> None:
     case = make_case(prediction, 100)
@@ -238,6 +239,7 @@ def test_freeu_as_published() -> None:
     assert (case.literal(shortened(17, masked=False))[0] - actual).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "numbers"),
     [
@@ -260,6 +262,7 @@ def test_settings_are_the_numbers_they_name(short: Case, settings: dict, numbers
     assert_same(actual, short.literal(replace(shortened(17, masked=False), **numbers))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [

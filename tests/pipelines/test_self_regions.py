@@ -34,6 +34,7 @@ def iou(one, other):
     return ((one & other).sum() / (one | other).sum()).item()
 
 
+@pytest.mark.slow
 def test_embedded_models_object_masks_fit_their_scene(pipe) -> None:
     """The mask beats a mask of everything, which scores the object's share, and those of other scenes."""
     masks, truths = [], []

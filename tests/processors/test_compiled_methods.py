@@ -16,6 +16,7 @@ DRAWN_ON_THE_HOST = ("story_diffusion", "consistory")  # anew at each step, so t
 LABELS = torch.arange(64).view(8, 8) % 8 // 3  # two that do not see each other beside the background
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ELSEWHERE + DRAWN_ON_THE_HOST])
 def test_one_graph_serves_every_step(name):

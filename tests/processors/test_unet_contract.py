@@ -221,6 +221,7 @@ def test_signature_is_stock_and_draws_no_warning(case: Case) -> None:
     assert not warnings
 
 
+@pytest.mark.slow
 def test_ip_adapter_may_recreate_the_processors(case: Case) -> None:
     assert type(case.processor()) is case.processor
     pipe = make_pipe(case.family)
@@ -359,6 +360,7 @@ def test_processors_have_no_parameters(case: Case) -> None:
     assert list(unet.state_dict()) == keys and not isinstance(case.processor(), nn.Module)
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_not_recompiled(case: Case) -> None:
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
@@ -437,6 +439,7 @@ def test_dtypes_are_kept_and_nan_stays_local(case: Case) -> None:
     assert edited[:2].isnan().any(-1).all() and edited[2].isfinite().all()
 
 
+@pytest.mark.slow
 def test_every_guidance_half_edits_only_its_outputs(case: Case) -> None:
     pipe = make_pipe(case.family)
     for guidance_scale, images in ((1.0, 1), (5.0, 1), (1.0, 2), (5.0, 2)):

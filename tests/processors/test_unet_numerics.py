@@ -203,6 +203,7 @@ def test_an_attached_layer_leaves_the_others_alone() -> None:
         assert torch.equal(stock[1:], edited[1:])
 
 
+@pytest.mark.slow
 def test_compiled_unet_is_one_graph_across_steps() -> None:
     from qalign import attach
     from tests.processors.models import generate
