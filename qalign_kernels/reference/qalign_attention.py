@@ -3,7 +3,6 @@
 Every map of scores is materialised, and matched keys and values are gathered.
 """
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -105,7 +104,7 @@ def _soft(call: Call) -> Tensor:
 def _warped_output(call: Call) -> Tensor:
     index, score = similarity_argmax(*call.alignment)
     labels = call.alignment.reference_labels
-    segment = _segment(call.key, call.value, labels=labels)
+    segment = _Segment(call.key, call.value, labels=labels)
     output = attention(call.ref_query, [segment], scale=call.scale, query_labels=labels)[0]
     return _unmatchable_to_nan(rearrange_kv(output, output, index)[0], score)
 
@@ -118,7 +117,7 @@ def _none(call: Call) -> Tensor:
 def _warped_values(call: Call) -> Tensor:
     index, score = similarity_argmax(*call.alignment)
     value = _unmatchable_to_nan(rearrange_kv(call.key, call.value, index)[1], score)
-    segment = _segment(call.own_key, value, counts=(index >= 0).int())
+    segment = _Segment(call.own_key, value, counts=(index >= 0).int())
     return attention(call.query, [segment], scale=call.scale, contrast=call.contrast)[0]
 
 
@@ -148,12 +147,16 @@ FORMULAS = {
 }
 
 
-def _segment(
-    key: Tensor | None, value: Tensor, counts: Tensor | None = None, labels: Tensor | None = None
-) -> SimpleNamespace:
-    return SimpleNamespace(
-        key=key, value=value, counts=counts, labels=labels, batch_index=None, logit_scale=1.0, logit_shift=0.0
-    )
+class _Segment(NamedTuple):
+    """What `attention` reads of a segment."""
+
+    key: Tensor | None
+    value: Tensor
+    counts: Tensor | None = None
+    labels: Tensor | None = None
+    batch_index: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_shift: float = 0.0
 
 
 def _strengthened(table: Tensor, strength: float) -> Tensor:
