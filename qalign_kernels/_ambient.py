@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ from torch.autograd import forward_ad
 
 from . import _backends
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
-def public(op: Callable) -> Callable:
+
+def public(op: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Make `op` a public op: what the caller has switched on around it does not reach inside."""
 
     @functools.wraps(op)
-    def call(*arguments: Any, **settings: Any) -> Any:
+    def call(*arguments: Parameters.args, **settings: Parameters.kwargs) -> Result:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, arguments, settings)
         first = arguments[0] if arguments else next(iter(settings.values()), None)

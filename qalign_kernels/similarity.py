@@ -224,10 +224,9 @@ def _topk_fake(query, reference, k, similarity, joint, query_labels, reference_l
 
 def _setup_context(ctx, inputs, output):
     query, reference, *settings = inputs
-    names = ("k", "similarity", "joint") if isinstance(settings[0], int) else ("similarity", "joint")
-    given = dict(zip(names, settings))
-    batch_index = settings[len(names) + 2]
-    ctx.similarity = given["similarity"]
+    if not isinstance(settings[0], str):  # the k of similarity_topk
+        settings = settings[1:]
+    ctx.similarity, _, _, _, batch_index, *_ = settings
     ctx.inputs = len(inputs)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, reference, output[0], batch_index)

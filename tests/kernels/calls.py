@@ -74,7 +74,7 @@ def _qalign(
 
 
 def _match(x: Inputs) -> Tensor:
-    return qk.similarity_argmax(x.query, x.reference, backend="reference").index
+    return qk.similarity_argmax(x.query.detach(), x.reference.detach(), backend="reference").index
 
 
 CALLS: dict[str, Call] = {
