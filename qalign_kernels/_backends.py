@@ -168,14 +168,15 @@ def select(op: str, backend: str, tensor: Tensor, head_dims: tuple[int, ...], **
     return "triton"
 
 
-def require_gradient(op: str, backend: str, tensor: Tensor, head_dims: tuple[int, ...]) -> None:
-    """Refuse an explicit "triton" for a call that PyTorch differentiates. torch.compile may trace this."""
+def with_gradient(op: str, backend: str, tensor: Tensor, head_dims: tuple[int, ...]) -> str:
+    """ "tiled", the backend of a call with a gradient; refuses "triton". torch.compile may trace this."""
     if not torch.compiler.is_compiling():
         select(op, backend, tensor, head_dims, differentiable=True)
     elif backend == "triton":
         raise RuntimeError(
             f"backend: expected a backend that can run {op} here, got 'triton': its kernels have no gradient"
         )
+    return "tiled"
 
 
 def implementation(backend: str, stem: str) -> Any:

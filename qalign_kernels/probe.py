@@ -106,8 +106,7 @@ def mean_attention_map(
     if backend == "reference":
         return _backends.implementation("reference", "probe").mean_attention_map(query, key, scale=scale)
     if _library.wants_gradient(query, key):
-        _backends.require_gradient("mean_attention_map", backend, query, (query.shape[3],))
-        backend = "tiled"
+        backend = _backends.with_gradient("mean_attention_map", backend, query, (query.shape[3],))
     return _mean_map_op(query, key, scale, backend)
 
 

@@ -105,8 +105,7 @@ def take_rows(x: Tensor, index: Tensor, *, backend: str | None = None) -> Tensor
     """Gather the tokens of [B, H, N_k, D] by a match map [B, 1 or H, N_q], zeros for -1; tiled or Triton."""
     backend = _backends.requested(backend)
     if _library.wants_gradient(x):
-        _backends.require_gradient("rearrange_kv", backend, x, ())
-        backend = "tiled"
+        backend = _backends.with_gradient("rearrange_kv", backend, x, ())
     return _take_rows_op(x, index, backend)
 
 

@@ -56,8 +56,7 @@ def topk_attention(
             query, key, value, index, scale=scale, contrast=contrast, batch_index=batch_index
         )
     if _library.wants_gradient(query, key, value):
-        _backends.require_gradient("topk_attention", backend, query, (query.shape[3], value.shape[3]))
-        backend = "tiled"
+        backend = _backends.with_gradient("topk_attention", backend, query, (query.shape[3], value.shape[3]))
     return _topk_attention_op(query, key, value, index, scale, contrast, batch_index, backend)
 
 
