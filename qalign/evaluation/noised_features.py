@@ -11,6 +11,7 @@ from ..context.layers import decoder_layers
 from ..context.layout import BatchLayout
 from ..methods import Method
 from ..processors.attach import attach
+from ..sampling.denoising import ddim_scheduler
 
 
 class Features(NamedTuple):
@@ -68,7 +69,9 @@ def noised_features(
     noise = torch.stack(
         [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     )
-    noised = pipe.scheduler.add_noise(latents, noise.to(latents), timesteps.to(latents.device))
+    noised = ddim_scheduler(pipe.scheduler).add_noise(
+        latents, noise.to(latents), timesteps.to(latents.device)
+    )
     kept = _Kept()
     with attach(pipe.unet, kept, layout=BatchLayout(*["output"] * len(latents)), layers=layers):
         pipe.predict(noised, timesteps, pipe.conditions(prompt, *pictures.shape[-2:])[0])

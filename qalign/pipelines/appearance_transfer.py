@@ -15,10 +15,11 @@ from ..context.regions import Regions
 from ..methods import Method, QAlign
 from ..processors.attach import attach
 from ..processors.feature_bank import FeatureBank
+from ..sampling.denoising import ddim_scheduler
 from ..sampling.guidance import swap_scales
 from ..sampling.inversion import Inversion
 from .base import OnStepEnd, StepCallback, XLConditions
-from .pair_inversion import PairInversion, ddim_scheduler
+from .pair_inversion import PairInversion
 from .self_regions import SELF, SelfRegions
 from .transfer_inputs import (
     Generators,

@@ -18,7 +18,7 @@ from ..methods.bounded import BoundedAttention
 from ..processors.attach import find_unet, select_layers
 from ..sampling.attention_reader import AttentionReader, frozen, gradient
 from ..sampling.bounded_guidance import BoundedGuidance, MaskRefiner
-from ..sampling.denoising import set_steps
+from ..sampling.denoising import ddim_scheduler, set_steps
 from ..sampling.object_masks import noun_tokens
 from .base import (
     Condition,
@@ -172,7 +172,7 @@ class BoundedAttentionMixin(LatentDiffusion):
         callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         regions = Regions.from_boxes(boxes, *shape[-2:])
         run = _Run(self, guidance, method, regions, layers, mask_layers, callback)
-        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False)
+        scheduler = ddim_scheduler(self.scheduler)
         set_steps(scheduler, num_inference_steps)
         latents = run.walk(
             latents.to(self._execution_device, torch.float32),

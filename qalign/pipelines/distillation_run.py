@@ -16,7 +16,7 @@ from ..context.adain import adain as adain_latents
 from ..context.regions import Regions
 from ..methods.attention_distillation import AttentionDistillation, Losses
 from ..sampling.attention_reader import AttentionReader, descend, frozen
-from ..sampling.denoising import set_steps
+from ..sampling.denoising import ddim_scheduler, set_steps
 from .base import Condition, StepCallback
 
 NO_DEVIATION = 1e-12  # added to the variance: like 1e-6 added to the deviation, where that is 0
@@ -117,9 +117,7 @@ class Run(ABC):
 
     def __post_init__(self) -> None:
         self.best = self.latents
-        self.scheduler = DDIMScheduler.from_config(
-            self.pipe.scheduler.config, clip_sample=False, thresholding=False
-        )
+        self.scheduler = ddim_scheduler(self.pipe.scheduler)
         set_steps(self.scheduler, self.settings.steps)
 
     @abstractmethod

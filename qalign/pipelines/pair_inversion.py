@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..processors.attach import find_unet
+from ..sampling.denoising import ddim_scheduler
 from ..sampling.freeu import cross_image_freeu
 from ..sampling.inversion import KINDS, Inversion, invert_ddim, invert_ddpm
 from ..sampling.inversion_cache import InversionCache, digest
@@ -112,7 +112,14 @@ class PairInversion(LatentDiffusion):
                 for each in generators
             ]
             settings = [num_inference_steps, inversion, guidance_scale, freeu]
-            shared = digest(settings, dict(scheduler.config), condition, unconditional, find_unet(self))
+            shared = digest(
+                settings,
+                dict(scheduler.config),
+                scheduler.alphas_cumprod,
+                condition,
+                unconditional,
+                find_unet(self),
+            )
             keys = [digest(shared, row, state) for row, state in zip(clean, noise)]
 
         def make(rows: list[int]) -> Inversion:
@@ -131,14 +138,3 @@ class PairInversion(LatentDiffusion):
 
     def _freeu(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
         return cross_image_freeu(self) if wanted else contextlib.nullcontext()
-
-
-def ddim_scheduler(scheduler: Any, timesteps: Tensor | None = None) -> DDIMScheduler:
-    """A DDIMScheduler with the noise levels of `scheduler`, set to `timesteps` if they are given."""
-    ddim = DDIMScheduler.from_config(scheduler.config)
-    if timesteps is not None:
-        ddim.set_timesteps(len(timesteps))
-        if not torch.equal(ddim.timesteps, timesteps):
-            expected = f"the {len(timesteps)} timesteps of this pipeline's scheduler"
-            raise ValueError(f"inversion: expected {expected}, got those of another")
-    return ddim

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..context.regions import Regions
 from ..sampling.attention_maps import MapCollector
+from ..sampling.denoising import ddim_scheduler
 from ..sampling.object_masks import default_noun, noun_tokens, object_masks, object_regions
 from .base import LatentDiffusion
-from .pair_inversion import ddim_scheduler
 from .transfer_inputs import stack_pictures
 
 SELF = "self"  # the value of `regions` that selects these

@@ -1,4 +1,4 @@
-"""One denoising step of DDIM or DDPM, in float32, and the checks that go with it."""
+"""One denoising step of DDIM or DDPM, in float32, its scheduler, and the checks that go with it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._checks import require_count
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _HALF_ADVICE = (
     "float16 overflowed: load the pipeline in torch.bfloat16, or put its VAE in torch.float32 and "
     "upcast_attention=True on its UNet"
@@ -115,7 +116,8 @@ def set_steps(scheduler: Any, steps: int) -> None:
 
     Raises:
         ValueError: `steps` is below 1 or above the number of training timesteps. With a `steps_offset` of 1
-            that number itself is too large.
+            that number itself is too large. Or the first timestep has no signal, from which a predicted ε
+            gives no clean latents.
 
     Example:
         >>> from diffusers import DDIMScheduler
@@ -132,6 +134,69 @@ def set_steps(scheduler: Any, steps: int) -> None:
         raise ValueError(
             f"steps: expected fewer inference steps than the {known} of the model's training, got {steps}"
         )
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    if levels is None or scheduler.config.get("prediction_type") != "epsilon":
+        return
+    if levels[scheduler.timesteps.max().long()] == 0:
+        expected = "prediction_type v_prediction or sample with a terminal signal of zero"
+        raise ValueError(f"scheduler: expected {expected} (rescale_betas_zero_snr), got epsilon")
+
+
+def ddim_scheduler(scheduler: Any, timesteps: Tensor | None = None, *, kind: Any = DDIMScheduler) -> Any:
+    """Make a DDIMScheduler with the noise levels of another scheduler.
+
+    The levels are the tensor `alphas_cumprod` of `scheduler`, whatever its configuration says. The number of
+    training timesteps and the prediction type are its own too. All else follows stock's
+    `DDIMScheduler.from_config`. Nothing is clipped.
+
+    Args:
+        scheduler: any scheduler of diffusers for a diffusion model with discrete timesteps.
+        timesteps: int64 [T], noisiest first, which the result must have after `set_timesteps(T)`. None sets
+            no timesteps.
+        kind: the class of the result: DDIMScheduler or DDIMInverseScheduler.
+
+    Returns:
+        a new scheduler. `scheduler` is not changed.
+
+    Raises:
+        TypeError: `scheduler` has no such levels, as for EDM and flow matching.
+        ValueError: `timesteps` are those of another scheduler.
+
+    Example:
+        >>> from diffusers import LCMScheduler
+        >>> lcm = LCMScheduler()
+        >>> torch.equal(ddim_scheduler(lcm).alphas_cumprod, lcm.alphas_cumprod)
+        True
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    levels, known = getattr(scheduler, "alphas_cumprod", None), config.get("num_train_timesteps")
+    if not isinstance(levels, Tensor) or len(levels) != known:
+        expected = "one with alphas_cumprod, a noise level for each timestep of the training"
+        raise TypeError(f"scheduler: expected {expected}, got {name} without it")
+    prediction = config.get("prediction_type", PREDICTIONS[0])
+    if prediction not in PREDICTIONS or config.get("use_flow_sigmas", False):
+        got = "use_flow_sigmas=True" if prediction in PREDICTIONS else f"prediction_type={prediction!r}"
+        raise TypeError(
+            f"scheduler: expected one that predicts {', '.join(PREDICTIONS)}, got {name} with {got}"
+        )
+    made = kind.from_config(
+        config,
+        num_train_timesteps=known,
+        prediction_type=prediction,
+        trained_betas=scheduler.betas.tolist(),
+        rescale_betas_zero_snr=False,  # the betas are what it made of them
+        clip_sample=False,
+        thresholding=False,
+    )
+    made.alphas_cumprod = levels.clone()
+    if not made.config.set_alpha_to_one:  # else it is 1
+        made.final_alpha_cumprod = made.initial_alpha_cumprod = made.alphas_cumprod[0]
+    if timesteps is not None:
+        made.set_timesteps(len(timesteps))
+        if not torch.equal(made.timesteps, timesteps):
+            expected = f"the {len(timesteps)} timesteps of this pipeline's scheduler"
+            raise ValueError(f"inversion: expected {expected}, got those of another")
+    return made
 
 
 def require_ddim(scheduler: DDIMScheduler) -> None:

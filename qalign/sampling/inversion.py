@@ -15,7 +15,15 @@ from torch import Tensor
 
 from qalign_kernels._files import replacing
 
-from .denoising import noise_levels, posterior, require_ddim, require_finite, set_steps, spread
+from .denoising import (
+    ddim_scheduler,
+    noise_levels,
+    posterior,
+    require_ddim,
+    require_finite,
+    set_steps,
+    spread,
+)
 
 # (latents [B, C, h, w], timesteps int64 [B]) -> the guided output, in the scheduler's prediction type
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -271,7 +279,7 @@ def invert_ddim(
     Source: arXiv 2010.02502.
     """
     clean, timesteps = _begin(scheduler, clean, steps)
-    inverse = DDIMInverseScheduler.from_config({**scheduler.config, "clip_sample": False})
+    inverse = ddim_scheduler(scheduler, kind=DDIMInverseScheduler)
     inverse.set_timesteps(steps)
     latents = [clean]
     for timestep in inverse.timesteps:
