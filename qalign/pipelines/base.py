@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
@@ -16,6 +16,7 @@ from .pictures import choose_size, to_tensors
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Condition = dict[str, Any]  # keyword arguments of the UNet for one row
+Found = TypeVar("Found")
 OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]  # callback_on_step_end
 
 
@@ -196,6 +197,16 @@ class LatentDiffusion:
             latents.to(self.unet.dtype), timesteps.to(latents.device), return_dict=False, **options
         )[0]
         return require_finite(output, "UNet output", self.unet.dtype).float()
+
+    def _same_tokens(self: Any, find: Callable[[Any], Found]) -> Found:
+        """What `find` returns for the tokenizer, if it returns the same for the second one of SDXL."""
+        tokenizers = [self.tokenizer, getattr(self, "tokenizer_2", None)]
+        first, *others = [find(each) for each in tokenizers if each is not None]
+        if any(other != first for other in others):
+            expected = "the same tokens from both tokenizers"
+            got = "others (a textual inversion belongs to both: load_textual_inversion twice)"
+            raise ValueError(f"prompt: expected {expected}, got {got}")
+        return first
 
     def _size(self: Any, latents: Tensor) -> list[int]:
         """[height, width] of the pictures of these latents, in pixels."""

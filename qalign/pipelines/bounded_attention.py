@@ -1,6 +1,5 @@
 """Bounded attention: several subjects in boxes of one picture, without leakage between them."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,7 @@ from ..processors.attach import find_unet, select_layers
 from ..sampling.attention_reader import AttentionReader, frozen, gradient
 from ..sampling.bounded_guidance import BoundedGuidance, MaskRefiner
 from ..sampling.denoising import ddim_scheduler, set_steps
-from ..sampling.object_masks import noun_tokens
+from ..sampling.object_masks import end_place, word_places
 from .base import (
     Condition,
     LatentDiffusion,
@@ -168,7 +167,7 @@ class BoundedAttentionMixin(LatentDiffusion):
         if latents.shape != shape:
             raise ValueError(f"latents: expected {list(shape)}, got {list(latents.shape)}")
         words, boxes = [word for word, _ in subjects], [box for _, box in subjects]
-        method = _method(self.tokenizer, prompt, words, filter_words)
+        method = self._same_tokens(lambda tokenizer: _method(tokenizer, prompt, words, filter_words))
         callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         regions = Regions.from_boxes(boxes, *shape[-2:])
         run = _Run(self, guidance, method, regions, layers, mask_layers, callback)
@@ -316,26 +315,19 @@ def _method(
     tokenizer: Any, prompt: str, words: Sequence[str], filter_words: Sequence[str]
 ) -> BoundedAttention:
     places = {label: _places(tokenizer, prompt, word) for label, word in enumerate(words, 1)}
-    present = {word.lower() for word in re.findall(r"\w+", prompt)}
-    filtered = {
-        place
-        for word in filter_words
-        if word.lower() in present
-        for place in noun_tokens(tokenizer, prompt, word)
-    }
+    filtered = {place for word in filter_words for place in word_places(tokenizer, prompt, word)}
     taken = {place for some in places.values() for place in some}
-    end = len(tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids) - 1
     return BoundedAttention(
-        subject_tokens=places, filter_tokens=tuple(sorted(filtered - taken)), eos_token=end
+        subject_tokens=places,
+        filter_tokens=tuple(sorted(filtered - taken)),
+        eos_token=end_place(tokenizer, prompt),
     )
 
 
 def _places(tokenizer: Any, prompt: str, words: str) -> tuple[int, ...]:
     for form in (words, f"{words}s"):
-        try:
-            return noun_tokens(tokenizer, prompt, form)
-        except ValueError:
-            continue
+        if places := word_places(tokenizer, prompt, form):
+            return places
     raise ValueError(f"subjects: expected words of the prompt {prompt!r}, got {words!r}")
 
 

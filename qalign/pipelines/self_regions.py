@@ -74,8 +74,11 @@ class SelfRegions(LatentDiffusion):
         return found
 
     def _noun_tokens(self: Any, prompt: str, noun: str | None) -> tuple[int, ...]:
-        word = noun or default_noun(prompt)
-        return noun_tokens(self.tokenizer, prompt, word) if word else ()
+        def places(tokenizer: Any) -> tuple[int, ...]:
+            word = noun or default_noun(prompt, tokenizer)
+            return noun_tokens(tokenizer, prompt, word) if word else ()
+
+        return self._same_tokens(places)
 
     def _object(self: Any, prompt: str, noun: str | None, structures: int) -> tuple[int, ...]:
         """The places of the object's noun, for regions of one structure."""

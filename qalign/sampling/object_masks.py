@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from ..context.regions import Regions
@@ -223,10 +224,10 @@ def noun_map(
 
 
 def noun_tokens(tokenizer: Any, prompt: str, noun: str) -> tuple[int, ...]:
-    """Find the places of a word among the tokens of a prompt.
+    """Find the places of a word among the tokens of a prompt, as stock's `encode_prompt` encodes it.
 
     Args:
-        tokenizer: of the pipeline.
+        tokenizer: of the pipeline. A textual inversion of several vectors is several tokens.
         prompt: one prompt.
         noun: a word, or several in a row. Upper and lower case are the same.
 
@@ -241,17 +242,10 @@ def noun_tokens(tokenizer: Any, prompt: str, noun: str) -> tuple[int, ...]:
         >>> noun_tokens(pipe.tokenizer, "a cat", "cat")  # a tokenizer of single letters
         (2, 3, 4)
     """
-    spans = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(noun)}(?!\w)", prompt, re.IGNORECASE)]
-    if not noun or not spans:
+    found = _all_places(tokenizer, prompt, noun)
+    if not found:
         raise ValueError(f"noun: expected a word of the prompt {prompt!r}, got {noun!r}")
-    # the end token of each beginning does not count
-    bounds = [[len(tokenizer(prompt[:end]).input_ids) - 1 for end in span] for span in spans]
-    places = tuple(
-        place
-        for first, after in bounds
-        for place in range(first, after)
-        if place < tokenizer.model_max_length - 1
-    )
+    places = tuple(place for place in found if place < tokenizer.model_max_length - 1)
     if not places:
         raise ValueError(
             f"noun: expected a word among the first {tokenizer.model_max_length} tokens, got {noun!r}"
@@ -259,11 +253,49 @@ def noun_tokens(tokenizer: Any, prompt: str, noun: str) -> tuple[int, ...]:
     return places
 
 
-def default_noun(prompt: str) -> str | None:
+def word_places(tokenizer: Any, prompt: str, word: str) -> tuple[int, ...]:
+    """Find the places of a word as `noun_tokens` does, but return none for a word that the prompt lacks.
+
+    Args:
+        tokenizer: of the pipeline.
+        prompt: one prompt.
+        word: a word, or several in a row.
+
+    Returns:
+        the places of all of its tokens that the tokenizer keeps.
+
+    Example:
+        >>> word_places(pipe.tokenizer, "a cat", "dog")
+        ()
+    """
+    last = tokenizer.model_max_length - 1
+    return tuple(place for place in _all_places(tokenizer, prompt, word) if place < last)
+
+
+def end_place(tokenizer: Any, prompt: str) -> int:
+    """Find the place of the end token of a prompt, as stock's `encode_prompt` encodes it.
+
+    Args:
+        tokenizer: of the pipeline.
+        prompt: one prompt.
+
+    Returns:
+        the place after the last token that the tokenizer keeps.
+
+    Example:
+        >>> end_place(pipe.tokenizer, "a cat")
+        5
+    """
+    text = _encoded(tokenizer, prompt)
+    return len(tokenizer(text, truncation=True, max_length=tokenizer.model_max_length).input_ids) - 1
+
+
+def default_noun(prompt: str, tokenizer: Any = None) -> str | None:
     """Guess the object of a prompt: its last word before a preposition of place or a comma.
 
     Args:
         prompt: one prompt.
+        tokenizer: of the pipeline. Its textual inversions count as words. None knows of none.
 
     Returns:
         the word, or None if there is none or it is "image", "photo" or "picture".
@@ -272,8 +304,34 @@ def default_noun(prompt: str) -> str | None:
         >>> default_noun("a red zebra on grass"), default_noun("a photo")
         ('zebra', None)
     """
-    words = re.findall(r"\w+", re.split(AFTER_THE_OBJECT, prompt, maxsplit=1, flags=re.IGNORECASE)[0])
+    added = [] if tokenizer is None else sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
+    word = "|".join([*(rf"(?<!\w){re.escape(each)}(?!\w)" for each in added), r"\w+"])
+    words = re.findall(word, re.split(AFTER_THE_OBJECT, prompt, maxsplit=1, flags=re.IGNORECASE)[0])
     return words[-1] if words and words[-1].lower() not in NOT_OBJECTS else None
+
+
+def _encoded(tokenizer: Any, prompt: str) -> str:
+    """The text that stock's `encode_prompt` tokenises: each textual inversion as all of its vectors."""
+    return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
+
+
+def _all_places(tokenizer: Any, prompt: str, word: str) -> list[int]:
+    """The places of a word, also after the last token that the tokenizer keeps.
+
+    A place counts where the text up to the word is encoded as the beginning of the whole prompt is. This
+    leaves out a word inside of a token, as `toy` in the textual inversion `<toy>`.
+    """
+    places: list[int] = []
+    text = _encoded(tokenizer, prompt)
+    tokens = tokenizer(text).input_ids
+    for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE) if word else ():
+        begun = [_encoded(tokenizer, prompt[:end]) for end in match.span()]
+        first, after = (tokenizer(each).input_ids[:-1] for each in begun)  # without the end token
+        if all(text.startswith(each) for each in begun) and all(
+            each == tokens[: len(each)] for each in (first, after)
+        ):
+            places += range(len(first), len(after))
+    return places
 
 
 @functools.cache
