@@ -40,6 +40,32 @@ def token_grid(size: Sequence[int], tokens: int) -> tuple[int, int]:
     return grid
 
 
+def latent_size(pipe: Any) -> tuple[int, int]:
+    """Return (height, width) of the latents that a pipeline was trained on, as its UNet says.
+
+    >>> from qalign.context.layers import latent_size
+    >>> latent_size(pipe)
+    (16, 16)
+
+    Raises:
+        ValueError: the UNet does not say it.
+    """
+    size = pipe.unet.config.sample_size
+    if size is None:
+        expected = "both, because the UNet has no sample_size"
+        raise ValueError(f"height, width: expected {expected}, got None")
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
 def picture_size(pipe: Any) -> int:
-    """Return the side, in pixels, of the pictures that a pipeline was trained on."""
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor
+    """Return the side, in pixels, of the square pictures that a pipeline was trained on.
+
+    Raises:
+        ValueError: they are not square.
+    """
+    height, width = latent_size(pipe)
+    if height != width:
+        expected = "a UNet of square pictures, because the scenes are square"
+        raise ValueError(f"sample_size: expected {expected}, got {height} x {width}")
+    return height * pipe.vae_scale_factor

@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .._checks import require_count
+from ..context.layers import latent_size
 from ..context.regions import Regions, label_scale
 from ..methods.attention_distillation import AttentionDistillation, Losses
 from ..sampling.attention_reader import AttentionReader
@@ -272,10 +273,10 @@ class AttentionDistillationMixin(LatentDiffusion):
         )
         self._check_labels(regions, of_style, size)
         shape = self._latent_shape(1, size)
-        window = self.unet.config.sample_size if window is None else window
-        places = windows(shape[2:], window, max(window // 2, 1) if stride is None else stride)
+        sides = latent_size(self) if window is None else (window, window)
+        places = windows(shape[2:], sides, stride)
         pictures = _covering(styles, of_style)
-        seen = [min(window * self.vae_scale_factor, side) for side in size]
+        seen = [min(each * self.vae_scale_factor, side) for each, side in zip(sides, size)]
         null_condition = self.conditions("", *seen)[0]
         run = Expansion(
             pipe=self,

@@ -117,7 +117,7 @@ class LatentDiffusion:
                 in [0, 1] or bytes; or a batch of tensors or arrays.
 
         Returns:
-            float32 [B, C, h, w], times the VAE's scaling factor.
+            float32 [B, C, h, w], scaled as the stock pipeline of the family scales them.
 
         Raises:
             TypeError: a picture is of the wrong type.
@@ -141,10 +141,7 @@ class LatentDiffusion:
             latents = torch.cat(
                 [retrieve_latents(self.vae.encode(row), sample_mode="argmax") for row in pixels.split(1)]
             )
-            return (
-                require_finite(latents, "VAE latents", self.vae.dtype).float()
-                * self.vae.config.scaling_factor
-            )
+            return self._scaled(require_finite(latents, "VAE latents", self.vae.dtype).float())
 
     def conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
         """Make the UNet's keyword arguments for a prompt.
@@ -166,7 +163,8 @@ class LatentDiffusion:
         """
         embeddings = self.encode_prompt(prompt, self._execution_device, 1, True)
         condition, unconditional = (
-            {"encoder_hidden_states": each.to(self.unet.dtype)} for each in embeddings
+            {"encoder_hidden_states": each.to(self.unet.dtype), **self._guidance_condition(1.0)}
+            for each in embeddings
         )
         return condition, unconditional
 
@@ -208,13 +206,37 @@ class LatentDiffusion:
             raise ValueError(f"prompt: expected {expected}, got {got}")
         return first
 
+    def _scaled(self: Any, latents: Tensor) -> Tensor:
+        """The UNet's latents of those of the VAE: as in `StableDiffusionImg2ImgPipeline.prepare_latents`."""
+        return latents * self.vae.config.scaling_factor
+
+    def _unscaled(self: Any, latents: Tensor) -> Tensor:
+        """The VAE's latents of those of the UNet: as in `StableDiffusionPipeline.__call__`."""
+        return latents / self.vae.config.scaling_factor
+
+    def _guidance_condition(self: Any, scale: float) -> Condition:
+        """The UNet's `timestep_cond`, as in `StableDiffusionPipeline.__call__`; only distilled UNets take it.
+
+        Such a UNet, as of LCM, has learned the guided output for a scale that is embedded with the timestep.
+        """
+        width = self.unet.config.time_cond_proj_dim
+        if width is None:
+            return {}
+        embedded = self.get_guidance_scale_embedding(torch.tensor([scale - 1.0]), embedding_dim=width)
+        return {"timestep_cond": embedded.to(self._execution_device, self.unet.dtype)}
+
     def _size(self: Any, latents: Tensor) -> list[int]:
         """[height, width] of the pictures of these latents, in pixels."""
         return [side * self.vae_scale_factor for side in latents.shape[-2:]]
 
     def _guided(self: Any, condition: Condition, unconditional: Condition, scale: float) -> Predict:
-        """The prediction with classifier-free guidance. Equal conditions need only one UNet call."""
-        same = digest(condition) == digest(unconditional)
+        """The prediction with classifier-free guidance.
+
+        One UNet call is enough for equal conditions, and for a UNet that takes the scale.
+        """
+        distilled = self._guidance_condition(scale)
+        same = bool(distilled) or digest(condition) == digest(unconditional)
+        condition = {**condition, **distilled}
 
         def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
             output = self.predict(latents, timesteps, condition)
@@ -227,7 +249,7 @@ class LatentDiffusion:
 
     def _decode(self: Any, latents: Tensor) -> Tensor:
         with self._wide_vae():
-            rows = (latents / self.vae.config.scaling_factor).to(self.vae.dtype).split(1)
+            rows = self._unscaled(latents).to(self.vae.dtype).split(1)
             return require_finite(
                 torch.cat([self.vae.decode(row, return_dict=False)[0] for row in rows]),
                 "VAE pictures",
@@ -248,7 +270,7 @@ class LatentDiffusion:
 
 
 class XLConditions:
-    """The conditioning of Stable Diffusion XL, as a mixin before the others."""
+    """Conditions and scale of latents of Stable Diffusion XL, as a mixin before the others."""
 
     def conditions(self: Any, prompt: str, height: int, width: int) -> tuple[Condition, Condition]:
         """Make the UNet's keyword arguments for a prompt, with pooled text and size.
@@ -275,10 +297,29 @@ class XLConditions:
             {
                 "encoder_hidden_states": text.to(self.unet.dtype),
                 "added_cond_kwargs": {"text_embeds": pooled.to(self.unet.dtype), "time_ids": ids},
+                **self._guidance_condition(1.0),
             }
             for text, pooled in (embeddings[::2], embeddings[1::2])
         )
         return condition, unconditional
+
+    def _scaled(self: Any, latents: Tensor) -> Tensor:
+        """As in `StableDiffusionXLImg2ImgPipeline.prepare_latents`: with the VAE's mean and deviation."""
+        mean, deviation = self._statistics(latents)
+        return (latents - mean) * self.vae.config.scaling_factor / deviation
+
+    def _unscaled(self: Any, latents: Tensor) -> Tensor:
+        """As in `StableDiffusionXLPipeline.__call__`: with the VAE's mean and deviation."""
+        mean, deviation = self._statistics(latents)
+        return latents * deviation / self.vae.config.scaling_factor + mean
+
+    def _statistics(self: Any, latents: Tensor) -> tuple[Any, Any]:
+        """The VAE's `latents_mean` and `latents_std`, or 0 and 1 unless it has both."""
+        both = [getattr(self.vae.config, name, None) for name in ("latents_mean", "latents_std")]
+        if None in both:
+            return 0.0, 1.0
+        mean, deviation = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in both)
+        return mean, deviation
 
 
 def check_output(output_type: str, names: Sequence[str]) -> None:

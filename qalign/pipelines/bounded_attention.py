@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .._checks import require_count
-from ..context.layers import decoder_layers
+from ..context.layers import decoder_layers, latent_size
 from ..context.regions import Regions
 from ..methods.bounded import BoundedAttention
 from ..processors.attach import find_unet, select_layers
@@ -155,8 +155,10 @@ class BoundedAttentionMixin(LatentDiffusion):
         _check(guidance, output_type, num_inference_steps, callback_on_step_end_tensor_inputs)
         if not isinstance(prompt, str):
             raise TypeError(f"prompt: expected one prompt, got {prompt!r}")
-        side = self.unet.config.sample_size * self.vae_scale_factor
-        size = (side if height is None else height, side if width is None else width)
+        size = (height, width)
+        if height is None or width is None:
+            own = (side * self.vae_scale_factor for side in latent_size(self))
+            size = tuple(side if given is None else given for given, side in zip(size, own))
         if any(side <= 0 or side % MULTIPLE for side in size):
             raise ValueError(f"height, width: expected multiples of {MULTIPLE}, got {size[0]} x {size[1]}")
         shape = (1, self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
@@ -248,7 +250,9 @@ class _Run:
         """The latents after the last timestep, or the last estimate of the clean ones after an interrupt."""
         pipe, best, total = self.pipe, latents, len(scheduler.timesteps)
         condition, unconditional = conditions
-        both = concatenate_conditions(unconditional, condition)
+        distilled = pipe._guidance_condition(scale)  # its UNet predicts the guided output by itself
+        condition = {**condition, **distilled}
+        both = condition if distilled else concatenate_conditions(unconditional, condition)
         pipe._interrupt, pipe._num_timesteps = False, total
         try:
             with frozen(pipe.unet), pipe.progress_bar(total=total) as bar:
@@ -257,8 +261,11 @@ class _Run:
                     if self.guidance.refines(step, total):
                         self.regions = self.refiner.refine(self.regions)
                         self.predicting = self._reader()
-                    base, output = self._predict(latents, timestep, both).chunk(2)
-                    stepped = scheduler.step(base + scale * (output - base), timestep, latents)
+                    output = self._predict(latents, timestep, both)
+                    if not distilled:
+                        base, output = output.chunk(2)
+                        output = base + scale * (output - base)
+                    stepped = scheduler.step(output, timestep, latents)
                     latents, best = stepped.prev_sample, stepped.pred_original_sample
                     bar.update()
                     changed = self.callback(pipe, step, timestep, latents)
@@ -296,9 +303,10 @@ class _Run:
         )
 
     def _predict(self, latents: Tensor, timestep: Tensor, both: Condition) -> Tensor:
-        """Predict for the empty prompt and the prompt; the prompt's maps go to the refiner."""
+        """Predict for the rows of `both`; the maps of the last one, the prompt's, go to the refiner."""
+        rows = len(both["encoder_hidden_states"])
         with self.predicting as read:
-            output, features = read.predict(latents.expand(2, -1, -1, -1), timestep, both)
+            output, features = read.predict(latents.expand(rows, -1, -1, -1), timestep, both)
         own, words = _split(features)
         if self.guidance.refine_every:
             self.refiner.add(own, self.regions, words, self.method)

@@ -265,15 +265,31 @@ class Expansion(_Denoising):
         self.latents, self.best = sums / self._count, clean / self._count
 
 
-def windows(space: Sequence[int], window: int, stride: int) -> list[tuple[slice, slice]]:
+def windows(
+    space: Sequence[int], window: int | Sequence[int], stride: int | None = None
+) -> list[tuple[slice, slice]]:
     """Rows and columns of the windows that cover (height, width), row by row.
 
     The last window of a row or column ends where the space ends.
 
+    Args:
+        space: (height, width).
+        window: the side of a window, or its (height, width).
+        stride: from one window to the next. None is half a window.
+
     Raises:
-        ValueError: `stride` is larger than the window, which leaves gaps, or below 1.
+        ValueError: `stride` is larger than the window, which leaves gaps, or below 1, or `window` is.
     """
-    if not 1 <= stride <= window:
-        raise ValueError(f"stride: expected 1 to the window's {window} latents, got {stride!r}")
-    starts = [[*range(0, max(side - window, 0), stride), max(side - window, 0)] for side in space]
-    return [(slice(top, top + window), slice(left, left + window)) for top in starts[0] for left in starts[1]]
+    sides = (window, window) if isinstance(window, int) else tuple(window)
+    for side in sides:
+        require_count("window", side, 1)
+    if stride is not None and not 1 <= stride <= min(sides):
+        raise ValueError(f"stride: expected 1 to the window's {min(sides)} latents, got {stride!r}")
+    rows, columns = (
+        [
+            slice(start, start + side)
+            for start in [*range(0, max(whole - side, 0), stride or max(side // 2, 1)), max(whole - side, 0)]
+        ]
+        for whole, side in zip(space, sides)
+    )
+    return [(row, column) for row in rows for column in columns]

@@ -76,7 +76,7 @@ def _tune(pipe: Any, pictures: Tensor, iterations: int, learning_rate: float) ->
     """Tune `pipe.vae.decoder` in place; the loss before each iteration."""
     vae, losses = pipe.vae, []
     with torch.no_grad():
-        latents = pipe.encode(pictures) / vae.config.scaling_factor
+        latents = pipe._unscaled(pipe.encode(pictures))
     truth = pipe.image_processor.normalize(pictures).to(latents)
     vae.decoder.requires_grad_(True)
     adam = torch.optim.Adam(vae.decoder.parameters(), lr=learning_rate)
