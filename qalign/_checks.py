@@ -1,5 +1,6 @@
 """Checks of arguments that several modules share."""
 
+import math
 from typing import Any
 
 
@@ -11,3 +12,21 @@ def require_count(name: str, number: Any, least: int = 0) -> None:
     """
     if not isinstance(number, int) or isinstance(number, bool) or number < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {number!r}")
+
+
+def require_number(name: str, number: Any, *, least: float = -math.inf, most: float = math.inf) -> None:
+    """Check that the argument `name` is a finite number of `least` to `most`. A bool or a str is none.
+
+    Raises:
+        TypeError: `number` is no number.
+        ValueError: it is not finite, or out of range.
+    """
+    try:
+        value = None if isinstance(number, (str, bytes, bool)) else float(number)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        value = None
+    bounds = "" if (least, most) == (-math.inf, math.inf) else f" of {least:g} to {most:g}"
+    if value is None:
+        raise TypeError(f"{name}: expected a number{bounds}, got {number!r}")
+    if not math.isfinite(value) or not least <= value <= most:
+        raise ValueError(f"{name}: expected a finite number{bounds}, got {number!r}")

@@ -58,7 +58,7 @@ def token_adain(x: Tensor, reference: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Give each head's channels the mean and standard deviation that they have over the reference's tokens.
 
     (x - mean(x)) / √(var(x) + eps) · √(var(y) + eps) + mean(y), per row, head and channel over tokens. The
-    variance is unbiased.
+    variance is unbiased. A single token has no variance: x then stays as it is.
 
     >>> import torch
     >>> from qalign.context.adain import token_adain
@@ -75,6 +75,8 @@ def token_adain(x: Tensor, reference: Tensor, *, eps: float = 1e-5) -> Tensor:
 
     Source: StyleAligned, arXiv 2312.02133.
     """
+    if x.shape[-2] < 2 or reference.shape[-2] < 2:
+        return x
     dtype = torch.promote_types(x.dtype, torch.float32)
     (variance, mean), (style_variance, style_mean) = (
         torch.var_mean(each.to(dtype), dim=-2, keepdim=True) for each in (x, reference)

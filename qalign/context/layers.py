@@ -40,6 +40,30 @@ def token_grid(size: Sequence[int], tokens: int) -> tuple[int, int]:
     return grid
 
 
+def layer_grid(name: str, model: Any, size: Sequence[int]) -> tuple[int, int]:
+    """Return the grid (rows, columns) of the tokens of a UNet's layer.
+
+    >>> from qalign.context.layers import layer_grid
+    >>> layer_grid("mid_block.attentions.0.transformer_blocks.0.attn1", pipe.unet, (16, 16))
+    (2, 2)
+
+    Args:
+        name: of the layer or of another module in a block.
+        model: the UNet. It halves the grid from block to block.
+        size: (height, width) of the latents.
+    """
+    block, _, rest = name.partition(".")
+    deepest = len(model.down_blocks) - 1
+    level = deepest
+    if block != "mid_block":
+        number = int(rest.partition(".")[0])
+        level = number if block == "down_blocks" else deepest - number
+    grid = (size[0], size[1])
+    for _ in range(level):
+        grid = halved(grid)
+    return grid
+
+
 def latent_size(pipe: Any) -> tuple[int, int]:
     """Return (height, width) of the latents that a pipeline was trained on, as its UNet says.
 

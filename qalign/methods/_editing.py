@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..context.layer_call import Site
-from ..context.layers import decoder_layers
+from ..context.layers import decoder_layers, token_grid
+from ..context.layout import BatchLayout
+from ..context.regions import Regions
 
 Hook = Callable[[nn.Module, Tensor, Tensor, Site], Tensor]  # (module, its input, its output, site) -> output
 Project = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # hidden states -> queries, keys and values
@@ -56,10 +58,14 @@ class Method:
         card: the entry in `python -m qalign methods`. Only the methods of this package have one.
         default_steps: the fractions (start, stop) of the denoising loop in which the method edits when the
             user names none. None is the whole loop.
+        reads_labels: the pictures whose label map the method reads where there are regions.
+        reads_size: whether the method reads `site.forward.size`, the size of the latents.
     """
 
     card: ClassVar[Card | None] = None
     default_steps: ClassVar[tuple[float, float] | None] = None
+    reads_labels: ClassVar[tuple[str, ...]] = ()
+    reads_size: ClassVar[bool] = False
 
     @classmethod
     def title(cls) -> str:
@@ -73,6 +79,33 @@ class Method:
     def default_layers(self, names: Sequence[str]) -> list[str]:
         """Select the self-attention layers that are edited by default; here the decoder's last six."""
         return last_six(names)
+
+    def check(
+        self,
+        size: tuple[int, int],
+        grids: Sequence[tuple[int, int]],
+        layout: BatchLayout,
+        regions: Regions | None,
+    ) -> None:
+        """Check, before any work, that the pictures and their labels suit the method.
+
+        Args:
+            size: (height, width) of the latents.
+            grids: (rows, columns) of the tokens of the edited layers.
+            layout: the roles of the batch's rows.
+            regions: the labels, or None.
+
+        Raises:
+            ValueError: they do not. Here: `regions` lack a map of `reads_labels`, or it fits no grid.
+        """
+        if regions is None:
+            return
+        for picture in self.reads_labels:
+            labels = getattr(regions, picture)
+            for grid in grids:
+                if isinstance(labels, Tensor):
+                    check_labels(labels, picture, size, grid)
+                regions.picture_labels(picture, grid[0] * grid[1], torch.device("cpu"))
 
     def takes_structure(self, step: int, total: int) -> bool:
         """Return whether output rows read the structure, and not the appearance, at `step` of `total`."""
@@ -191,6 +224,19 @@ class Wrapped(Method):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         return self.method.attend(q, k, v, site)
 
+    @property
+    def reads_size(self) -> bool:  # type: ignore[override]
+        return self.method.reads_size
+
+    def check(
+        self,
+        size: tuple[int, int],
+        grids: Sequence[tuple[int, int]],
+        layout: BatchLayout,
+        regions: Regions | None,
+    ) -> None:
+        self.method.check(size, grids, layout, regions)
+
     def default_layers(self, names: Sequence[str]) -> list[str]:
         return self.method.default_layers(names)
 
@@ -214,6 +260,22 @@ class Wrapped(Method):
 
     def change_clean(self, clean: Tensor, appearance: Tensor, timestep: int) -> Tensor:
         return self.method.change_clean(clean, appearance, timestep)
+
+
+def check_labels(labels: Any, picture: str, size: tuple[int, int], grid: tuple[int, int]) -> None:
+    """Check that a label map belongs to latents of this size and gives labels to a layer's grid.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        fits = token_grid(labels.shape, grid[0] * grid[1]) == grid
+    except ValueError:
+        fits = False
+    if not fits:
+        latents, layer, map = (f"{height} x {width}" for height, width in (size, grid, labels.shape))
+        expected = f"a label map of the {picture} for {latents} latents and a layer of {layer} tokens"
+        raise ValueError(f"regions: expected {expected}, got {map}")
 
 
 def require_method(method: Any) -> None:

@@ -53,6 +53,7 @@ class CrossImage(Editing):
         "attention (contrast)",
         1.5,
     )
+    reads_labels: ClassVar[tuple[str, ...]] = ("appearance", "structure")
 
     contrast: float = 1.67
     structure_every: int = 5

@@ -62,6 +62,7 @@ class CtrlX(Editing):
         "attention (moments)",
         2.5,
     )
+    reads_labels: ClassVar[tuple[str, ...]] = ("appearance", "structure")
     default_steps: ClassVar[tuple[float, float] | None] = (0.0, 0.6)
 
     structure_layers: tuple[str, ...] = ("up_blocks.0",)
@@ -121,7 +122,10 @@ def _among(name: str, beginnings: Sequence[str]) -> bool:
 
 
 def _normalised(x: Tensor) -> Tensor:
-    """Give each channel mean 0 and unbiased deviation 1 over tokens [..., N, C], in float32 or better."""
+    """Give each channel mean 0 and unbiased deviation 1 over tokens [..., N, C], in float32 or better.
+
+    A channel without a deviation, as of a single token, becomes 0.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    variance, mean = torch.var_mean(wide, dim=-2, keepdim=True)
-    return (wide - mean).div_(variance.sqrt()).to(x.dtype)
+    variance, mean = torch.var_mean(wide, dim=-2, keepdim=True, correction=min(1, wide.shape[-2] - 1))
+    return (wide - mean).div_(variance.sqrt().clamp_(min=torch.finfo(wide.dtype).tiny)).to(x.dtype)

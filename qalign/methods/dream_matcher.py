@@ -1,6 +1,6 @@
 """DreamMatcher: values of matching appearance tokens, where the match returns to its origin."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,9 @@ from qalign_kernels.rearrange import take_rows
 
 from ..context.layer_call import Site, take
 from ..context.layers import token_grid
-from ._editing import Card, Editing
+from ..context.layout import BatchLayout
+from ..context.regions import Regions
+from ._editing import Card, Editing, check_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +36,12 @@ class DreamMatcher(Editing):
     >>> from qalign import BatchLayout, DreamMatcher, Site
     >>> q, k, v = torch.randn(3, 3, 2, 16, 8)  # three rows, two heads, 16 tokens, eight channels
     >>> site = Site(BatchLayout("output", "appearance", "structure"))
-    >>> DreamMatcher().attend(q, k, v, site).shape
+    >>> DreamMatcher(size=(4, 4)).attend(q, k, v, site).shape
     torch.Size([3, 2, 16, 8])
 
     Args:
         consistency: τ.
-        size: (height, width) of the latents or of the picture, if there are no regions. None is a square.
+        size: (height, width) of the latents or of the picture, where neither `attach` nor regions tell it.
 
     Notes:
         The published form matches features of two decoder blocks, reduced together by PCA, from a separate
@@ -61,6 +63,9 @@ class DreamMatcher(Editing):
         2.0,
     )
     default_steps: ClassVar[tuple[float, float] | None] = (4 / 50, 1.0)
+
+    reads_labels: ClassVar[tuple[str, ...]] = ("structure",)
+    reads_size: ClassVar[bool] = True
 
     consistency: float = 0.4
     size: tuple[int, int] | None = None
@@ -101,11 +106,23 @@ class DreamMatcher(Editing):
         return kept if foreground is None else kept & foreground
 
     def _grid(self, tokens: int, site: Site) -> tuple[int, int]:
+        if site.forward is not None:
+            return token_grid(site.forward.size, tokens)
         size = self.size if site.regions is None else site.regions.structure.shape
-        if size is not None:
-            return token_grid(size, tokens)
-        side = math.isqrt(tokens)
-        if side * side != tokens:
-            expected = f"(height, width) of the latents, because {tokens} tokens are no square"
-            raise ValueError(f"size: expected {expected}, got None")
-        return side, side
+        if size is None:
+            expected = "(height, width) of the latents outside of attach"
+            raise ValueError(f"size: expected {expected}, got None for {tokens} tokens")
+        return token_grid(size, tokens)
+
+    def check(
+        self,
+        size: tuple[int, int],
+        grids: Sequence[tuple[int, int]],
+        layout: BatchLayout,
+        regions: Regions | None,
+    ) -> None:
+        """Check the labels as other methods do, those of the appearance too if there are any."""
+        super().check(size, grids, layout, regions)
+        if regions is not None and isinstance(regions.appearance, Tensor):
+            for grid in grids:
+                check_labels(regions.appearance, "appearance", size, grid)

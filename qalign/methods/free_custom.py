@@ -10,7 +10,9 @@ from torch import Tensor
 from qalign_kernels import Segment, attention
 
 from ..context.layer_call import Site, take
-from ._editing import Card, Editing
+from ..context.layout import BatchLayout
+from ..context.regions import Regions
+from ._editing import Card, Editing, check_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,25 @@ class FreeCustom(Editing):
         if not 0 <= self.style_fidelity <= 1:
             raise ValueError(f"style_fidelity: expected a fraction of 0 to 1, got {self.style_fidelity!r}")
 
+    def check(
+        self,
+        size: tuple[int, int],
+        grids: Sequence[tuple[int, int]],
+        layout: BatchLayout,
+        regions: Regions | None,
+    ) -> None:
+        """Check the number of weights, and that regions have a map for each reference."""
+        count = layout.roles.count("appearance") if layout.roles.count("output") == 1 else 1
+        self._weights(count)
+        if regions is None:
+            return
+        maps = regions.appearance if isinstance(regions.appearance, tuple) else (regions.appearance,)
+        for grid in grids:
+            for labels in maps:
+                if labels is not None:
+                    check_labels(labels, "appearance", size, grid)
+            regions.subject_labels("appearance", 0, count, grid[0] * grid[1], torch.device("cpu"))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         if site.idle:
             return site.plain(q, k, v)
@@ -87,18 +108,20 @@ class FreeCustom(Editing):
         """Return the attention of the conditional half to a single reference."""
         return self._shared(q, k, v, output, [reference], site)
 
+    def _weights(self, count: int) -> list[float]:
+        """The weight of each of `count` references."""
+        if isinstance(self.mask_weights, (int, float)):
+            return [self.mask_weights] * count
+        if len(self.mask_weights) != count:
+            expected = f"a number, or one for each of {count} references"
+            raise ValueError(f"mask_weights: expected {expected}, got {len(self.mask_weights)}")
+        return list(self.mask_weights)
+
     def _shared(
         self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, references: Sequence[Tensor], site: Site
     ) -> Tensor:
         count = len(references)
-        weights = (
-            [self.mask_weights] * count
-            if isinstance(self.mask_weights, (int, float))
-            else list(self.mask_weights)
-        )
-        if len(weights) != count:
-            expected = f"a number, or one for each of {count} references"
-            raise ValueError(f"mask_weights: expected {expected}, got {len(weights)}")
+        weights = self._weights(count)
         segments = [site.own(k, v, output)]
         for number, (rows, weight) in enumerate(zip(references, weights)):
             labels = site.subject_labels(k, rows, "appearance", number, count)

@@ -13,7 +13,8 @@ from qalign_kernels import attention, label_mass
 
 from ..context.layer_call import Site, take
 from ..context.layers import token_grid
-from ..context.regions import EVERYTHING
+from ..context.layout import BatchLayout
+from ..context.regions import EVERYTHING, Regions
 from ._editing import Card, Editing
 
 
@@ -71,6 +72,7 @@ class MasaCtrl(Editing):
         "attention (segments)",
         1.0,
     )
+    reads_labels: ClassVar[tuple[str, ...]] = ("appearance", "structure")
     default_steps: ClassVar[tuple[float, float] | None] = (4 / 50, 1.0)
 
     union: bool = False
@@ -95,6 +97,28 @@ class MasaCtrl(Editing):
 
     def cross_layers(self, names: Sequence[str]) -> list[str]:
         return list(names) if self.ref_token_idx else []
+
+    def check(
+        self,
+        size: tuple[int, int],
+        grids: Sequence[tuple[int, int]],
+        layout: BatchLayout,
+        regions: Regions | None,
+    ) -> None:
+        """Check that either regions or token indices give masks, and that the latents have the map's grid."""
+        super().check(size, grids, layout, regions)
+        if self.ref_token_idx:
+            self._require_no_regions(regions)
+            try:
+                token_grid(size, self.map_tokens)
+            except ValueError:
+                expected = f"the tokens of {size[0]} x {size[1]} latents halved some times"
+                raise ValueError(f"map_tokens: expected {expected}, got {self.map_tokens}") from None
+
+    def _require_no_regions(self, regions: Regions | None) -> None:
+        if regions is not None:
+            reason = "because MasaCtrl makes masks from its token indices"
+            raise ValueError(f"regions: expected None, {reason}, got Regions")
 
     def attend_cross(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Return stock attention, and keep how much of it goes to the foreground's words.
@@ -139,10 +163,7 @@ class MasaCtrl(Editing):
         """
         if not self.ref_token_idx or site.forward is None or not site.forward.kept:
             return None
-        if site.regions is not None:
-            raise ValueError(
-                "regions: expected None, because MasaCtrl makes masks from its token indices, got Regions"
-            )
+        self._require_no_regions(site.regions)
         mass = torch.stack(list(site.forward.kept.values())).mean(0)
         low, high = mass.aminmax(dim=-1, keepdim=True)
         maps = (

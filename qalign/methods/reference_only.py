@@ -53,6 +53,7 @@ class ReferenceOnly(Editing):
         "attention (segments)",
         2.0,
     )
+    reads_labels: ClassVar[tuple[str, ...]] = ("appearance", "structure")
 
     style_fidelity: float = 0.5
 

@@ -70,6 +70,7 @@ class SeAl(Editing):
         "similarity_topk, topk attention",
         1.5,
     )
+    reads_labels: ClassVar[tuple[str, ...]] = ("appearance", "structure")
 
     threshold: tuple[float, float] = (0.15, 0.15)
     strength: tuple[float, float] = (3.0, 3.0)

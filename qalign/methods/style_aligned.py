@@ -66,6 +66,7 @@ class StyleAligned(Editing):
         "token_adain, attention (segments)",
         2.0,
     )
+    reads_labels: ClassVar[tuple[str, ...]] = ("appearance", "structure")
 
     adain_queries: bool = True
     adain_keys: bool = True

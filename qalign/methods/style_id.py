@@ -53,6 +53,7 @@ class StyleID(Editing):
         "attention (scale)",
         1.0,
     )
+    reads_labels: ClassVar[tuple[str, ...]] = ("appearance", "structure")
 
     query_preservation: float = 0.75
     temperature: float = 1.5

@@ -51,6 +51,7 @@ class VisualStylePrompting(Editing):
         "attention",
         1.0,
     )
+    reads_labels: ClassVar[tuple[str, ...]] = ("appearance", "structure")
 
     calibration: tuple[int, int] | None = (100, 150)
 

@@ -45,6 +45,7 @@ class ZStar(Editing):
         "attention (segments)",
         2.0,
     )
+    reads_labels: ClassVar[tuple[str, ...]] = ("appearance", "structure")
     default_steps: ClassVar[tuple[float, float] | None] = (5 / 30, 1.0)
 
     style_scale: float = 1.2

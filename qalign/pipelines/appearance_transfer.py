@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from .._checks import require_number
 from ..context.layout import BatchLayout
 from ..context.regions import Regions
 from ..methods import Method, QAlign
@@ -18,12 +19,14 @@ from ..processors.feature_bank import FeatureBank
 from ..sampling.denoising import ddim_scheduler
 from ..sampling.guidance import swap_scales
 from ..sampling.inversion import Inversion
+from .arguments import check_fractions, check_noun, check_output, check_switches, one_prompt
 from .base import OnStepEnd, StepCallback, XLConditions
 from .pair_inversion import PairInversion
 from .self_regions import SELF, SelfRegions
 from .transfer_inputs import (
     Generators,
     active_steps,
+    check_method,
     check_options,
     count_skipped,
     count_structures,
@@ -107,6 +110,10 @@ class AppearanceTransfer(PairInversion, SelfRegions):
 
         Source: SeAl (CVPR 2026); see `FeatureBank.record_clean`.
         """
+        prompt = one_prompt(prompt)
+        if not isinstance(inversion, Inversion):
+            raise TypeError(f"inversion: expected an Inversion, from `invert`, got {inversion!r}")
+        self._check_unet()
         found, bank = make_method(method), FeatureBank("appearance") if bank is None else bank
         if found is None or bank.roles != ("appearance",):
             expected = "a method and a bank of the appearance"
@@ -225,13 +232,22 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         Source: Cross-Image attention, arXiv 2311.03335; Q-Align, arXiv 2508.21090; inversion,
             arXiv 2304.06140.
         """
-        method = make_method(method)
-        check_options(adain, edit_steps, output_type, callback_on_step_end_tensor_inputs)
+        prompt, method = one_prompt(prompt), make_method(method)
+        check_output(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end)
+        check_options(adain, edit_steps, regions, method)
+        check_noun(noun)
+        check_switches(freeu=freeu)
+        check_fractions(guidance_start=guidance_start, adain_start=adain_start)
+        require_number("swap_guidance_scale", swap_guidance_scale)
+        self._check_unet()
         if isinstance(inversion, Inversion):
+            ddim_scheduler(self.scheduler, inversion.timesteps)
             outputs, steps = count_structures(inversion), len(inversion.timesteps)
+            size = tuple(inversion.latents.shape[-2:])
         else:
             pictures = stack_pictures(appearance, structure, height, width)
             outputs, steps = len(pictures) - 1, num_inference_steps
+            size = tuple(side // self.vae_scale_factor for side in pictures.shape[-2:])
         skipped = count_skipped(skip, steps)
         guided = method is not None and swap_guidance_scale > 1
         scales = swap_scales(steps - skipped, swap_guidance_scale, start=guidance_start) if guided else None
@@ -240,6 +256,7 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             given: Any = None if segmented else regions
             layout, active = _layout(outputs, guided), active_steps(method, edit_steps)
             control = attach(self, method, layout=layout, layers=layers, steps=active, regions=given)
+            check_method(control, size)
         places = self._object(prompt, noun, outputs) if segmented else ()
         blend = None
         if adain is not None:

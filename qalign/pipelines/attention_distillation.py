@@ -12,13 +12,15 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .._checks import require_count
+from .._checks import require_count, require_number
 from ..context.layers import latent_size
 from ..context.regions import Regions, label_scale
 from ..methods.attention_distillation import AttentionDistillation, Losses
 from ..sampling.attention_reader import AttentionReader
 from ..sampling.decoder_tuning import tuned_decoder
-from .base import LatentDiffusion, OnStepEnd, StepCallback, XLConditions, check_output
+from ..sampling.denoising import ddim_scheduler, set_steps
+from .arguments import check_generator, check_output, check_switches, one_prompt
+from .base import LatentDiffusion, OnStepEnd, StepCallback, XLConditions
 from .distillation_run import (
     MODES,
     TEXTURE,
@@ -27,6 +29,7 @@ from .distillation_run import (
     Optimisation,
     Run,
     Sampling,
+    Settings,
     choose_settings,
     draw_noise,
     windows,
@@ -158,7 +161,12 @@ class AttentionDistillationMixin(LatentDiffusion):
         if initial not in INITIAL:
             raise ValueError(f"initial: expected one of {', '.join(INITIAL)}, got {initial!r}")
         settings = choose_settings(MODES[mode], num_inference_steps, iterations, learning_rate)
-        _check(method, tune_decoder, output_type, callback_on_step_end_tensor_inputs)
+        prompt = one_prompt(prompt)
+        _check(method, regions, tune_decoder)
+        check_output(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end)
+        check_switches(adain=adain, anneal=anneal)
+        require_number("guidance_scale", guidance_scale)
+        self._check_run(settings, generator)
         styles = _styles(style, regions)
         contents = [] if content is None else to_tensors(content, "content")
         of_style = choose_size(styles[0], None, None, "style")
@@ -265,7 +273,12 @@ class AttentionDistillationMixin(LatentDiffusion):
         Source: Attention Distillation, arXiv 2502.20235; windows, MultiDiffusion, arXiv 2302.08113.
         """
         settings = choose_settings(TEXTURE, num_inference_steps, iterations, learning_rate)
-        _check(method, tune_decoder, output_type, callback_on_step_end_tensor_inputs)
+        _check(method, regions, tune_decoder)
+        check_output(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end)
+        require_count("batch_size", batch_size, 1)
+        for side, number in (("height", height), ("width", width)):
+            require_count(side, number, 1)
+        self._check_run(settings, generator)
         styles = _styles(style, regions)
         of_style, size = (
             choose_size(styles[0], None, None, "style"),
@@ -291,6 +304,12 @@ class AttentionDistillationMixin(LatentDiffusion):
             batch_size=batch_size,
         )
         return self._result(run, pictures, tune_decoder, output_type, return_dict)
+
+    def _check_run(self: Any, settings: Settings, generator: Any) -> None:
+        """Check the scheduler, the UNet and the generator, which all runs need."""
+        check_generator(generator)
+        set_steps(ddim_scheduler(self.scheduler), settings.steps)
+        self._check_unet()
 
     def _latent_shape(self: Any, rows: int, size: tuple[int, int]) -> tuple[int, ...]:
         """[rows, C, h, w] of pictures of `size` pixels."""
@@ -372,8 +391,9 @@ def _covering(pictures: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return torch.stack([cover(picture, size).cpu() for picture in pictures])
 
 
-def _check(method: AttentionDistillation, tune_decoder: int, output_type: str, names: Sequence[str]) -> None:
+def _check(method: Any, regions: Any, tune_decoder: Any) -> None:
     if not isinstance(method, AttentionDistillation):
         raise TypeError(f"method: expected AttentionDistillation(...), got {method!r}")
+    if regions is not None and not isinstance(regions, Regions):
+        raise TypeError(f"regions: expected Regions(...) or None, got {regions!r}")
     require_count("tune_decoder", tune_decoder)
-    check_output(output_type, names)

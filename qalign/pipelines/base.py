@@ -1,7 +1,7 @@
 """The parts that all pipelines share: latents, predictions and pictures of a Stable Diffusion pipeline."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -12,8 +12,6 @@ from ..sampling.denoising import require_finite
 from ..sampling.inversion import Predict
 from ..sampling.inversion_cache import digest
 from .pictures import choose_size, to_tensors
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Condition = dict[str, Any]  # keyword arguments of the UNet for one row
 Found = TypeVar("Found")
@@ -225,6 +223,20 @@ class LatentDiffusion:
         embedded = self.get_guidance_scale_embedding(torch.tensor([scale - 1.0]), embedding_dim=width)
         return {"timestep_cond": embedded.to(self._execution_device, self.unet.dtype)}
 
+    def _check_unet(self: Any) -> None:
+        """Check that the UNet needs no input that these pipelines have none of."""
+        config, needs = self.unet.config, ""
+        if getattr(config, "encoder_hid_dim_type", None) in (
+            "ip_image_proj",
+            "image_proj",
+            "text_image_proj",
+        ):
+            needs = "image_embeds (an IP-Adapter? pipe.unload_ip_adapter() removes it)"
+        elif getattr(self.unet, "class_embedding", None) is not None:
+            needs = "class_labels"
+        if needs:
+            raise ValueError(f"unet: expected one that needs text alone, got one that needs {needs}")
+
     def _size(self: Any, latents: Tensor) -> list[int]:
         """[height, width] of the pictures of these latents, in pixels."""
         return [side * self.vae_scale_factor for side in latents.shape[-2:]]
@@ -320,14 +332,6 @@ class XLConditions:
             return 0.0, 1.0
         mean, deviation = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in both)
         return mean, deviation
-
-
-def check_output(output_type: str, names: Sequence[str]) -> None:
-    """Check `output_type` and `callback_on_step_end_tensor_inputs` of a call."""
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-    if set(names) - {"latents"}:
-        raise ValueError(f"callback_on_step_end_tensor_inputs: expected ('latents',) or (), got {names!r}")
 
 
 def expand_condition(condition: Condition, rows: int) -> Condition:

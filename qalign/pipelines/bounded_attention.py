@@ -10,22 +10,22 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .._checks import require_count
-from ..context.layers import decoder_layers, latent_size
+from .._checks import require_count, require_number
+from ..context.layers import decoder_layers, latent_size, layer_grid
 from ..context.regions import Regions
 from ..methods.bounded import BoundedAttention
 from ..processors.attach import find_unet, select_layers
 from ..sampling.attention_reader import AttentionReader, frozen, gradient
 from ..sampling.bounded_guidance import BoundedGuidance, MaskRefiner
-from ..sampling.denoising import ddim_scheduler, set_steps
+from ..sampling.denoising import ddim_scheduler, require_finite, set_steps
 from ..sampling.object_masks import end_place, word_places
+from .arguments import check_generator, check_output, one_prompt
 from .base import (
     Condition,
     LatentDiffusion,
     OnStepEnd,
     StepCallback,
     XLConditions,
-    check_output,
     concatenate_conditions,
 )
 from .pictures import MULTIPLE
@@ -152,14 +152,19 @@ class BoundedAttentionMixin(LatentDiffusion):
         tokens.
         """
         guidance = self.default_guidance if guidance is None else guidance
-        _check(guidance, output_type, num_inference_steps, callback_on_step_end_tensor_inputs)
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt: expected one prompt, got {prompt!r}")
+        prompt = one_prompt(prompt)
+        _check(guidance, guidance_scale, subjects, filter_words, latents)
+        check_output(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end)
+        check_generator(generator)
+        scheduler = ddim_scheduler(self.scheduler)
+        require_count("num_inference_steps", num_inference_steps, 1)
+        set_steps(scheduler, num_inference_steps)
+        self._check_unet()
         size = (height, width)
         if height is None or width is None:
             own = (side * self.vae_scale_factor for side in latent_size(self))
             size = tuple(side if given is None else given for given, side in zip(size, own))
-        if any(side <= 0 or side % MULTIPLE for side in size):
+        if any(type(side) is not int or side <= 0 or side % MULTIPLE for side in size):
             raise ValueError(f"height, width: expected multiples of {MULTIPLE}, got {size[0]} x {size[1]}")
         shape = (1, self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
         if latents is None:
@@ -168,13 +173,12 @@ class BoundedAttentionMixin(LatentDiffusion):
             )
         if latents.shape != shape:
             raise ValueError(f"latents: expected {list(shape)}, got {list(latents.shape)}")
+        require_finite(latents, "latents", latents.dtype)
         words, boxes = [word for word, _ in subjects], [box for _, box in subjects]
         method = self._same_tokens(lambda tokenizer: _method(tokenizer, prompt, words, filter_words))
         callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         regions = Regions.from_boxes(boxes, *shape[-2:])
         run = _Run(self, guidance, method, regions, layers, mask_layers, callback)
-        scheduler = ddim_scheduler(self.scheduler)
-        set_steps(scheduler, num_inference_steps)
         latents = run.walk(
             latents.to(self._execution_device, torch.float32),
             scheduler,
@@ -241,8 +245,18 @@ class _Run:
             pipe, found, method=replace(method, optimized=True), regions=boxes, cross=True
         )
         self.predicting = self._reader()
+        if guidance.refine_every:
+            self._check_grids()
         self.losses: list[tuple[float, float]] = []
         self.interrupted = False
+
+    def _check_grids(self) -> None:
+        """Check that the masks' layers have one grid, before they run."""
+        model, size = find_unet(self.pipe), self.boxes.structure.shape
+        grids = {layer_grid(name, model, size) for name in self.predicting.layers}
+        if len(grids) != 1:
+            got = ", ".join(map(str, sorted(rows * columns for rows, columns in grids)))
+            raise ValueError(f"mask_layers: expected layers of one number of tokens, got {got}")
 
     def walk(
         self, latents: Tensor, scheduler: DDIMScheduler, conditions: tuple[Condition, Condition], scale: float
@@ -339,8 +353,23 @@ def _places(tokenizer: Any, prompt: str, words: str) -> tuple[int, ...]:
     raise ValueError(f"subjects: expected words of the prompt {prompt!r}, got {words!r}")
 
 
-def _check(guidance: Any, output_type: str, steps: int, names: Sequence[str]) -> None:
+def _check(guidance: Any, scale: Any, subjects: Any, filter_words: Any, latents: Any) -> None:
     if not isinstance(guidance, BoundedGuidance):
         raise TypeError(f"guidance: expected BoundedGuidance(...) or None, got {guidance!r}")
-    check_output(output_type, names)
-    require_count("num_inference_steps", steps, 1)
+    require_number("guidance_scale", scale)
+    if not _are_subjects(subjects):
+        expected = "pairs of a word and its box (x0, y0, x1, y1)"
+        raise TypeError(f"subjects: expected {expected}, got {subjects!r}")
+    words = isinstance(filter_words, (list, tuple, set, frozenset))
+    if not words or not all(isinstance(word, str) for word in filter_words):
+        raise TypeError(f"filter_words: expected words, got {filter_words!r}")
+    if latents is not None and (not isinstance(latents, Tensor) or not latents.is_floating_point()):
+        got = f"{latents.dtype}" if isinstance(latents, Tensor) else repr(latents)
+        raise TypeError(f"latents: expected a tensor of floats or None, got {got}")
+
+
+def _are_subjects(subjects: Any) -> bool:
+    try:
+        return all(isinstance(word, str) and len(list(map(float, box))) == 4 for word, box in subjects)
+    except (TypeError, ValueError):
+        return False

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .._checks import require_count
+from .._checks import require_count, require_number
 from ..context.adain import adain as adain_latents
 from ..context.regions import Regions
 from ..methods.attention_distillation import AttentionDistillation, Losses
@@ -45,6 +45,7 @@ def choose_settings(
     )
     require_count("num_inference_steps", settings.steps, 1)
     require_count("iterations", settings.iterations)
+    require_number("learning_rate", settings.learning_rate)
     if not settings.learning_rate > 0:
         raise ValueError(f"learning_rate: expected a number above 0, got {learning_rate!r}")
     return settings
@@ -283,7 +284,7 @@ def windows(
     sides = (window, window) if isinstance(window, int) else tuple(window)
     for side in sides:
         require_count("window", side, 1)
-    if stride is not None and not 1 <= stride <= min(sides):
+    if stride is not None and (type(stride) is not int or not 1 <= stride <= min(sides)):
         raise ValueError(f"stride: expected 1 to the window's {min(sides)} latents, got {stride!r}")
     rows, columns = (
         [

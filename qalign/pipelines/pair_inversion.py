@@ -10,10 +10,11 @@ from torch import Tensor
 from ..processors.attach import find_unet
 from ..sampling.denoising import ddim_scheduler
 from ..sampling.freeu import cross_image_freeu
-from ..sampling.inversion import KINDS, Inversion, invert_ddim, invert_ddpm
+from ..sampling.inversion import Inversion, invert_ddim, invert_ddpm
 from ..sampling.inversion_cache import InversionCache, digest
+from .arguments import check_generator, one_prompt, require_folder
 from .base import LatentDiffusion
-from .transfer_inputs import Generators, make_generators, stack_pictures
+from .transfer_inputs import Generators, check_inversion, make_generators, stack_pictures
 
 
 class PairInversion(LatentDiffusion):
@@ -98,13 +99,14 @@ class PairInversion(LatentDiffusion):
         generator: Generators,
     ) -> Inversion:
         """The inversion of pictures [1 + n, 3, H, W], from the cache where it has them."""
-        if inversion not in KINDS:
-            raise ValueError(
-                f"inversion: expected an Inversion or one of {', '.join(KINDS)}, got {inversion!r}"
-            )
-        clean, scheduler = self.encode(pictures), ddim_scheduler(self.scheduler)
-        condition, unconditional = self.conditions(prompt, *pictures.shape[-2:])
+        prompt, scheduler = one_prompt(prompt), ddim_scheduler(self.scheduler)
+        check_inversion(inversion, num_inference_steps, guidance_scale, freeu, scheduler)
+        check_generator(generator, several=True)
         generators = make_generators(generator, len(pictures))
+        require_folder(cache)
+        self._check_unet()
+        clean = self.encode(pictures)
+        condition, unconditional = self.conditions(prompt, *pictures.shape[-2:])
         keys = [""] * len(pictures)
         if cache is not None:
             noise = [

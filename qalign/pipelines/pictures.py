@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import require_count
+
 MULTIPLE = 8  # pixels: every Stable Diffusion pipeline needs sides that are multiples of it
 
 
@@ -52,15 +54,20 @@ def choose_size(picture: Tensor, height: int | None, width: int | None, name: st
         (height, width).
 
     Raises:
-        ValueError: a side is no multiple of 8.
+        ValueError: a side is no multiple of 8, or below it.
 
     Example:
         >>> choose_size(structure, 64, None, "structure")
         (64, 32)
     """
+    for side, given in (("height", height), ("width", width)):
+        if given is not None:
+            require_count(side, given, MULTIPLE)
     size = (height or picture.shape[1], width or picture.shape[2])
-    if any(side % MULTIPLE for side in size):
+    if any(side % MULTIPLE or side <= 0 for side in size):
         source = "height and width" if height and width else name
+        if (height or width or 0) % MULTIPLE and not (height and width):
+            source = "height" if height else "width"
         got = f"{size[0]} x {size[1]} (height and width resize a picture)"
         raise ValueError(f"{source}: expected multiples of {MULTIPLE} pixels, got {got}")
     return size

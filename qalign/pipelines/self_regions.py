@@ -9,6 +9,7 @@ from ..context.regions import Regions
 from ..sampling.attention_maps import MapCollector
 from ..sampling.denoising import ddim_scheduler
 from ..sampling.object_masks import default_noun, noun_tokens, object_masks, object_regions
+from .arguments import check_noun, one_prompt
 from .base import LatentDiffusion
 from .transfer_inputs import stack_pictures
 
@@ -67,6 +68,10 @@ class SelfRegions(LatentDiffusion):
 
         Source: self-segmentation, arXiv 2303.11306, which averages over the steps of a generation.
         """
+        prompt = one_prompt(prompt)
+        check_noun(noun)
+        ddim_scheduler(self.scheduler)
+        self._check_unet()
         pictures = stack_pictures(appearance, structure, height, width)
         places = self._object(prompt, noun, len(pictures) - 1)
         found = self._segment(self.encode(pictures), prompt, places)

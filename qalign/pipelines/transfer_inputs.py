@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
+from .._checks import require_count, require_number
 from ..context.clock import Clock
-from ..methods import TRANSFERS, Method, find_method
-from ..sampling.inversion import Inversion
-from .base import check_output
+from ..context.layers import layer_grid
+from ..methods import TRANSFERS, Method, find_method, require_method
+from ..processors.attach import Control
+from ..sampling.denoising import set_steps
+from ..sampling.inversion import KINDS, Inversion
+from .arguments import check_generator, check_switches
 from .pictures import choose_size, cover, to_tensors
 
 METHODS = TRANSFERS
@@ -19,20 +24,50 @@ ADAIN = ("masked", "whole", None)
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def check_options(
-    adain: str | None, edit_steps: tuple[float, float] | None, output_type: str, names: Sequence[str]
-) -> None:
-    if adain not in ADAIN:
+def check_options(adain: Any, edit_steps: Any, regions: Any, method: Method | None) -> None:
+    if adain not in ADAIN or isinstance(adain, bool):
         raise ValueError(f"adain: expected 'masked', 'whole' or None, got {adain!r}")
-    if edit_steps is not None and not (len(edit_steps) == 2 and 0 <= edit_steps[0] < edit_steps[1] <= 1):
+    if edit_steps is not None and not _are_fractions(edit_steps):
         expected = "None or fractions (start, stop) with 0 <= start < stop <= 1"
         raise ValueError(f"edit_steps: expected {expected}, got {edit_steps!r}")
-    check_output(output_type, names)
+    if regions is not None and method is None:
+        raise ValueError(f"regions: expected None without a method, got {type(regions).__name__}")
+
+
+def _are_fractions(steps: Any) -> bool:
+    try:
+        start, stop = map(float, steps)
+    except (TypeError, ValueError):
+        return False
+    return 0 <= start < stop <= 1
+
+
+def check_inversion(inversion: Any, steps: Any, scale: Any, freeu: Any, scheduler: DDIMScheduler) -> None:
+    """Check the arguments of an inversion, and set the scheduler to its steps."""
+    if not isinstance(inversion, str) or inversion not in KINDS:
+        raise ValueError(f"inversion: expected an Inversion or one of {', '.join(KINDS)}, got {inversion!r}")
+    if inversion == "ddim" and scheduler.config.timestep_spacing == "linspace":
+        expected = "a scheduler with timestep_spacing leading or trailing for 'ddim'"
+        raise ValueError(f"inversion: expected {expected}, got linspace")
+    require_number("inversion_guidance_scale", scale)
+    check_switches(freeu=freeu)
+    require_count("num_inference_steps", steps, 1)
+    set_steps(scheduler, steps)
 
 
 def make_method(method: Method | str | None) -> Method | None:
     """The method itself, or a new one of that name with its default settings."""
-    return find_method(method, METHODS)() if isinstance(method, str) else method
+    if isinstance(method, str):
+        return find_method(method, METHODS)()
+    if method is not None:
+        require_method(method)
+    return method
+
+
+def check_method(control: Control, size: tuple[int, int]) -> None:
+    """Check that pictures whose latents have this (height, width), and label maps, suit the method."""
+    grids = dict.fromkeys(layer_grid(name, control.model, size) for name in control.layers)
+    control.method.check(size, list(grids), control.layout, control.regions)
 
 
 def active_steps(method: Method, edit_steps: tuple[float, float] | None) -> tuple[float, float]:
@@ -78,7 +113,8 @@ def count_structures(inversion: Inversion) -> int:
 
 def count_skipped(skip: float, steps: int) -> int:
     """How many of `steps` the fraction `skip` leaves out."""
-    if not 0 <= skip < 1 or round(skip * steps) >= steps:
+    require_count("num_inference_steps", steps, 1)
+    if not isinstance(skip, (int, float)) or not 0 <= skip < 1 or round(skip * steps) >= steps:
         raise ValueError(f"skip: expected a fraction that leaves at least one of {steps} steps, got {skip!r}")
     return round(skip * steps)
 
@@ -99,6 +135,7 @@ def make_generators(generator: Generators, pictures: int) -> list[torch.Generato
             2**62, (2,), generator=generator, device=generator.device if generator else "cpu"
         ).tolist()
         return [torch.Generator().manual_seed(seed) for seed in [seeds[0]] + [seeds[1]] * (pictures - 1)]
+    check_generator(generator, several=True)
     if len(generator) != pictures:
         raise ValueError(
             f"generator: expected one, or one for each of {pictures} pictures, got {len(generator)}"

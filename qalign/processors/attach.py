@@ -166,7 +166,7 @@ class Control:
                 advice = f"{type(self.method).__name__} needs cross-attention without an IP-Adapter"
                 got = f"{type(attn.processor).__name__} on {name} ({advice})"
                 raise RuntimeError(f"cross-attention: expected processors without weights, got {got}")
-        forward = ForwardPass() if self.cross_layers else None
+        forward = ForwardPass() if self.cross_layers or self.method.reads_size else None
         settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions, "forward": forward}
         self._processors = {
             name: UNetAttnProcessor(self.method, self.layout, layer=name, **settings)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..context.layer_call import Site
 from ..context.layout import BatchLayout
+from ..context.regions import Regions
 from ..methods import Hook, Method, Project, Wrapped
 from .attach import attach
 
@@ -176,6 +177,11 @@ class _BankMethod(Wrapped):
 
 
 class _Recorder(_BankMethod):
+    reads_size = False
+
+    def check(self, *_: Any) -> None:
+        """Check nothing: stock attention takes all pictures."""
+
     def prepare(self, hidden: Tensor, project: Project, site: Site) -> Tensor:
         if not site.idle:
             layout = site.layout
@@ -191,6 +197,15 @@ class _Recorder(_BankMethod):
 
 
 class _Server(_BankMethod):
+    def check(
+        self,
+        size: tuple[int, int],
+        grids: Sequence[tuple[int, int]],
+        layout: BatchLayout,
+        regions: Regions | None,
+    ) -> None:
+        self.method.check(size, grids, layout.extended(*self.bank.roles), regions)
+
     def prepare(self, hidden: Tensor, project: Project, site: Site) -> Tensor:
         if site.idle:
             return hidden

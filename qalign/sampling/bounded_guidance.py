@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qalign_kernels import label_mass, mean_attention_map
 
+from .._checks import require_count, require_number
 from ..context.layers import decoder_layers, token_grid
 from ..context.regions import EVERYTHING, Regions, labels_of_tokens
 from ..methods.attention_distillation import Features, LayerFeatures
@@ -39,6 +40,9 @@ class BoundedGuidance:
         >>> BoundedGuidance(rates=(18.0, 5.0)).rate(0, 50)
         18.0
 
+    Raises:
+        TypeError, ValueError: a setting is no such number; the message names it.
+
     Source: Bounded Attention, arXiv 2403.16990.
     """
 
@@ -49,6 +53,17 @@ class BoundedGuidance:
     cross_weight: float = 1.5
     self_weight: float = 0.5
     refine_every: int = 5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rates, (list, tuple)) or len(self.rates) != 2:
+            raise ValueError(f"rates: expected two numbers, first and last, got {self.rates!r}")
+        for rate in self.rates:
+            require_number("rates", rate)
+        require_number("until", self.until, least=0, most=1)
+        for name in ("enough", "cross_weight", "self_weight"):
+            require_number(name, getattr(self, name))
+        for name in ("iterations", "refine_every"):
+            require_count(name, getattr(self, name))
 
     def rate(self, step: int, total: int) -> float | None:
         """Give the rate of the descent at a step.

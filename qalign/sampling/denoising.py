@@ -1,5 +1,6 @@
 """One denoising step of DDIM or DDPM, in float32, its scheduler, and the checks that go with it."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -179,14 +180,15 @@ def ddim_scheduler(scheduler: Any, timesteps: Tensor | None = None, *, kind: Any
         raise TypeError(
             f"scheduler: expected one that predicts {', '.join(PREDICTIONS)}, got {name} with {got}"
         )
+    taken = inspect.signature(kind.__init__).parameters
     made = kind.from_config(
-        config,
+        {key: value for key, value in config.items() if key in taken or key.startswith("_")},
         num_train_timesteps=known,
         prediction_type=prediction,
         trained_betas=scheduler.betas.tolist(),
         rescale_betas_zero_snr=False,  # the betas are what it made of them
         clip_sample=False,
-        thresholding=False,
+        **({"thresholding": False} if "thresholding" in taken else {}),
     )
     made.alphas_cumprod = levels.clone()
     if not made.config.set_alpha_to_one:  # else it is 1

@@ -201,7 +201,7 @@ def test_trap_dream_matcher_allows_less_for_small_foregrounds(hidden):
 def test_dream_matcher_on_a_grid_that_nobody_told(hidden):
     with pytest.raises(
         ValueError,
-        match=r"size: expected \(height, width\) of the latents, because 96 tokens are no square, got None",
+        match=r"size: expected \(height, width\) of the latents outside of attach, got None for 96 tokens",
     ):
         run(DreamMatcher(), hidden, TRIPLET)
     with pytest.raises(ValueError, match="tokens: expected a grid of 9 x 9 halved some times, got 96"):
