@@ -225,6 +225,10 @@ class Wrapped(Method):
         return self.method.attend(q, k, v, site)
 
     @property
+    def reads_labels(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.method.reads_labels
+
+    @property
     def reads_size(self) -> bool:  # type: ignore[override]
         return self.method.reads_size
 

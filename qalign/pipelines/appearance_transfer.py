@@ -243,11 +243,11 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         if isinstance(inversion, Inversion):
             ddim_scheduler(self.scheduler, inversion.timesteps)
             outputs, steps = count_structures(inversion), len(inversion.timesteps)
-            size = tuple(inversion.latents.shape[-2:])
+            size: Sequence[int] = inversion.latents.shape[-2:]
         else:
             pictures = stack_pictures(appearance, structure, height, width)
             outputs, steps = len(pictures) - 1, num_inference_steps
-            size = tuple(side // self.vae_scale_factor for side in pictures.shape[-2:])
+            size = [side // self.vae_scale_factor for side in pictures.shape[-2:]]
         skipped = count_skipped(skip, steps)
         guided = method is not None and swap_guidance_scale > 1
         scales = swap_scales(steps - skipped, swap_guidance_scale, start=guidance_start) if guided else None

@@ -160,7 +160,7 @@ class BoundedAttentionMixin(LatentDiffusion):
         require_count("num_inference_steps", num_inference_steps, 1)
         set_steps(scheduler, num_inference_steps)
         self._check_unet()
-        size = (height, width)
+        size: tuple[Any, ...] = (height, width)
         if height is None or width is None:
             own = (side * self.vae_scale_factor for side in latent_size(self))
             size = tuple(side if given is None else given for given, side in zip(size, own))

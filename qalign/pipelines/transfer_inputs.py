@@ -64,10 +64,10 @@ def make_method(method: Method | str | None) -> Method | None:
     return method
 
 
-def check_method(control: Control, size: tuple[int, int]) -> None:
+def check_method(control: Control, size: Sequence[int]) -> None:
     """Check that pictures whose latents have this (height, width), and label maps, suit the method."""
     grids = dict.fromkeys(layer_grid(name, control.model, size) for name in control.layers)
-    control.method.check(size, list(grids), control.layout, control.regions)
+    control.method.check((size[0], size[1]), list(grids), control.layout, control.regions)
 
 
 def active_steps(method: Method, edit_steps: tuple[float, float] | None) -> tuple[float, float]:
