@@ -242,7 +242,10 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         self._check_unet()
         if isinstance(inversion, Inversion):
             ddim_scheduler(self.scheduler, inversion.timesteps)
-            outputs, steps = count_structures(inversion), len(inversion.timesteps)
+            outputs, steps = (
+                count_structures(inversion, self.unet.config.in_channels),
+                len(inversion.timesteps),
+            )
             size: Sequence[int] = inversion.latents.shape[-2:]
         else:
             pictures = stack_pictures(appearance, structure, height, width)

@@ -104,8 +104,11 @@ def edited_steps(method: Method, num_inference_steps: int, *, skip: float = 0.32
     return found
 
 
-def count_structures(inversion: Inversion) -> int:
-    rows = inversion.latents.shape[1]
+def count_structures(inversion: Inversion, channels: int) -> int:
+    """How many structures an inversion has, of latents with so many channels."""
+    rows, found = inversion.latents.shape[1:3]
+    if found != channels:
+        raise ValueError(f"inversion: expected latents of {channels} channels, got {found}")
     if rows < 2:
         raise ValueError(f"inversion: expected rows for [appearance, structures...], got {rows}")
     return rows - 1

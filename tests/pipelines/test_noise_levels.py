@@ -1,6 +1,7 @@
 """Noise levels are those of the pipeline's own scheduler, for every scheduler that diffusers ships."""
 
 import inspect
+import itertools
 import warnings
 
 import diffusers
@@ -9,7 +10,7 @@ import torch
 from diffusers import ConfigMixin, DDIMInverseScheduler, DDIMScheduler, SchedulerMixin
 from torch import Tensor
 
-from qalign.sampling.denoising import ddim_scheduler, set_steps
+from qalign.sampling.denoising import ddim_scheduler, denoise_step, set_steps
 
 warnings.filterwarnings("ignore", module="diffusers")
 TRAINED = 50
@@ -130,3 +131,33 @@ def test_zero_snr_needs_another_prediction() -> None:
     with pytest.raises(ValueError, match="^scheduler: expected prediction_type v_prediction or sample"):
         set_steps(ddim_scheduler(DDIMScheduler(**zero)), 4)
     set_steps(ddim_scheduler(DDIMScheduler(**zero, prediction_type="v_prediction")), 4)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_steps_are_stocks_under_every_option(spacing: str, prediction: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, zero_snr, to_one, offset in itertools.product(
+        ("LCMScheduler", "DDIMScheduler"), (False, True), (False, True), (0, 1)
+    ):
+        zero_snr = zero_snr and prediction != "epsilon"
+        stock = getattr(diffusers, name)(
+            rescale_betas_zero_snr=zero_snr,
+            set_alpha_to_one=to_one,
+            steps_offset=offset,
+            prediction_type=prediction,
+            timestep_spacing=spacing,
+        )
+        ours = ddim_scheduler(stock)
+        reference = DDIMScheduler.from_config(
+            {key: value for key, value in stock.config.items() if not key.startswith("_")}, clip_sample=False
+        )
+        for each in (ours, reference):
+            each.set_timesteps(5)
+        assert torch.equal(ours.timesteps, reference.timesteps)
+        for timestep in ours.timesteps:
+            sample, output = torch.randn(2, 1, 4, 4, 4, generator=generator)
+            expected = reference.step(output, timestep, sample).prev_sample
+            torch.testing.assert_close(
+                denoise_step(ours, output, timestep, sample), expected, rtol=1e-4, atol=1e-5
+            )
