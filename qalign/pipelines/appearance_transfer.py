@@ -19,7 +19,7 @@ from ..processors.feature_bank import FeatureBank
 from ..sampling.denoising import ddim_scheduler
 from ..sampling.guidance import swap_scales
 from ..sampling.inversion import Inversion
-from .arguments import check_fractions, check_noun, check_output, check_switches, one_prompt
+from .arguments import check_fractions, check_output, one_prompt
 from .base import OnStepEnd, StepCallback, XLConditions
 from .pair_inversion import PairInversion
 from .self_regions import SELF, SelfRegions
@@ -234,19 +234,14 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         """
         prompt, method = one_prompt(prompt), make_method(method)
         check_output(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end)
-        check_options(adain, edit_steps, regions, method)
-        check_noun(noun)
-        check_switches(freeu=freeu)
+        check_options(method, adain, edit_steps, regions, noun, freeu)
         check_fractions(guidance_start=guidance_start, adain_start=adain_start)
         require_number("swap_guidance_scale", swap_guidance_scale)
         self._check_unet()
         if isinstance(inversion, Inversion):
             ddim_scheduler(self.scheduler, inversion.timesteps)
-            outputs, steps = (
-                count_structures(inversion, self.unet.config.in_channels),
-                len(inversion.timesteps),
-            )
-            size: Sequence[int] = inversion.latents.shape[-2:]
+            outputs = count_structures(inversion, self.unet.config.in_channels)
+            steps, size = len(inversion.timesteps), [*inversion.latents.shape[-2:]]
         else:
             pictures = stack_pictures(appearance, structure, height, width)
             outputs, steps = len(pictures) - 1, num_inference_steps
@@ -261,9 +256,8 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             control = attach(self, method, layout=layout, layers=layers, steps=active, regions=given)
             check_method(control, size)
         places = self._object(prompt, noun, outputs) if segmented else ()
-        blend = None
-        if adain is not None:
-            blend = Blend(adain, adain_start, self._noun_tokens(prompt, noun) if adain == "masked" else ())
+        noun_places = self._noun_tokens(prompt, noun) if adain == "masked" else ()
+        blend = None if adain is None else Blend(adain, adain_start, noun_places)
         if isinstance(inversion, Inversion):
             known = inversion
         else:

@@ -14,7 +14,7 @@ from ..methods import TRANSFERS, Method, find_method, require_method
 from ..processors.attach import Control
 from ..sampling.denoising import set_steps
 from ..sampling.inversion import KINDS, Inversion
-from .arguments import check_generator, check_switches
+from .arguments import check_generator, check_noun, check_switches
 from .pictures import choose_size, cover, to_tensors
 
 METHODS = TRANSFERS
@@ -24,7 +24,11 @@ ADAIN = ("masked", "whole", None)
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def check_options(adain: Any, edit_steps: Any, regions: Any, method: Method | None) -> None:
+def check_options(
+    method: Method | None, adain: Any, edit_steps: Any, regions: Any, noun: Any, freeu: Any
+) -> None:
+    check_noun(noun)
+    check_switches(freeu=freeu)
     if adain not in ADAIN or isinstance(adain, bool):
         raise ValueError(f"adain: expected 'masked', 'whole' or None, got {adain!r}")
     if edit_steps is not None and not _are_fractions(edit_steps):
