@@ -104,8 +104,15 @@ def qalign_attention(
     "warped_values": Eye-for-an-eye, arXiv 2406.07008. The other refinements are of this library.
     """
     _check_tensors(query, ref_query, ref_key, ref_value, batch_index)
-    _check_settings(similarity, heads, refinement, strength, scale, contrast)
-    _check_refinement(query, ref_key, refinement, match_query, own_key, topk)
+    _contracts.check_choice("similarity", similarity, SIMILARITIES)
+    _contracts.check_choice("heads", heads, HEADS)
+    _contracts.check_choice("refinement", refinement, REFINEMENTS)
+    strength = _contracts.number("strength", strength)
+    contrast = _contracts.number("contrast", contrast, above=0)
+    scale = _library.scale_of(query, scale)
+    if refinement == "topk":
+        topk = _contracts.count("topk", topk, "N_k", ref_key.shape[2])
+    _check_refinement(query, refinement, match_query, own_key)
     _contracts.check_label_sets(query, ref_query, query_labels, "query_labels", ref_labels, "ref_labels")
     if _backends.requested(backend) == "reference":
         return _backends.implementation("reference", "qalign_attention").qalign_attention(
@@ -120,7 +127,7 @@ def qalign_attention(
             own_key=own_key,
             topk=topk,
             strength=strength,
-            scale=_library.scale_of(query, scale),
+            scale=scale,
             contrast=contrast,
             query_labels=query_labels,
             ref_labels=ref_labels,
@@ -136,7 +143,6 @@ def qalign_attention(
         return _soft(query, alignment_query, ref_query, reference, similarity, strength, query_labels, refine)
 
     if refinement == "rearranged":
-        scale = _library.scale_of(query, scale)
         call = _Rearranged(
             query,
             alignment_query.detach(),
@@ -146,7 +152,7 @@ def qalign_attention(
             similarity,
             heads,
             scale,
-            float(contrast),
+            contrast,
             query_labels,
             ref_labels,
             batch_index,
@@ -295,29 +301,10 @@ def _check_tensors(
     _contracts.check_batch_index("batch_index", batch_index, query, rows, "ref_query")
 
 
-def _check_settings(
-    similarity: str, heads: str, refinement: str, strength: float, scale: float | None, contrast: float
-) -> None:
-    _contracts.check_choice("similarity", similarity, SIMILARITIES)
-    _contracts.check_choice("heads", heads, HEADS)
-    _contracts.check_choice("refinement", refinement, REFINEMENTS)
-    _contracts.check_number("strength", strength)
-    _contracts.check_number("contrast", contrast, above=0)
-    if scale is not None:
-        _contracts.check_number("scale", scale)
-
-
 def _check_refinement(
-    query: Tensor,
-    ref_key: Tensor,
-    refinement: str,
-    match_query: Tensor | None,
-    own_key: Tensor | None,
-    topk: int,
+    query: Tensor, refinement: str, match_query: Tensor | None, own_key: Tensor | None
 ) -> None:
-    """Check `match_query`, and `topk` and `own_key`, which only one refinement takes."""
-    if refinement == "topk":
-        _contracts.check_count("topk", topk, "N_k", ref_key.shape[2])
+    """Check `match_query`, and `own_key`, which only one refinement takes."""
     if (own_key is not None) != (refinement == "warped_values"):
         need = (
             "[B, H, N_q, D] for refinement='warped_values'"

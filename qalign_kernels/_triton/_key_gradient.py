@@ -25,6 +25,7 @@ from ._tile import (
     load,
     load_parts,
     open_tile,
+    read_row,
     rows_of,
     skip,
     split_scores,
@@ -203,7 +204,8 @@ def _read_by_all(sums, readers, keys, segment, counts, B, H, N_Q, variant):
         sums = _read_by(sums, readers, keys.batch, N_Q, keys, segment, counts, H, N_Q, variant)
     else:
         for row in range(0, B):
-            reads = tl.load(segment.rows_ptr + row * segment.rows_stride) == keys.batch
+            read = read_row(segment.rows_ptr, segment.rows_stride, segment.rows_number, row)
+            reads = read == keys.batch
             batch, limit = tl.cast(row, tl.int64), tl.where(reads, N_Q, 0)
             sums = _read_by(sums, readers, batch, limit, keys, segment, counts, H, N_Q, variant)
     return sums

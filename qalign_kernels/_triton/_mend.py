@@ -31,7 +31,18 @@ from ._segments import (
     query_arguments,
     segment_arguments,
 )
-from ._tile import Parts, features, load_parts, open_tile, rows_of, store_parts, unpack_match, width, zeros
+from ._tile import (
+    Parts,
+    features,
+    load_parts,
+    open_tile,
+    read_row,
+    rows_of,
+    store_parts,
+    unpack_match,
+    width,
+    zeros,
+)
 
 MENDED_ROWS = 32
 
@@ -470,7 +481,8 @@ def mend_key_gradient_kernel(
         for reading in range(0, B):
             reads = tl.cast(reading, tl.int64) == batch
             if segment.rows_ptr is not None:
-                reads = tl.load(segment.rows_ptr + reading * segment.rows_stride) == batch
+                read = read_row(segment.rows_ptr, segment.rows_stride, segment.rows_number, reading)
+                reads = read == batch
             sums = _read_keys(
                 sums,
                 query,

@@ -27,6 +27,7 @@ from ._tile import (
     features,
     load_parts,
     load_rows,
+    read_row,
     rows_of,
     scale_rows,
     store_channels,
@@ -138,6 +139,7 @@ def topk_attention(query, key, value, index, *, scale, contrast, batch_index=Non
         value=features(value),
         rows_ptr=batch_index,
         rows_stride=0 if batch_index is None else batch_index.stride(0),
+        rows_number=None if batch_index is None else key.shape[0],
         index_ptr=index,
         index_strides=(stride_b, stride_g if index.shape[1] > 1 else 0, stride_n, stride_k),
         output_ptr=output,
@@ -218,6 +220,7 @@ def _topk_attention_kernel(
     value,
     rows_ptr,
     rows_stride,
+    rows_number,
     index_ptr,
     index_strides,
     output_ptr,
@@ -247,7 +250,7 @@ def _topk_attention_kernel(
     inside, queries = own < N_Q, own.to(tl.int64)
     reference_batch = batch
     if rows_ptr is not None:
-        reference_batch = tl.load(rows_ptr + batch * rows_stride).to(tl.int64)
+        reference_batch = read_row(rows_ptr, rows_stride, rows_number, batch)
     query_rows = rows_of(query, batch, head)
     keys, values = rows_of(key, reference_batch, head), rows_of(value, reference_batch, head)
     index_ptrs = index_ptr + batch * index_strides[0] + head * index_strides[1] + queries * index_strides[2]

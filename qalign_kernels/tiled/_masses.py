@@ -153,7 +153,7 @@ def add_batch_row(
 ) -> None:
     """Add [H, U, D] to the row of `target` [B_s, H, N_k, D] that query row b reads."""
     if batch_index is not None and not on_host(target):
-        target.index_add_(0, batch_index[b : b + 1], added.unsqueeze(0))
+        target.index_add_(0, batch_index[b : b + 1].clamp(0, target.shape[0] - 1), added.unsqueeze(0))
         return
     row = batch_row(target, b, batch_index)
     if kept is None:

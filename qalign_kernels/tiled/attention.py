@@ -133,7 +133,7 @@ def _of_group(group: Group, segments: Sequence[Any], guide: Any) -> _GroupCall:
 
 def _of_rows(segment: Any, batch: slice) -> Any:
     """The keys and values of a segment that one batch row of queries reads, or all of them."""
-    keys, index = rows_read(batch, segment.batch_index)
+    keys, index = rows_read(batch, segment.batch_index, segment.key.shape[0])
     counts = None if segment.counts is None else segment.counts[batch]
     return dataclasses.replace(
         segment, key=segment.key[keys], value=segment.value[keys], counts=counts, batch_index=index
@@ -224,7 +224,8 @@ def _backward_of_groups(
                 sums[place][group.batch].index_copy_(2, group.queries, grad)
                 continue
             position = (place - 1) % len(segments)
-            target = sums[place][rows_read(group.batch, segments[position].batch_index)[0]]
+            index, rows = segments[position].batch_index, sums[place].shape[0]
+            target = sums[place][rows_read(group.batch, index, rows)[0]]
             kept = group.keys[position]
             target.add_(grad) if kept is None else target.index_add_(2, kept, grad)
     return sums

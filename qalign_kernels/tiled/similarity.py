@@ -51,7 +51,7 @@ def similarity_topk(
     index = query.new_full(shape, -1, dtype=torch.int32)
     score = query.new_full(shape, float("-inf"), dtype=accumulate_dtype(query))
     for group in groups:
-        rows, left = rows_read(group.batch, batch_index)
+        rows, left = rows_read(group.batch, batch_index, reference.shape[0])
         kept = group.keys[0]
         seen = reference[rows] if kept is None else reference[rows].index_select(2, kept)
         if seen.shape[2]:
