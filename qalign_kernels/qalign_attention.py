@@ -13,7 +13,7 @@ from .rearrange import match_counts, take_batch_rows, take_rows
 from .segments import Guide, Segment
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
 from .topk_attention import topk_attention
-from .unit_features import alignment_features
+from .unit_features import alignment
 
 
 @_ambient.public
@@ -137,10 +137,11 @@ def qalign_attention(
     refine: dict[str, Any] = {"scale": scale, "contrast": contrast, "backend": backend}
     reference = Segment(ref_key, ref_value, labels=ref_labels, batch_index=batch_index)
     if refinement == "guided":
-        guide = Guide(*alignment_features(alignment_query, ref_query, similarity, backend), strength)
+        guide = alignment(alignment_query, ref_query, similarity, strength, backend)
         return guided_attention(query, reference, guide, query_labels=query_labels, **refine)
     if refinement == "soft":
-        return _soft(query, alignment_query, ref_query, reference, similarity, strength, query_labels, refine)
+        guide = alignment(alignment_query, ref_query, similarity, strength, backend)
+        return _soft(query, guide, reference, query_labels, refine)
 
     if refinement == "rearranged":
         call = _Rearranged(
@@ -248,20 +249,16 @@ def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
 
 def _soft(
     query: Tensor,
-    alignment_query: Tensor,
-    ref_query: Tensor,
+    guide: Guide,
     reference: Segment,
-    similarity: str,
-    strength: float,
     query_labels: Tensor | None,
     refine: dict[str, Any],
 ) -> Tensor:
-    features, ref_features = alignment_features(alignment_query, ref_query, similarity, refine["backend"])
     key, value = (
         attention(
-            features,
-            dataclasses.replace(reference, key=ref_features, value=x),
-            scale=strength,
+            guide.query,
+            dataclasses.replace(reference, key=guide.key, value=x),
+            scale=guide.strength,
             query_labels=query_labels,
             backend=refine["backend"],
         )

@@ -88,7 +88,7 @@ def mend_output(call: AttentionCall, segments: Sequence[Any], scales: Sequence[f
     `segments` are those of the call as they were given.
     """
     (batch, heads, tokens, dim), output, guide = call.query.shape, call.output, call.guide
-    compared = call.distance is not None
+    assert output is not None  # a call that only sums exponentials has no rows to mend
     launch(
         mend_output_kernel,
         (triton.cdiv(tokens, MENDED_ROWS) * batch * heads,),
@@ -98,7 +98,7 @@ def mend_output(call: AttentionCall, segments: Sequence[Any], scales: Sequence[f
         guide_query=None if guide is None else features(guide.query),
         guide_strength=0.0 if guide is None else guide.strength * LOG2_E.value,
         hidden=_hidden(segments, scales, guide),
-        output_ptr=None if compared else output,
+        output_ptr=output if call.distance is None else None,
         contrast=call.contrast,
         match_ptr=call.match,
         match_maps=1 if call.match is None else call.match.shape[1],

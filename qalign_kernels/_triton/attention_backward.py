@@ -69,8 +69,6 @@ def attention_backward(
     grads: list[Tensor | None] = [None] * (1 + 2 * count)
     if needs[0]:
         grads[0] = _query_gradient(queries, segments, scales)
-        if any(s.labels is not None for s in segments):
-            mend_query_gradient(queries, segments, scales, grads[0])
     for i, (segment, segment_scale) in enumerate(zip(segments, scales)):
         for position, x in ((1 + i, segment.key), (1 + count + i, segment.value)):
             if needs[position]:
@@ -110,6 +108,8 @@ def _query_gradient(queries: QuerySide, segments: Sequence[Any], scales: list[fl
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
     )
+    if any(s.labels is not None for s in segments):
+        mend_query_gradient(queries, segments, scales, grad_query)
     return grad_query
 
 

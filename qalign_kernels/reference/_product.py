@@ -20,6 +20,11 @@ def pairs(a: Tensor, b: Tensor, seen: Tensor | None = None) -> Tensor:
     return product(a, b.mT) if seen is None else _SeenPairs.apply(a, b, seen)
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` as `dtype` holds it. Its gradient is not rounded, so that it cannot overflow in `dtype`."""
+    return x if x.dtype == dtype else x + (x.detach().to(dtype).to(x.dtype) - x.detach())
+
+
 class _Product(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -109,6 +114,8 @@ def _transposed(seen: Tensor, like: Tensor) -> Tensor:
 
 def _sum_of_seen(a: Tensor, b: Tensor, seen: Tensor) -> Tensor:
     """Σ_k a_mk b_kd over the pairs that are seen. `a` is 0 elsewhere, where b may hold anything."""
+    if _known_finite(b):
+        return a @ b
     rising, falling = b == float("inf"), b == float("-inf")
     infinite = rising | falling
     zero = (a == 0) & seen
@@ -117,6 +124,12 @@ def _sum_of_seen(a: Tensor, b: Tensor, seen: Tensor) -> Tensor:
     below = _meet(a > 0, falling) | _meet(a < 0, rising)
     total = total + torch.zeros_like(total).masked_fill(below, float("-inf"))
     return total.masked_fill(_meet(seen.expand(a.shape), b.isnan()) | _meet(zero, infinite), float("nan"))
+
+
+def _known_finite(x: Tensor) -> bool:
+    """Whether all of x is finite. A device, a compiler and a transform cannot be asked."""
+    asked = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return asked and torch._C._functorch.peek_interpreter_stack() is None and bool(x.isfinite().all())
 
 
 def _meet(left: Tensor, right: Tensor) -> Tensor:

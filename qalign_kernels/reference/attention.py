@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._product import pairs, product
+from ._product import pairs, product, rounded
 
 
 class _Segment(NamedTuple):
@@ -69,7 +69,7 @@ def contrast_weights(probabilities: Tensor, contrast: float, total: Tensor) -> T
 def weigh(
     logits: Tensor, value: Tensor, seen: Tensor | None, counts: Tensor, contrast: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Σ_j m_j w_ij v_j over the values that are seen, in `dtype`, and the log-sum-exp. All in float32."""
+    """Σ_j m_j w_ij v_j over the values that are seen, and the log-sum-exp; `dtype` rounds all but that."""
     lse = (logits + counts.log()).logsumexp(-1)
     weights = (logits - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1)).exp()
     if contrast != 1.0:
@@ -77,14 +77,20 @@ def weigh(
     weights = counts * weights
     if seen is not None:
         weights = weights.masked_fill(~seen, 0)
-    return product(weights.to(dtype).to(value.dtype), value, seen).to(dtype), lse
+    return rounded(product(rounded(weights, dtype), value, seen), dtype), lse
 
 
-def attention(
-    query, segments, *, scale, contrast=1.0, query_labels=None, guide=None, need_lse=True
+def attention(query, segments, *, scale, **settings) -> tuple[Tensor, Tensor]:
+    output, lse = wide_attention(query, segments, query.dtype, scale=scale, **settings)
+    return output.to(query.dtype), lse
+
+
+def wide_attention(
+    query, segments, dtype, *, scale, contrast=1.0, query_labels=None, guide=None
 ) -> tuple[Tensor, Tensor]:
+    """Attention with results that `dtype` holds, in float32 (float64 for float64 input)."""
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     parts = [_segment(query, segment, scale, query_labels, guide, accumulate) for segment in segments]
     logits, seen, counts, value = (torch.cat(part, dim) for part, dim in zip(zip(*parts), (3, 3, 3, 2)))
     hidden = any(segment.labels is not None or segment.counts is not None for segment in segments)
-    return weigh(logits, value, seen if hidden else None, counts, contrast, query.dtype)
+    return weigh(logits, value, seen if hidden else None, counts, contrast, dtype)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._product import pairs
-from .attention import attention, batch_rows, contrast_weights, weigh
+from ._product import pairs, rounded
+from .attention import batch_rows, contrast_weights, weigh, wide_attention
 from .rearrange import rearrange_kv
 from .similarity import similarity_argmax, similarity_topk, unit
 
@@ -24,15 +24,16 @@ class Alignment(NamedTuple):
     query_labels: Tensor | None
     reference_labels: Tensor | None
 
-    def unit(self) -> "Alignment":
-        """The cosine as the dot product of normalised features, rounded to the dtype of the input."""
+    def unit(self, dtype: torch.dtype) -> "Alignment":
+        """The cosine as the dot product of normalised features that `dtype` holds."""
         if self.similarity != "cosine":
             return self
-        return self._replace(query=_unit(self.query), reference=_unit(self.reference), similarity="dot")
+        query, reference = (rounded(unit(x), dtype) for x in (self.query, self.reference))
+        return self._replace(query=query, reference=reference, similarity="dot")
 
 
 class Call(NamedTuple):
-    """One call of `qalign_attention`, the batch rows of its reference taken."""
+    """One call of `qalign_attention` in float32 (float64), the batch rows of its reference taken."""
 
     query: Tensor
     ref_query: Tensor
@@ -44,6 +45,7 @@ class Call(NamedTuple):
     strength: float
     scale: float
     contrast: float
+    dtype: torch.dtype  # of the tensors as they were given, which are float32 here
 
 
 def qalign_attention(
@@ -66,31 +68,38 @@ def qalign_attention(
     batch_index,
 ) -> Tensor:
     """Its parameters are those of the public op, so that both can be compared."""
-    if batch_index is not None:
-        accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-        ref_query, ref_key, ref_value = (
-            x.to(accumulate)[batch_rows(batch_index, x)].to(x.dtype) for x in (ref_query, ref_key, ref_value)
-        )
+    dtype = query.dtype
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    query, match_query, own_key = (
+        None if x is None else x.to(accumulate) for x in (query, match_query, own_key)
+    )
+    ref_query, ref_key, ref_value = (
+        x.to(accumulate)[batch_rows(batch_index, x)] for x in (ref_query, ref_key, ref_value)
+    )
     joint = heads == "joint" and refinement not in ("guided", "soft")
     alignment_query = query if match_query is None else match_query
     alignment = Alignment(alignment_query, ref_query, similarity, joint, query_labels, ref_labels)
-    call = Call(query, ref_query, ref_key, ref_value, own_key, alignment, topk, strength, scale, contrast)
-    return FORMULAS[refinement](call)
+    call = Call(
+        query, ref_query, ref_key, ref_value, own_key, alignment, topk, strength, scale, contrast, dtype
+    )
+    return FORMULAS[refinement](call).to(dtype)
 
 
 def _topk(call: Call) -> Tensor:
     query, reference, *others = call.alignment
     index, score = similarity_topk(query, reference, call.topk, *others)
-    settings = {"scale": call.scale, "contrast": call.contrast}
-    output = topk_attention(call.query, call.key, call.value, index, **settings)
+    output = topk_attention(
+        call.query, call.key, call.value, index, scale=call.scale, contrast=call.contrast, dtype=call.dtype
+    )
     return _unmatchable_to_nan(output, score[..., 0])
 
 
 def _guided(call: Call) -> Tensor:
-    features, ref_features = call.alignment.unit()[:2]
-    return attention(
+    features, ref_features = call.alignment.unit(call.dtype)[:2]
+    return wide_attention(
         call.query,
         [_Segment(call.key, call.value, labels=call.alignment.reference_labels)],
+        call.dtype,
         scale=call.scale,
         contrast=call.contrast,
         query_labels=call.alignment.query_labels,
@@ -99,11 +108,12 @@ def _guided(call: Call) -> Tensor:
 
 
 def _soft(call: Call) -> Tensor:
-    features, ref_features, *_, query_labels, ref_labels = call.alignment.unit()
+    features, ref_features, *_, query_labels, ref_labels = call.alignment.unit(call.dtype)
     key, value = (
-        attention(
+        wide_attention(
             features,
             [_Segment(ref_features, x, labels=ref_labels)],
+            call.dtype,
             scale=call.strength,
             query_labels=query_labels,
         )[0]
@@ -114,14 +124,15 @@ def _soft(call: Call) -> Tensor:
         present = ((query_labels.unsqueeze(-1) & ref_labels.unsqueeze(-2)) != 0).any(-1)
         present = present.int().unsqueeze(1).expand(call.query.shape[0], -1, -1)
     segment = _Segment(key, value, counts=present)
-    return attention(call.query, [segment], scale=call.scale, contrast=call.contrast)[0]
+    return wide_attention(call.query, [segment], call.dtype, scale=call.scale, contrast=call.contrast)[0]
 
 
 def _warped_output(call: Call) -> Tensor:
     index, score = similarity_argmax(*call.alignment)
     labels = call.alignment.reference_labels
     segment = _Segment(call.key, call.value, labels=labels)
-    output = attention(call.ref_query, [segment], scale=call.scale, query_labels=labels)[0]
+    settings = {"scale": call.scale, "query_labels": labels}
+    output, _ = wide_attention(call.ref_query, [segment], call.dtype, **settings)
     return _unmatchable_to_nan(rearrange_kv(output, output, index)[0], score)
 
 
@@ -134,7 +145,7 @@ def _warped_values(call: Call) -> Tensor:
     index, score = similarity_argmax(*call.alignment)
     value = _unmatchable_to_nan(rearrange_kv(call.key, call.value, index)[1], score)
     segment = _Segment(call.own_key, value, counts=(index >= 0).int())
-    return attention(call.query, [segment], scale=call.scale, contrast=call.contrast)[0]
+    return wide_attention(call.query, [segment], call.dtype, scale=call.scale, contrast=call.contrast)[0]
 
 
 def _rearranged(call: Call) -> Tensor:
@@ -149,11 +160,9 @@ def _rearranged(call: Call) -> Tensor:
         labels = ref_labels.expand(call.query.shape[0], -1).unsqueeze(1).take_along_dim(tokens, dim=2)
         seen = seen & ((query_labels.unsqueeze(1).unsqueeze(-1) & labels.unsqueeze(2)) != 0)
     seen = seen.expand(*call.query.shape[:3], key.shape[2])
-    accumulate = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-    query, key, value = (x.to(accumulate) for x in (call.query, key, value))
-    logits = (call.scale * pairs(query, key, seen)).masked_fill(~seen, float("-inf"))
-    counts = matched.to(accumulate).unsqueeze(2)
-    output, _ = weigh(logits, value, seen, counts, call.contrast, call.query.dtype)
+    logits = (call.scale * pairs(call.query, key, seen)).masked_fill(~seen, float("-inf"))
+    counts = matched.to(logits.dtype).unsqueeze(2)
+    output, _ = weigh(logits, value, seen, counts, call.contrast, call.dtype)
     return _unmatchable_to_nan(output, score)
 
 
@@ -192,12 +201,10 @@ def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
     return rows.masked_fill(score.isnan().unsqueeze(-1), float("nan"))
 
 
-def _unit(x: Tensor) -> Tensor:
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return unit(x.to(accumulate)).to(x.dtype)
-
-
-def topk_attention(query, key, value, index, *, scale, contrast=1.0, batch_index=None) -> Tensor:
+def topk_attention(
+    query, key, value, index, *, scale, contrast=1.0, batch_index=None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Weights are rounded to `dtype`, that of the query by default."""
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     key, value = (x.to(accumulate)[batch_rows(batch_index, x)] for x in (key, value))
     absent = ((index < 0) | (index >= key.shape[2])).expand(-1, query.shape[1], -1, -1)
@@ -211,8 +218,8 @@ def topk_attention(query, key, value, index, *, scale, contrast=1.0, batch_index
     )
     logits = scale * (query.to(accumulate).unsqueeze(3) * key).sum(-1)
     logits = logits.masked_fill(absent, float("-inf"))
-    weights = _weigh_rows(logits, absent, contrast).to(query.dtype)
-    return (weights.to(accumulate).unsqueeze(-1) * value).sum(3).to(query.dtype)
+    weights = rounded(_weigh_rows(logits, absent, contrast), dtype or query.dtype)
+    return (weights.unsqueeze(-1) * value).sum(3).to(query.dtype)
 
 
 def _weigh_rows(logits: Tensor, absent: Tensor, contrast: float) -> Tensor:
