@@ -4,21 +4,34 @@ No check reads the values of a tensor.
 """
 
 import math
+import numbers
+import operator
 import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NUMBER_DTYPES = (*FLOAT_DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LARGEST_NUMBER = 2.0**127  # kernels multiply numbers by log2 e in float32
+NUMBER_RANGE = "a number between -2^127 and 2^127"
+LARGEST_COUNT = 2**31 - 1  # an index is int32
 
 
 def describe(value: object) -> str:
     """Describe a value in one line: `float32 [1, 8, 64, 40]` for a tensor, type and value for others."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        if value.is_nested:
+            return f"{dtype} nested tensor"
+        layout = "" if value.layout is torch.strided else f" of layout {value.layout}"
+        return f"{dtype} {list(value.shape)}{layout}"
     if value is None:
         return "None"
+    if isinstance(value, int) and abs(value) > LARGEST_COUNT**4:  # Python writes at most 4300 digits
+        return f"{type(value).__name__} of {value.bit_length()} bits"
     return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())}"
 
 
@@ -27,10 +40,17 @@ def fail(argument: str, expected: str, got: object, *, error: type[Exception] = 
     raise error(f"{argument}: expected {expected}, got {describe(got)}")
 
 
+def check_dense(argument: str, value: Tensor) -> None:
+    """Check that a tensor is neither sparse nor nested."""
+    if value.layout is not torch.strided or value.is_nested:
+        fail(argument, "a dense tensor, of layout torch.strided", value, error=TypeError)
+
+
 def check_features(argument: str, value: Tensor) -> None:
-    """Check for a float tensor [B, H, N, D] without an empty axis."""
+    """Check for a dense float tensor [B, H, N, D] without an empty axis."""
     if not isinstance(value, Tensor):
         fail(argument, "a tensor [B, H, N, D]", value, error=TypeError)
+    check_dense(argument, value)
     if value.dtype not in FLOAT_DTYPES:
         fail(argument, "float16, bfloat16, float32 or float64", value, error=TypeError)
     if value.dim() != 4 or any(size == 0 for size in value.shape):
@@ -69,6 +89,7 @@ def check_integers(
     """
     if not isinstance(value, Tensor) or value.dtype != torch.int32:
         fail(argument, _int32(sizes), value, error=TypeError)
+    check_dense(argument, value)
     if value.dim() != len(sizes):
         fail(argument, _int32(sizes), value)
     for given, (name, size) in zip(value.shape, sizes):
@@ -111,33 +132,63 @@ def check_batch_index(
 
 
 def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{argument}: expected one of {', '.join(choices)}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        got = repr(value) if isinstance(value, (str, int, float, type(None))) else describe(value)
+        raise ValueError(f"{argument}: expected one of {', '.join(choices)}, got {got}")
 
 
-def check_number(argument: str, value: object, *, above: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument}: expected a number, got {describe(value)}")
-    if not -math.inf < value < math.inf or (above is not None and value <= above):
+def number(argument: str, value: object, *, above: float | None = None) -> float:
+    """Check for a finite number, which float32 must hold, and convert it.
+
+    As for SDPA, it may be a numpy scalar or a tensor with one element, no dimension and no gradient.
+    """
+    found = value if type(value) is float else _float(argument, value)
+    if not math.isfinite(found) or (above is not None and found <= above):
         raise ValueError(
             f"{argument}: expected a finite number{'' if above is None else f' above {above}'}, got {value!r}"
         )
+    if not -LARGEST_NUMBER <= found <= LARGEST_NUMBER:
+        fail(argument, NUMBER_RANGE, value)
+    return found
 
 
-def check_count(argument: str, value: object, limit_name: str = "", limit: int | None = None) -> None:
-    """Check for an int from 1 to `limit`."""
-    valid = (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and value >= 1
-        and (limit is None or value <= limit)
-    )
+def _float(argument: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        valid = value.dim() == 0 and not value.requires_grad and value.dtype in NUMBER_DTYPES
+    else:
+        valid = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not valid:
-        fail(
-            argument,
-            "an integer of at least 1" if limit is None else f"an integer from 1 to {limit_name}={limit}",
-            value,
-        )
+        raise TypeError(f"{argument}: expected a number, got {describe(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        fail(argument, NUMBER_RANGE, value)
+        raise
+
+
+def count(argument: str, value: Any, limit_name: str = "", limit: int | None = None) -> int:
+    """Check for an integer from 1 to `limit`, and convert it from a numpy scalar or a tensor without axes."""
+    found = value if type(value) is int else _integer(value)
+    if found is None or found < 1 or found > (LARGEST_COUNT if limit is None else limit):
+        expected = "an integer of at least 1"
+        if limit is not None:
+            expected = f"an integer from 1 to {limit_name}={limit}"
+        elif found is not None and found > LARGEST_COUNT:
+            expected = f"an integer of at most {LARGEST_COUNT}"
+        fail(argument, expected, value)
+    return found  # type: ignore[return-value]
+
+
+def _integer(value: Any) -> int | None:
+    """An int; None for what is none, such as a bool."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def require_query_labels(query_labels: Tensor | None, labels_argument: str, batch: int, tokens: int) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import _ambient
+from . import _ambient, _contracts
 
 LIBRARY = torch.library.Library("qalign_kernels", "DEF")
 
@@ -43,8 +43,8 @@ def no_second_derivative(op: str, reason: str) -> dict[str, Callable]:
 
 
 def scale_of(query: torch.Tensor, scale: float | None) -> float:
-    """`scale`, or 1/sqrt(D); torch.compile takes the head dim for constant, as the kernels do."""
-    return int(query.shape[3]) ** -0.5 if scale is None else float(scale)
+    """`scale`, checked, or 1/sqrt(D); torch.compile takes the head dim for constant, as the kernels do."""
+    return int(query.shape[3]) ** -0.5 if scale is None else _contracts.number("scale", scale)
 
 
 def accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _ambient, _backends, _contracts, _library
-from .segments import Guide, Segment, check_segments
+from .segments import Guide, Segment, checked_segments
 
 
 class AttentionWithLse(NamedTuple):
@@ -161,11 +161,9 @@ def _attend(
         _contracts.fail("segments", "a Segment or a sequence of them", segments, error=TypeError)
     segments = (segments,) if isinstance(segments, Segment) else tuple(segments)
     _contracts.check_features("query", query)
-    check_segments(query, segments, query_labels)
-    if scale is not None:
-        _contracts.check_number("scale", scale)
-    _contracts.check_number("contrast", contrast, above=0)
     scale = _library.scale_of(query, scale)
+    segments = checked_segments(query, segments, query_labels, scale)
+    contrast = _contracts.number("contrast", contrast, above=0)
     backend = _backends.requested(backend)
     if backend == "reference":
         module = _backends.implementation("reference", "attention")
@@ -181,11 +179,11 @@ def _attend(
         [_or_absent(s.labels, query) for s in segments],
         [_or_absent(s.batch_index, query) for s in segments],
         query_labels,
-        [float(s.logit_scale) for s in segments],
-        [float(s.logit_shift) for s in segments],
-        0.0 if guide is None else float(guide.strength),
+        [s.logit_scale for s in segments],
+        [s.logit_shift for s in segments],
+        0.0 if guide is None else guide.strength,
         scale,
-        float(contrast),
+        contrast,
     )
     differentiable = _library.wants_gradient(query, *call.keys, *call.values, *call.guide_tensors)
     return _attention_op(*call, need_lse, differentiable, backend)

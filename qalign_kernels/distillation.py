@@ -68,8 +68,6 @@ def distillation_loss(
     Source: Attention Distillation, arXiv 2502.20235. There, a query that sees no key has ideal NaN, not 0.
     """
     keys, values, labels = _check(output, query, ref_key, ref_value, query_labels, ref_labels)
-    if scale is not None:
-        _contracts.check_number("scale", scale)
     scale = _library.scale_of(query, scale)
     backend = _backends.requested(backend)
     if backend == "reference":

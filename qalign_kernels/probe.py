@@ -56,10 +56,10 @@ def label_mass(
     """
     _check(query, key)
     _contracts.check_token_labels("key_labels", key_labels, query.shape[0], key.shape[2], "N_k", query.device)
-    _contracts.check_count("num_labels", num_labels)
+    num_labels = _contracts.count("num_labels", num_labels)
     if counts is not None:
         _contracts.check_counts("counts", counts, query.shape[0], query.shape[1], key.shape[2], query.device)
-    scale = _scale(query, scale)
+    scale = _library.scale_of(query, scale)
     backend = _backends.requested(backend)
     if backend == "reference":
         return _backends.implementation("reference", "probe").label_mass(
@@ -101,7 +101,7 @@ def mean_attention_map(
     Source: self-segmentation, arXiv 2303.11306; Cross-Image attention, arXiv 2311.03335.
     """
     _check(query, key)
-    scale = _scale(query, scale)
+    scale = _library.scale_of(query, scale)
     backend = _backends.requested(backend)
     if backend == "reference":
         return _backends.implementation("reference", "probe").mean_attention_map(query, key, scale=scale)
@@ -115,12 +115,6 @@ def _check(query: Tensor, key: Tensor) -> None:
     _contracts.check_features("key", key)
     _contracts.check_like("key", key, "query", query)
     _contracts.check_sizes("key", key, batch=query.shape[0], heads=query.shape[1], head_dim=query.shape[3])
-
-
-def _scale(query: Tensor, scale: float | None) -> float:
-    if scale is not None:
-        _contracts.check_number("scale", scale)
-    return _library.scale_of(query, scale)
 
 
 def _label_mass_implementation(query, key, key_labels, num_labels, scale, counts, backend):

@@ -13,7 +13,7 @@ from .rearrange import match_counts, take_batch_rows, take_rows
 from .segments import Guide, Segment
 from .similarity import HEADS, SIMILARITIES, similarity_argmax, similarity_topk
 from .topk_attention import topk_attention
-from .unit_features import alignment_features
+from .unit_features import alignment
 
 
 @_ambient.public
@@ -104,8 +104,15 @@ def qalign_attention(
     "warped_values": Eye-for-an-eye, arXiv 2406.07008. The other refinements are of this library.
     """
     _check_tensors(query, ref_query, ref_key, ref_value, batch_index)
-    _check_settings(similarity, heads, refinement, strength, scale, contrast)
-    _check_refinement(query, ref_key, refinement, match_query, own_key, topk)
+    _contracts.check_choice("similarity", similarity, SIMILARITIES)
+    _contracts.check_choice("heads", heads, HEADS)
+    _contracts.check_choice("refinement", refinement, REFINEMENTS)
+    strength = _contracts.number("strength", strength)
+    contrast = _contracts.number("contrast", contrast, above=0)
+    scale = _library.scale_of(query, scale)
+    if refinement == "topk":
+        topk = _contracts.count("topk", topk, "N_k", ref_key.shape[2])
+    _check_refinement(query, refinement, match_query, own_key)
     _contracts.check_label_sets(query, ref_query, query_labels, "query_labels", ref_labels, "ref_labels")
     if _backends.requested(backend) == "reference":
         return _backends.implementation("reference", "qalign_attention").qalign_attention(
@@ -120,7 +127,7 @@ def qalign_attention(
             own_key=own_key,
             topk=topk,
             strength=strength,
-            scale=_library.scale_of(query, scale),
+            scale=scale,
             contrast=contrast,
             query_labels=query_labels,
             ref_labels=ref_labels,
@@ -130,13 +137,13 @@ def qalign_attention(
     refine: dict[str, Any] = {"scale": scale, "contrast": contrast, "backend": backend}
     reference = Segment(ref_key, ref_value, labels=ref_labels, batch_index=batch_index)
     if refinement == "guided":
-        guide = Guide(*alignment_features(alignment_query, ref_query, similarity, backend), strength)
+        guide = alignment(alignment_query, ref_query, similarity, strength, backend)
         return guided_attention(query, reference, guide, query_labels=query_labels, **refine)
     if refinement == "soft":
-        return _soft(query, alignment_query, ref_query, reference, similarity, strength, query_labels, refine)
+        guide = alignment(alignment_query, ref_query, similarity, strength, backend)
+        return _soft(query, guide, reference, query_labels, refine)
 
     if refinement == "rearranged":
-        scale = _library.scale_of(query, scale)
         call = _Rearranged(
             query,
             alignment_query.detach(),
@@ -146,7 +153,7 @@ def qalign_attention(
             similarity,
             heads,
             scale,
-            float(contrast),
+            contrast,
             query_labels,
             ref_labels,
             batch_index,
@@ -242,20 +249,16 @@ def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
 
 def _soft(
     query: Tensor,
-    alignment_query: Tensor,
-    ref_query: Tensor,
+    guide: Guide,
     reference: Segment,
-    similarity: str,
-    strength: float,
     query_labels: Tensor | None,
     refine: dict[str, Any],
 ) -> Tensor:
-    features, ref_features = alignment_features(alignment_query, ref_query, similarity, refine["backend"])
     key, value = (
         attention(
-            features,
-            dataclasses.replace(reference, key=ref_features, value=x),
-            scale=strength,
+            guide.query,
+            dataclasses.replace(reference, key=guide.key, value=x),
+            scale=guide.strength,
             query_labels=query_labels,
             backend=refine["backend"],
         )
@@ -295,29 +298,10 @@ def _check_tensors(
     _contracts.check_batch_index("batch_index", batch_index, query, rows, "ref_query")
 
 
-def _check_settings(
-    similarity: str, heads: str, refinement: str, strength: float, scale: float | None, contrast: float
-) -> None:
-    _contracts.check_choice("similarity", similarity, SIMILARITIES)
-    _contracts.check_choice("heads", heads, HEADS)
-    _contracts.check_choice("refinement", refinement, REFINEMENTS)
-    _contracts.check_number("strength", strength)
-    _contracts.check_number("contrast", contrast, above=0)
-    if scale is not None:
-        _contracts.check_number("scale", scale)
-
-
 def _check_refinement(
-    query: Tensor,
-    ref_key: Tensor,
-    refinement: str,
-    match_query: Tensor | None,
-    own_key: Tensor | None,
-    topk: int,
+    query: Tensor, refinement: str, match_query: Tensor | None, own_key: Tensor | None
 ) -> None:
-    """Check `match_query`, and `topk` and `own_key`, which only one refinement takes."""
-    if refinement == "topk":
-        _contracts.check_count("topk", topk, "N_k", ref_key.shape[2])
+    """Check `match_query`, and `own_key`, which only one refinement takes."""
     if (own_key is not None) != (refinement == "warped_values"):
         need = (
             "[B, H, N_q, D] for refinement='warped_values'"

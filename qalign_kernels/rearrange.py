@@ -13,8 +13,8 @@ def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) 
     counts_j = #{i : index_i = j}
 
     Args:
-        index: int32 [B, 1 or H, N_q], the index of a `Match` from `similarity_argmax`. Entries of -1 are not
-            counted.
+        index: int32 [B, 1 or H, N_q], the index of a `Match` from `similarity_argmax`. Entries outside
+            of [0, num_tokens) are not counted.
         num_tokens: N_k, the number of reference tokens.
         backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
@@ -37,6 +37,7 @@ def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) 
     """
     if not isinstance(index, Tensor):
         _contracts.fail("index", "int32 [B, 1 or H, N_q]", index, error=TypeError)
+    _contracts.check_dense("index", index)
     if index.dim() != 3 or any(size == 0 for size in index.shape):
         _contracts.fail("index", "int32 [B, 1 or H, N_q] with every size at least 1", index)
     _contracts.check_integers(
@@ -45,7 +46,7 @@ def match_counts(index: Tensor, num_tokens: int, *, backend: str | None = None) 
         [(f"{name}={{}}", size) for name, size in zip(("B", "G", "N_q"), index.shape)],
         index.device,
     )
-    _contracts.check_count("num_tokens", num_tokens)
+    num_tokens = _contracts.count("num_tokens", num_tokens)
     backend = _backends.requested(backend)
     if backend == "reference":
         return _backends.implementation("reference", "rearrange").match_counts(index, num_tokens)
@@ -67,7 +68,8 @@ def rearrange_kv(
     Args:
         key: [B, H, N_k, D], float16, bfloat16, float32 or float64, any strides.
         value: [B, H, N_k, D_v], same dtype and device as `key`.
-        index: int32 [B, 1 or H, N_q], the token to take for each query. -1 gives a row of zeros.
+        index: int32 [B, 1 or H, N_q], the token to take for each query. -1, or any other number
+            outside of [0, N_k), gives a row of zeros.
         backend: "auto", "triton", "tiled" or "reference". None: the default of `use_backend`.
 
     Returns:
@@ -93,6 +95,8 @@ def rearrange_kv(
     _contracts.check_like("value", value, "key", key)
     _contracts.check_sizes("value", value, batch=key.shape[0], heads=key.shape[1], tokens=key.shape[2])
     batch, heads = key.shape[:2]
+    if isinstance(index, Tensor):
+        _contracts.check_dense("index", index)
     tokens = index.shape[-1] if isinstance(index, Tensor) and index.dim() == 3 else 0
     sizes = [("B={}", batch), ("1 or H={}", heads), ("N_q", tokens or -1)]
     _contracts.check_integers("index", index, sizes, key.device)
@@ -113,6 +117,7 @@ def take_batch_rows(x: Tensor, batch_index: Tensor | None) -> Tensor:
     """x[batch_index]; a gradient sums over the query rows that read the same row in the accumulate dtype."""
     if batch_index is None:
         return x
+    batch_index = batch_index.clamp(0, x.shape[0] - 1)
     if not _library.wants_gradient(x):
         return x.index_select(0, batch_index)
     return x.to(_library.accumulate_dtype(x)).index_select(0, batch_index).to(x.dtype)

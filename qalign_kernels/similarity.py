@@ -95,6 +95,8 @@ def similarity_argmax(
     all heads).
     """
     _check(query, reference, similarity, heads, query_labels, reference_labels, batch_index)
+    if not isinstance(exact, bool):
+        _contracts.fail("exact", "True or False", exact, error=TypeError)
     joint, backend = heads == "joint", _backends.requested(backend)
     labels = (query_labels, reference_labels, batch_index)
     if backend == "reference":
@@ -157,7 +159,7 @@ def similarity_topk(
     Source: SeAl (CVPR 2026) and the top-k refinement of this library for Q-Align, arXiv 2508.21090.
     """
     _check(query, reference, similarity, heads, query_labels, reference_labels, batch_index)
-    _contracts.check_count("k", k, "N_k", reference.shape[2])
+    k = _contracts.count("k", k, "N_k", reference.shape[2])
     joint, backend = heads == "joint", _backends.requested(backend)
     labels = (query_labels, reference_labels, batch_index)
     if backend == "reference":

@@ -5,11 +5,14 @@ slack = (eps(dtype) + sqrt(reduction) · eps(float32)) · max|truth|
 
 An error is the largest absolute difference. `reduction` is the length of the longest sum in an output
 element.
+
+Plain PyTorch may have the same defect as what is judged, such as a long sum in half precision.
+`float64_bounds` puts the effect of rounding the inputs, computed in float64, in its place.
 """
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,8 +60,51 @@ def judge_formula(
     actual: Tensor, formula: Callable[..., Tensor], *tensors: Tensor, reduction: int
 ) -> Verdict:
     """Compare `actual` with `formula(*tensors)`, once in float64 and once in the dtype of the tensors."""
-    truth = formula(*(x.double() if x.is_floating_point() else x for x in tensors))
+    truth = formula(*map(_in_double, tensors))
     return judge(actual, formula(*tensors), truth, reduction)
+
+
+class Bound(NamedTuple):
+    """A result in float64, and how far another one may be from it."""
+
+    truth: Tensor
+    budget: float
+
+    def judge(self, actual: Tensor) -> Verdict:
+        error = worst_error(actual, self.truth)
+        return Verdict(error, self.budget, error <= self.budget < float("inf"))
+
+
+def float64_bounds(
+    formula: Callable[..., Sequence[Tensor]], *tensors: Tensor, reduction: int, draws: int = 2
+) -> list[Bound]:
+    """Compute the results of `formula` in float64 and their budgets, with nothing in the dtype under test.
+
+    budget = rounding error + (eps(dtype) + sqrt(reduction) · eps(float32)) · max|truth|
+
+    The rounding error is how far the result moves, in float64, where each element of the inputs is multiplied
+    by 1 + eps(dtype) · u with u uniform in [-1, 1]: the largest of some draws.
+    """
+    eps = max(torch.finfo(x.dtype).eps for x in tensors if x.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        u = 2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1
+        return x.double() * (1 + torch.finfo(x.dtype).eps * u.to(x.device))
+
+    truths = formula(*map(_in_double, tensors))
+    others = [formula(*map(moved, tensors)) for _ in range(draws)]
+    slack = eps + reduction**0.5 * torch.finfo(torch.float32).eps
+    return [
+        Bound(truth, max(worst_error(x, truth) for x in drawn) + slack * truth.abs().max().item())
+        for truth, *drawn in zip(truths, *others, strict=True)
+    ]
+
+
+def _in_double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def judge_exact(actual: Tensor, truth: Tensor) -> Verdict:

@@ -194,6 +194,7 @@ class Kernels:
             log2=torch.log2,
             max=lambda x, axis: _largest(x, axis) if x.is_floating_point() else x.amax(axis),
             maximum=lambda x, y: torch.fmax(torch.as_tensor(x), torch.as_tensor(y)),
+            minimum=lambda x, y: torch.fmin(torch.as_tensor(x), torch.as_tensor(y)),
             min=lambda x, axis: -_largest(-x, axis),
             num_warps=lambda: 4,
             program_id=lambda axis: self.program,

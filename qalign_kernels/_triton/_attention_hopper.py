@@ -408,6 +408,7 @@ def attention_hopper_kernel(
     limit, order_row = segment.N_K, batch
     if segment.rows_ptr is not None:
         key_batch = gl.load(segment.rows_ptr + batch * segment.rows_stride).to(gl.int32)
+        key_batch = gl.minimum(gl.maximum(key_batch, 0), segment.rows_number - 1)
     if segment.unique_ptr is not None:
         order_row = batch * segment.order_stride_b + head % segment.maps
         limit = gl.load(segment.unique_ptr + order_row)

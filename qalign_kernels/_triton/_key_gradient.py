@@ -25,6 +25,7 @@ from ._tile import (
     load,
     load_parts,
     open_tile,
+    read_row,
     rows_of,
     skip,
     split_scores,
@@ -104,7 +105,7 @@ def launch_key_gradient(
         num_stages=tile.num_stages,
         **queries.arguments(),
         segment=unsigned(arguments),
-        counts=_count_arguments(segment.counts),
+        counts=count_arguments(segment.counts),
         grad_key_ptr=grad_key,
         grad_value_ptr=grad_value,
         grad_scale=scale,
@@ -117,7 +118,7 @@ def launch_key_gradient(
     )
 
 
-def _count_arguments(counts: Tensor | None) -> Counts | None:
+def count_arguments(counts: Tensor | None) -> Counts | None:
     """Counts as kernels read them."""
     if counts is None:
         return None
@@ -203,7 +204,8 @@ def _read_by_all(sums, readers, keys, segment, counts, B, H, N_Q, variant):
         sums = _read_by(sums, readers, keys.batch, N_Q, keys, segment, counts, H, N_Q, variant)
     else:
         for row in range(0, B):
-            reads = tl.load(segment.rows_ptr + row * segment.rows_stride) == keys.batch
+            read = read_row(segment.rows_ptr, segment.rows_stride, segment.rows_number, row)
+            reads = read == keys.batch
             batch, limit = tl.cast(row, tl.int64), tl.where(reads, N_Q, 0)
             sums = _read_by(sums, readers, batch, limit, keys, segment, counts, H, N_Q, variant)
     return sums

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._labels import Labels
-from ._tile import FAR, Features, pack_match, unpack_match
+from ._tile import FAR, Features, pack_match, read_row, unpack_match
 
 
 class Matching(NamedTuple):
@@ -45,6 +45,7 @@ class Pair(NamedTuple):
     reference_labels: Labels | None
     rows_ptr: Tensor | None
     rows_stride: int
+    rows_number: int | None
     H: int
     N_Q: int
     N_K: int
@@ -81,7 +82,7 @@ class Outputs(NamedTuple):
 def reference_row(pair, batch):
     """The batch row of the reference that a batch row of queries is matched with."""
     if pair.rows_ptr is not None:
-        return tl.load(pair.rows_ptr + batch * pair.rows_stride).to(tl.int64)
+        return read_row(pair.rows_ptr, pair.rows_stride, pair.rows_number, batch)
     else:
         return batch
 

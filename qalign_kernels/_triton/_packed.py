@@ -82,4 +82,5 @@ def _best_packed(pair, opened, tiles, variant, PTX: tl.constexpr):
         index = tl.where(bits < 0, other.index, index)
         bits = tl.where(bits < 0, other.score, bits)
     middle = bits ^ (CODES // 2)  # the middle of all scores with these upper bits
+    middle = tl.where((bits & FAR & -CODES) == 0, 0, middle)  # a score of zero is exact
     return Best(middle.to(tl.float32, bitcast=True), index)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._labels import CLASSES, Labels, label_arguments, sort_tokens
-from ._tile import Features, Parts, Rows, features, load, rows_of, skip, split_scores
+from ._tile import Features, Parts, Rows, features, load, read_row, rows_of, skip, split_scores
 from .rearrange import compact, take_chosen
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -38,6 +38,7 @@ class SegmentArguments(NamedTuple):
     shift: float
     rows_ptr: Tensor | None
     rows_stride: int
+    rows_number: int | None
     labels: Labels | None
     order_ptr: Tensor | None
     weights_ptr: Tensor | None
@@ -137,6 +138,7 @@ def segment_arguments(
         shift=shift * LOG2_E.value,
         rows_ptr=batch_index,
         rows_stride=0 if batch_index is None else batch_index.stride(0),
+        rows_number=None if batch_index is None else key.shape[0],
         labels=label_arguments(labels),
         order_ptr=order,
         weights_ptr=weights,
@@ -210,7 +212,7 @@ def open_segment(segment, batch, head):
     """Where the keys of one batch row and head are, and how many there are."""
     key_row = batch
     if segment.rows_ptr is not None:
-        key_row = tl.load(segment.rows_ptr + batch * segment.rows_stride).to(tl.int64)
+        key_row = read_row(segment.rows_ptr, segment.rows_stride, segment.rows_number, batch)
     key = rows_of(segment.key, key_row, head)
     value, guide = key, key
     labels_ptr, order_ptr, weights_ptr = key.pointer, key.pointer, key.pointer

@@ -89,6 +89,12 @@ def rows_of(source, batch, head):
 
 
 @triton.jit
+def read_row(pointer, stride, number, batch):
+    """The row that a batch row reads, int64; the nearest of the `number` rows for an index out of range."""
+    return tl.minimum(tl.maximum(tl.load(pointer + batch * stride), 0), number - 1).to(tl.int64)
+
+
+@triton.jit
 def skip(rows, tokens):
     """The rows without the first int64 `tokens`."""
     return Rows(advance(rows.pointer, tokens * rows.pitch), rows.pitch, rows.stride_d)

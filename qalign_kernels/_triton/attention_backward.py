@@ -18,6 +18,7 @@ from ._configs import FAMILIES, nearest_architecture
 from ._gradient_rows import QuerySide, query_side
 from ._key_gradient import launch_key_gradient
 from ._launch import launch, target_of
+from ._mend import mend_key_gradient, mend_query_gradient
 from ._segments import (
     KeyTile,
     QueryTile,
@@ -78,6 +79,10 @@ def attention_backward(
         for grad_key, grad_value in wanted:
             if grad_key is not None or grad_value is not None:
                 launch_key_gradient(queries, segment, segment_scale, grad_key, grad_value)
+        grad_key, grad_value = grads[1 + i], grads[1 + count + i]
+        hidden = segment.labels is not None or segment.counts is not None
+        if hidden and (grad_key is not None or grad_value is not None):
+            mend_key_gradient(queries, segment, segment_scale, grad_key, grad_value)
     return grads
 
 
@@ -103,6 +108,8 @@ def _query_gradient(queries: QuerySide, segments: Sequence[Any], scales: list[fl
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
     )
+    if any(s.labels is not None for s in segments):
+        mend_query_gradient(queries, segments, scales, grad_query)
     return grad_query
 
 

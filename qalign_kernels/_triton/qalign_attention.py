@@ -20,12 +20,14 @@ from ._attention_choice import AttentionCall
 from ._configs import choose_tile
 from ._labels import sort_queries
 from ._launch import launch, target_of
+from ._mend import Given, mend_output
 from ._segments import LOG2_E, segment_arguments
 from ._tile import (
     Parts,
     features,
     load_parts,
     load_rows,
+    read_row,
     rows_of,
     scale_rows,
     store_channels,
@@ -64,7 +66,7 @@ def rearranged_attention(
 ) -> Tensor:
     """Norms, argmax with its counts, gathering and attention, in four launches.
 
-    A contrast costs one more launch, sorted labels cost two more.
+    A contrast costs one more launch, labels cost one more, sorted labels two more.
     """
     match, counts = counted_argmax(
         alignment_query, ref_query, similarity, joint, query_labels, ref_labels, batch_index
@@ -82,9 +84,11 @@ def rearranged_attention(
     output = torch.empty((*query.shape[:3], ref_value.shape[3]), device=query.device, dtype=query.dtype)
     labels: dict[str, Any] = {"query_labels": query_labels, "query_order": query_order}
     known = None if contrast == 1.0 else log2_sum_exp(query, [segment], **labels)
-    launch_attention(
-        AttentionCall(query, [segment], output, contrast=contrast, known=known, match=match, **labels)
-    )
+    call = AttentionCall(query, [segment], output, contrast=contrast, known=known, match=match, **labels)
+    launch_attention(call)
+    if ref_labels is not None:
+        given = Given(ref_key, ref_value, counts, ref_labels, batch_index)
+        mend_output(call, [given], [scale])
     return output
 
 
@@ -135,6 +139,7 @@ def topk_attention(query, key, value, index, *, scale, contrast, batch_index=Non
         value=features(value),
         rows_ptr=batch_index,
         rows_stride=0 if batch_index is None else batch_index.stride(0),
+        rows_number=None if batch_index is None else key.shape[0],
         index_ptr=index,
         index_strides=(stride_b, stride_g if index.shape[1] > 1 else 0, stride_n, stride_k),
         output_ptr=output,
@@ -215,6 +220,7 @@ def _topk_attention_kernel(
     value,
     rows_ptr,
     rows_stride,
+    rows_number,
     index_ptr,
     index_strides,
     output_ptr,
@@ -244,7 +250,7 @@ def _topk_attention_kernel(
     inside, queries = own < N_Q, own.to(tl.int64)
     reference_batch = batch
     if rows_ptr is not None:
-        reference_batch = tl.load(rows_ptr + batch * rows_stride).to(tl.int64)
+        reference_batch = read_row(rows_ptr, rows_stride, rows_number, batch)
     query_rows = rows_of(query, batch, head)
     keys, values = rows_of(key, reference_batch, head), rows_of(value, reference_batch, head)
     index_ptrs = index_ptr + batch * index_strides[0] + head * index_strides[1] + queries * index_strides[2]

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from ._tile import features, load_rows, open_tile, rows_of, store_channels
+from ._tile import features, load_rows, open_tile, read_row, rows_of, store_channels
 
 COUNT_BLOCK = 1024
 # the least and the most tokens at a time, up to 16 a thread: 16 warps spill under Triton 3.6
@@ -129,6 +129,7 @@ def take_chosen(
         taken_ptrs=tuple(taken),
         rows_ptr=batch_index,
         rows_stride=0 if batch_index is None else batch_index.stride(0),
+        rows_number=None if batch_index is None else sources[0].shape[0],
         multiplicity=multiplicity,
         H=heads,
         G=maps,
@@ -266,6 +267,7 @@ def _take_chosen_kernel(
     taken_ptrs,
     rows_ptr,
     rows_stride,
+    rows_number,
     multiplicity,
     H,
     G,
@@ -292,7 +294,7 @@ def _take_chosen_kernel(
         weights_row = (batch * G + head) * N
         source_row = batch
         if rows_ptr is not None:
-            source_row = tl.load(rows_ptr + batch * rows_stride).to(tl.int64)
+            source_row = read_row(rows_ptr, rows_stride, rows_number, batch)
         tokens = first + tl.arange(0, BLOCK)
         counts = _load_counts(counts_row, tokens, N)
         chosen = (counts > 0).to(tl.int32)

@@ -220,6 +220,7 @@ def _fold(matching: Matching) -> FoldedPair:
         reference_labels=label_arguments(matching.reference_labels),
         rows_ptr=batch_index,
         rows_stride=0 if batch_index is None else batch_index.stride(0),
+        rows_number=None if batch_index is None else reference.shape[0],
         H=heads,
         N_Q=query.shape[2],
         N_K=reference.shape[2],

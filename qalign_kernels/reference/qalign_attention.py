@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._product import product
-from .attention import attention, contrast_weights
+from ._product import pairs, rounded
+from .attention import batch_rows, contrast_weights, weigh, wide_attention
 from .rearrange import rearrange_kv
-from .similarity import scores, similarity_argmax, similarity_topk
+from .similarity import similarity_argmax, similarity_topk, unit
 
 
 class Alignment(NamedTuple):
@@ -24,15 +24,16 @@ class Alignment(NamedTuple):
     query_labels: Tensor | None
     reference_labels: Tensor | None
 
-    def unit(self) -> "Alignment":
-        """The cosine as the dot product of normalised features, rounded to the dtype of the input."""
+    def unit(self, dtype: torch.dtype) -> "Alignment":
+        """The cosine as the dot product of normalised features that `dtype` holds."""
         if self.similarity != "cosine":
             return self
-        return self._replace(query=_unit(self.query), reference=_unit(self.reference), similarity="dot")
+        query, reference = (rounded(unit(x), dtype) for x in (self.query, self.reference))
+        return self._replace(query=query, reference=reference, similarity="dot")
 
 
 class Call(NamedTuple):
-    """One call of `qalign_attention`, the batch rows of its reference taken."""
+    """One call of `qalign_attention` in float32 (float64), the batch rows of its reference taken."""
 
     query: Tensor
     ref_query: Tensor
@@ -44,6 +45,7 @@ class Call(NamedTuple):
     strength: float
     scale: float
     contrast: float
+    dtype: torch.dtype  # of the tensors as they were given, which are float32 here
 
 
 def qalign_attention(
@@ -66,46 +68,71 @@ def qalign_attention(
     batch_index,
 ) -> Tensor:
     """Its parameters are those of the public op, so that both can be compared."""
-    if batch_index is not None:
-        accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-        ref_query, ref_key, ref_value = (
-            x.to(accumulate)[batch_index.long()].to(x.dtype) for x in (ref_query, ref_key, ref_value)
-        )
+    dtype = query.dtype
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    query, match_query, own_key = (
+        None if x is None else x.to(accumulate) for x in (query, match_query, own_key)
+    )
+    ref_query, ref_key, ref_value = (
+        x.to(accumulate)[batch_rows(batch_index, x)] for x in (ref_query, ref_key, ref_value)
+    )
     joint = heads == "joint" and refinement not in ("guided", "soft")
     alignment_query = query if match_query is None else match_query
     alignment = Alignment(alignment_query, ref_query, similarity, joint, query_labels, ref_labels)
-    call = Call(query, ref_query, ref_key, ref_value, own_key, alignment, topk, strength, scale, contrast)
-    return FORMULAS[refinement](call)
+    call = Call(
+        query, ref_query, ref_key, ref_value, own_key, alignment, topk, strength, scale, contrast, dtype
+    )
+    return FORMULAS[refinement](call).to(dtype)
 
 
 def _topk(call: Call) -> Tensor:
     query, reference, *others = call.alignment
     index, score = similarity_topk(query, reference, call.topk, *others)
-    settings = {"scale": call.scale, "contrast": call.contrast}
-    output = topk_attention(call.query, call.key, call.value, index, **settings)
+    output = topk_attention(
+        call.query, call.key, call.value, index, scale=call.scale, contrast=call.contrast, dtype=call.dtype
+    )
     return _unmatchable_to_nan(output, score[..., 0])
 
 
 def _guided(call: Call) -> Tensor:
-    logits = _logits(call.query, call.key, call.scale)
-    guide = _strengthened(scores(*call.alignment.unit()), call.strength)
-    return _weigh(logits + guide, call.value, call.contrast)
+    features, ref_features = call.alignment.unit(call.dtype)[:2]
+    return wide_attention(
+        call.query,
+        [_Segment(call.key, call.value, labels=call.alignment.reference_labels)],
+        call.dtype,
+        scale=call.scale,
+        contrast=call.contrast,
+        query_labels=call.alignment.query_labels,
+        guide=_Guide(features, ref_features, call.strength),
+    )[0]
 
 
 def _soft(call: Call) -> Tensor:
-    table = _strengthened(scores(*call.alignment.unit()), call.strength)
-    present = (table != float("-inf")).any(-1)
-    weights = table.softmax(-1).masked_fill(~present.unsqueeze(-1), 0).to(call.query.dtype)
-    key, value = (product(weights, x.expand(*weights.shape[:2], -1, -1)) for x in (call.key, call.value))
-    logits = _logits(call.query, key, call.scale).masked_fill(~present.unsqueeze(2), float("-inf"))
-    return _weigh(logits, value, call.contrast, present.sum(-1))
+    features, ref_features, *_, query_labels, ref_labels = call.alignment.unit(call.dtype)
+    key, value = (
+        wide_attention(
+            features,
+            [_Segment(ref_features, x, labels=ref_labels)],
+            call.dtype,
+            scale=call.strength,
+            query_labels=query_labels,
+        )[0]
+        for x in (call.key, call.value)
+    )
+    present = None
+    if query_labels is not None and ref_labels is not None:
+        present = ((query_labels.unsqueeze(-1) & ref_labels.unsqueeze(-2)) != 0).any(-1)
+        present = present.int().unsqueeze(1).expand(call.query.shape[0], -1, -1)
+    segment = _Segment(key, value, counts=present)
+    return wide_attention(call.query, [segment], call.dtype, scale=call.scale, contrast=call.contrast)[0]
 
 
 def _warped_output(call: Call) -> Tensor:
     index, score = similarity_argmax(*call.alignment)
     labels = call.alignment.reference_labels
     segment = _Segment(call.key, call.value, labels=labels)
-    output = attention(call.ref_query, [segment], scale=call.scale, query_labels=labels)[0]
+    settings = {"scale": call.scale, "query_labels": labels}
+    output, _ = wide_attention(call.ref_query, [segment], call.dtype, **settings)
     return _unmatchable_to_nan(rearrange_kv(output, output, index)[0], score)
 
 
@@ -118,7 +145,7 @@ def _warped_values(call: Call) -> Tensor:
     index, score = similarity_argmax(*call.alignment)
     value = _unmatchable_to_nan(rearrange_kv(call.key, call.value, index)[1], score)
     segment = _Segment(call.own_key, value, counts=(index >= 0).int())
-    return attention(call.query, [segment], scale=call.scale, contrast=call.contrast)[0]
+    return wide_attention(call.query, [segment], call.dtype, scale=call.scale, contrast=call.contrast)[0]
 
 
 def _rearranged(call: Call) -> Tensor:
@@ -126,14 +153,17 @@ def _rearranged(call: Call) -> Tensor:
     index, score = similarity_argmax(*call.alignment)
     key, value = rearrange_kv(call.key, call.value, index)
     matched = index >= 0
-    logits = _logits(call.query, key, call.scale).masked_fill(~matched.unsqueeze(2), float("-inf"))
+    seen = matched.unsqueeze(2)
     query_labels, ref_labels = call.alignment.query_labels, call.alignment.reference_labels
     if query_labels is not None and ref_labels is not None:
         tokens = index.clamp(min=0).long()
         labels = ref_labels.expand(call.query.shape[0], -1).unsqueeze(1).take_along_dim(tokens, dim=2)
-        seen = (query_labels.unsqueeze(1).unsqueeze(-1) & labels.unsqueeze(2)) != 0
-        logits = logits.masked_fill(~seen, float("-inf"))
-    return _unmatchable_to_nan(_weigh(logits, value, call.contrast, matched.sum(-1)), score)
+        seen = seen & ((query_labels.unsqueeze(1).unsqueeze(-1) & labels.unsqueeze(2)) != 0)
+    seen = seen.expand(*call.query.shape[:3], key.shape[2])
+    logits = (call.scale * pairs(call.query, key, seen)).masked_fill(~seen, float("-inf"))
+    counts = matched.to(logits.dtype).unsqueeze(2)
+    output, _ = weigh(logits, value, seen, counts, call.contrast, call.dtype)
+    return _unmatchable_to_nan(output, score)
 
 
 FORMULAS = {
@@ -159,61 +189,42 @@ class _Segment(NamedTuple):
     logit_shift: float = 0.0
 
 
-def _strengthened(table: Tensor, strength: float) -> Tensor:
-    """strength · S; pairs whose labels do not meet stay -inf."""
-    return (strength * table).masked_fill(table == float("-inf"), float("-inf"))
+class _Guide(NamedTuple):
+    """What `attention` reads of a guide."""
+
+    query: Tensor
+    key: Tensor
+    strength: float
 
 
 def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
     return rows.masked_fill(score.isnan().unsqueeze(-1), float("nan"))
 
 
-def _unit(x: Tensor) -> Tensor:
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.nn.functional.normalize(x.to(accumulate), dim=-1, eps=1e-12).to(x.dtype)
-
-
-def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def topk_attention(
+    query, key, value, index, *, scale, contrast=1.0, batch_index=None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Weights are rounded to `dtype`, that of the query by default."""
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return scale * product(query.to(accumulate), key.to(accumulate).mT)
-
-
-def _weigh(logits: Tensor, value: Tensor, contrast: float, total: Tensor | None = None) -> Tensor:
-    """Softmax of the logits, contrasted with N = `total`, times the values. A row of -inf gives zeros."""
-    lse = logits.logsumexp(-1, keepdim=True)
-    unseen = logits == float("-inf")
-    weights = (logits - lse.masked_fill(lse == float("-inf"), 0)).exp()
-    if contrast != 1.0:
-        total = (
-            torch.full_like(lse, logits.shape[-1])
-            if total is None
-            else total.clamp(min=1)[..., None, None].to(lse.dtype)
-        )
-        weights = contrast_weights(weights, contrast, total)
-    weights = weights.masked_fill(unseen, 0).to(value.dtype)
-    return product(weights.to(lse.dtype), value.to(lse.dtype)).to(value.dtype)
-
-
-def topk_attention(query, key, value, index, *, scale, contrast=1.0, batch_index=None) -> Tensor:
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    key, value = key.to(accumulate), value.to(accumulate)
-    if batch_index is not None:
-        key, value = key[batch_index.long()], value[batch_index.long()]
-    rows = index.clamp(min=0).long().expand(-1, query.shape[1], -1, -1)
+    key, value = (x.to(accumulate)[batch_rows(batch_index, x)] for x in (key, value))
+    absent = ((index < 0) | (index >= key.shape[2])).expand(-1, query.shape[1], -1, -1)
+    tokens = index.clamp(0, key.shape[2] - 1).long().expand(-1, query.shape[1], -1, -1)
     key, value = (
-        x.unsqueeze(2).expand(-1, -1, query.shape[2], -1, -1).take_along_dim(rows.unsqueeze(-1), dim=3)
+        x.unsqueeze(2)
+        .expand(-1, -1, query.shape[2], -1, -1)
+        .take_along_dim(tokens.unsqueeze(-1), dim=3)
+        .masked_fill(absent.unsqueeze(-1), 0)
         for x in (key, value)
     )
     logits = scale * (query.to(accumulate).unsqueeze(3) * key).sum(-1)
-    logits = logits.masked_fill(index < 0, float("-inf"))
-    weights = _weigh_rows(logits, contrast).to(query.dtype)
-    return (weights.to(accumulate).unsqueeze(-1) * value).sum(3).to(query.dtype)
+    logits = logits.masked_fill(absent, float("-inf"))
+    weights = rounded(_weigh_rows(logits, absent, contrast), dtype or query.dtype)
+    return (weights.unsqueeze(-1) * value).sum(3).to(query.dtype)
 
 
-def _weigh_rows(logits: Tensor, contrast: float) -> Tensor:
+def _weigh_rows(logits: Tensor, absent: Tensor, contrast: float) -> Tensor:
     """Softmax over the k candidates, contrasted with N = k. Absent candidates have weight 0."""
-    absent = logits == float("-inf")
-    probabilities = logits.softmax(-1).masked_fill(absent.all(-1, keepdim=True), 0)
+    probabilities = logits.masked_fill(absent.all(-1, keepdim=True), 0).softmax(-1)
     if contrast != 1.0:
         probabilities = contrast_weights(
             probabilities, contrast, torch.full_like(logits[..., :1], logits.shape[-1])

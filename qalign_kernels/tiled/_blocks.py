@@ -39,5 +39,10 @@ def batch_row(x: Tensor, row: int, batch_index: Tensor | None) -> Tensor:
     if batch_index is None:
         return x[row]
     if on_host(x):
-        return x[int(batch_index[row])]
-    return x.index_select(0, batch_index[row : row + 1])[0]
+        return x[row_read(batch_index, row, x.shape[0])]
+    return x.index_select(0, batch_index[row : row + 1].clamp(0, x.shape[0] - 1))[0]
+
+
+def row_read(batch_index: Tensor, row: int, rows: int) -> int:
+    """The row of `rows` that a batch row reads; the nearest one for an index out of range."""
+    return min(max(int(batch_index[row]), 0), rows - 1)

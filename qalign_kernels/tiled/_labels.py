@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ._blocks import on_host
+from ._blocks import on_host, row_read
 
 MOST_GROUPS = 32  # label sets in a batch row: with more, small groups cost more than comparing labels
 
@@ -54,11 +54,11 @@ def _meeting(labels: Tensor, own: Tensor) -> Tensor | None:
     return None if kept.numel() == labels.numel() else kept
 
 
-def rows_read(batch: slice, batch_index: Tensor | None) -> tuple[slice, Tensor | None]:
-    """Which rows of the keys the batch rows of a group read, and the index into these rows."""
+def rows_read(batch: slice, batch_index: Tensor | None, rows: int) -> tuple[slice, Tensor | None]:
+    """Which of the rows of the keys the batch rows of a group read, and the index into these rows."""
     if batch_index is None:
         return batch, None
     if batch.stop - batch.start == batch_index.shape[0]:
         return slice(None), batch_index
-    row = int(batch_index[batch.start])
+    row = row_read(batch_index, batch.start, rows)
     return slice(row, row + 1), None

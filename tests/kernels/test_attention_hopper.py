@@ -70,6 +70,7 @@ class Call(types.SimpleNamespace):
             NEGATIVE=scale < 0,
             rows_ptr=None if rows is None else Pointer(rows),
             rows_stride=1,
+            rows_number=self.key.shape[0],
             unique_ptr=Pointer(torch.full((2,), self.unique, dtype=torch.int32)) if counted else None,
             log_weights_ptr=Pointer(log_weights.flatten()) if counted else None,
             order_stride_b=1,

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from qalign_kernels import (
     Segment,
     attention,
     attention_with_lse,
+    distillation_loss,
     label_mass,
     match_counts,
     mean_attention_map,
@@ -395,6 +397,89 @@ CASES = [
         "backend: expected one of auto, triton, tiled, reference, got 'fast'",
     ),
 ]
+
+RANGE = "a number between -2^127 and 2^127"
+LAYOUT = "a dense tensor, of layout torch.strided"
+NESTED = torch.nested.nested_tensor([Q[0], Q[1]])
+CASES += [
+    # numbers that no kernel can hold, and values of other libraries
+    (lambda: attend(scale=10**400), ValueError, f"scale: expected {RANGE}, got int of 1329 bits"),
+    (lambda: attend(scale=1e39), ValueError, f"scale: expected {RANGE}, got float 1e+39"),
+    (lambda: align(strength=-(10**39)), ValueError, f"strength: expected {RANGE}, got int of 130 bits"),
+    (lambda: attend(logit_shift=3e38), ValueError, f"logit_shift: expected {RANGE}, got float 3e+38"),
+    (
+        lambda: attend(scale=1e20, logit_scale=1e20),
+        ValueError,
+        "logit_scale: expected a number that times scale=1e+20 is at most 2^127, got float 1e+20",
+    ),
+    (lambda: attend(scale=numpy.float32("nan")), ValueError, None),
+    (
+        lambda: mean_attention_map(Q, K, scale=torch.ones(2)),
+        TypeError,
+        "scale: expected a number, got float32 [2]",
+    ),
+    (lambda: attend(contrast=torch.ones((), requires_grad=True)), TypeError, None),
+    (lambda: attend(contrast=numpy.bool_(True)), TypeError, None),
+    (
+        lambda: match_counts(INDEX, 2**63),
+        ValueError,
+        "num_tokens: expected an integer of at most 2147483647, got int 9223372036854775808",
+    ),
+    (lambda: label_mass(Q, K, ints(2, 7), 2**70), ValueError, None),
+    (
+        lambda: similarity_topk(Q, K, 2**63),
+        ValueError,
+        "k: expected an integer from 1 to N_k=7, got int 9223372036854775808",
+    ),
+    (lambda: align(refinement="topk", topk=10**5000), ValueError, None),
+    (lambda: similarity_topk(Q, K, numpy.float64(2)), ValueError, None),
+    (lambda: similarity_topk(Q, K, torch.ones((), dtype=torch.bool)), ValueError, None),
+    (
+        lambda: similarity_argmax(Q, K, similarity=numpy.array(["cosine"])),
+        ValueError,
+        "similarity: expected one of cosine, dot, got ndarray array(['cosine'], dtype='<U6')",
+    ),
+    (lambda: align(heads=numpy.array(["joint", "joint"])), ValueError, None),
+    (lambda: align(refinement=torch.zeros(2)), ValueError, None),
+    (lambda: attend(backend=["tiled"]), ValueError, None),
+    (lambda: similarity_argmax(Q, K, exact=2), TypeError, "exact: expected True or False, got int 2"),
+    # sparse and nested tensors
+    (
+        lambda: attend(key=K.to_sparse()),
+        TypeError,
+        f"key: expected {LAYOUT}, got float32 [2, 4, 7, 32] of layout torch.sparse_coo",
+    ),
+    (lambda: attend(query=NESTED), TypeError, f"query: expected {LAYOUT}, got float32 nested tensor"),
+    (lambda: attend(counts=ints(2, 1, 7).to_sparse()), TypeError, None),
+    (lambda: attend(query_labels=ints(2, 5).to_sparse_csr()), TypeError, None),
+    (lambda: align(batch_index=ints(2).to_sparse()), TypeError, None),
+    (lambda: match_counts(INDEX.to_sparse(), 7), TypeError, None),
+    (lambda: rearrange_kv(K, V, torch.nested.nested_tensor([INDEX[0], INDEX[1]])), TypeError, None),
+    (lambda: label_mass(Q, K, ints(2, 7).to_sparse(), 3), TypeError, None),
+    (lambda: distillation_loss(Q, Q, NESTED, K), TypeError, None),
+]
+
+
+@pytest.mark.parametrize("convert", [numpy.float32, numpy.float64, torch.tensor, int, numpy.int64])
+def test_numbers_of_other_libraries_serve(convert):
+    """As SDPA takes them: numpy scalars and tensors without axes."""
+    query, key, value = torch.randn(3, 1, 1, 6, 16).unbind(0)
+
+    def outputs(two, backend):
+        segment = Segment(key, value, logit_scale=two, logit_shift=two)
+        yield attention(query, segment, scale=two, contrast=two, backend=backend)
+        options = {"refinement": "guided", "strength": two, "scale": two}
+        yield qalign_attention(query, key, key, value, backend=backend, **options)
+        yield mean_attention_map(query, key, scale=two, backend=backend)
+        if convert not in (numpy.float32, numpy.float64):
+            two = torch.tensor(2) if convert is torch.tensor else two
+            yield similarity_topk(query, key, two, backend=backend).score
+            yield qalign_attention(query, key, key, value, refinement="topk", topk=two, backend=backend)
+            yield match_counts(ints(1, 1, 3), two, backend=backend)
+
+    for backend in ("reference", "tiled"):
+        for found, expected in zip(outputs(convert(2.0), backend), outputs(2, backend)):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("call", "error", "message"), CASES, ids=[str(i) for i in range(len(CASES))])
