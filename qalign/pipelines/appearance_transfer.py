@@ -102,7 +102,7 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             torch.Size([1, 3, 32, 32])
 
         Notes:
-            `FeatureBank.size_in_bytes` says what the features take.
+            `FeatureBank.nbytes` says what the features take.
 
         Source: SeAl (CVPR 2026); see `FeatureBank.record_clean`.
         """
@@ -199,7 +199,8 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             return_dict: False returns the tuple (images, reconstructions).
             callback_on_step_end: called after each step with (pipe, i, timestep, {"latents": latents}),
                 float32 latents of [outputs, appearance, structures]. Latents in the returned dict replace
-                them. `pipe._interrupt = True` ends the loop.
+                them. `pipe._interrupt = True` ends the loop; during the inversion it is an error, because
+                there is no picture yet.
             callback_on_step_end_tensor_inputs: ("latents",) or ().
 
         Returns:
@@ -209,6 +210,7 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             TypeError: an argument is of the wrong type; the message names it.
             ValueError: an argument is invalid; the message names it.
             FloatingPointError: latents or predictions are NaN or infinite.
+            RuntimeError: `pipe._interrupt = True` ended the inversion early.
 
         Example:
             >>> from qalign import AppearanceTransferPipeline, QAlign
@@ -224,6 +226,7 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         Source: Cross-Image attention, arXiv 2311.03335; Q-Align, arXiv 2508.21090; inversion,
             arXiv 2304.06140.
         """
+        self._interrupt = False
         method = make_method(method)
         check_options(adain, edit_steps, output_type, callback_on_step_end_tensor_inputs)
         if isinstance(inversion, Inversion):
@@ -239,6 +242,7 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             given: Any = None if segmented else regions
             layout, active = _layout(outputs, guided), active_steps(method, edit_steps)
             control = attach(self, method, layout=layout, layers=layers, steps=active, regions=given)
+            control.expect(steps - skipped)
         places = self._object(prompt, noun, outputs) if segmented else ()
         blend = None
         if adain is not None:

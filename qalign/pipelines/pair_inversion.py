@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from .._checks import require_uninterrupted
 from ..processors.attach import find_unet
 from ..sampling.freeu import cross_image_freeu
 from ..sampling.inversion import KINDS, Inversion, invert_ddim, invert_ddpm
@@ -61,6 +62,7 @@ class PairInversion(LatentDiffusion):
             TypeError: an argument is of the wrong type; the message names it.
             ValueError: an argument is invalid; the message names it.
             FloatingPointError: latents or predictions are NaN or infinite.
+            RuntimeError: `pipe._interrupt = True` ended the inversion early.
 
         Example:
             >>> from qalign import AppearanceTransferPipeline
@@ -74,6 +76,7 @@ class PairInversion(LatentDiffusion):
 
         Source: "ddpm", arXiv 2304.06140; "ddim", arXiv 2010.02502.
         """
+        self._interrupt = False
         return self._invert(
             stack_pictures(appearance, structure, height, width),
             prompt,
@@ -116,7 +119,12 @@ class PairInversion(LatentDiffusion):
             keys = [digest(shared, row, state) for row, state in zip(clean, noise)]
 
         def make(rows: list[int]) -> Inversion:
-            predict = self._guided(condition, unconditional, guidance_scale)
+            guided = self._guided(condition, unconditional, guidance_scale)
+
+            def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+                require_uninterrupted(self, "the inversion")
+                return guided(latents, timesteps)
+
             with self._freeu(freeu), self.progress_bar(total=num_inference_steps) as bar:
                 options: dict[str, Any] = {"steps": num_inference_steps, "progress": bar.update}
                 if inversion == "ddim":
