@@ -26,7 +26,7 @@ REPLACED_BY = {
     "SlicedAttnProcessor": "attention slicing",
     "FusedAttnProcessor2_0": "fuse_qkv_projections",
     "XFormersAttnProcessor": "xformers",
-    "UNetAttnProcessor": "load_ip_adapter or unload_ip_adapter",
+    "AttachedProcessor": "load_ip_adapter or unload_ip_adapter",
 }
 _log = logging.getLogger("qalign")
 
@@ -350,10 +350,12 @@ class Control:
         rows = len(self.layout.roles) * self.layout.images_per_prompt
         doubled = len(sample) == 2 * rows
         if doubled and not torch.equal(*sample.chunk(2)):
-            said = f"{type(self.pipe).__name__}.do_classifier_free_guidance is False"
-            expected = f"{rows} rows, as {said}, or two guidance halves with the same latents"
-            advice = "say guidance=True or images_per_prompt=... in the layout"
-            raise ValueError(f"batch: expected {expected}, got {len(sample)} rows ({advice})")
+            try:
+                self.layout.unguided().parts(len(sample))
+            except ValueError as error:
+                said = f"{type(self.pipe).__name__}.do_classifier_free_guidance is False"
+                advice = "two guidance halves would have the same latents; the layout may say guidance=True"
+                raise ValueError(f"{error} ({said}; {advice})") from None
         self._declare(self.layout if doubled else self.layout.unguided())
 
     def _declare(self, layout: BatchLayout) -> None:

@@ -46,7 +46,7 @@ class AttachedProcessor(UNetAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
     def __reduce__(self) -> Any:  # `copy.deepcopy` and `pickle` take the former processor
-        return _same, (self.original,)
+        return _same, (self.original or UNetAttnProcessor(),)
 
 
 class AttachedHook:

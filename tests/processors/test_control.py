@@ -382,9 +382,10 @@ def test_guidance_that_the_pipeline_denies() -> None:
         assert generate(pipe, guidance_scale=1.0, images=2).shape[0] == 6
     with attach(pipe, QAlign()):  # two images of each prompt are not two guidance halves
         message = refuse(lambda: generate(pipe, guidance_scale=1.0, images=2))
-    expected = "3 rows, as StableDiffusionPipeline.do_classifier_free_guidance is False"
+    roles = "3 roles (output, appearance, structure)"
+    expected = f"3 rows = {roles} x 1 guidance parts x 1 images per prompt, got 6 rows"
     assert message.startswith(
-        f"batch: expected {expected}, or two guidance halves with the same latents, got 6"
+        f"batch: expected {expected} (StableDiffusionPipeline.do_classifier_free_guidance"
     )
 
 
