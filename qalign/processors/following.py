@@ -126,11 +126,11 @@ def _then_tell(function: Callable, name: str) -> Callable:
     return telling
 
 
-def _reduce_as_stock(self: Any, protocol: Any) -> Any:
+def _reduce_as_stock(self: Any, protocol: int) -> Any:
     """What `copy` and `pickle` make another of: an instance of the stock class."""
     stock = type(self).stock_class
-    function, arguments, *rest = stock.__reduce_ex__(self, protocol)
-    return function, tuple(stock if each is type(self) else each for each in arguments), *rest
+    _, _, *state = stock.__reduce_ex__(self, max(protocol, 2))
+    return object.__new__, (stock,), *state
 
 
 def _timestep(arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from qalign.context.clock import Clock
 from qalign.methods import Method
 from qalign.processors import attach as attaching
 from qalign.processors import following, installing
+from qalign.sampling.attention_maps import MapCollector
 from tests.processors.models import generate, make_pipe
 
 LAYERS = ("down", "mid", "up")
@@ -243,6 +244,23 @@ def test_an_exception_at_any_line_leaves_nothing() -> None:
         if not raised:
             break
     assert number > 100
+
+
+@pytest.mark.parametrize("fatal", range(5))
+def test_a_collector_of_maps_leaves_no_hook(monkeypatch, fatal) -> None:
+    pipe, calls, register = shared_pipe(), itertools.count(), torch.nn.Module.register_forward_pre_hook
+    before = state_of(pipe)
+
+    def setter(*arguments, **options):
+        if next(calls) == fatal:
+            raise Injected
+        return register(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "register_forward_pre_hook", setter)
+        with pytest.raises(Injected):
+            MapCollector(pipe).__enter__()
+    assert state_of(pipe) == before
 
 
 def test_a_lasting_error_leaves_the_other_layers_restored(monkeypatch) -> None:

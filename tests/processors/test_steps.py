@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import pickle
 import warnings
 
 import diffusers
@@ -202,6 +203,7 @@ def test_copies_of_a_scheduler_are_plain_and_independent() -> None:
             copy.copy(original),
             type(original).from_config(original.config),
             original.from_config(original.config),
+            pickle.loads(pickle.dumps(original)),
         ]
         for each in copies:
             each.set_timesteps(7)
@@ -213,6 +215,16 @@ def test_copies_of_a_scheduler_are_plain_and_independent() -> None:
         stock_loop(each, lambda timestep: None)
         assert len(each.ets) == 3 and len(original.ets) == 0
     assert type(original) is PNDMScheduler
+
+
+def test_pipelines_made_inside_a_block_are_plain(tmp_path) -> None:
+    pipe = make_pipe("small")
+    with attach(pipe, QAlign()):
+        other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+        pipe.scheduler.save_pretrained(tmp_path)
+        assert other.scheduler is pipe.scheduler and type(pipe.scheduler).__name__ == "DDIMScheduler"
+    assert type(other.scheduler) is DDIMScheduler
+    assert DDIMScheduler.load_config(tmp_path)["_class_name"] == "DDIMScheduler"
 
 
 def test_a_copied_unet_is_plain() -> None:
