@@ -26,6 +26,7 @@ from .transfer_inputs import (
     check_options,
     count_skipped,
     count_structures,
+    expect_start,
     make_method,
     stack_pictures,
 )
@@ -246,6 +247,7 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         places = self._object(prompt, noun, outputs) if segmented else ()
         blend = None
         if adain is not None:
+            expect_start("adain", adain_start, steps - skipped)
             blend = Blend(adain, adain_start, self._noun_tokens(prompt, noun) if adain == "masked" else ())
         if isinstance(inversion, Inversion):
             known = inversion

@@ -174,12 +174,14 @@ def test_few_steps_are_warned_of_before_the_inversion(small, caplog) -> None:
         (2, "QAlign: in all of its 1 of 2 steps it reads the structure, not the appearance"),
     ):
         caplog.clear()
-        transfer(small, method="qalign", num_inference_steps=steps, skip=0.0)
+        transfer(small, method="qalign", num_inference_steps=steps, skip=0.0, adain=None)
         assert caplog.messages == [expected]
     caplog.clear()
     transfer(small, method="qalign", num_inference_steps=3, skip=0.0)
-    hook.remove()
     assert caplog.messages == [] and from_unet[0] == 1
+    transfer(small, method=None, num_inference_steps=1, skip=0.0, adain="whole")
+    hook.remove()
+    assert caplog.messages == ["adain: it has no effect, as none of 1 steps reaches adain_start=0.294"]
 
 
 def test_progress_bars_count_the_inversion_and_the_loop(small, monkeypatch) -> None:
