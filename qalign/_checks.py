@@ -30,3 +30,13 @@ def require_number(name: str, number: Any, *, least: float = -math.inf, most: fl
         raise TypeError(f"{name}: expected a number{bounds}, got {number!r}")
     if not math.isfinite(value) or not least <= value <= most:
         raise ValueError(f"{name}: expected a finite number{bounds}, got {number!r}")
+
+
+def require_uninterrupted(pipe: Any, work: str) -> None:
+    """Check that `pipe._interrupt` did not ask for the end of work that leaves nothing when it is cut short.
+
+    Raises:
+        RuntimeError: it did.
+    """
+    if getattr(pipe, "interrupt", False):
+        raise RuntimeError(f"interrupt: expected {work} to run to its end, got pipe._interrupt = True before")

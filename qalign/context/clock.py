@@ -28,7 +28,9 @@ class Clock:
         from_structure: bool tensor, whether keys and values come from the structure in this step.
         progress: float32 tensor, step / (total - 1), from 0 to 1.
         idle: the opposite of `active` as a Python bool, for processors that are not compiled.
-        step, total: the step, from 0, and the number of steps. None before the first step.
+        step, total: the step, from 0, and the number of steps. A step is one timestep, however often the
+            model is called at it. None before the first step.
+        loops: the number of loops that have begun.
     """
 
     def __init__(
@@ -48,23 +50,32 @@ class Clock:
         self.idle = False
         self.step: int | None = None
         self.total: int | None = None
+        self.loops = 0
 
     @property
     def gated(self) -> bool:
         """Whether there are steps in which the method does not edit."""
         return self.steps is not None
 
+    def edits(self, step: int, total: int) -> bool:
+        """Return whether the method edits in `step` of `total`."""
+        return self.steps is None or self.steps[0] <= step / total < self.steps[1]
+
+    def begin(self) -> None:
+        """Begin a new loop. Its steps are set afterwards."""
+        self.loops += 1
+
     def set(self, step: int, total: int, device: torch.device | None = None) -> None:
         """Move to `step` of `total`, and the tensors to `device`."""
         self.step, self.total = step, total
-        self.idle = self.steps is not None and not self.steps[0] <= step / total < self.steps[1]
+        self.idle = not self.edits(step, total)
         if device is not None:
             with torch.inference_mode(False):  # they are written again outside of it
                 self.active, self.from_structure, self.progress = (
                     each.to(device) for each in (self.active, self.from_structure, self.progress)
                 )
         self.active.fill_(not self.idle)
-        self.progress.fill_(step / max(total - 1, 1))
+        self.progress.fill_(min(step / max(total - 1, 1), 1.0))
         self.from_structure.fill_(self.takes_structure is not None and self.takes_structure(step, total))
 
     def reset(self) -> None:

@@ -72,6 +72,11 @@ class BatchLayout:
         settings = {"guidance": self.guidance, "images_per_prompt": self.images_per_prompt}
         return BatchLayout(*own, *roles, **settings, unread=len(roles))  # type: ignore[arg-type]
 
+    def unguided(self) -> "BatchLayout":
+        """Return this layout for a batch without guidance."""
+        settings = {"images_per_prompt": self.images_per_prompt, "unread": self.unread}
+        return BatchLayout(*self.roles, guidance=False, **settings)  # type: ignore[arg-type]
+
     def parts(self, batch: int) -> int:
         """Return the number of guidance halves in a batch of this many rows: 1 or 2.
 

@@ -107,6 +107,10 @@ class Method:
                     check_labels(labels, picture, size, grid)
                 regions.picture_labels(picture, grid[0] * grid[1], torch.device("cpu"))
 
+    def acts_in(self, layer: str) -> bool:
+        """Return whether the method edits a chosen self-attention layer of that name; here always."""
+        return True
+
     def takes_structure(self, step: int, total: int) -> bool:
         """Return whether output rows read the structure, and not the appearance, at `step` of `total`."""
         return False
@@ -243,6 +247,9 @@ class Wrapped(Method):
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         return self.method.default_layers(names)
+
+    def acts_in(self, layer: str) -> bool:
+        return self.method.acts_in(layer)
 
     def takes_structure(self, step: int, total: int) -> bool:
         return self.method.takes_structure(step, total)

@@ -77,7 +77,10 @@ class CtrlX(Editing):
     structure_convolutions: tuple[str, ...] = ("up_blocks.0.resnets.0",)
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if _among(name, self.structure_layers + self.appearance_layers)]
+        return [name for name in names if self.acts_in(name)]
+
+    def acts_in(self, layer: str) -> bool:
+        return _among(layer, self.structure_layers + self.appearance_layers)
 
     def hooks(self, model: nn.Module) -> dict[str, Hook]:
         return dict.fromkeys(self.structure_convolutions, _inject)

@@ -30,6 +30,7 @@ from .transfer_inputs import (
     check_options,
     count_skipped,
     count_structures,
+    expect_start,
     make_method,
     stack_pictures,
 )
@@ -106,7 +107,7 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             torch.Size([1, 3, 32, 32])
 
         Notes:
-            `FeatureBank.size_in_bytes` says what the features take.
+            `FeatureBank.nbytes` says what the features take.
 
         Source: SeAl (CVPR 2026); see `FeatureBank.record_clean`.
         """
@@ -207,7 +208,8 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             return_dict: False returns the tuple (images, reconstructions).
             callback_on_step_end: called after each step with (pipe, i, timestep, {"latents": latents}),
                 float32 latents of [outputs, appearance, structures]. Latents in the returned dict replace
-                them. `pipe._interrupt = True` ends the loop.
+                them. `pipe._interrupt = True` ends the loop; during the inversion it is an error, because
+                there is no picture yet.
             callback_on_step_end_tensor_inputs: ("latents",) or ().
 
         Returns:
@@ -217,6 +219,7 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             TypeError: an argument is of the wrong type; the message names it.
             ValueError: an argument is invalid; the message names it.
             FloatingPointError: latents or predictions are NaN or infinite.
+            RuntimeError: `pipe._interrupt = True` ended the inversion early.
 
         Example:
             >>> from qalign import AppearanceTransferPipeline, QAlign
@@ -232,6 +235,7 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         Source: Cross-Image attention, arXiv 2311.03335; Q-Align, arXiv 2508.21090; inversion,
             arXiv 2304.06140.
         """
+        self._interrupt = False
         prompt, method = one_prompt(prompt), make_method(method)
         check_output(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end)
         check_options(method, adain, edit_steps, regions, noun, freeu)
@@ -255,9 +259,13 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             layout, active = _layout(outputs, guided), active_steps(method, edit_steps)
             control = attach(self, method, layout=layout, layers=layers, steps=active, regions=given)
             check_method(control, size)
+            control.expect(steps - skipped)
         places = self._object(prompt, noun, outputs) if segmented else ()
         noun_places = self._noun_tokens(prompt, noun) if adain == "masked" else ()
-        blend = None if adain is None else Blend(adain, adain_start, noun_places)
+        blend = None
+        if adain is not None:
+            expect_start("adain", adain_start, steps - skipped)
+            blend = Blend(adain, adain_start, noun_places)
         if isinstance(inversion, Inversion):
             known = inversion
         else:

@@ -1,5 +1,6 @@
 """Bounded attention: several subjects in boxes of one picture, without leakage between them."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,8 @@ FILTER_WORDS = tuple(
     nor of off on one onto or over right seven since six some ten that the these this those three through to
     top bottom toward towards two under underneath until upon via while with within without""".split()
 )
+
+_log = logging.getLogger("qalign")
 
 
 @dataclass
@@ -268,6 +271,9 @@ class _Run:
         condition = {**condition, **distilled}
         both = condition if distilled else concatenate_conditions(unconditional, condition)
         pipe._interrupt, pipe._num_timesteps = False, total
+        if self.guidance.until > 0 and self.guidance.rate(0, total) is None:
+            until = f"until={self.guidance.until:.3g}"
+            _log.warning("guidance: it moves nothing, as %s of %d steps leaves no guided step", until, total)
         try:
             with frozen(pipe.unet), pipe.progress_bar(total=total) as bar:
                 for step, timestep in enumerate(scheduler.timesteps):

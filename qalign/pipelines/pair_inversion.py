@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import require_uninterrupted
 from ..processors.attach import find_unet
 from ..sampling.denoising import ddim_scheduler
 from ..sampling.freeu import cross_image_freeu
@@ -62,6 +63,7 @@ class PairInversion(LatentDiffusion):
             TypeError: an argument is of the wrong type; the message names it.
             ValueError: an argument is invalid; the message names it.
             FloatingPointError: latents or predictions are NaN or infinite.
+            RuntimeError: `pipe._interrupt = True` ended the inversion early.
 
         Example:
             >>> from qalign import AppearanceTransferPipeline
@@ -75,6 +77,7 @@ class PairInversion(LatentDiffusion):
 
         Source: "ddpm", arXiv 2304.06140; "ddim", arXiv 2010.02502.
         """
+        self._interrupt = False
         return self._invert(
             stack_pictures(appearance, structure, height, width),
             prompt,
@@ -125,7 +128,12 @@ class PairInversion(LatentDiffusion):
             keys = [digest(shared, row, state) for row, state in zip(clean, noise)]
 
         def make(rows: list[int]) -> Inversion:
-            predict = self._guided(condition, unconditional, guidance_scale)
+            guided = self._guided(condition, unconditional, guidance_scale)
+
+            def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+                require_uninterrupted(self, "the inversion")
+                return guided(latents, timesteps)
+
             with self._freeu(freeu), self.progress_bar(total=num_inference_steps) as bar:
                 options: dict[str, Any] = {"steps": num_inference_steps, "progress": bar.update}
                 if inversion == "ddim":

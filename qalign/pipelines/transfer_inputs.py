@@ -1,5 +1,6 @@
 """The arguments of an appearance transfer: checks, methods by name, counted steps, pictures of one size."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..sampling.denoising import set_steps
 from ..sampling.inversion import KINDS, Inversion
 from .arguments import check_generator, check_noun, check_switches
 from .pictures import choose_size, cover, to_tensors
+
+_log = logging.getLogger("qalign")
 
 METHODS = TRANSFERS
 PUBLISHED_STEPS = (11 / 68, 1.0)
@@ -106,6 +109,14 @@ def edited_steps(method: Method, num_inference_steps: int, *, skip: float = 0.32
         if not clock.idle and not clock.from_structure:
             found.append(step)
     return found
+
+
+def expect_start(name: str, start: float, total: int) -> None:
+    """Warn if what begins at the fraction `start` begins in none of `total` steps."""
+    if (total - 1) / total < start:
+        _log.warning(
+            "%s: it has no effect, as none of %d steps reaches %s_start=%.3g", name, total, name, start
+        )
 
 
 def count_structures(inversion: Inversion, channels: int) -> int:

@@ -67,7 +67,7 @@ class TransferLoop:
     ) -> tuple[Tensor, Tensor | None]:
         """The clean latents of all rows, and the masks of appearance and structures if any were made."""
         pipe, timesteps, masks = self.pipe, self.timesteps, None
-        pipe._interrupt, pipe._num_timesteps = False, len(timesteps)
+        pipe._num_timesteps = len(timesteps)
         with control or contextlib.nullcontext(), pipe.progress_bar(total=len(timesteps)) as bar:
             for step, timestep in enumerate(timesteps if control is None else control.track(timesteps)):
                 if pipe.interrupt:

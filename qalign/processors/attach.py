@@ -1,39 +1,33 @@
-"""attach(): install a method on layers of a denoiser, follow the denoising steps, restore everything.
+"""attach(): install a method on layers of a denoiser, follow the denoising steps, restore everything."""
 
-The file is longer than 400 lines because a quarter of it documents `attach`, whose parts undo each other.
-"""
-
-import fnmatch
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from ..context.clock import Clock
-from ..context.layer_call import ForwardPass, Site
+from ..context.layer_call import ForwardPass
 from ..context.layout import BatchLayout
 from ..context.regions import Regions
-from ..methods import Hook, Method, require_method
-from .unet import DEFAULT_LAYOUT, UNetAttnProcessor, is_unet_attention
+from ..context.timeline import step_numbers
+from ..methods import Method, require_method
+from .following import CHANGING, LoopFollower, follow, unfollow
+from .installing import AttachedHook, AttachedProcessor, ModuleHook, Undoing, hold, release, require_free
+from .selection import NOT_SPATIAL as NOT_SPATIAL
+from .selection import find_unet, hooks_of, select_cross_layers, select_layers
+from .unet import DEFAULT_LAYOUT
 
-BLOCKS = ("down_blocks", "mid_block", "up_blocks")
-NOT_SPATIAL = (  # the tokens of these modules are not those of one image
-    "fuser",
-    "motion_modules",
-    "temporal_transformer_blocks",
-    "temp_attentions",
-)
 REPLACED_BY = {
     "SlicedAttnProcessor": "attention slicing",
     "FusedAttnProcessor2_0": "fuse_qkv_projections",
     "XFormersAttnProcessor": "xformers",
-    "UNetAttnProcessor": "load_ip_adapter or unload_ip_adapter",
+    "AttachedProcessor": "load_ip_adapter or unload_ip_adapter",
 }
-_ABSENT = object()
 _log = logging.getLogger("qalign")
 
 
@@ -95,9 +89,15 @@ def attach(
         RuntimeError: on entry, if one of the layers already has a processor of this library.
 
     Notes:
-        The steps are counted by the pipeline's scheduler, so set the scheduler before `attach`. For a loop of
-        your own over a bare UNet, use `control.track`. Two methods on different layers are two `with` blocks,
-        one inside the other.
+        A step is one timestep, however often the UNet is called at it. In a pipeline's call, the timesteps
+        are its scheduler's. For a loop of your own over a bare UNet, use `control.track`.
+
+        Two methods are two `with` blocks on different layers of one UNet; on a common layer the second is
+        refused. They may end in any order. Blocks change the UNet, not the thread: what runs the UNet in
+        another thread runs both methods. A copy of the UNet or of the scheduler made inside a block is a
+        plain one.
+
+        A warning says so, once, if the method edits none of the steps or layers that run.
     """
     return Control(pipe_or_model, method, layout, layers, steps, regions)
 
@@ -141,64 +141,44 @@ class Control:
         self.layers = select_layers(self.model, layers, method)
         self.hooks = {
             name: ModuleHook(function, layout, name, self.clock, regions)
-            for name, function in _hooks_of(method, self.model).items()
+            for name, function in hooks_of(method, self.model).items()
         }
-        self.cross_layers = _cross_layers_of(method, self.model)
+        self.cross_layers = select_cross_layers(method, self.model)
         self._attention = {**self.layers, **self.cross_layers}
-        self._handles: list[Any] = []
-        self._processors: dict[str, UNetAttnProcessor] = {}
-        self._originals: dict[str, Any] = {}
-        self._scheduler: Any = None
-        self._scheduler_attributes: dict[str, Any] = {}
+        self._processors: dict[str, AttachedProcessor] = {}
+        self._follower = LoopFollower(self.pipe, self._begin_loop, self._move)
+        self._installation = Undoing()
+        self._called = False
+        self._warned = False
+        self._expected: int | None = None
 
     def __enter__(self) -> Self:
-        carried = [
-            name for name, attn in self._attention.items() if isinstance(attn.processor, UNetAttnProcessor)
-        ]
-        if carried:
-            advice = "attached twice? two methods need layers of their own"
-            got = f"{len(carried)} with one, {carried[0]} the first ({advice})"
-            raise RuntimeError(
-                f"layers: expected {len(self._attention)} without a processor of this library, got {got}"
-            )
-        for name, attn in self.cross_layers.items():
-            if isinstance(attn.processor, nn.Module):  # its weights would have no effect
-                advice = f"{type(self.method).__name__} needs cross-attention without an IP-Adapter"
-                got = f"{type(attn.processor).__name__} on {name} ({advice})"
-                raise RuntimeError(f"cross-attention: expected processors without weights, got {got}")
-        forward = ForwardPass() if self.cross_layers or self.method.reads_size else None
-        settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions, "forward": forward}
-        self._processors = {
-            name: UNetAttnProcessor(self.method, self.layout, layer=name, **settings)
-            for name in self._attention
-        }
-        self._originals = {name: attn.processor for name, attn in self._attention.items()}
-        self._follow(getattr(self.pipe, "scheduler", None))
-        for name, attn in self._attention.items():
-            attn.set_processor(self._processors[name])
-        self._handles = [
-            self.model.get_submodule(name).register_forward_hook(hook) for name, hook in self.hooks.items()
-        ]
-        if forward is not None:
-            self._handles.append(
-                self.model.register_forward_pre_hook(functools.partial(_begin, forward), with_kwargs=True)
-            )
+        with CHANGING:
+            require_free(self._attention)
+            self._require_no_adapter()
+            self._expect_layers()
+            try:
+                self._install()
+            except BaseException:
+                self._installation.undo()
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, attn in self._attention.items():
-            attn.set_processor(self._originals[name])
-            self._processors[name].method = None  # unfuse_qkv_projections may put it back: as stock attention
-        while self._handles:
-            self._handles.pop().remove()
-        self._unfollow()
-        self.clock.reset()
-        self._processors, self._originals = {}, {}
+        try:
+            if kind is None and self._called and not any(each.ran for each in self._installed()):
+                self._warn(f"it edited nothing, as none of its {len(self._attention)} layers ran")
+        finally:
+            with CHANGING:
+                self._installation.undo()  # each part is undone, whatever another one raises
 
-    def track(self, timesteps: Sequence[Any] | Tensor) -> Iterator[Any]:
+    def track(self, timesteps: Iterable[Any] | Tensor) -> "Tracked":
         """Iterate over the timesteps of a denoising loop of your own, and set the clock to each step.
+
+        A step is one timestep: equal neighbours in a tensor or list of timesteps are one step. The result has
+        a length. An iterator without a length is read to its end first.
 
         >>> from qalign import QAlign, attach
         >>> pipe.scheduler.set_timesteps(2)
@@ -210,11 +190,11 @@ class Control:
         torch.Size([3, 4, 16, 16])
         """
         try:
-            for step, timestep in enumerate(timesteps):
-                self._set(step, len(timesteps))
-                yield timestep
-        finally:
-            self.clock.reset()
+            length = len(timesteps)  # type: ignore[arg-type]
+        except TypeError:
+            timesteps = list(timesteps)
+            length = len(timesteps)
+        return Tracked(self._walk(timesteps, length), length)
 
     def verify(self) -> None:
         """Check that the installed processors are still in place.
@@ -234,182 +214,171 @@ class Control:
             expected = f"UNetAttnProcessor on {len(attended)} attached layers"
             raise RuntimeError(f"processors: expected {expected}, got {_count(replaced)}: {advice}")
 
-    def _set(self, step: int, total: int) -> None:
-        if step == 0:
-            self.verify()
-            self._declare_guidance()
-        self.clock.set(
-            step,
-            max(total, step + 1),
-            getattr(self.pipe, "_execution_device", None) or next(self.model.parameters()).device,
-        )
+    def _install(self) -> None:
+        """Install everything. What undoes a part is known before the part is done."""
+        forward = ForwardPass() if self.cross_layers or self.method.reads_size else None
+        settings: dict[str, Any] = {"clock": self.clock, "regions": self.regions, "forward": forward}
+        self._processors = {
+            name: AttachedProcessor(self.method, self.layout, layer=name, **settings)
+            for name in self._attention
+        }
+        for each in self._installed():
+            each.ran = False
+        self._installation.add(self._forget)
+        for name, hook in self.hooks.items():
+            hook.regions = self.regions
+            self._hook(self.model.get_submodule(name).register_forward_hook, hook, compiled=True)
+        if forward is not None:
+            begin = functools.partial(_begin, forward)
+            self._hook(self.model.register_forward_pre_hook, begin, compiled=True, with_kwargs=True)
+        called = set() if self.pipe is None else {self.model, self.pipe.unet}  # the UNet, and torch.compile's
+        for model in called:
+            self._hook(model.register_forward_pre_hook, self._before_call, prepend=True, with_kwargs=True)
+        for name, attn in self._attention.items():
+            self._installation.add(release, attn, self._processors[name])
+            hold(attn, self._processors[name])
+        scheduler = getattr(self.pipe, "scheduler", None)
+        self._installation.add(unfollow, scheduler, self._follower)
+        follow(scheduler, self._follower)
 
-    def _declare_guidance(self) -> None:
-        """Take the guidance halves from a pipeline that runs without guidance.
-
-        A batch with twice the rows is then an error, and not a second half.
-        """
-        layout = self.layout
-        if layout.guidance is None and getattr(self.pipe, "do_classifier_free_guidance", None) is False:
-            layout = BatchLayout(
-                *layout.roles,
-                guidance=False,
-                images_per_prompt=layout.images_per_prompt,
-                unread=layout.unread,
-            )
-        for processor in self._processors.values():
-            processor.layout = layout
-        for hook in self.hooks.values():
-            hook.layout = layout
-
-    def _follow(self, scheduler: Any) -> None:
-        """Follow the steps at the scheduler's functions.
-
-        A loop sets the timesteps, scales the input before the UNet, and steps after it.
-        """
-        self._scheduler = scheduler
-        for name, callback in (
-            ("set_timesteps", self._rewind),
-            ("scale_model_input", self._refresh),
-            ("step", self._advance),
-        ):
-            if hasattr(scheduler, name):
-                self._scheduler_attributes[name] = vars(scheduler).get(name, _ABSENT)
-                setattr(scheduler, name, _then(getattr(scheduler, name), callback))
-
-    def _unfollow(self) -> None:
-        if getattr(self.pipe, "scheduler", None) is not self._scheduler:
-            _log.warning(
-                "scheduler: it was replaced while %s was attached, "
-                "and the steps of the new one were not followed",
-                type(self.method).__name__,
-            )
-        for name, original in self._scheduler_attributes.items():
-            if original is _ABSENT:
-                delattr(self._scheduler, name)
-            else:
-                setattr(self._scheduler, name, original)
-        self._scheduler, self._scheduler_attributes = None, {}
-
-    def _rewind(self) -> None:
-        self._set(0, len(self._scheduler.timesteps))
-
-    def _refresh(self) -> None:
-        self._set(self.clock.step or 0, self._total())
-
-    def _advance(self) -> None:
-        self._set((self.clock.step or 0) + 1, self._total())
-
-    def _total(self) -> int:
-        """The number of steps in the loop: fewer than in the schedule for image-to-image."""
-        return getattr(self.pipe, "num_timesteps", None) or len(self._scheduler.timesteps)
-
-
-class ModuleHook:
-    """A method's function on the output of the module `layer`, in the steps in which the method edits."""
-
-    def __init__(
-        self, function: Hook, layout: BatchLayout, layer: str, clock: Clock, regions: Regions | None
+    def _hook(
+        self,
+        register: Callable[..., Any],
+        function: Callable[..., Any],
+        *,
+        compiled: bool = False,
+        **options: Any,
     ) -> None:
-        self.function, self.layout, self.layer = function, layout, layer
-        self.clock, self.regions = clock, regions
-        self.forward: ForwardPass | None = None
+        hook = AttachedHook(function, compiled=compiled)
+        self._installation.add(hook.remove)
+        hook.handle = register(hook, **options)
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        site = Site(self.layout, None, None, self.clock, self, self.regions)
-        if site.idle or "output" not in self.layout.roles:
-            return output
-        return self.function(module, inputs[0], output, site)
+    def _forget(self) -> None:
+        """Return to the state before `__enter__`."""
+        self._follower = LoopFollower(self.pipe, self._begin_loop, self._move)
+        self._processors, self._called = {}, False
+        self._warned, self._expected = False, None
+        self.clock.reset()
+
+    def _installed(self) -> Iterator[AttachedProcessor | ModuleHook]:
+        yield from self._processors.values()
+        yield from self.hooks.values()
+
+    def _require_no_adapter(self) -> None:
+        for name, attn in self.cross_layers.items():
+            if isinstance(attn.processor, nn.Module):  # its weights would have no effect
+                advice = f"{type(self.method).__name__} needs cross-attention without an IP-Adapter"
+                got = f"{type(attn.processor).__name__} on {name} ({advice})"
+                raise RuntimeError(f"cross-attention: expected processors without weights, got {got}")
+
+    def _walk(self, timesteps: Iterable[Any] | Tensor, length: int) -> Iterator[Any]:
+        """The timesteps, each with the clock at its step. The pipeline's own loop does not count."""
+        steps = step_numbers(timesteps, length)
+        self._follower.resting = True
+        try:
+            self._begin_loop()
+            for step, timestep in zip(steps, timesteps):
+                self._move(step, steps[-1] + 1)
+                yield timestep
+                self._called = True
+        finally:
+            self._follower.resting = False
+            self.clock.reset()
+
+    def _begin_loop(self) -> None:
+        self.verify()
+        self.clock.begin()
+        self._declare(self._unguided or self.layout)
+
+    def _move(self, step: int, total: int, *, executed: bool = True) -> None:
+        """Set the clock. Before the first timestep of a loop, `total` is that of the whole schedule."""
+        if executed:
+            if (step, total) == (self.clock.step, self.clock.total) and self._expected == total:
+                return
+            if self._expected != total:
+                self._expected = total
+                self.expect(total)
+        device = getattr(self.pipe, "_execution_device", None) or next(self.model.parameters()).device
+        self.clock.set(step, total, device)
+
+    def expect(self, total: int) -> None:
+        """Warn, once for a `with` block, if the method edits in none of `total` steps."""
+        edited = [step for step in range(total) if self.clock.edits(step, total)]
+        if not edited:
+            start, stop = self.clock.steps or (0, 1)
+            self._warn(f"it edits none of {total} steps, as steps=({start:.3g}, {stop:.3g}) holds none")
+        elif "structure" in self.layout.roles and all(
+            self.method.takes_structure(step, total) for step in edited
+        ):
+            self._warn(
+                f"in all of its {len(edited)} of {total} steps it reads the structure, not the appearance"
+            )
+
+    def _expect_layers(self) -> None:
+        """Warn if the method edits no row or layer of those that are chosen."""
+        if "output" not in self.layout.roles:
+            self._warn(
+                f"it edits nothing, as the layout has no output row, only {', '.join(self.layout.roles)}"
+            )
+        elif not self.hooks and not self.cross_layers and not any(map(self.method.acts_in, self.layers)):
+            first = f"{next(iter(self.layers))} the first"
+            self._warn(f"it edits none of the {len(self.layers)} chosen layers, {first}")
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.warning("%s: %s", type(self.method).__name__, text)
+
+    def _before_call(self, model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """See a call of the UNet: its timestep, and how many rows it has."""
+        self._called = True
+        self._follower.call(*arguments, **options)
+        if self._unguided is not None:
+            self._derive_guidance(arguments[0] if arguments else options["sample"])
+
+    @property
+    def _unguided(self) -> BatchLayout | None:
+        """The layout without guidance, if the pipeline runs without guidance and the user says nothing."""
+        denied = getattr(self.pipe, "do_classifier_free_guidance", None) is False
+        return self.layout.unguided() if denied and self.layout.guidance is None else None
+
+    def _derive_guidance(self, sample: Tensor) -> None:
+        """Believe the batch more than the pipeline: some say "no guidance" always, and run with it.
+
+        Guidance halves have the same latents. Other batches with twice the rows are an error, and not halves.
+        """
+        rows = len(self.layout.roles) * self.layout.images_per_prompt
+        doubled = len(sample) == 2 * rows
+        if doubled and not torch.equal(*sample.chunk(2)):
+            try:
+                self.layout.unguided().parts(len(sample))
+            except ValueError as error:
+                said = f"{type(self.pipe).__name__}.do_classifier_free_guidance is False"
+                advice = "two guidance halves would have the same latents; the layout may say guidance=True"
+                raise ValueError(f"{error} ({said}; {advice})") from None
+        self._declare(self.layout if doubled else self.layout.unguided())
+
+    def _declare(self, layout: BatchLayout) -> None:
+        for each in self._installed():
+            if each.layout != layout:
+                each.layout = layout
 
 
-def find_unet(pipe_or_model: Any) -> nn.Module:
-    """Return the UNet of a pipeline, or the UNet itself, without the wrapper of torch.compile.
+class Tracked(Iterator[Any]):
+    """The timesteps of `Control.track`. They have a length, which progress bars show."""
 
-    Raises:
-        TypeError: there is none.
-    """
-    model = getattr(pipe_or_model, "unet", pipe_or_model)
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module) or not all(hasattr(model, block) for block in BLOCKS):
-        raise TypeError(
-            f"pipe_or_model: expected a pipeline with a UNet, or a UNet, got {type(pipe_or_model).__name__}"
-        )
-    return model
+    def __init__(self, timesteps: Iterator[Any], length: int) -> None:
+        self._timesteps, self._length = timesteps, length
 
+    def __next__(self) -> Any:
+        return next(self._timesteps)
 
-def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: Method) -> dict[str, Any]:
-    """Select the self-attention layers of a UNet, in the order of the model. Arguments as in `attach`.
-
-    Raises:
-        ValueError: a name that matches no layer, or no layer at all.
-    """
-    present = _attention_layers(model, cross=False)
-    if not present:
-        expected, got = f"self-attention in {', '.join(BLOCKS)}", f"{type(model).__name__} without any"
-        raise ValueError(f"pipe_or_model: expected {expected}, got {got}")
-    if layers is None:
-        chosen = set(method.default_layers(list(present)))
-        if not chosen:
-            reason = f"{type(method).__name__} has no default on {type(model).__name__}"
-            raise ValueError(f"layers: expected names, because {reason}, got None")
-    else:
-        chosen = set()
-        if not layers:
-            raise ValueError(f"layers: expected at least one name or pattern, or None, got {layers!r}")
-        for wanted in [layers] if isinstance(layers, str) else layers:
-            found = {name for name in present if _matches(name, wanted)}
-            if not found:
-                expected = f"names or patterns of self-attention layers of {type(model).__name__}"
-                got = f"{wanted!r}, which none of {len(present)} matches (first: {next(iter(present))})"
-                raise ValueError(f"layers: expected {expected}, got {got}")
-            chosen |= found
-    return {name: module for name, module in present.items() if name in chosen}
-
-
-def _attention_layers(model: nn.Module, *, cross: bool) -> dict[str, Any]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith(BLOCKS)
-        and is_unet_attention(module)
-        and module.is_cross_attention == cross
-        and not any(part in NOT_SPATIAL for part in name.split("."))
-    }
-
-
-def _cross_layers_of(method: Method, model: nn.Module) -> dict[str, Any]:
-    present = _attention_layers(model, cross=True)
-    chosen = set(method.cross_layers(list(present)))
-    return {name: module for name, module in present.items() if name in chosen}
-
-
-def _hooks_of(method: Method, model: nn.Module) -> dict[str, Hook]:
-    hooks = method.hooks(model)
-    present = dict(model.named_modules())
-    for name in hooks:
-        if name not in present:
-            expected = f"names of modules of {type(model).__name__}"
-            raise ValueError(f"hooks: expected {expected}, got {name!r} from {type(method).__name__}")
-    return hooks
-
-
-def _matches(name: str, wanted: str) -> bool:
-    block = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}.get(wanted, wanted)
-    return name == block or name.startswith(f"{block}.") or fnmatch.fnmatchcase(name, wanted)
+    def __len__(self) -> int:
+        return self._length
 
 
 def _begin(forward: ForwardPass, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     forward.begin(*(args[0] if args else kwargs["sample"]).shape[-2:])
-
-
-def _then(function: Callable, callback: Callable[[], None]) -> Callable:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        callback()
-        return result
-
-    return wrapped
 
 
 def _count(names: Counter) -> str:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import require_uninterrupted
 from ..context.layer_call import Site
 from ..context.layout import BatchLayout
 from ..context.regions import Regions
@@ -33,7 +34,8 @@ class FeatureBank:
     up to rounding, because reference rows do not depend on other rows. Both passes need the same timesteps
     and picture size. Rows of the batch that have a role of the bank are not read. A method that acts outside
     self-attention is refused. `StyleAligned(share_group_norm=False)` and `CtrlX(structure_convolutions=())`
-    are served.
+    are served. Where the UNet is called several times at one timestep, as for the views of a panorama, each
+    call has its features. A single recorded call serves all calls at its timestep.
 
     Args:
         roles: "appearance" or "structure" for each prompt of the reference pass.
@@ -52,13 +54,13 @@ class FeatureBank:
             raise ValueError(f"roles: expected 'appearance', 'structure' or both, got {roles!r}")
         self.roles = roles
         self.device, self.dtype, self.limit = device, dtype, limit
-        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._kept: dict[tuple[str, int], list[_Kept]] = {}  # by layer and step, one for each call
         self._on_device = 0
 
     @property
     def nbytes(self) -> int:
         """The bytes of all features, on the device and on the CPU."""
-        return sum(kept.nbytes for kept in self._kept.values())
+        return sum(kept.features.nbytes for calls in self._kept.values() for kept in calls)
 
     @property
     def spilled(self) -> int:
@@ -109,11 +111,17 @@ class FeatureBank:
         Returns:
             `serve(method)`, to be attached in later passes.
 
+        Raises:
+            RuntimeError: `pipe._interrupt` ended the pass early.
+
         Source: SeAl (CVPR 2026). Its timesteps are not published.
         """
+        if hasattr(pipe_or_model, "_interrupt"):
+            pipe_or_model._interrupt = False  # as a pipeline's own call begins
         layout = BatchLayout(*["output"] * len(self.roles), guidance=False)
         with attach(pipe_or_model, self.record(method), layout=layout, layers=layers, steps=steps) as control:
             for timestep in control.track(timesteps):
+                require_uninterrupted(pipe_or_model, "the reference pass")
                 control.model(latents, timestep, return_dict=False, **condition)
         return self.serve(method)
 
@@ -122,30 +130,79 @@ class FeatureBank:
         self._kept.clear()
         self._on_device = 0
 
-    def write(self, layer: str, step: int, hidden: Tensor) -> None:
-        """Keep the features [guidance halves, roles, images, N, C] of a layer at a step."""
-        kept = hidden.detach().to(self.device or hidden.device, self.dtype or hidden.dtype, copy=True)
-        previous = self._kept.pop((layer, step), None)
-        if previous is not None:
-            self._on_device -= previous.nbytes
-        if self.limit is not None and self._on_device + kept.nbytes > self.limit:
-            kept = kept.to("cpu")
-        else:
-            self._on_device += kept.nbytes
-        self._kept[layer, step] = kept
+    def write(self, layer: str, step: int, hidden: Tensor, *, call: int = 0) -> None:
+        """Keep the features [guidance halves, roles, images, N, C] of a layer in a call at a step.
 
-    def read(self, layer: str, step: int, like: Tensor) -> Tensor:
+        They replace those of this call and of later ones.
+        """
+        features = hidden.detach().to(self.device or hidden.device, self.dtype or hidden.dtype, copy=True)
+        calls = self._kept.setdefault((layer, step), [])
+        while len(calls) > call:
+            previous = calls.pop()
+            self._on_device -= 0 if previous.spilled else previous.features.nbytes
+        spilled = self.limit is not None and self._on_device + features.nbytes > self.limit
+        calls.append(_Kept(features.to("cpu") if spilled else features, spilled))
+        self._on_device += 0 if spilled else features.nbytes
+
+    def read(self, layer: str, step: int, like: Tensor, *, call: int = 0) -> Tensor:
         """Return the kept features on the device and in the dtype of `like`.
 
         Raises:
-            RuntimeError: there are none of this layer and step.
+            RuntimeError: there are none of this layer, step and call.
         """
-        if (layer, step) not in self._kept:
+        calls = self._kept.get((layer, step), [])
+        if not calls:
             layers, steps = (len({key[place] for key in self._kept}) for place in (0, 1))
             wanted = f"features of {layer or 'a layer without a name'} at step {step}"
             got = f"{layers} other layers and {steps} steps (record with the same method and timesteps)"
             raise RuntimeError(f"bank: expected {wanted}, got {got}")
-        return self._kept[layer, step].to(like.device, like.dtype)
+        if call >= len(calls) > 1:
+            self._refuse_calls(layer, step, call + 1)
+        return calls[min(call, len(calls) - 1)].features.to(like.device, like.dtype)
+
+    def require_all_read(self, layer: str, step: int, calls: int) -> None:
+        """Check that as many calls have read a step as were recorded, or that one was recorded for all.
+
+        Raises:
+            RuntimeError: other calls were recorded too.
+        """
+        if calls < len(self._kept.get((layer, step), [])):
+            self._refuse_calls(layer, step, calls)
+
+    def _refuse_calls(self, layer: str, step: int, calls: int) -> None:
+        recorded = len(self._kept[layer, step])
+        expected = f"{recorded} calls of {layer or 'a layer without a name'} at step {step}, as recorded"
+        raise RuntimeError(f"bank: expected {expected}, got {calls} (record one call for all, or as many)")
+
+
+class _Kept(NamedTuple):
+    features: Tensor
+    spilled: bool  # to the CPU, by the limit
+
+
+class _Calls:
+    """Count the calls of each layer at each step of a loop."""
+
+    def __init__(self) -> None:
+        self._loop: Any = None
+        self._counts: dict[tuple[str, int], int] = {}
+
+    def number(self, site: Site) -> int:
+        """The number of this call among those of its layer and step, from 0."""
+        if site.clock is None or site.clock.step is None:
+            running = "inside a pipeline call, or control.track(timesteps)"
+            raise RuntimeError(f"bank: expected a running clock ({running}), got a call outside of one")
+        loop = (site.clock, site.clock.loops)
+        if loop != self._loop:
+            self._loop, self._counts = loop, {}
+        number = self._counts.get((site.layer, site.step), 0)
+        self._counts[site.layer, site.step] = number + 1
+        return number
+
+    def before(self, site: Site) -> tuple[int, int] | None:
+        """The step that the layer has left for this one, and the number of its calls there."""
+        steps = [step for layer, step in self._counts if layer == site.layer and step != site.step]
+        return (steps[-1], self._counts[site.layer, steps[-1]]) if steps else None
 
 
 class _BankMethod(Wrapped):
@@ -154,6 +211,7 @@ class _BankMethod(Wrapped):
     def __init__(self, bank: FeatureBank, method: Method) -> None:
         super().__init__(method)
         self.bank = bank
+        self.calls = _Calls()
 
     def hooks(self, model: nn.Module) -> dict[str, Hook]:
         """Return no hooks: a bank keeps no reference rows of other modules.
@@ -189,7 +247,8 @@ class _Recorder(_BankMethod):
                 expected = f"{len(self.bank.roles)} roles, as the bank has"
                 raise ValueError(f"layout: expected {expected}, got {', '.join(layout.roles)}")
             shape = (layout.parts(len(hidden)), len(layout.roles), layout.images_per_prompt)
-            self.bank.write(site.layer, site.step, hidden.unflatten(0, shape))
+            call = self.calls.number(site)
+            self.bank.write(site.layer, site.step, hidden.unflatten(0, shape), call=call)
         return hidden
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -212,7 +271,11 @@ class _Server(_BankMethod):
         if site.mask is not None:
             got = f"{list(site.mask.shape)} after preparation"
             raise ValueError(f"attention_mask: expected none with a bank, got {got}")
-        layout, rows = site.layout, self.bank.read(site.layer, site.step, hidden)
+        layout, call = site.layout, self.calls.number(site)
+        left = self.calls.before(site)
+        if call == 0 and left is not None:
+            self.bank.require_all_read(site.layer, *left)
+        rows = self.bank.read(site.layer, site.step, hidden, call=call)
         shape = (layout.parts(len(hidden)), len(layout.roles), layout.images_per_prompt)
         rows = rows.expand(shape[0], -1, shape[2], -1, -1)
         joined = torch.cat([hidden.unflatten(0, shape), rows], dim=1).flatten(0, 2)

@@ -101,17 +101,22 @@ class MapCollector:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        for name, module in self.model.named_modules():
-            if _is_mapped(name, module):
-                self._handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
+        try:
+            self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
+            for name, module in self.model.named_modules():
+                if _is_mapped(name, module):
+                    self._handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         while self._handles:
-            self._handles.pop().remove()
+            self._handles[-1].remove()
+            self._handles.pop()
 
     def maps(self) -> AttentionMaps:
         """Return the maps of the calls so far.

@@ -164,9 +164,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
         False
     """
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanting:
-        parameter.requires_grad_(False)
     try:
+        for parameter in wanting:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter in wanting:

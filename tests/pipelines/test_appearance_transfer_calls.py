@@ -145,6 +145,45 @@ def test_interrupt_ends_the_loop(small, pair) -> None:
     assert seen[1:] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_interrupt_ends_the_inversion_too(small, kind, tmp_path) -> None:
+    calls = []
+
+    def interrupt(module, given):
+        calls.append(1)
+        small._interrupt = len(calls) == 2
+
+    settings = {"num_inference_steps": 6, "inversion": kind, "cache": tmp_path}
+    for run in (transfer, lambda pipe, **options: pipe.invert(*pictures(2), PROMPT, **options)):
+        calls.clear()
+        hook = small.unet.register_forward_pre_hook(interrupt)
+        with pytest.raises(
+            RuntimeError, match="interrupt: expected the inversion to run to its end, got pipe"
+        ):
+            run(small, **settings)
+        hook.remove()
+        assert len(calls) == 2 and list(tmp_path.iterdir()) == []
+    assert transfer(small, inversion=kind).images.isfinite().all()  # the flag is of one call
+
+
+def test_few_steps_are_warned_of_before_the_inversion(small, caplog) -> None:
+    from_unet = []
+    hook = small.unet.register_forward_pre_hook(lambda *given: from_unet.append(len(caplog.messages)))
+    for steps, expected in (
+        (1, "QAlign: it edits none of 1 steps, as steps=(0.162, 1) holds none"),
+        (2, "QAlign: in all of its 1 of 2 steps it reads the structure, not the appearance"),
+    ):
+        caplog.clear()
+        transfer(small, method="qalign", num_inference_steps=steps, skip=0.0, adain=None)
+        assert caplog.messages == [expected]
+    caplog.clear()
+    transfer(small, method="qalign", num_inference_steps=3, skip=0.0)
+    assert caplog.messages == [] and from_unet[0] == 1
+    transfer(small, method=None, num_inference_steps=1, skip=0.0, adain="whole")
+    hook.remove()
+    assert caplog.messages == ["adain: it has no effect, as none of 1 steps reaches adain_start=0.294"]
+
+
 def test_progress_bars_count_the_inversion_and_the_loop(small, monkeypatch) -> None:
     bars = []
 

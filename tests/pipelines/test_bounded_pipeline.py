@@ -272,6 +272,15 @@ def test_reader_gives_whole_output_under_the_method():
     assert all(torch.equal(a, b) for layer in alone for a, b in zip(alone[layer][:4], features[layer][:4]))
 
 
+def test_no_guided_step_is_said(caplog):
+    pipe = make()
+    call(pipe, num_inference_steps=1)
+    assert caplog.messages == ["guidance: it moves nothing, as until=0.3 of 1 steps leaves no guided step"]
+    caplog.clear()
+    call(pipe, num_inference_steps=1, guidance=BoundedGuidance(until=0.0))  # on purpose
+    assert caplog.messages == []
+
+
 def test_interrupted_run_returns_its_last_clean_estimate():
     class Stop:
         def __init__(self, error):

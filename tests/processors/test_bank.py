@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import StableDiffusionPanoramaPipeline
 
 from qalign import (
     BatchLayout,
@@ -18,7 +19,7 @@ from qalign import (
     StyleID,
     attach,
 )
-from tests.processors.models import make_unet, unet_inputs
+from tests.processors.models import make_pipe, make_unet, quiet, unet_inputs
 
 TIMESTEPS = torch.tensor([900, 500, 100])
 PREFIXES = ("down_blocks", "mid_block", "up_blocks")
@@ -133,6 +134,91 @@ def test_noise_free_pass_is_always_clean_latents(method):
     assert not torch.allclose(
         run(unet, method, BatchLayout("output", "appearance"), inputs)[:1], sample, atol=1e-3
     )
+
+
+@torch.no_grad()
+def run_calls(unet, method, layout, inputs, calls=2):
+    """The outputs of a loop with several calls at each timestep, as of views or of guidance in two calls."""
+    outputs = []
+    with attach(unet, method, layout=layout) as control:
+        for timestep in control.track(TIMESTEPS):
+            for call in range(calls):
+                sample = inputs["sample"] * (call + 1)
+                outputs.append(unet(**inputs | {"sample": sample, "timestep": timestep}).sample)
+    return outputs
+
+
+def test_every_call_at_a_timestep_is_kept():
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=2)
+    batched = run_calls(unet, QAlign(), BatchLayout("output", "appearance"), inputs)
+    bank = FeatureBank("appearance")
+    for _ in range(2):  # the second pass replaces the first
+        run_calls(unet, bank.record(QAlign()), BatchLayout("output"), rows_of(inputs, [1]))
+    layers = len(attach(unet, QAlign()).layers)
+    assert bank.nbytes == 2 * len(TIMESTEPS) * layers * 256 * 32 * 4
+    served = run_calls(unet, bank.serve(QAlign()), BatchLayout("output"), rows_of(inputs, [0]))
+    for one, whole in zip(served, batched):
+        torch.testing.assert_close(one, whole[:1], rtol=0, atol=2e-5)
+
+
+def test_one_recorded_call_serves_all_calls():
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=2)
+    bank = FeatureBank("appearance")
+    run_calls(unet, bank.record(QAlign()), BatchLayout("output"), rows_of(inputs, [1]), calls=1)
+    batched = run_calls(unet, QAlign(), BatchLayout("output", "appearance"), inputs, calls=1)
+    served = run_calls(unet, bank.serve(QAlign()), BatchLayout("output"), rows_of(inputs, [0]), calls=3)
+    for one, whole in zip(served[::3], batched):
+        torch.testing.assert_close(one, whole[:1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_another_number_of_calls_is_refused(calls):
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=1)
+    bank = FeatureBank("appearance")
+    run_calls(unet, bank.record(QAlign()), BatchLayout("output"), inputs)
+    message = rf"bank: expected 2 calls of up_blocks\.\S+ at step 0, as recorded, got {calls} \(record one"
+    with pytest.raises(RuntimeError, match=message):
+        run_calls(unet, bank.serve(QAlign()), BatchLayout("output"), inputs, calls=calls)
+
+
+def test_a_bank_of_panorama_views():
+    """The scheduler steps after each view, and goes back for the next one."""
+    parts = {name: part for name, part in make_pipe("small").components.items() if name != "image_encoder"}
+    pipe = quiet(StableDiffusionPanoramaPipeline(**parts, requires_safety_checker=False))
+    bank = FeatureBank("appearance")
+    settings = {"height": 16, "width": 576, "num_inference_steps": 2, "output_type": "latent"}
+    for method in (bank.record(QAlign()), bank.serve(QAlign())):
+        with attach(pipe, method, layout=BatchLayout("output"), layers="mid"):
+            pipe("a", guidance_scale=1.0, **settings)
+    assert [len(calls) for calls in bank._kept.values()] == [2, 2]
+
+
+def test_a_bank_outside_of_a_loop_is_refused():
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=1)
+    bank = FeatureBank("appearance")
+    for method in (bank.record(QAlign()), bank.serve(QAlign())):
+        with attach(unet, method, layout=BatchLayout("output")):
+            with pytest.raises(
+                RuntimeError, match=r"bank: expected a running clock \(inside a pipeline call"
+            ):
+                unet(**inputs)
+
+
+def test_an_interrupt_ends_the_reference_pass():
+    pipe = make_pipe("small")
+    inputs, bank = unet_inputs(pipe.unet, batch=1), FeatureBank("appearance")
+    calls = []
+
+    def interrupt(module, given):
+        calls.append(1)
+        pipe._interrupt = len(calls) == 2
+
+    pipe.unet.register_forward_pre_hook(interrupt)
+    prompts = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+    with pytest.raises(RuntimeError, match="interrupt: expected the reference pass to run to its end"):
+        bank.record_clean(pipe, QAlign(), inputs["sample"], TIMESTEPS, **prompts)
+    assert len(calls) == 2
+    bank.record_clean(pipe, QAlign(), inputs["sample"], TIMESTEPS, **prompts)  # the flag is of one call
 
 
 def test_bank_forwards_pipeline_requests_to_its_method():

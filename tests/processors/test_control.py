@@ -8,15 +8,18 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
     FluxTransformer2DModel,
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
 )
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention_processor import AttnProcessor
 
-from qalign import BatchLayout, CrossImage, QAlign, QAlignAttnProcessor, UNetAttnProcessor, attach
+from qalign import BatchLayout, CrossImage, CtrlX, QAlign, QAlignAttnProcessor, UNetAttnProcessor, attach
 from qalign.context.clock import Clock
 from tests.processors.models import (
     PROMPTS,
@@ -156,13 +159,15 @@ def test_a_window_of_steps() -> None:
 
 
 @pytest.mark.parametrize("scheduler", [PNDMScheduler, HeunDiscreteScheduler])
-def test_steps_of_schedulers_that_repeat_timesteps(scheduler) -> None:
+def test_repeated_timesteps_are_one_step(scheduler) -> None:
     pipe = make_pipe("sd15")
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    total = len(edited_steps(pipe, num_steps=5)[0])
-    assert total > 5
+    called = edited_steps(pipe, num_steps=5)[0]
+    entries = pipe.scheduler.timesteps.tolist()
+    distinct = sorted(set(entries), reverse=True)
+    assert called == [distinct.index(entry) for entry in entries] and len(distinct) < len(entries)
     assert edited_steps(pipe, steps=(0.5, 1.0), num_steps=5)[0] == [
-        step for step in range(total) if step / total >= 0.5
+        step for step in called if step / len(distinct) >= 0.5
     ]
 
 
@@ -375,6 +380,31 @@ def test_guidance_that_the_pipeline_denies() -> None:
     pipe = make_pipe("sd15")
     with attach(pipe, QAlign(), layout=BatchLayout("output", "appearance", "structure", images_per_prompt=2)):
         assert generate(pipe, guidance_scale=1.0, images=2).shape[0] == 6
+    with attach(pipe, QAlign()):  # two images of each prompt are not two guidance halves
+        message = refuse(lambda: generate(pipe, guidance_scale=1.0, images=2))
+    roles = "3 roles (output, appearance, structure)"
+    expected = f"3 rows = {roles} x 1 guidance parts x 1 images per prompt, got 6 rows"
+    assert message.startswith(
+        f"batch: expected {expected} (StableDiffusionPipeline.do_classifier_free_guidance"
+    )
+
+
+class Constant(StableDiffusionPipeline):
+    """A pipeline that runs with guidance and says to others that it does not, as some of diffusers do."""
+
+    @property
+    def do_classifier_free_guidance(self):
+        caller = sys._getframe(1).f_code.co_name
+        return self._guidance_scale > 1 if caller in ("__call__", "encode_prompt") else False
+
+
+def test_the_batch_is_believed_before_the_pipeline() -> None:
+    pipe = make_pipe("sd15")
+    with attach(pipe, QAlign()):
+        expected = generate(pipe)
+    constant = quiet(Constant(**pipe.components, requires_safety_checker=False))
+    with attach(constant, QAlign()):
+        assert torch.equal(generate(constant), expected)
 
 
 def test_layer_skip_knows_the_processors() -> None:
@@ -396,13 +426,65 @@ def test_layer_skip_knows_the_processors() -> None:
     assert torch.equal(stock["stock"], stock["ours"]) and torch.equal(stock["stock"], stock["attached"])
 
 
-def test_a_replaced_scheduler_is_reported(caplog) -> None:
-    pipe = make_pipe("sd15")
-    with attach(pipe, QAlign()):
-        pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
-    assert caplog.messages == [
-        "scheduler: it was replaced while QAlign was attached, and the steps of the new one were not followed"
-    ]
+def test_a_replaced_scheduler_is_followed() -> None:
+    pipe, seen = make_pipe("sd15"), []
+    former = pipe.scheduler
+    with attach(pipe, QAlign(), steps=(0.5, 1.0)) as control:
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        pipe.unet.register_forward_pre_hook(
+            lambda *given: seen.append((control.clock.step, control.clock.idle))
+        )
+        generate(pipe, steps=4)
+    assert seen == [(0, True), (1, True), (2, False), (3, False)]
+    assert type(former) is DDIMScheduler and type(pipe.scheduler) is EulerDiscreteScheduler
+
+
+def test_no_edited_step_is_said_once(caplog) -> None:
+    pipe = make_pipe("small")
+    for steps, window, message in (
+        (1, (0.5, 1.0), "QAlign: it edits none of 1 steps, as steps=(0.5, 1) holds none"),
+        (4, (0.8, 0.9), "QAlign: it edits none of 4 steps, as steps=(0.8, 0.9) holds none"),
+        (2, (0.5, 1.0), "QAlign: in all of its 1 of 2 steps it reads the structure, not the appearance"),
+    ):
+        caplog.clear()
+        with attach(pipe, QAlign(), steps=window):
+            generate(pipe, steps=steps)
+            generate(pipe, steps=steps)
+        assert caplog.messages == [message]
+    caplog.clear()
+    for steps in (1, 2, 3, 4):
+        with attach(pipe, QAlign(structure_every=0)):
+            generate(pipe, steps=steps)
+    with attach(pipe, QAlign(), steps=(0.5, 1.0)):
+        generate(pipe, steps=3)
+    assert caplog.messages == []
+
+
+def test_executed_steps_alone_are_warned_of(caplog) -> None:
+    """In image-to-image the schedule has steps that the loop leaves out."""
+    pipe = StableDiffusionImg2ImgPipeline(**make_pipe("small").components, requires_safety_checker=False)
+    settings = {"image": torch.zeros(3, 3, 32, 32), "strength": 0.2, "output_type": "latent"}
+    with attach(quiet(pipe), QAlign(structure_every=0), steps=(0.5, 0.9)):
+        pipe(PROMPTS, num_inference_steps=5, **settings)
+    assert caplog.messages == ["QAlign: it edits none of 1 steps, as steps=(0.5, 0.9) holds none"]
+
+
+def test_no_edited_layer_is_said_once(caplog) -> None:
+    pipe = make_pipe("small")
+    with attach(pipe, CtrlX(structure_convolutions=()), layers="mid"):
+        generate(pipe)
+    first = "mid_block.attentions.0.transformer_blocks.0.attn1 the first"
+    assert caplog.messages == [f"CtrlX: it edits none of the 1 chosen layers, {first}"]
+    caplog.clear()
+    with attach(pipe, QAlign(structure_every=0), layout=BatchLayout("appearance", "plain", "structure")):
+        generate(pipe)
+    roles = "appearance, plain, structure"
+    assert caplog.messages == [f"QAlign: it edits nothing, as the layout has no output row, only {roles}"]
+    caplog.clear()
+    with attach(pipe, QAlign(structure_every=0), layers="mid"):
+        pipe.unet.mid_block.forward = lambda hidden, *given, **options: hidden  # as a cache of features does
+        generate(pipe)
+    assert caplog.messages == ["QAlign: it edited nothing, as none of its 1 layers ran"]
 
 
 def test_clock_moved_in_inference_mode_is_settable() -> None:
