@@ -1,5 +1,6 @@
 """Bounded attention: several subjects in boxes of one picture, without leakage between them."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from ..context.regions import Regions
 from ..methods.bounded import BoundedAttention
 from ..processors.attach import find_unet, select_layers
 from ..sampling.attention_reader import AttentionReader, frozen, gradient
-from ..sampling.bounded_guidance import BoundedGuidance, MaskRefiner
+from ..sampling.bounded_guidance import BoundedGuidance
+from ..sampling.bounded_masks import MaskRefiner
 from ..sampling.denoising import set_steps
 from ..sampling.object_masks import noun_tokens
 from .base import (
@@ -39,6 +41,9 @@ FILTER_WORDS = tuple(
     top bottom toward towards two under underneath until upon via while with within without""".split()
 )
 
+UNSEEN = "subjects: guidance cannot move number %s; the box has no cell on the grids of the loss's layers"
+_log = logging.getLogger("qalign")
+
 
 @dataclass
 class BoundedAttentionOutput(BaseOutput):
@@ -48,7 +53,8 @@ class BoundedAttentionOutput(BaseOutput):
         images: as `output_type` says: PIL images, an array [1, H, W, 3] or a tensor [1, C, h, w].
         regions: the last masks: `structure` [h, w] of the latents' size, 1 for the first subject and so on,
             0 for the background.
-        losses: float32 [iterations, 2], the step and the loss before each iteration of the guidance.
+        losses: float32 [iterations, 2], the step and the loss per subject before each iteration of the
+            guidance.
         interrupted: whether Ctrl-C or `pipe._interrupt` ended the run early. The image is then the last
             estimate of the clean one.
     """
@@ -97,8 +103,9 @@ class BoundedAttentionMixin(LatentDiffusion):
 
         x ← x - rate · ∂loss/∂x
 
-        A guided step repeats this, on the prompt's guidance half, until the loss is below
-        `guidance.enough` or `guidance.iterations` are done. Then a step of DDIM runs with both halves under
+        A guided step repeats this, on the prompt's guidance half. The loss is the sum over the subjects. The
+        last iteration is the first whose loss per subject was below `guidance.enough`, or that of number
+        `guidance.iterations`. Then a step of DDIM runs with both halves under
         `BoundedAttention` in all layers. After the guided steps, masks that follow the subjects replace the
         boxes.
 
@@ -106,7 +113,8 @@ class BoundedAttentionMixin(LatentDiffusion):
             prompt: one prompt.
             subjects: pairs of words of the prompt and their box (x0, y0, x1, y1), in fractions of width and
                 height from the upper left corner. All places of the words count, and their plural in s is
-                found too. Subjects may share words.
+                found too. Subjects may share words, and boxes may overlap: a token sees the keys of all its
+                boxes. Every layer rounds the boxes on its own grid.
             guidance: the settings of the guidance. None is `default_guidance`: `BoundedGuidance()`, for
                 SDXL with rates (18, 5).
             num_inference_steps: of DDIM.
@@ -148,9 +156,8 @@ class BoundedAttentionMixin(LatentDiffusion):
             estimate of the clean picture. The result is deterministic for a given generator. Masks need
             scikit-learn.
 
-        Source: Bounded Attention, arXiv 2403.16990. Deviations: boxes do not overlap (the last one is in
-        front) and are rounded to the latents' grid only; a list of words replaces the tagger of filter
-        tokens.
+        Source: Bounded Attention, arXiv 2403.16990. Deviations: a list of words replaces the tagger of filter
+        tokens; a subject's noun is the last place of its words; k-means is scikit-learn's.
         """
         guidance = self.default_guidance if guidance is None else guidance
         _check(guidance, output_type, num_inference_steps, callback_on_step_end_tensor_inputs)
@@ -282,12 +289,15 @@ class _Run:
                 with torch.enable_grad():
                     moving = latents.detach().requires_grad_()
                     own, words = _split(self.read(moving, timestep, condition))
+                    if not self.losses and (unseen := self.guidance.unseen(own, self.boxes)):
+                        _log.warning(UNSEEN, ", ".join(map(str, unseen)))
                     loss = self.guidance.loss(own, self.boxes, words, self.method)
-                self.losses.append((step, loss.item()))
-                bar.set_postfix(loss=f"{loss.item():.4g}")
-                if loss.item() < self.guidance.enough:
-                    break
+                mean = loss.item() / len(self.refiner.subjects)
+                self.losses.append((step, mean))
+                bar.set_postfix(loss=f"{mean:.4g}")
                 latents = latents - rate * gradient(loss, moving)
+                if mean < self.guidance.enough:
+                    break
         return latents
 
     def _reader(self) -> AttentionReader:
