@@ -56,10 +56,15 @@ class Method:
         card: the entry in `python -m qalign methods`. Only the methods of this package have one.
         default_steps: the fractions (start, stop) of the denoising loop in which the method edits when the
             user names none. None is the whole loop.
+        may_edit_no_layer: whether `default_layers` may be empty because the settings say so.
     """
 
     card: ClassVar[Card | None] = None
     default_steps: ClassVar[tuple[float, float] | None] = None
+
+    @property
+    def may_edit_no_layer(self) -> bool:
+        return False
 
     @classmethod
     def title(cls) -> str:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qalign import BatchLayout, UNetAttnProcessor, attach
+from qalign import BatchLayout, Site, UNetAttnProcessor, attach
 from qalign.context.regions import EVERYTHING, Regions
-from qalign.methods import BoundedAttention, CrossImage, MasaCtrl, QAlign, QAlignWarp
+from qalign.methods import BoundedAttention, CrossImage, EyeForAnEye, MasaCtrl, QAlign, QAlignWarp
 from tests.methods.test_formulas import GRID, LAYOUT, make_attention
 from tests.processors.models import make_unet, unet_inputs
 
@@ -161,3 +161,38 @@ def test_a_window_has_the_labels_of_its_place():
         match="^regions: expected a label map of the structure of 4 x 4 latents, .*, got 4 x 6$",
     ):
         Regions(structure=labels).window(slice(0, 2), slice(0, 2), (4, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "regions",
+    [
+        Regions(appearance=HALVES, structure=HALVES),  # 0 is outside
+        Regions(appearance=1 - HALVES, structure=1 - HALVES, background=1),
+        Regions(appearance=torch.full(GRID, 2), structure=1 + HALVES),  # the appearance has no 1
+    ],
+    ids=["zero", "background", "missing"],
+)
+def test_eye_for_an_eye_keeps_features_outside(regions):
+    _, hidden = make_attention(2, 40)
+    found = EyeForAnEye().prepare(hidden, None, Site(LAYOUT, regions=regions))
+    kept = ~HALVES.flatten().bool()
+    assert torch.equal(found[0, kept], hidden[0, kept]) and torch.equal(
+        found[[1, 2, 4, 5]], hidden[[1, 2, 4, 5]]
+    )
+    assert (found[0, ~kept] != hidden[0, ~kept]).any(-1).all()
+    same = (found[0, ~kept, None] == hidden[1]).all(-1)  # [tokens, tokens of the appearance]
+    outside = regions.appearance.flatten() == (regions.background or 0)
+    assert same.any(1).all() and not same[:, outside].any()
+
+
+def test_published_masks_take_the_upper_left_label():
+    """MasaCtrl, FreeCustom and attention distillation resize by torch's default."""
+    labels = torch.arange(4).repeat(4, 1)
+    regions = Regions(appearance=labels, structure=labels)
+    for resize, columns in (("nearest", [0, 2]), ("nearest-exact", [1, 3])):
+        expected = [[1 << label for label in columns] * 2]
+        assert regions.picture_labels("structure", 4, CPU, resize=resize).tolist() == expected
+        assert regions.query_labels("appearance", 4, 4, CPU, resize=resize).tolist() == expected
+        shown = [[0 if label == 0 else EVERYTHING for label in columns] * 2]
+        assert regions.subject_labels("appearance", 0, 1, 4, CPU, resize=resize).tolist() == shown
