@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..processors.attach import find_unet
+from ..processors.unet import UNetAttnProcessor
 from ..sampling.freeu import cross_image_freeu
 from ..sampling.inversion import KINDS, Inversion, invert_ddim, invert_ddpm
 from ..sampling.inversion_cache import InversionCache, digest
@@ -112,7 +113,9 @@ class PairInversion(LatentDiffusion):
                 for each in generators
             ]
             settings = [num_inference_steps, inversion, guidance_scale, freeu]
-            shared = digest(settings, dict(scheduler.config), condition, unconditional, find_unet(self))
+            levels = [scheduler.alphas_cumprod, scheduler.final_alpha_cumprod]
+            unet = _require_plain(find_unet(self))
+            shared = digest(settings, dict(scheduler.config), *levels, condition, unconditional, unet)
             keys = [digest(shared, row, state) for row, state in zip(clean, noise)]
 
         def make(rows: list[int]) -> Inversion:
@@ -131,6 +134,20 @@ class PairInversion(LatentDiffusion):
 
     def _freeu(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
         return cross_image_freeu(self) if wanted else contextlib.nullcontext()
+
+
+def _require_plain(unet: nn.Module) -> nn.Module:
+    """Refuse a UNet that `attach` has changed: the key of an inversion does not cover a method."""
+    processors = [getattr(module, "processor", None) for module in unet.modules()]
+    methods = [
+        type(each.method).__name__
+        for each in processors
+        if isinstance(each, UNetAttnProcessor) and each.method and "output" in each.layout.roles
+    ]
+    if methods:
+        got = f"{methods[0]} on {len(methods)} layers"
+        raise ValueError(f"cache: expected a UNet without an attached method, or None, got {got}")
+    return unet
 
 
 def ddim_scheduler(scheduler: Any, timesteps: Tensor | None = None) -> DDIMScheduler:
