@@ -226,6 +226,7 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         """
         method = make_method(method)
         check_options(adain, edit_steps, output_type, callback_on_step_end_tensor_inputs)
+        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         if isinstance(inversion, Inversion):
             outputs, steps = count_structures(inversion), len(inversion.timesteps)
         else:
@@ -275,10 +276,9 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         latents = known.latents[skipped, rows].to(device)
         if method is not None:
             latents[:outputs] = method.start(latents[:outputs], latents[outputs : outputs + 1])
-        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         with self._freeu(freeu):
             latents, masks = loop.run(latents, control, callback)
-        pictures = latents if output_type == "latent" else self._decode(latents)
+        pictures = self._finished(latents, output_type)
         self.maybe_free_model_hooks()
         images, reconstructions = (
             self.image_processor.postprocess(some, output_type=output_type)

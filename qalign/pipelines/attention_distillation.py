@@ -17,6 +17,7 @@ from ..context.regions import Regions, label_scale
 from ..methods.attention_distillation import AttentionDistillation, Losses
 from ..sampling.attention_reader import AttentionReader
 from ..sampling.decoder_tuning import tuned_decoder
+from ..sampling.denoising import require_finite
 from .base import LatentDiffusion, OnStepEnd, StepCallback, XLConditions, check_output
 from .distillation_run import (
     MODES,
@@ -158,6 +159,7 @@ class AttentionDistillationMixin(LatentDiffusion):
             raise ValueError(f"initial: expected one of {', '.join(INITIAL)}, got {initial!r}")
         settings = choose_settings(MODES[mode], num_inference_steps, iterations, learning_rate)
         _check(method, tune_decoder, output_type, callback_on_step_end_tensor_inputs)
+        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         styles = _styles(style, regions)
         contents = [] if content is None else to_tensors(content, "content")
         of_style = choose_size(styles[0], None, None, "style")
@@ -181,7 +183,7 @@ class AttentionDistillationMixin(LatentDiffusion):
             "style": self.encode(pictures),
             "content": kept,
             "generator": generator,
-            "callback": StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs)),
+            "callback": callback,
         }
         run: Run
         if mode == "optimise":
@@ -265,6 +267,7 @@ class AttentionDistillationMixin(LatentDiffusion):
         """
         settings = choose_settings(TEXTURE, num_inference_steps, iterations, learning_rate)
         _check(method, tune_decoder, output_type, callback_on_step_end_tensor_inputs)
+        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         styles = _styles(style, regions)
         of_style, size = (
             choose_size(styles[0], None, None, "style"),
@@ -285,7 +288,7 @@ class AttentionDistillationMixin(LatentDiffusion):
             style=self.encode(pictures),
             content=None,
             generator=generator,
-            callback=StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs)),
+            callback=callback,
             places=places,
             batch_size=batch_size,
         )
@@ -311,6 +314,7 @@ class AttentionDistillationMixin(LatentDiffusion):
     ) -> Any:
         """Walk the run, and decode its latents by a decoder tuned to the style `pictures`."""
         images, tuning = run.walk(), []
+        require_finite(images, "latents", images.dtype)
         if output_type != "latent":
             images, tuning = self._decode_tuned(run, images, pictures, 0 if run.interrupted else tune_decoder)
         self.maybe_free_model_hooks()

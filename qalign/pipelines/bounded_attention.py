@@ -140,7 +140,7 @@ class BoundedAttentionMixin(LatentDiffusion):
         Raises:
             TypeError: an argument is of the wrong type; the message names it.
             ValueError: an argument is invalid; the message names it.
-            FloatingPointError: predictions or gradients are NaN or infinite.
+            FloatingPointError: latents, predictions or gradients are NaN or infinite.
 
         Example:
             >>> from qalign import BoundedAttentionPipeline
@@ -161,6 +161,7 @@ class BoundedAttentionMixin(LatentDiffusion):
         """
         guidance = self.default_guidance if guidance is None else guidance
         _check(guidance, output_type, num_inference_steps, callback_on_step_end_tensor_inputs)
+        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         if not isinstance(prompt, str):
             raise TypeError(f"prompt: expected one prompt, got {prompt!r}")
         side = self.unet.config.sample_size * self.vae_scale_factor
@@ -176,7 +177,6 @@ class BoundedAttentionMixin(LatentDiffusion):
             raise ValueError(f"latents: expected {list(shape)}, got {list(latents.shape)}")
         words, boxes = [word for word, _ in subjects], [box for _, box in subjects]
         method = _method(self.tokenizer, prompt, words, filter_words)
-        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         regions = Regions.from_boxes(boxes, *shape[-2:])
         run = _Run(self, guidance, method, regions, layers, mask_layers, callback)
         scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False)
@@ -187,7 +187,7 @@ class BoundedAttentionMixin(LatentDiffusion):
             self.conditions(prompt, *size),
             guidance_scale,
         )
-        pictures = latents if output_type == "latent" else self._decode(latents)
+        pictures = self._finished(latents, output_type)
         self.maybe_free_model_hooks()
         images = self.image_processor.postprocess(pictures, output_type=output_type)
         result = BoundedAttentionOutput(
