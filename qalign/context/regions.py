@@ -1,5 +1,6 @@
 """Label maps of the pictures, and the labels of their tokens as bit sets on the grid of any layer."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from .layers import token_grid
 
 LARGEST = 30  # the largest label: an int32 has 31 bits besides the sign bit
 EVERYTHING = -1  # the set of all labels
+LABEL_MODES = ("1", "L", "P", "I", "I;16")
 CENTRE = "nearest-exact"  # takes the label in the centre of a token
 CORNER = "nearest"  # takes the label in its upper left corner
 
@@ -71,7 +73,7 @@ class Regions:
         """Read both label maps from pictures with one channel or a palette, whose values are the labels.
 
         Raises:
-            ValueError: a picture has colours.
+            ValueError: a picture has colours or cannot be read.
         """
         return cls(
             appearance=read_labels(appearance), structure=read_labels(structure), background=background
@@ -250,16 +252,29 @@ def read_labels(path: str | Path) -> Tensor:
     """Read a label map [h, w] from a picture with one channel or a palette.
 
     Raises:
-        ValueError: the picture has colours.
+        ValueError: the picture has colours, is larger than Pillow trusts, or cannot be read.
     """
     import numpy
     from PIL import Image
 
-    with Image.open(path) as picture:
-        if picture.mode not in ("1", "L", "P", "I", "I;16"):
-            expected = "a label map, one channel or a palette whose values are labels"
-            raise ValueError(f"{path}: expected {expected}, got a picture of mode {picture.mode}")
-        return torch.from_numpy(numpy.array(picture).astype("int64"))
+    if not Path(path).is_file():
+        found = "a folder" if Path(path).is_dir() else "no such file"
+        raise ValueError(f"{path}: expected a label map, found {found}")
+    expected = f"{path}: expected a label map, one channel or a palette whose values are labels"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                mode = picture.mode
+                labels = numpy.array(picture).astype("int64") if mode in LABEL_MODES else None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        most = f"{Image.MAX_IMAGE_PIXELS} pixels"
+        raise ValueError(f"{expected}, got a picture of more than {most}") from error
+    except Exception as error:  # Pillow's decoders raise any kind
+        raise ValueError(f"{expected}, got something that cannot be read as one") from error
+    if labels is None:
+        raise ValueError(f"{expected}, got a picture of mode {mode}")
+    return torch.from_numpy(labels)
 
 
 def label_scale(labels: Any, space: Sequence[int], name: str) -> int:

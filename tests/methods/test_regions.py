@@ -1,11 +1,14 @@
 """Regions: what is matched and read stays in its region, at every grid."""
 
+import struct
+import zlib
+
 import pytest
 import torch
 from PIL import Image
 
 from qalign import BatchLayout, Site, UNetAttnProcessor, attach
-from qalign.context.regions import EVERYTHING, Regions
+from qalign.context.regions import EVERYTHING, Regions, read_labels
 from qalign.methods import BoundedAttention, CrossImage, EyeForAnEye, MasaCtrl, QAlign, QAlignWarp
 from tests.methods.test_formulas import GRID, LAYOUT, make_attention
 from tests.processors.models import make_unet, unet_inputs
@@ -196,3 +199,45 @@ def test_published_masks_take_the_upper_left_label():
         assert regions.query_labels("appearance", 4, 4, CPU, resize=resize).tolist() == expected
         shown = [[0 if label == 0 else EVERYTHING for label in columns] * 2]
         assert regions.subject_labels("appearance", 0, 1, 4, CPU, resize=resize).tolist() == shown
+
+
+def png(width, height, data):
+    """A PNG of grey bytes, whatever its header says."""
+
+    def chunk(kind, content):
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "found no such file"),
+        ("folder", "found a folder"),
+        (b"words", ".* got something that cannot be read as one"),
+        (png(8, 8, bytes(72))[:45], ".* got something that cannot be read as one"),
+        (png(20000, 20000, bytes(9)), ".* got a picture of more than [0-9]+ pixels"),
+        (png(12000, 12000, bytes(9)), ".* got a picture of more than [0-9]+ pixels"),  # Pillow warns only
+        (png(2**31 - 1, 2**31 - 1, bytes(9)), ".* got a picture of more than [0-9]+ pixels"),
+    ],
+    ids=["missing", "folder", "text", "cut", "bomb", "warning", "largest"],
+)
+def test_unreadable_label_maps_are_one_line(tmp_path, content, message, recwarn):
+    path = tmp_path / "labels.png"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path}: expected a label map, {message}$") as error:
+        read_labels(path)
+    assert "\n" not in str(error.value) and not recwarn.list
+
+
+def test_a_small_label_map_is_read(tmp_path):
+    (tmp_path / "labels.png").write_bytes(png(4, 2, bytes([0, 0, 1, 2, 3, 0, 4, 5, 6, 7])))
+    assert read_labels(tmp_path / "labels.png").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
