@@ -7,7 +7,7 @@ import stat
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +54,35 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         expected = "a file that can be written"
         raise OSError(f"{path}: expected {expected}, got {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def drafting(path: Path | None) -> Iterator[Callable[[str], None]]:
+    """Give a function that writes the text so far, which replaces `path` each time. None writes nothing.
+
+    What is not a regular file gets the last text alone, at the end of the block, also after an error.
+
+    Raises:
+        OSError: as `replacing`.
+    """
+    last: list[str] = []
+    stream = path is not None and is_stream(path)
+
+    def write(text: str) -> None:
+        last[:] = [text]
+        if path is not None and not stream:
+            _write(path, text)
+
+    try:
+        yield write
+    finally:
+        if path is not None and stream and last:
+            _write(path, *last)
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

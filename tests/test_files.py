@@ -1,17 +1,24 @@
 """The one writer of files: whole or not at all, and never in place of a pipe, a device or a link."""
 
+import ast
+import importlib
+import json
 import os
 import socket
 import stat
 import subprocess
 import sys
 import threading
+from dataclasses import make_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from qalign.commands import leakage
+from qalign.evaluation.resuming import KeptResults
 from qalign_kernels import _files
-from qalign_kernels._files import Files, is_stream, replacing
+from qalign_kernels._files import Files, drafting, is_stream, replacing
 
 TEXT = "one line\n" * 20000  # more than a pipe holds
 
@@ -24,7 +31,7 @@ def write(path, text=TEXT):
 def reader(pipe):
     """A thread that reads a pipe to its end, and what it finds."""
     found = []
-    thread = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    thread = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
     thread.start()
     return thread, found
 
@@ -155,3 +162,111 @@ def test_a_link_to_nothing_makes_its_file(tmp_path):
     assert not is_stream(tmp_path / "link")
     write(tmp_path / "link")
     assert (tmp_path / "far" / "file").read_text() == TEXT and (tmp_path / "link").is_symlink()
+
+
+def test_drafts_replace_files_and_end_streams(tmp_path):
+    """A stream gets the last draft alone, also after an error."""
+    pytest.importorskip("resource")  # not on Windows
+    pipe, file, seen = tmp_path / "pipe", tmp_path / "file", []
+    os.mkfifo(pipe)
+    thread, found = reader(pipe)
+    for path in (file, pipe):
+        with pytest.raises(KeyboardInterrupt), drafting(path) as draft:
+            for text in ("one", "two"):
+                draft(text)
+                seen.append(file.read_text())
+            raise KeyboardInterrupt
+    thread.join()
+    assert seen[:2] == ["one", "two"] and file.read_text() == "two" and found == [b"two"]
+    with drafting(None) as draft:
+        draft("nothing")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("program", ["qalign_kernels.validate", "qalign_kernels.bench.__main__"])
+def test_commands_write_one_report_into_a_pipe(tmp_path, program, capsys):
+    pytest.importorskip("resource")
+    pipe = tmp_path / "report.json"
+    os.mkfifo(pipe)
+    thread, found = reader(pipe)
+    options = {
+        "qalign_kernels.validate": "--op match_counts --quick",
+        "qalign_kernels.bench.__main__": "--op attention --seconds 0.001 --shape 1,2,64,16",
+    }[program]
+    command = f"{options} --backend tiled --device cpu --json {pipe}"
+    status = importlib.import_module(program).main(command.split())
+    thread.join()
+    assert status == 0 and json.loads(found[0]) and stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_results_are_not_kept_beside_a_pipe(tmp_path):
+    """`leakage --json /dev/stdout` made a folder in /dev."""
+    pytest.importorskip("resource")
+    pipe = tmp_path / "report.json"
+    os.mkfifo(pipe)
+    for path, folders in ((pipe, 0), (tmp_path / "file.json", 1)):
+        assert len(leakage.files(SimpleNamespace(json=path)).folders) == folders
+
+
+Item, Result = make_dataclass("Item", ["seed"]), make_dataclass("Result", ["value"])
+
+
+def test_damaged_results_are_made_again(tmp_path, caplog):
+    def work():
+        kept = KeptResults(tmp_path / "kept", {"steps": 20})
+        return kept.keeping("square", lambda item: Result(item.seed**2), Result)(Item(3)).value
+
+    assert work() == 9
+    (tmp_path / "kept" / "square-3.pt").write_bytes(b"half")
+    assert work() == 9 and work() == 9 and len(caplog.messages) == 1
+    (tmp_path / "kept" / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match="settings.json: expected settings of results, got "):
+        work()
+
+
+# what writes files in another way, and why
+OTHER_WRITERS = {
+    "benchmarks/gpu/running/journal.py": "appends",
+    "benchmarks/gpu/running/processes.py": "the log of a running process",
+    "benchmarks/gpu/stages/measure.py": "the log of a running process",
+    "benchmarks/report.py": "the temporary file of its caller",
+    "benchmarks/static/machine_code.py": "into a temporary folder",
+    "qalign/embedded/train.py": "into a temporary folder",
+    "qalign/evaluation/resuming.py": "into memory",
+    "qalign_kernels/bench/measure.py": "to /proc",
+}
+WRITING = {"write_text", "write_bytes", "savefig", "save_file", "save_pretrained", "copyfile", "copyfileobj"}
+
+
+def writers(tree):
+    """The lines of calls that write files outside of `with replacing(...)`."""
+    inside = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.With) and any("replacing" in ast.dump(item) for item in block.items)
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or id(node) in inside or not isinstance(node.func, ast.Attribute):
+            continue
+        owner, name = ast.unparse(node.func.value), node.func.attr
+        modes = [each.value for each in node.args if isinstance(each, ast.Constant)]
+        if (
+            name in WRITING
+            or (owner, name) == ("torch", "save")
+            or (name == "open" and {"w", "wb", "a"} & {*modes})
+        ):
+            yield f"{owner}.{name} in line {node.lineno}"
+
+
+def test_all_files_are_written_by_one_function():
+    root = Path(_files.__file__).parents[1]
+    found = {}
+    for folder in ("qalign", "qalign_kernels", "benchmarks"):
+        for path in sorted((root / folder).rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            if lines := list(writers(ast.parse(path.read_text()))):
+                found[name] = lines
+    found.pop("qalign_kernels/_files.py")
+    assert {name: lines for name, lines in found.items() if name not in OTHER_WRITERS} == {}
+    assert set(OTHER_WRITERS) <= set(found)  # none is listed in vain

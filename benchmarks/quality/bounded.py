@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
                 report.save()
     if arguments.sheet is not None:
         draw([row for row in shown.values() if row], arguments.sheet)
+    report.save(complete=True)
     print(report.table(METHODS, FIGURES))
     return 0
 

@@ -1,6 +1,5 @@
 """Checkpoints of one training run, which carry the settings of the run."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,6 @@ import torch
 
 from qalign_kernels._files import replacing
 
-DAMAGE = (
-    OSError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    EOFError,
-    AttributeError,
-    pickle.UnpicklingError,
-)
 ADVICE = "delete it or take another folder"
 
 
@@ -59,7 +48,7 @@ class Checkpoints:
             where = "cpu" if mmap else self.device
             state = torch.load(path, map_location=where, weights_only=True, mmap=mmap)
             there = dict(state.pop("settings"))
-        except DAMAGE as error:
+        except Exception as error:  # torch.load raises any kind
             got = f"a file without its settings or a damaged one ({type(error).__name__}); {ADVICE}"
             raise ValueError(f"{path}: expected a checkpoint, got {got}") from error
         for name in sorted({*there, *self.settings}):

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import logging
-import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -98,7 +97,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         return dict(torch.load(path, weights_only=True))
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load raises any kind
         _log.warning("the result in %s cannot be read and is made again (%s)", path, type(error).__name__)
         return None
 

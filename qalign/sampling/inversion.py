@@ -107,7 +107,7 @@ class Inversion:
         write_inversion(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> Self:
+    def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> "Inversion":
         """Read a file that `save` wrote.
 
         Args:
