@@ -336,7 +336,7 @@ def _label_map(labels: Any | Sequence, name: str) -> Tensor:
     labels = torch.as_tensor(labels)
     if labels.ndim != 2 or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"{name}: expected whole numbers [h, w], got {labels.dtype} {list(labels.shape)}")
-    labels = labels.long().cpu()
+    labels = labels.long().cpu().clone()  # the caller's array may change later
     if labels.numel() == 0 or labels.min() < 0 or labels.max() > LARGEST:
         got = f"{labels.min().item()} to {labels.max().item()}" if labels.numel() else "none"
         raise ValueError(f"{name}: expected labels of 0 to {LARGEST}, got {got}")

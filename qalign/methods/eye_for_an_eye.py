@@ -43,7 +43,8 @@ class EyeForAnEye(CrossImage):
         edits the unconditional half alone. This class edits both halves at every step, each by its own match.
         The published form that swaps values only is, with matched queries,
         `QAlign(refinement="warped_values")`. Masks from a segmentation model are not here (`regions` takes
-        them), nor is AdaIN.
+        them), nor is AdaIN. The published code resizes masks bilinearly, and every token above 0 is inside;
+        here the label in the centre of a token counts.
 
     Source: Eye-for-an-eye, arXiv 2406.07008.
     """

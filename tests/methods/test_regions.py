@@ -241,3 +241,15 @@ def test_unreadable_label_maps_are_one_line(tmp_path, content, message, recwarn)
 def test_a_small_label_map_is_read(tmp_path):
     (tmp_path / "labels.png").write_bytes(png(4, 2, bytes([0, 0, 1, 2, 3, 0, 4, 5, 6, 7])))
     assert read_labels(tmp_path / "labels.png").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_labels_are_those_of_the_moment():
+    """Bit sets are kept, so a later change of the array would reach some layers and not others."""
+    labels = torch.zeros(4, 4, dtype=torch.long)
+    for given in (labels, labels.numpy()):
+        regions = Regions(structure=given)
+        before = regions.picture_labels("structure", 4, CPU).clone()
+        given[:] = 1
+        assert torch.equal(regions.picture_labels("structure", 4, CPU), before)
+        assert regions.picture_labels("structure", 16, CPU).unique().tolist() == [1]
+        given[:] = 0
