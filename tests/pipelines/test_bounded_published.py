@@ -13,8 +13,8 @@ from tests.processors.models import make_pipe, pipe_of
 
 PROMPT = "an ox by a fox"  # start, a, n, o, x, b, y, a, f, o, x, end
 BOXES = [(0.0, 0.1, 0.65, 0.9), (0.35, 0.3, 1.0, 0.8)]  # they overlap on 4 x 4 and on 8 x 8, not on 2 x 2
-STEPS, SCALE = 8, 5.0
-GUIDANCE = BoundedGuidance(rates=(300.0, 60.0), until=3 / 8, iterations=3, enough=0.7, refine_every=2)
+STEPS, SCALE = 6, 5.0
+GUIDANCE = BoundedGuidance(rates=(300.0, 60.0), until=3 / 6, iterations=3, enough=0.7, refine_every=2)
 
 
 def clusters_of():
