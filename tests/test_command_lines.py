@@ -201,10 +201,6 @@ def files_of(parser, options):
             "qalign_kernels.validate --json {}/dir.png",
             "--json: expected a file to write, got the folder {}/dir.png",
         ),
-        (
-            "qalign_kernels.validate --json /dev/null",
-            "--json: expected a file to write, got /dev/null, which is a device or a pipe",
-        ),
         ("benchmarks static --json {}", "--json: expected a file to write, got the folder {}"),
         (
             "benchmarks static --budgets {}/file --json {}/file",

@@ -44,8 +44,8 @@ FIGURES = {
 }
 RATES = {
     "guided, as published": (8.0, 2.0),
-    "guided, rates (100, 25)": (100.0, 25.0),
-    "guided, rates (400, 100)": (400.0, 100.0),
+    "guided, rates (50, 12.5)": (50.0, 12.5),
+    "guided, rates (200, 50)": (200.0, 50.0),
 }
 METHODS = ("untouched", "masks alone", *RATES)
 
@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
                 report.save()
     if arguments.sheet is not None:
         draw([row for row in shown.values() if row], arguments.sheet)
+    report.save(complete=True)
     print(report.table(METHODS, FIGURES))
     return 0
 

@@ -94,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.sheet is not None and rows:
         with replacing(arguments.sheet) as unfinished:
             transfer_grid(rows).savefig(unfinished, format="png", dpi=60, bbox_inches="tight")
+    report.save(complete=True)
     print(report.table(METHODS, FIGURES))
     return 0
 

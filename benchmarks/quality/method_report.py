@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalign_kernels._files import Files
+from qalign_kernels._files import Files, is_stream
 from qalign_kernels.bench import measure
 
 from ..suite.rows import write
@@ -67,8 +67,9 @@ class MethodReport:
             self.cases.append({**case, "methods": {}})
         return self.cases[number]["methods"]
 
-    def save(self) -> None:
-        if self.path is not None:
+    def save(self, *, complete: bool = False) -> None:
+        """Write the report so far. A pipe or another stream gets the complete one alone."""
+        if self.path is not None and (complete or not is_stream(self.path)):
             write(self.path, {"settings": self.settings, self.kind: self.cases})
 
     def table(self, methods: Sequence[str], figures: Mapping[str, str]) -> str:

@@ -23,6 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qalign_kernels._files import is_stream
+
 from ._leakage_tables import ablation_table, leakage_table
 from ._shared import (
     ALIGNED,
@@ -144,7 +146,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 def files(options: argparse.Namespace) -> Files:
     return Files(
         writes=given_files(options, "json"),
-        folders=[] if options.json is None else [("--json", partial_of(options.json))],
+        folders=[("--json", partial_of(options.json))] if _is_file(options.json) else [],
     )
 
 
@@ -153,11 +155,19 @@ def partial_of(report: Path) -> Path:
     return Path(f"{report}.partial")
 
 
+def _is_file(report: Path | None) -> bool:
+    """Whether results can be kept beside the report: not beside a pipe or /dev/stdout."""
+    try:
+        return report is not None and not is_stream(report)
+    except OSError:  # the check of the files says more
+        return False
+
+
 def run(options: argparse.Namespace) -> int:
     from ..evaluation.processes import leave, processes
 
     methods, settings = compared(options), settings_of(options)
-    kept = None if options.json is None else _kept(options, methods, settings)
+    kept = _kept(options, methods, settings) if _is_file(options.json) else None
     state = processes()
     options.device = options.device or str(state.device)
     pipe = load_pipeline(options)

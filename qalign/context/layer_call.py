@@ -12,7 +12,7 @@ from qalign_kernels import Segment
 
 from .clock import Clock
 from .layout import BatchLayout
-from .regions import EVERYTHING, Regions
+from .regions import CENTRE, EVERYTHING, Regions
 
 HIDDEN_BIAS = -1e3  # an additive mask hides a key below this; diffusers writes -1e4
 
@@ -142,13 +142,23 @@ class Site:
         return self.layout.references(q.shape[0], q.device)
 
     def reference(
-        self, k: Tensor, v: Tensor, rows: Tensor, *, logit_scale: float = 1.0, logit_shift: float = 0.0
+        self,
+        k: Tensor,
+        v: Tensor,
+        rows: Tensor,
+        *,
+        logit_scale: float = 1.0,
+        logit_shift: float = 0.0,
+        resize: str = CENTRE,
     ) -> Segment:
-        """Return the keys and values of `rows`, one for each output row, with their tokens' labels."""
+        """Return the keys and values of `rows`, one for each output row, with their tokens' labels.
+
+        `resize` is that of `Regions.picture_labels`, here and in the methods below.
+        """
         return Segment(
             k,
             v,
-            labels=self.key_labels(k, rows),
+            labels=self.key_labels(k, rows, resize=resize),
             logit_scale=logit_scale,
             logit_shift=logit_shift,
             batch_index=rows,
@@ -158,11 +168,13 @@ class Site:
         """Return the keys and values of `rows` with `labels` [1, N]. None lets every query see them."""
         return Segment(k, v, labels=self._visible(rows, labels), batch_index=rows)
 
-    def query_labels(self, q: Tensor) -> Tensor | None:
+    def query_labels(self, q: Tensor, *, resize: str = CENTRE) -> Tensor | None:
         """Return the labels [1, N] of the output rows' queries, or None if nothing is hidden from them."""
         regions, tokens = self.regions, q.shape[2]
         if regions is not None:
-            return self._by_step(lambda picture: regions.query_labels(picture, tokens, tokens, q.device))
+            return self._by_step(
+                lambda picture: regions.query_labels(picture, tokens, tokens, q.device, resize=resize)
+            )
         return self.open_labels(q)
 
     def open_labels(self, q: Tensor) -> Tensor | None:
@@ -170,7 +182,9 @@ class Site:
         hides = self.mask is not None or self.regions is not None
         return q.new_full((1, q.shape[2]), EVERYTHING, dtype=torch.int32) if hides else None
 
-    def subject_labels(self, k: Tensor, rows: Tensor, picture: str, number: int, count: int) -> Tensor | None:
+    def subject_labels(
+        self, k: Tensor, rows: Tensor, picture: str, number: int, count: int, *, resize: str = CENTRE
+    ) -> Tensor | None:
         """Return labels of the keys of `rows`, the `number`-th of `count` pictures, that show its subject.
 
         A token whose region is 0 has no bits. The result is None if nothing hides a token.
@@ -178,14 +192,28 @@ class Site:
         regions = self.regions
         if regions is None:
             return self._visible(rows, None)
-        return self._visible(rows, regions.subject_labels(picture, number, count, k.shape[2], k.device))
+        labels = regions.subject_labels(picture, number, count, k.shape[2], k.device, resize=resize)
+        return self._visible(rows, labels)
 
-    def key_labels(self, k: Tensor, rows: Tensor) -> Tensor | None:
+    def object_labels(self, x: Tensor, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the labels of the output's tokens and of the tokens of `rows`, the appearance.
+
+        A token of no object has no bits. Both are None if nothing hides a token.
+        """
+        if self.regions is None:
+            return self.open_labels(x), self._visible(rows, None)
+        find, tokens = self.regions.object_labels, x.shape[2]
+        keys = find("appearance", tokens, x.device)
+        return find("structure", tokens, x.device), self._visible(rows, keys)
+
+    def key_labels(self, k: Tensor, rows: Tensor, *, resize: str = CENTRE) -> Tensor | None:
         """Return the labels [len(rows) or 1, N] of the reference's keys. A masked token has no bits."""
         regions = self.regions
         if regions is None:
             return self._visible(rows, None)
-        labels = self._by_step(lambda picture: regions.picture_labels(picture, k.shape[2], k.device))
+        labels = self._by_step(
+            lambda picture: regions.picture_labels(picture, k.shape[2], k.device, resize=resize)
+        )
         return self._visible(rows, labels)
 
     def own_labels(self, rows: Tensor) -> Tensor | None:

@@ -18,7 +18,6 @@ class Pool:
     def __init__(self, training: "Training") -> None:
         self.training = training
         scenes, device = training.settings.scenes, training.device
-        self.path = training.folder / "scenes.pt"
         self.count = 0
         self.latents = torch.empty(scenes, 4, LATENT, LATENT, dtype=torch.float16)
         self.labels = torch.empty(scenes, LATENT**2, dtype=torch.uint8)
@@ -39,8 +38,8 @@ class Pool:
         )
 
     def _grow(self, count: int) -> None:
-        if self.count == 0 and self.path.exists():
-            state = torch.load(self.path, weights_only=True)
+        state = self.training.checkpoints.load("scenes") if self.count == 0 else None
+        if state is not None:
             self.count = len(state["latents"])
             for name in ("latents", "labels", "tokens"):
                 getattr(self, name)[: self.count] = state[name]
@@ -52,7 +51,8 @@ class Pool:
 
     def _save(self) -> None:
         names = ("latents", "labels", "tokens")
-        torch.save({name: getattr(self, name)[: self.count].clone() for name in names}, self.path)
+        state = {name: getattr(self, name)[: self.count].clone() for name in names}
+        self.training.checkpoints.save("scenes", state)
 
     @torch.no_grad()
     def _add(self, count: int) -> None:

@@ -14,7 +14,9 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ import torch
 
 from qalign_kernels import _command_line
 from qalign_kernels._command_line import Reading
-from qalign_kernels._files import Files
+from qalign_kernels._files import Files, replacing
 
 from . import FOLDER
 from .fitness import best_decoder_layer, self_attention_fitness
@@ -135,15 +137,20 @@ def run(options: argparse.Namespace) -> int:
 
 def write(training: Training, folder: Path) -> None:
     """Write the model in half precision, a sheet of samples, and the record with its measured fitness."""
-    folder.mkdir(parents=True, exist_ok=True)
     pipe = training.pipeline().to(torch.float16)
-    pipe.save_pretrained(folder, safe_serialization=True)
+    with tempfile.TemporaryDirectory() as made:
+        pipe.save_pretrained(made, safe_serialization=True)
+        for file in sorted(path for path in Path(made).rglob("*") if path.is_file()):
+            with replacing(folder / file.relative_to(made)) as unfinished:
+                shutil.copyfile(file, unfinished)
     pipe = pipe.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     rows = self_attention_fitness(pipe)
     training.record["fitness"] = {"best_decoder_layer": best_decoder_layer(rows), "layers": rows}
-    (folder / "record.json").write_text(json.dumps(training.record, indent=1) + "\n")
-    contact_sheet(pipe).save(folder / "samples.png")
+    with replacing(folder / "record.json") as unfinished:
+        unfinished.write_text(json.dumps(training.record, indent=1) + "\n")
+    with replacing(folder / "samples.png") as unfinished:
+        contact_sheet(pipe).save(unfinished)
 
 
 def contact_sheet(pipe: Any, steps: int = 50, seed: int = 0) -> Any:

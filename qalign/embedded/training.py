@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import time
@@ -19,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qalign_kernels._files import replacing
-
+from .checkpoints import Checkpoints
 from .host import describe, has_bfloat16
 from .losses import labels_at, neighbours_loss
 from .networks import (
@@ -79,6 +79,9 @@ class Training:
         report: called with each line of progress.
         limit_s: seconds after which the run stops as on Ctrl-C.
         start: folder of a written model to continue from; None begins with new networks.
+
+    Raises:
+        ValueError: the folder has checkpoints of other settings or of another start.
     """
 
     def __init__(
@@ -90,10 +93,11 @@ class Training:
         limit_s: float = math.inf,
         start: Path | None = None,
     ) -> None:
-        self.folder, self.settings, self.device = folder, settings, device
+        self.settings, self.device = settings, device
         self.report, self.start = report, start
         self.deadline = time.monotonic() + limit_s
-        self.folder.mkdir(parents=True, exist_ok=True)
+        decides = dataclasses.asdict(settings) | {"start": _digest_of(start)}
+        self.checkpoints = Checkpoints(folder, decides, device)
         torch.manual_seed(settings.seed)
         self.tokenizer = build_tokenizer()
         self.autoencoder = build_autoencoder().to(device)
@@ -138,14 +142,6 @@ class Training:
 
     # -- the loop of both stages
 
-    def save(self, name: str, state: dict[str, Any]) -> None:
-        with replacing(self.folder / f"{name}.pt") as part:
-            torch.save(state, part)
-
-    def load(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / f"{name}.pt"
-        return torch.load(path, map_location=self.device, weights_only=True) if path.exists() else None
-
     def loop(
         self, name: str, parts: dict[str, Any], steps: int, batch: int, step: Callable[[int], list[float]]
     ) -> None:
@@ -158,7 +154,7 @@ class Training:
             batch: pictures in a step.
             step: takes the number of the step and returns its losses.
         """
-        state = self.load(name) or {"step": 0, "wall_s": 0.0, "losses": []}
+        state = self.checkpoints.load(name) or {"step": 0, "wall_s": 0.0, "losses": []}
         for key, part in parts.items():
             if key in state:
                 part.load_state_dict(state[key])
@@ -168,7 +164,7 @@ class Training:
         def keep(done: int) -> None:
             saved = {key: part.state_dict() for key, part in parts.items()}
             wall_s = before_s + time.monotonic() - begun
-            self.save(name, {**saved, "step": done, "wall_s": wall_s, "losses": losses})
+            self.checkpoints.save(name, {**saved, "step": done, "wall_s": wall_s, "losses": losses})
 
         number = said = state["step"]
         try:
@@ -250,7 +246,7 @@ class Training:
             trained.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
         pool = Pool(self)
-        if self.start is not None and self.load("denoiser") is None:
+        if self.start is not None and "denoiser" not in self.checkpoints:
             self.find_directions(pool)
 
         def step(number: int) -> list[float]:
@@ -369,6 +365,11 @@ class Training:
     def generator(self, step: int) -> torch.Generator:
         """The generator of one step: what a step sees depends on the seed and its number alone."""
         return torch.Generator(self.device).manual_seed(self.settings.seed * 1_000_003 + step)
+
+
+def _digest_of(start: Path | None) -> str | None:
+    """What tells written models apart: the hash of a model's record, which has its losses and fitness."""
+    return None if start is None else hashlib.sha256((start / "record.json").read_bytes()).hexdigest()
 
 
 def _rate(step: int, steps: int, warmup: int, decay: float) -> float:

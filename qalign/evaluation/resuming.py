@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from qalign_kernels._files import replacing
 
+_log = logging.getLogger("qalign")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -42,7 +44,10 @@ class KeptResults:
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
         if not self._file.is_file():
             return
-        found = json.loads(self._file.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(self._file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{self._file}: expected settings of results, got {error}") from error
         for name in sorted({*found, *self.settings}):
             if (there := found.get(name)) != (wanted := self.settings.get(name)):
                 got = f"{len(self)} of {name} {there}; delete it to begin anew"
@@ -69,8 +74,8 @@ class KeptResults:
         def keep(item: Item) -> Result:
             numbers = dataclasses.astuple(item)  # type: ignore[call-overload]
             path = self.folder / f"{name}-{'-'.join(map(str, numbers))}.pt"
-            if path.is_file():
-                return kind(**torch.load(path, weights_only=True))
+            if (known := _read(path)) is not None:
+                return kind(**known)
             result, content = work(item), io.BytesIO()
             torch.save(vars(result), content)
             with replacing(self._file) as unfinished:
@@ -84,6 +89,17 @@ class KeptResults:
     def remove(self) -> None:
         """Remove the folder when the report is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The fields of a kept result, or None if there is no file or a damaged one."""
+    if not path.is_file():
+        return None
+    try:
+        return dict(torch.load(path, weights_only=True))
+    except Exception as error:  # torch.load raises any kind
+        _log.warning("the result in %s cannot be read and is made again (%s)", path, type(error).__name__)
+        return None
 
 
 def keeping(

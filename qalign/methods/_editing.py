@@ -60,12 +60,17 @@ class Method:
             user names none. None is the whole loop.
         reads_labels: the pictures whose label map the method reads where there are regions.
         reads_size: whether the method reads `site.forward.size`, the size of the latents.
+        may_edit_no_layer: whether `default_layers` may be empty because the settings say so.
     """
 
     card: ClassVar[Card | None] = None
     default_steps: ClassVar[tuple[float, float] | None] = None
     reads_labels: ClassVar[tuple[str, ...]] = ()
     reads_size: ClassVar[bool] = False
+
+    @property
+    def may_edit_no_layer(self) -> bool:
+        return False
 
     @classmethod
     def title(cls) -> str:

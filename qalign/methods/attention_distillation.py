@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qalign_kernels import distillation_loss
 
-from ..context.regions import Regions
+from ..context.regions import CORNER, Regions
 from ._editing import last_six
 
 
@@ -50,7 +50,7 @@ class AttentionDistillation:
 
     O and Q are those of the moving latents. sg stops the gradient, so the first term has a gradient only
     through O. Several styles are attended as their concatenation. With `regions`, a query sees only the
-    style's tokens of its own label.
+    style's tokens of its own label. Label maps are resized to each layer by torch's "nearest", as published.
 
     This is a method on latents, and not on an attention layer: `attach` does not take it, and
     `AttentionDistillationPipeline` does.
@@ -130,9 +130,12 @@ class AttentionDistillation:
             raise ValueError(f"regions: expected one style with them, got {len(style.key)}")
         of_rows = [regions] if isinstance(regions, Regions) else regions
         queries = torch.cat(
-            [each.query_labels("appearance", layer.query.shape[2], tokens, device) for each in of_rows]
+            [
+                each.query_labels("appearance", layer.query.shape[2], tokens, device, resize=CORNER)
+                for each in of_rows
+            ]
         )  # [B|1, N]
-        keys = of_rows[0].picture_labels("appearance", tokens, device)
+        keys = of_rows[0].picture_labels("appearance", tokens, device, resize=CORNER)
         return distillation_loss(
             layer.output,
             layer.query,

@@ -57,8 +57,9 @@ class BoundedAttention(Editing):
         other tokens have all. Background queries have the sign bit; if `optimized`, they have all. Without
         guidance halves, or if the two are separate calls, every call counts as conditional.
         The guidance loss, the refinement of boxes to masks and the positions of words are in
-        `BoundedAttentionPipeline`. A token of the picture in several subjects is not possible: give the
-        overlap its own label, which then sees itself and the background.
+        `BoundedAttentionPipeline`. A token in several boxes of `Regions.from_boxes` sees the keys of all its
+        subjects, as published. Boxes are rounded on the grid of each layer, and masks are resized by torch's
+        "nearest-exact", both as published.
 
     Source: Bounded Attention, arXiv 2403.16990.
     """

@@ -21,6 +21,10 @@ class EyeForAnEye(CrossImage):
     Queries, keys and values of the output rows are projections of the result. At Cross-Image's structure
     steps, h_out <- h_structure. The layers are Cross-Image's, and there is no contrast.
 
+    With `attach(..., regions=...)`, a token is matched within its label. A token of the background, whose
+    label is 0 if the regions name none, and a token whose label the appearance does not show keep their
+    features.
+
     >>> from qalign import EyeForAnEye, attach
     >>> with attach(pipe, EyeForAnEye(), steps=(0, 1)):
     ...     images = pipe([prompt] * 3, latents=latents, num_inference_steps=2, guidance_scale=1).images
@@ -35,10 +39,12 @@ class EyeForAnEye(CrossImage):
         ValueError: another contrast.
 
     Notes:
-        The published code matches in the conditional row and edits the unconditional row. This class edits
-        the row that it matches. The published form that swaps values only is, with matched queries,
+        The published code matches and edits the conditional guidance half alone, and at structure steps it
+        edits the unconditional half alone. This class edits both halves at every step, each by its own match.
+        The published form that swaps values only is, with matched queries,
         `QAlign(refinement="warped_values")`. Masks from a segmentation model are not here (`regions` takes
-        them), nor is AdaIN.
+        them), nor is AdaIN. The published code resizes masks bilinearly, and every token above 0 is inside;
+        here the label in the centre of a token counts.
 
     Source: Eye-for-an-eye, arXiv 2406.07008.
     """
@@ -66,15 +72,14 @@ class EyeForAnEye(CrossImage):
         output = site.output_rows(hidden)
         appearance = site.layout.index("appearance", len(hidden), hidden.device)
         features = hidden.unsqueeze(1)
+        own, labels = features.index_select(0, output), site.object_labels(features, appearance)
         index, _ = similarity_argmax(
-            features.index_select(0, output),
-            features,
-            query_labels=site.query_labels(features),
-            reference_labels=site.key_labels(features, appearance),
-            batch_index=appearance,
+            own, features, query_labels=labels[0], reference_labels=labels[1], batch_index=appearance
         )
-        rows = index[:, 0, :, None].clamp(min=0).long().expand(-1, -1, hidden.shape[2])
-        matched = hidden.index_select(0, appearance).gather(1, rows)
+        index = index[:, 0, :, None]  # -1 has no match
+        rows = index.clamp(min=0).long().expand(-1, -1, hidden.shape[2])
+        found = hidden.index_select(0, appearance).gather(1, rows)
+        matched = torch.where(index >= 0, found, own[:, 0])
         if site.clock is not None and "structure" in site.layout.roles:
             structure = hidden.index_select(0, site.structure_rows(hidden))
             matched = torch.where(site.clock.from_structure.to(hidden.device), structure, matched)

@@ -11,7 +11,7 @@ from qalign_kernels import Segment, attention
 
 from ..context.layer_call import Site, take
 from ..context.layout import BatchLayout
-from ..context.regions import Regions
+from ..context.regions import CORNER, Regions
 from ._editing import Card, Editing, check_labels
 
 
@@ -26,7 +26,8 @@ class FreeCustom(Editing):
 
     References are the appearance rows, as many as the layout has. Subjects are the labels other than 0 of
     `attach(..., regions=Regions(appearance=[mask_1, mask_2]))`. Without regions, all of a reference is
-    subject. Labels of the structure are not read.
+    subject. Labels of the structure are not read. Masks are resized to each layer by torch's "nearest", as
+    published.
 
     >>> import torch
     >>> from qalign import BatchLayout, FreeCustom, Site
@@ -124,6 +125,6 @@ class FreeCustom(Editing):
         weights = self._weights(count)
         segments = [site.own(k, v, output)]
         for number, (rows, weight) in enumerate(zip(references, weights)):
-            labels = site.subject_labels(k, rows, "appearance", number, count)
+            labels = site.subject_labels(k, rows, "appearance", number, count, resize=CORNER)
             segments.append(Segment(k, v, labels=labels, logit_shift=weight, batch_index=rows))
         return attention(take(q, output), segments, scale=site.scale, query_labels=site.open_labels(q))

@@ -14,7 +14,7 @@ from qalign_kernels import attention, label_mass
 from ..context.layer_call import Site, take
 from ..context.layers import token_grid
 from ..context.layout import BatchLayout
-from ..context.regions import EVERYTHING, Regions
+from ..context.regions import CORNER, EVERYTHING, Regions
 from ._editing import Card, Editing
 
 
@@ -28,7 +28,8 @@ class MasaCtrl(Editing):
 
     The published mask form attends foreground and background of the source separately, and joins both results
     by the target's mask. For binary masks this is a label on each token:
-    `attach(..., regions=Regions(appearance=source_mask, structure=target_mask))`.
+    `attach(..., regions=Regions(appearance=source_mask, structure=target_mask))`. Label maps are resized to
+    each layer by torch's "nearest", as published.
 
     With token indices, the masks come from the cross-attention of the run, inside `attach` only:
     m is the mean over heads and layers of the attention that conditional rows give to these tokens of their
@@ -148,7 +149,8 @@ class MasaCtrl(Editing):
     def edit(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, reference: Tensor, site: Site) -> Tensor:
         masks = self._automatic_masks(q, site)
         if masks is None:
-            query_labels, segments = site.query_labels(q), [site.reference(k, v, reference)]
+            query_labels = site.query_labels(q, resize=CORNER)
+            segments = [site.reference(k, v, reference, resize=CORNER)]
         else:
             query_labels, key_labels = masks
             segments = [site.own(k, v, reference, labels=key_labels)]

@@ -34,6 +34,8 @@ class StyleAligned(Editing):
     torch.Size([3, 2, 16, 8])
 
     Args:
+        share_attention: whether the reference's keys and values are attended. False leaves the statistics:
+            each output attends its own tokens. `full_attention_share` does not read it.
         adain_queries, adain_keys, adain_values: whether these take the reference's statistics.
         shared_score_scale: a.
         shared_score_shift: b, as if the reference's keys were there e^b times. For an inverted real picture
@@ -44,8 +46,9 @@ class StyleAligned(Editing):
         share_group_norm: whether group norms are shared, independent of `attach(layers=...)` and `level`.
             None is the published choice: yes on Stable Diffusion, no on SDXL. On SDXL the authors share them
             only for a real picture, as `real()` does.
-        level: 0 shares in all layers, 1 in none. In between, ⌊level · L⌋ evenly spaced layers of L are not
-            shared; above one half, ⌊(1 - level) · L⌋ evenly spaced layers are shared.
+        level: 0 shares in all layers, 1 in none, where group norms alone are shared. In between,
+            ⌊level · L⌋ evenly spaced layers of L are not shared; above one half, ⌊(1 - level) · L⌋ evenly
+            spaced layers are shared.
 
     Raises:
         ValueError: `level` is no fraction.
@@ -68,6 +71,7 @@ class StyleAligned(Editing):
     )
     reads_labels: ClassVar[tuple[str, ...]] = ("appearance", "structure")
 
+    share_attention: bool = True
     adain_queries: bool = True
     adain_keys: bool = True
     adain_values: bool = False
@@ -94,6 +98,10 @@ class StyleAligned(Editing):
             if shared and isinstance(module, nn.GroupNorm)
         }
 
+    @property
+    def may_edit_no_layer(self) -> bool:
+        return self.level > 0.5
+
     def default_layers(self, names: Sequence[str]) -> list[str]:
         """Select all layers except those that `level` leaves out."""
         few = math.floor((1 - self.level if self.level > 0.5 else self.level) * len(names))
@@ -117,6 +125,8 @@ class StyleAligned(Editing):
             for x, wanted in ((q, self.adain_queries), (k, self.adain_keys), (v, self.adain_values))
         )
         own = Segment(key, value, labels=site.own_labels(output))
+        if not self.share_attention:
+            return attention(query, own, scale=site.scale, query_labels=site.open_labels(q))
         shared = site.reference(
             k, v, reference, logit_scale=self.shared_score_scale, logit_shift=self.shared_score_shift
         )

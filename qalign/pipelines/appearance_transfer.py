@@ -237,7 +237,8 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         """
         self._interrupt = False
         prompt, method = one_prompt(prompt), make_method(method)
-        check_output(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end)
+        check_output(output_type, callback_on_step_end_tensor_inputs)
+        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         check_options(method, adain, edit_steps, regions, noun, freeu)
         check_fractions(guidance_start=guidance_start, adain_start=adain_start)
         require_number("swap_guidance_scale", swap_guidance_scale)
@@ -298,10 +299,9 @@ class AppearanceTransfer(PairInversion, SelfRegions):
         latents = known.latents[skipped, rows].to(device)
         if method is not None:
             latents[:outputs] = method.start(latents[:outputs], latents[outputs : outputs + 1])
-        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         with self._freeu(freeu):
             latents, masks = loop.run(latents, control, callback)
-        pictures = latents if output_type == "latent" else self._decode(latents)
+        pictures = self._finished(latents, output_type)
         self.maybe_free_model_hooks()
         images, reconstructions = (
             self.image_processor.postprocess(some, output_type=output_type)

@@ -25,14 +25,12 @@ def one_prompt(prompt: Any) -> str:
     return prompt
 
 
-def check_output(output_type: Any, names: Any, callback: Any = None) -> None:
-    """Check `output_type` and the two arguments of a callback."""
+def check_output(output_type: Any, names: Any) -> None:
+    """Check `output_type` and `callback_on_step_end_tensor_inputs`."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     if not isinstance(names, (list, tuple)) or set(names) - {"latents"}:
         raise ValueError(f"callback_on_step_end_tensor_inputs: expected ('latents',) or (), got {names!r}")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback_on_step_end: expected a function or None, got {callback!r}")
 
 
 def check_noun(noun: Any) -> None:

@@ -18,7 +18,7 @@ from ..context.regions import Regions, label_scale
 from ..methods.attention_distillation import AttentionDistillation, Losses
 from ..sampling.attention_reader import AttentionReader
 from ..sampling.decoder_tuning import tuned_decoder
-from ..sampling.denoising import ddim_scheduler, set_steps
+from ..sampling.denoising import ddim_scheduler, require_finite, set_steps
 from .arguments import check_generator, check_output, check_switches, one_prompt
 from .base import LatentDiffusion, OnStepEnd, StepCallback, XLConditions
 from .distillation_run import (
@@ -163,7 +163,8 @@ class AttentionDistillationMixin(LatentDiffusion):
         settings = choose_settings(MODES[mode], num_inference_steps, iterations, learning_rate)
         prompt = one_prompt(prompt)
         _check(method, regions, tune_decoder)
-        check_output(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end)
+        check_output(output_type, callback_on_step_end_tensor_inputs)
+        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         check_switches(adain=adain, anneal=anneal)
         require_number("guidance_scale", guidance_scale)
         self._check_run(settings, generator)
@@ -190,7 +191,7 @@ class AttentionDistillationMixin(LatentDiffusion):
             "style": self.encode(pictures),
             "content": kept,
             "generator": generator,
-            "callback": StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs)),
+            "callback": callback,
         }
         run: Run
         if mode == "optimise":
@@ -274,7 +275,8 @@ class AttentionDistillationMixin(LatentDiffusion):
         """
         settings = choose_settings(TEXTURE, num_inference_steps, iterations, learning_rate)
         _check(method, regions, tune_decoder)
-        check_output(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end)
+        check_output(output_type, callback_on_step_end_tensor_inputs)
+        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         require_count("batch_size", batch_size, 1)
         for side, number in (("height", height), ("width", width)):
             require_count(side, number, 1)
@@ -299,7 +301,7 @@ class AttentionDistillationMixin(LatentDiffusion):
             style=self.encode(pictures),
             content=None,
             generator=generator,
-            callback=StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs)),
+            callback=callback,
             places=places,
             batch_size=batch_size,
         )
@@ -331,6 +333,7 @@ class AttentionDistillationMixin(LatentDiffusion):
     ) -> Any:
         """Walk the run, and decode its latents by a decoder tuned to the style `pictures`."""
         images, tuning = run.walk(), []
+        require_finite(images, "latents", images.dtype)
         if output_type != "latent":
             images, tuning = self._decode_tuned(run, images, pictures, 0 if run.interrupted else tune_decoder)
         self.maybe_free_model_hooks()

@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
@@ -13,23 +14,47 @@ from ..sampling.inversion import Predict
 from ..sampling.inversion_cache import digest
 from .pictures import choose_size, to_tensors
 
+_CALLBACK = "callback_on_step_end"
+
 Condition = dict[str, Any]  # keyword arguments of the UNet for one row
 Found = TypeVar("Found")
 OnStepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]  # callback_on_step_end
 
 
-class StepCallback(NamedTuple):
+@dataclass(frozen=True)
+class StepCallback:
     """`callback_on_step_end` of a call, and `callback_on_step_end_tensor_inputs`."""
 
     function: OnStepEnd | None
     names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if self.function is not None and not callable(self.function):
+            raise TypeError(f"{_CALLBACK}: expected a function or None, got {self.function!r}")
+
     def __call__(self, pipe: Any, step: int, timestep: Any, latents: Tensor) -> Tensor | None:
         """The latents that the function returns; None where it returns none, or there is no function."""
         if self.function is None:
             return None
-        returned = self.function(pipe, step, timestep, {name: latents for name in self.names}) or {}
-        return returned.get("latents")
+        returned = self.function(pipe, step, timestep, {name: latents for name in self.names})
+        return None if returned is None else _returned_latents(returned, latents)
+
+
+def _returned_latents(returned: Any, latents: Tensor) -> Tensor | None:
+    """The latents in what a callback returned, as the loop's own have dtype and device."""
+    if not isinstance(returned, dict):
+        raise TypeError(f"{_CALLBACK}: expected a dict or None from it, got {type(returned).__name__}")
+    if unknown := sorted(map(str, returned.keys() - {"latents"})):
+        raise ValueError(f"{_CALLBACK}: expected a dict of latents alone from it, got {', '.join(unknown)}")
+    found = returned.get("latents")
+    if found is None:
+        return None
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        got = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"{_CALLBACK}: expected latents of floating point from it, got {got}")
+    if found.shape != latents.shape:
+        raise ValueError(f"{_CALLBACK}: expected latents {list(latents.shape)}, got {list(found.shape)}")
+    return require_finite(found, "latents of callback_on_step_end", found.dtype).to(latents)
 
 
 class LatentDiffusion:
@@ -258,6 +283,11 @@ class LatentDiffusion:
             return base + scale * (output - base)
 
         return predict
+
+    def _finished(self: Any, latents: Tensor, output_type: str) -> Tensor:
+        """The latents themselves if they are the output, and the pictures of them if not."""
+        require_finite(latents, "latents", latents.dtype)
+        return latents if output_type == "latent" else self._decode(latents)
 
     def _decode(self: Any, latents: Tensor) -> Tensor:
         with self._wide_vae():

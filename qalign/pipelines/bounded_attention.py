@@ -17,7 +17,8 @@ from ..context.regions import Regions
 from ..methods.bounded import BoundedAttention
 from ..processors.attach import find_unet, select_layers
 from ..sampling.attention_reader import AttentionReader, frozen, gradient
-from ..sampling.bounded_guidance import BoundedGuidance, MaskRefiner
+from ..sampling.bounded_guidance import BoundedGuidance
+from ..sampling.bounded_masks import MaskRefiner
 from ..sampling.denoising import ddim_scheduler, require_finite, set_steps
 from ..sampling.object_masks import end_place, word_places
 from .arguments import check_generator, check_output, one_prompt
@@ -39,6 +40,7 @@ FILTER_WORDS = tuple(
     top bottom toward towards two under underneath until upon via while with within without""".split()
 )
 
+UNSEEN = "subjects: guidance cannot move number %s; the box has no cell on the grids of the loss's layers"
 _log = logging.getLogger("qalign")
 
 
@@ -50,7 +52,8 @@ class BoundedAttentionOutput(BaseOutput):
         images: as `output_type` says: PIL images, an array [1, H, W, 3] or a tensor [1, C, h, w].
         regions: the last masks: `structure` [h, w] of the latents' size, 1 for the first subject and so on,
             0 for the background.
-        losses: float32 [iterations, 2], the step and the loss before each iteration of the guidance.
+        losses: float32 [iterations, 2], the step and the loss per subject before each iteration of the
+            guidance.
         interrupted: whether Ctrl-C or `pipe._interrupt` ended the run early. The image is then the last
             estimate of the clean one.
     """
@@ -99,8 +102,9 @@ class BoundedAttentionMixin(LatentDiffusion):
 
         x ← x - rate · ∂loss/∂x
 
-        A guided step repeats this, on the prompt's guidance half, until the loss is below
-        `guidance.enough` or `guidance.iterations` are done. Then a step of DDIM runs with both halves under
+        A guided step repeats this, on the prompt's guidance half. The loss is the sum over the subjects. The
+        last iteration is the first whose loss per subject was below `guidance.enough`, or that of number
+        `guidance.iterations`. Then a step of DDIM runs with both halves under
         `BoundedAttention` in all layers. After the guided steps, masks that follow the subjects replace the
         boxes.
 
@@ -108,7 +112,8 @@ class BoundedAttentionMixin(LatentDiffusion):
             prompt: one prompt.
             subjects: pairs of words of the prompt and their box (x0, y0, x1, y1), in fractions of width and
                 height from the upper left corner. All places of the words count, and their plural in s is
-                found too. Subjects may share words.
+                found too. Subjects may share words, and boxes may overlap: a token sees the keys of all its
+                boxes. Every layer rounds the boxes on its own grid.
             guidance: the settings of the guidance. None is `default_guidance`: `BoundedGuidance()`, for
                 SDXL with rates (18, 5).
             num_inference_steps: of DDIM.
@@ -134,7 +139,7 @@ class BoundedAttentionMixin(LatentDiffusion):
         Raises:
             TypeError: an argument is of the wrong type; the message names it.
             ValueError: an argument is invalid; the message names it.
-            FloatingPointError: predictions or gradients are NaN or infinite.
+            FloatingPointError: latents, predictions or gradients are NaN or infinite.
 
         Example:
             >>> from qalign import BoundedAttentionPipeline
@@ -150,14 +155,14 @@ class BoundedAttentionMixin(LatentDiffusion):
             estimate of the clean picture. The result is deterministic for a given generator. Masks need
             scikit-learn.
 
-        Source: Bounded Attention, arXiv 2403.16990. Deviations: boxes do not overlap (the last one is in
-        front) and are rounded to the latents' grid only; a list of words replaces the tagger of filter
-        tokens.
+        Source: Bounded Attention, arXiv 2403.16990. Deviations: a list of words replaces the tagger of filter
+        tokens; a subject's noun is the last place of its words; k-means is scikit-learn's.
         """
         guidance = self.default_guidance if guidance is None else guidance
         prompt = one_prompt(prompt)
         _check(guidance, guidance_scale, subjects, filter_words, latents)
-        check_output(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end)
+        check_output(output_type, callback_on_step_end_tensor_inputs)
+        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         check_generator(generator)
         scheduler = ddim_scheduler(self.scheduler)
         require_count("num_inference_steps", num_inference_steps, 1)
@@ -179,7 +184,6 @@ class BoundedAttentionMixin(LatentDiffusion):
         require_finite(latents, "latents", latents.dtype)
         words, boxes = [word for word, _ in subjects], [box for _, box in subjects]
         method = self._same_tokens(lambda tokenizer: _method(tokenizer, prompt, words, filter_words))
-        callback = StepCallback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         regions = Regions.from_boxes(boxes, *shape[-2:])
         run = _Run(self, guidance, method, regions, layers, mask_layers, callback)
         latents = run.walk(
@@ -188,7 +192,7 @@ class BoundedAttentionMixin(LatentDiffusion):
             self.conditions(prompt, *size),
             guidance_scale,
         )
-        pictures = latents if output_type == "latent" else self._decode(latents)
+        pictures = self._finished(latents, output_type)
         self.maybe_free_model_hooks()
         images = self.image_processor.postprocess(pictures, output_type=output_type)
         result = BoundedAttentionOutput(
@@ -308,12 +312,15 @@ class _Run:
                 with torch.enable_grad():
                     moving = latents.detach().requires_grad_()
                     own, words = _split(self.read(moving, timestep, condition))
+                    if not self.losses and (unseen := self.guidance.unseen(own, self.boxes)):
+                        _log.warning(UNSEEN, ", ".join(map(str, unseen)))
                     loss = self.guidance.loss(own, self.boxes, words, self.method)
-                self.losses.append((step, loss.item()))
-                bar.set_postfix(loss=f"{loss.item():.4g}")
-                if loss.item() < self.guidance.enough:
-                    break
+                mean = loss.item() / len(self.refiner.subjects)
+                self.losses.append((step, mean))
+                bar.set_postfix(loss=f"{mean:.4g}")
                 latents = latents - rate * gradient(loss, moving)
+                if mean < self.guidance.enough:
+                    break
         return latents
 
     def _reader(self) -> AttentionReader:

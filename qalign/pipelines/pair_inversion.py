@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import require_uninterrupted
 from ..processors.attach import find_unet
+from ..processors.unet import UNetAttnProcessor
 from ..sampling.denoising import ddim_scheduler
 from ..sampling.freeu import cross_image_freeu
 from ..sampling.inversion import Inversion, invert_ddim, invert_ddpm
@@ -121,9 +122,10 @@ class PairInversion(LatentDiffusion):
                 settings,
                 dict(scheduler.config),
                 scheduler.alphas_cumprod,
+                scheduler.final_alpha_cumprod,
                 condition,
                 unconditional,
-                find_unet(self),
+                _require_plain(find_unet(self)),
             )
             keys = [digest(shared, row, state) for row, state in zip(clean, noise)]
 
@@ -148,3 +150,17 @@ class PairInversion(LatentDiffusion):
 
     def _freeu(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
         return cross_image_freeu(self) if wanted else contextlib.nullcontext()
+
+
+def _require_plain(unet: nn.Module) -> nn.Module:
+    """Refuse a UNet that `attach` has changed: the key of an inversion does not cover a method."""
+    processors = [getattr(module, "processor", None) for module in unet.modules()]
+    methods = [
+        type(each.method).__name__
+        for each in processors
+        if isinstance(each, UNetAttnProcessor) and each.method and "output" in each.layout.roles
+    ]
+    if methods:
+        got = f"{methods[0]} on {len(methods)} layers"
+        raise ValueError(f"cache: expected a UNet without an attached method, or None, got {got}")
+    return unet

@@ -138,7 +138,7 @@ class Control:
             )
         self.regions = regions
         self.clock = Clock(method.default_steps if steps is None else steps, method.takes_structure)
-        self.layers = select_layers(self.model, layers, method)
+        self.layers = select_layers(self.model, layers, method, required=not method.may_edit_no_layer)
         self.hooks = {
             name: ModuleHook(function, layout, name, self.clock, regions)
             for name, function in hooks_of(method, self.model).items()
@@ -321,8 +321,8 @@ class Control:
                 f"it edits nothing, as the layout has no output row, only {', '.join(self.layout.roles)}"
             )
         elif not self.hooks and not self.cross_layers and not any(map(self.method.acts_in, self.layers)):
-            first = f"{next(iter(self.layers))} the first"
-            self._warn(f"it edits none of the {len(self.layers)} chosen layers, {first}")
+            first = "".join(f", {name} the first" for name in list(self.layers)[:1])
+            self._warn(f"it edits none of the {len(self.layers)} chosen layers{first}")
 
     def _warn(self, text: str) -> None:
         if not self._warned:

@@ -33,11 +33,13 @@ def find_unet(pipe_or_model: Any) -> nn.Module:
     return model
 
 
-def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: Method) -> dict[str, Any]:
+def select_layers(
+    model: nn.Module, layers: str | Sequence[str] | None, method: Method, *, required: bool = True
+) -> dict[str, Any]:
     """Select the self-attention layers of a UNet, in the order of the model. Arguments as in `attach`.
 
     Raises:
-        ValueError: a name that matches no layer, or no layer at all.
+        ValueError: a name that matches no layer, or no layer at all and `required`.
     """
     present = _attention_layers(model, cross=False)
     if not present:
@@ -45,7 +47,7 @@ def select_layers(model: nn.Module, layers: str | Sequence[str] | None, method: 
         raise ValueError(f"pipe_or_model: expected {expected}, got {got}")
     if layers is None:
         chosen = set(method.default_layers(list(present)))
-        if not chosen:
+        if not chosen and required:
             reason = f"{type(method).__name__} has no default on {type(model).__name__}"
             raise ValueError(f"layers: expected names, because {reason}, got None")
     else:

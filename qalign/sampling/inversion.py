@@ -1,5 +1,6 @@
 """Inversion: the noise from which a diffusion model reproduces given latents. Arithmetic is in float32."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +25,14 @@ from .denoising import (
     set_steps,
     spread,
 )
+from .weights_digest import tensor_bytes
 
 # (latents [B, C, h, w], timesteps int64 [B]) -> the guided output, in the scheduler's prediction type
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 KINDS = ("ddpm", "ddim")
-_FORMAT = "qalign.inversion.1"
+_FORMAT = "qalign.inversion.2"
+_WITHOUT_CHECKSUM = "qalign.inversion.1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,18 +112,10 @@ class Inversion:
             ...     Inversion.load(f"{folder}/one.safetensors").timesteps
             tensor([500,   0])
         """
-        tensors = {
-            name: getattr(self, name).contiguous()
-            for name in ("latents", "noises", "timesteps")
-            if getattr(self, name) is not None
-        }
-        with replacing(Path(path)) as unfinished:
-            save_file(
-                tensors, unfinished, metadata={"format": _FORMAT, "kind": self.kind, "eta": repr(self.eta)}
-            )
+        write_inversion(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> Self:
+    def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> "Inversion":
         """Read a file that `save` wrote.
 
         Args:
@@ -134,27 +129,87 @@ class Inversion:
             FileNotFoundError: there is no such file.
             ValueError: the file is something else, or damaged.
         """
-        if not Path(path).is_file():
-            got = f"{os.fspath(path)!r}, which does not exist"
-            raise FileNotFoundError(f"path: expected a file written by Inversion.save, got {got}")
+        return read_inversion(path)[0].to(device)
+
+
+def write_inversion(inversion: Inversion, path: str | os.PathLike, *, key: str = "") -> None:
+    """Write a safetensors file with a checksum, as `Inversion.save`.
+
+    Args:
+        inversion: to write.
+        path: of the file.
+        key: of all that the inversion depends on, kept in the file.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> one = Inversion("ddim", torch.zeros(3, 2, 4, 8, 8), None, torch.tensor([500, 0]), 0.0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_inversion(one, f"{folder}/one.safetensors", key="one")
+        ...     read_inversion(f"{folder}/one.safetensors")[1]
+        'one'
+    """
+    tensors = {
+        name: getattr(inversion, name).contiguous()
+        for name in ("latents", "noises", "timesteps")
+        if getattr(inversion, name) is not None
+    }
+    about = {"format": _FORMAT, "kind": inversion.kind, "eta": repr(inversion.eta), "key": key}
+    about["checksum"] = _checksum(tensors, about)
+    with replacing(Path(path)) as unfinished:
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            found = cls(
-                metadata["kind"],
-                tensors["latents"],
-                tensors.get("noises"),
-                tensors["timesteps"],
-                float(metadata["eta"]),
-            )
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"path: expected a file written by Inversion.save, got {os.fspath(path)!r} ({error})"
-            ) from error
-        return found.to(device)
+            save_file(tensors, unfinished, metadata=about)
+        except SafetensorError as error:  # what safetensors raises where the disk is full
+            raise OSError(str(error)) from error
+
+
+def read_inversion(path: str | os.PathLike) -> tuple[Inversion, str]:
+    """Read a file that `write_inversion` wrote, and verify its checksum.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        the inversion and its key. `write_inversion` shows an example.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is something else, or damaged.
+    """
+    if not Path(path).is_file():
+        got = f"{os.fspath(path)!r}, which does not exist"
+        raise FileNotFoundError(f"path: expected a file written by Inversion.save, got {got}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            about = file.metadata() or {}
+            if about.get("format") not in (_FORMAT, _WITHOUT_CHECKSUM):
+                raise ValueError(f"its format is {about.get('format')!r}, not {_FORMAT!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        checksum = about.pop("checksum", "")
+        if about["format"] == _FORMAT and checksum != _checksum(tensors, about):
+            raise ValueError("its checksum is not that of its contents")
+        found = Inversion(
+            about["kind"],
+            tensors["latents"],
+            tensors.get("noises"),
+            tensors["timesteps"],
+            float(about["eta"]),
+        )
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"path: expected a file written by Inversion.save, got {os.fspath(path)!r} ({error})"
+        ) from error
+    return found, about.get("key", "")
+
+
+def _checksum(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
+    whole = hashlib.sha256(repr(sorted(about.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        whole.update(tensor_bytes(tensor))
+    return whole.hexdigest()
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
-from .inversion import Inversion
+from .inversion import Inversion, read_inversion, write_inversion
+from .weights_digest import tensor_bytes, weights_digest
 
-SAMPLES = 16  # values of each parameter
 # attributes of FreeU and of adapters that change a UNet's results
 NOT_PARAMETERS = (
     "b1",
@@ -24,6 +25,7 @@ NOT_PARAMETERS = (
     "_active_adapter",
     "_disable_adapters",
     "merged_adapters",
+    "scale",
 )
 _log = logging.getLogger("qalign")
 
@@ -33,6 +35,9 @@ class InversionCache:
 
     Args:
         folder: of the safetensors files. None keeps and finds nothing.
+
+    Raises:
+        ValueError: `folder` is a file.
 
     Example:
         >>> import tempfile
@@ -46,6 +51,8 @@ class InversionCache:
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
+        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"cache: expected a folder, got the file {self.folder}")
 
     def fill(self, keys: Sequence[str], make: Callable[[list[int]], Inversion]) -> Inversion:
         """Collect the inversion of all pictures, and make those that the folder does not have.
@@ -56,16 +63,16 @@ class InversionCache:
                 if none is missing.
 
         Returns:
-            the inversion of all pictures, in the order of `keys`. A file that cannot be read is made again,
-            with a warning.
+            the inversion of all pictures, in the order of `keys`. An inversion whose file is damaged, or is
+            that of another key, is made again, with a warning. One that cannot be written is returned all the
+            same, with a warning.
         """
         found = {row: inverted for row, key in enumerate(keys) if (inverted := self._load(key)) is not None}
         missing = [row for row in range(len(keys)) if row not in found]
         if missing:
             made = make(missing)
             found |= {row: _rows(made, [position]) for position, row in enumerate(missing)}
-            for row in missing:
-                self._store(keys[row], found[row])
+            self._store({keys[row]: found[row] for row in missing})
         return _join([found[row] for row in range(len(keys))])
 
     def _load(self, key: str) -> Inversion | None:
@@ -73,14 +80,22 @@ class InversionCache:
         if path is None or not path.exists():
             return None
         try:
-            return Inversion.load(path)
+            inversion, key_inside = read_inversion(path)
+            if key_inside != key:
+                raise ValueError("it is that of another inversion")
+            return inversion
         except (OSError, ValueError) as error:
-            _log.warning("cache: the inversion in %s cannot be read and is made again (%s)", path, error)
+            _log.warning("cache: the inversion in %s cannot be used and is made again (%s)", path, error)
             return None
 
-    def _store(self, key: str, inversion: Inversion) -> None:
-        if self.folder is not None:
-            inversion.save(self.folder / f"{key}.safetensors")
+    def _store(self, made: dict[str, Inversion]) -> None:
+        if self.folder is None:
+            return
+        try:
+            for key, inversion in made.items():
+                write_inversion(inversion, self.folder / f"{key}.safetensors", key=key)
+        except OSError as error:
+            _log.warning("cache: the inversion is used and not kept (%s)", error)
 
 
 def _rows(inversion: Inversion, rows: list[int]) -> Inversion:
@@ -102,12 +117,16 @@ def digest(*parts: Any) -> str:
     """Hash things by sha256.
 
     Args:
-        parts: a tensor counts by its bytes, a model by its configuration and some values of each parameter,
-            anything else by its JSON. Entries of a dict whose name begins with an underscore do not count:
-            diffusers keeps paths and versions there.
+        parts: a tensor or an array counts by dtype, shape and bytes. A model counts by its configuration, all
+            of its weights, the factors of FreeU and the state of adapters. Anything else counts by its JSON.
+            Entries of a dict whose name begins with an underscore do not count: diffusers keeps paths and
+            versions there.
 
     Returns:
         64 hexadecimal digits.
+
+    Raises:
+        ValueError: some weights of a model cannot be read.
 
     Example:
         >>> digest(latents, {"steps": 50}) == digest(latents.clone(), {"steps": 50, "_version": 1})
@@ -117,32 +136,27 @@ def digest(*parts: Any) -> str:
     for part in parts:
         if isinstance(part, nn.Module):
             config: Any = part.config
-            part = digest(dict(config), *_samples(part))
-        elif isinstance(part, Tensor):
-            part = hashlib.sha256(
-                f"{list(part.shape)}".encode() + part.detach().float().cpu().numpy().tobytes()
-            ).hexdigest()
+            part = digest(dict(config), *_states(part), weights_digest(part))
+        elif isinstance(part, (Tensor, numpy.ndarray)):
+            part = torch.as_tensor(part)
+            head = f"{part.dtype} {list(part.shape)}".encode()
+            part = hashlib.sha256(head + tensor_bytes(part).tobytes()).hexdigest()
         elif isinstance(part, dict):
             part = digest(
                 *(item for name in sorted(part) if not name.startswith("_") for item in (name, part[name]))
             )
-        whole.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
+        whole.update(json.dumps(part, sort_keys=True, default=_plain).encode() + b"\n")
     return whole.hexdigest()
 
 
-def _samples(model: nn.Module) -> list[Any]:
-    """The name of each parameter and some of its values, the factors of FreeU and the state of adapters.
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (Tensor, numpy.ndarray)) else str(value)
 
-    Parameters on the meta device, offloaded one by one, count by name alone.
-    """
-    samples: list[Any] = [
+
+def _states(model: nn.Module) -> list[str]:
+    """The factors of FreeU and the state of adapters, which are no weights."""
+    return [
         str({name: state[name] for name in NOT_PARAMETERS if name in state})
         for state in map(vars, model.modules())
         if state.keys() & NOT_PARAMETERS
     ]
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        samples += (
-            [name] if parameter.is_meta else [name, values[:: max(len(values) // SAMPLES, 1)][:SAMPLES]]
-        )
-    return samples

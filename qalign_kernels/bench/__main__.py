@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, _backends, _command_line
-from .._files import Files, replacing
+from .._files import Files, drafting
 from . import measure
 from .measure import DTYPES, Inputs, Sizes
 from .ops import OPS, SDPA, TOPK, Op, build, draw, op_named, prepare
@@ -205,15 +205,13 @@ def run(options: argparse.Namespace) -> int:
     print("results outside the error budget against float64 have no figures", flush=True)
     rows: list[dict[str, Any]] = []
     wrong = []
-    with torch.no_grad():
+    with torch.no_grad(), drafting(options.json) as draft:
         for name in options.op:
             measured = measure_op(op_named(name), backend, sizes, dtype, device, options.seconds)
             rows += measured
             wrong += [] if measured else [name]
-            if options.json:  # after every op, so that an interrupted run keeps its rows
-                lines = ",\n".join(json.dumps(row) for row in rows)
-                with replacing(options.json) as temporary:
-                    temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+            lines = ",\n".join(json.dumps(row) for row in rows)
+            draft(f"[\n{lines}\n]\n")  # after every op, so that an interrupted run keeps its rows
     if rows:
         print(table(rows))
     for row in rows:

@@ -13,6 +13,7 @@ written after every op, so that Ctrl-C keeps the rows so far.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, _backends, _command_line
-from .._files import Files, replacing
+from .._files import Files, drafting
 from ..testing import Verdict, judge, judge_exact, judge_match, poisoned_memory
 from .cases import OPS, Case
 from .draw import LARGE, Draw, Shape
@@ -332,8 +333,8 @@ def run(options: argparse.Namespace) -> int:
     rows: list[Row] = []
     dropped: list[str] = []
     start = time.perf_counter()
-    for name in names:
-        for dtype in options.dtype or list(DTYPES)[:3]:
+    with drafting(options.json) as draft:
+        for name, dtype in itertools.product(names, options.dtype or list(DTYPES)[:3]):
             probe = torch.empty(1, dtype=DTYPES[dtype], device=device)
             served = [
                 backend
@@ -345,14 +346,12 @@ def run(options: argparse.Namespace) -> int:
             for row in result.rows:
                 rows.append(row)
                 print(_line(row), *_shown(row.failures), sep="\n", flush=True)
-            if options.json:  # after every op, so that an interrupted run keeps its rows
-                report = {
-                    "device": _header(device, triton).splitlines(),
-                    "rows": [row._asdict() for row in rows],
-                    "dropped": dropped,
-                }
-                with replacing(options.json) as unfinished:
-                    unfinished.write_text(json.dumps(report, indent=1), encoding="utf-8")
+            report = {
+                "device": _header(device, triton).splitlines(),
+                "rows": [row._asdict() for row in rows],
+                "dropped": dropped,
+            }
+            draft(json.dumps(report, indent=1))  # after every op, so that an interrupted run keeps its rows
     for case in dropped:
         print(f"did not run, too little memory: {case}")
     cases, failures = sum(row.cases for row in rows), sum(len(row.failures) for row in rows)

@@ -1,10 +1,13 @@
 """Training: resumable, a function of its settings, and its result is an ordinary Stable Diffusion folder."""
 
 import json
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qalign.embedded.checkpoints import Checkpoints
 from qalign.embedded.losses import NEIGHBOURS, neighbours_loss
 from qalign.embedded.networks import (
     LOG_VARIANCE,
@@ -57,6 +60,71 @@ def test_an_interrupted_run_goes_on_where_it_stopped(trained, tmp_path):
             torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=1e-6, msg=f"{name} {key}")
 
 
+def checkpoints(folder, **settings):
+    return Checkpoints(folder, {"seed": 0, "rate": 0.1, "start": None} | settings, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"rate": 0.2}, {"start": "abc"}, {"new": 1}])
+def test_other_settings_do_not_get_old_checkpoints(tmp_path, changed):
+    kept = checkpoints(tmp_path)
+    kept.save("stage", {"step": 3})
+    assert checkpoints(tmp_path).load("stage") == {"step": 3} and kept.load("other") is None
+    (name, value), path = *changed.items(), tmp_path / "stage.pt"
+    message = (
+        f"^{path}: expected a checkpoint of {name} {value}, got one of {name} .*; delete it or take another"
+    )
+    with pytest.raises(ValueError, match=message):
+        checkpoints(tmp_path, **changed)
+
+
+@pytest.mark.parametrize("content", [b"", b"words", "truncated", {"step": 1}, [1]], ids=repr)
+def test_damaged_checkpoints_are_named_in_one_line(tmp_path, content):
+    path = tmp_path / "stage.pt"
+    checkpoints(tmp_path).save("stage", {"step": 3, "weights": torch.ones(100)})
+    if content == "truncated":
+        path.write_bytes(path.read_bytes()[:-300])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(
+        ValueError, match=f"^{path}: expected a checkpoint, got a file without its settings"
+    ) as error:
+        checkpoints(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_scenes_are_replaced_whole(tmp_path, monkeypatch):
+    kept = checkpoints(tmp_path)
+    kept.save("scenes", {"latents": torch.zeros(2)})
+
+    def interrupted(state, path):
+        path.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    training = SimpleNamespace(
+        checkpoints=kept,
+        settings=Settings(**TINY),
+        device=torch.device("cpu"),
+        tokenizer=build_tokenizer(),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Pool(training)._save()
+    assert kept.load("scenes")["latents"].shape == (2,) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_seed_is_refused_before_training(tmp_path, capsys):
+    Checkpoints(tmp_path, asdict(Settings(**TINY)) | {"start": None}, torch.device("cpu")).save(
+        "denoiser", {}
+    )
+    options = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    arguments = ["--work", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu", *options]
+    assert main([*arguments, "--seed", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "denoiser.pt: expected a checkpoint of seed 1, got one of seed 0; delete it" in line
+
+
 @pytest.mark.slow
 def test_a_written_model_is_trained_on(trained, tmp_path):
     trained.pipeline().to(torch.float16).save_pretrained(tmp_path / "written")
@@ -84,7 +152,7 @@ def test_a_written_model_is_trained_on(trained, tmp_path):
 @pytest.mark.slow
 def test_training_moves_every_parameter(trained):
     torch.manual_seed(trained.settings.seed)
-    fresh = Training(trained.folder, trained.settings, torch.device("cpu"), print)
+    fresh = Training(trained.checkpoints.folder, trained.settings, torch.device("cpu"), print)
     for name in ("denoiser", "text_encoder"):
         before = fresh.__dict__[name].state_dict()
         still = [

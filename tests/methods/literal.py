@@ -92,11 +92,13 @@ def z_star(attn, out, app, struct, *, scale=1.2, **_) -> Tensor:
     return torch.cat([scale * logits(q, k), logits(q, own_k)], -1).softmax(-1) @ torch.cat([v, own_v], 1)
 
 
-def style_aligned(attn, out, app, struct, *, scale=1.0, shift=0.0, values=False, **_) -> Tensor:
+def style_aligned(attn, out, app, struct, *, scale=1.0, shift=0.0, values=False, shared=True, **_) -> Tensor:
     (q, own_k, own_v), (ref_q, k, v) = project(attn, out), project(attn, app)
     q, own_k = adain(q, ref_q), adain(own_k, k)
     if values:
         own_v, v = adain(own_v, v), adain(v, v)
+    if not shared:
+        return plain(q, own_k, own_v)
     k = adain(k, k)  # as published, the reference's too
     scores = logits(q, torch.cat([own_k, scale * k], 1))
     scores[..., own_k.shape[1] :] += shift
@@ -134,13 +136,21 @@ def seal(attn, out, app, struct, *, tau=0.15, delta=3.0, top=1, joint=True, blen
     }[blend]
 
 
-def eye_for_an_eye(attn, out, app, struct, *, structure_step=False, **_) -> Tensor:
+def eye_for_an_eye(attn, out, app, struct, *, structure_step=False, masks=None, **_) -> Tensor:
     if structure_step:
         return plain(*project(attn, struct))
     swapped = out.clone()
+    source, target = masks or [torch.ones_like(out[:, 0]).bool()] * 2  # of the appearance, of the output
     for i, h in enumerate(out):
-        swapped[i] = app[(app @ h / (h.norm() * app.norm(dim=-1))).argmax()]
+        if target[i]:
+            cosine = app @ h / (h.norm() * app.norm(dim=-1))
+            swapped[i] = app[cosine.masked_fill(~source, -torch.inf).argmax()]
     return plain(*project(attn, swapped))
+
+
+def nearest(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[N] of a mask [h, w], as torch's `interpolate` resizes by default."""
+    return torch.nn.functional.interpolate(mask[None, None].double(), grid).flatten()
 
 
 def ctrl_x(attn, out, app, struct, *, structure=True, appearance=True, **_) -> Tensor:

@@ -42,6 +42,7 @@ TWO = BatchLayout("output", "appearance", "appearance")
 ANYWHERE = ("", "down_blocks", "mid_block", "up_blocks")
 LABELS = torch.arange(GRID[0] * GRID[1]).view(GRID) * 7 % 5
 MASKS = [(torch.arange(GRID[0] * GRID[1]).view(GRID) * step % 7 > 2).long() for step in (3, 5)]
+LARGE = [(torch.arange(16 * 24).view(16, 24) * step % 7 > 2).long() for step in (3, 5)]  # twice the grid
 CASES = {
     "qalign": (QAlign(structure_every=0), literal.qalign, {}),
     "qalign plain": (QAlign(structure_every=0, contrast=1.0), literal.qalign, {"contrast": 1.0}),
@@ -51,6 +52,11 @@ CASES = {
     "masactrl": (MasaCtrl(), literal.masactrl, {}),
     "masactrl union": (MasaCtrl(union=True), literal.masactrl, {"union": True}),
     "masactrl masks": (MasaCtrl(), literal.masactrl, {"masks": [mask.flatten().bool() for mask in MASKS]}),
+    "masactrl large masks": (
+        MasaCtrl(),
+        literal.masactrl,
+        {"masks": [literal.nearest(mask, GRID).bool() for mask in LARGE]},
+    ),
     "style_id": (StyleID(), literal.style_id, {}),
     "style_id settings": (
         StyleID(query_preservation=0.3, temperature=1.0),
@@ -66,6 +72,11 @@ CASES = {
         literal.style_aligned,
         {"scale": 0.5, "values": True},
     ),
+    "style_aligned statistics": (
+        StyleAligned(share_attention=False),
+        literal.style_aligned,
+        {"shared": False},
+    ),
     "bounded": (BoundedAttention(), literal.bounded, {"labels": LABELS.flatten()}),
     "seal": (SeAl(), literal.seal, {}),
     "seal add": (SeAl(blend="add", topk=3), literal.seal, {"blend": "add", "top": 3}),
@@ -77,6 +88,11 @@ CASES = {
     "seal keys_values": (SeAl(blend="keys_values"), literal.seal, {"blend": "keys_values"}),
     "reference_only": (ReferenceOnly(style_fidelity=0.0), literal.reference_only, {}),
     "eye_for_an_eye": (EyeForAnEye(), literal.eye_for_an_eye, {}),
+    "eye_for_an_eye masks": (
+        EyeForAnEye(),
+        literal.eye_for_an_eye,
+        {"masks": [mask.flatten().bool() for mask in MASKS]},
+    ),
     "ctrl_x": (CtrlX(structure_layers=ANYWHERE, appearance_layers=ANYWHERE), literal.ctrl_x, {}),
     "ctrl_x structure": (
         CtrlX(structure_layers=ANYWHERE, appearance_layers=()),
@@ -97,6 +113,11 @@ CASES = {
         FreeCustom(style_fidelity=0.0),
         literal.free_custom,
         {"weights": (3.0, 3.0), "masks": [mask.flatten() for mask in MASKS]},
+    ),
+    "free_custom large masks": (
+        FreeCustom(style_fidelity=0.0),
+        literal.free_custom,
+        {"weights": (3.0, 3.0), "masks": [literal.nearest(mask, GRID) for mask in LARGE]},
     ),
     "dream_matcher": (DreamMatcher(size=GRID), literal.dream_matcher, {"grid": GRID}),
     "dream_matcher mask": (
@@ -119,6 +140,9 @@ NEUTRAL = [
 ]
 REGIONS = {
     "masactrl masks": Regions(appearance=MASKS[0], structure=MASKS[1]),
+    "masactrl large masks": Regions(appearance=LARGE[0], structure=LARGE[1]),
+    "eye_for_an_eye masks": Regions(appearance=MASKS[0], structure=MASKS[1], background=0),
+    "free_custom large masks": Regions(appearance=LARGE),
     "bounded": Regions(structure=LABELS, background=0),
     "free_custom masks": Regions(appearance=MASKS),
     "dream_matcher mask": Regions(structure=MASKS[1]),
@@ -127,7 +151,7 @@ REGIONS = {
 }
 
 
-LAYOUTS = {"free_custom two": TWO, "free_custom masks": TWO}
+LAYOUTS = {name: TWO for name in CASES if name.startswith("free_custom")}
 
 
 def make_attention(heads: int, head_dim: int) -> tuple[Attention, Tensor]:

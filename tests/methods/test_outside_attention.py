@@ -219,6 +219,30 @@ def test_group_norms_are_shared_at_the_published_places(family, method, shared):
     assert bool(attach(make_unet(family), method).hooks) == shared
 
 
+@pytest.mark.parametrize("level", [0.0, 0.2, 0.5, 0.7, 0.99, 1.0])
+def test_level_leaves_the_published_layers_out(level):
+    names = [str(place) for place in range(16)]
+    few = int((1 - level if level > 0.5 else level) * 16)
+    alone = torch.arange(16) % (16 // few) == 0 if few else torch.zeros(16, dtype=torch.bool)
+    alone = ~alone if level > 0.5 else alone
+    found = StyleAligned(level=level).default_layers(names)
+    assert found == [name for name, is_alone in zip(names, alone.tolist()) if not is_alone]
+
+
+@torch.no_grad()
+def test_level_one_shares_group_norms_alone():
+    unet, inputs = make_unet("small"), unet_inputs(make_unet("small"), batch=6)
+    outputs = []
+    for method in (StyleAligned(level=1.0), StyleAligned(level=1.0, share_group_norm=False)):
+        with attach(unet, method, layout=LAYOUT) as control:
+            assert not control.layers
+            outputs.append(unet(**inputs).sample)
+    stock = unet(**inputs).sample
+    assert torch.equal(outputs[1], stock) and relative_error(outputs[0], stock) > 1e-3
+    with pytest.raises(ValueError, match="^layers: expected at least one name or pattern"):
+        attach(unet, StyleAligned(level=1.0), layers=[])
+
+
 # -- Bounded attention's cross-attention
 
 

@@ -1,12 +1,15 @@
 """Regions: what is matched and read stays in its region, at every grid."""
 
+import struct
+import zlib
+
 import pytest
 import torch
 from PIL import Image
 
-from qalign import BatchLayout, UNetAttnProcessor, attach
-from qalign.context.regions import EVERYTHING, Regions
-from qalign.methods import BoundedAttention, CrossImage, MasaCtrl, QAlign, QAlignWarp
+from qalign import BatchLayout, Site, UNetAttnProcessor, attach
+from qalign.context.regions import EVERYTHING, Regions, read_labels
+from qalign.methods import BoundedAttention, CrossImage, EyeForAnEye, MasaCtrl, QAlign, QAlignWarp
 from tests.methods.test_formulas import GRID, LAYOUT, make_attention
 from tests.processors.models import make_unet, unet_inputs
 
@@ -161,3 +164,92 @@ def test_a_window_has_the_labels_of_its_place():
         match="^regions: expected a label map of the structure of 4 x 4 latents, .*, got 4 x 6$",
     ):
         Regions(structure=labels).window(slice(0, 2), slice(0, 2), (4, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "regions",
+    [
+        Regions(appearance=HALVES, structure=HALVES),  # 0 is outside
+        Regions(appearance=1 - HALVES, structure=1 - HALVES, background=1),
+        Regions(appearance=torch.full(GRID, 2), structure=1 + HALVES),  # the appearance has no 1
+    ],
+    ids=["zero", "background", "missing"],
+)
+def test_eye_for_an_eye_keeps_features_outside(regions):
+    _, hidden = make_attention(2, 40)
+    found = EyeForAnEye().prepare(hidden, None, Site(LAYOUT, regions=regions))
+    kept = ~HALVES.flatten().bool()
+    assert torch.equal(found[0, kept], hidden[0, kept]) and torch.equal(
+        found[[1, 2, 4, 5]], hidden[[1, 2, 4, 5]]
+    )
+    assert (found[0, ~kept] != hidden[0, ~kept]).any(-1).all()
+    same = (found[0, ~kept, None] == hidden[1]).all(-1)  # [tokens, tokens of the appearance]
+    outside = regions.appearance.flatten() == (regions.background or 0)
+    assert same.any(1).all() and not same[:, outside].any()
+
+
+def test_published_masks_take_the_upper_left_label():
+    """MasaCtrl, FreeCustom and attention distillation resize by torch's default."""
+    labels = torch.arange(4).repeat(4, 1)
+    regions = Regions(appearance=labels, structure=labels)
+    for resize, columns in (("nearest", [0, 2]), ("nearest-exact", [1, 3])):
+        expected = [[1 << label for label in columns] * 2]
+        assert regions.picture_labels("structure", 4, CPU, resize=resize).tolist() == expected
+        assert regions.query_labels("appearance", 4, 4, CPU, resize=resize).tolist() == expected
+        shown = [[0 if label == 0 else EVERYTHING for label in columns] * 2]
+        assert regions.subject_labels("appearance", 0, 1, 4, CPU, resize=resize).tolist() == shown
+
+
+def png(width, height, data):
+    """A PNG of grey bytes, whatever its header says."""
+
+    def chunk(kind, content):
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "found no such file"),
+        ("folder", "found a folder"),
+        (b"words", ".* got something that cannot be read as one"),
+        (png(8, 8, bytes(72))[:45], ".* got something that cannot be read as one"),
+        (png(20000, 20000, bytes(9)), ".* got a picture of more than [0-9]+ pixels"),
+        (png(12000, 12000, bytes(9)), ".* got a picture of more than [0-9]+ pixels"),  # Pillow warns only
+        (png(2**31 - 1, 2**31 - 1, bytes(9)), ".* got a picture of more than [0-9]+ pixels"),
+    ],
+    ids=["missing", "folder", "text", "cut", "bomb", "warning", "largest"],
+)
+def test_unreadable_label_maps_are_one_line(tmp_path, content, message, recwarn):
+    path = tmp_path / "labels.png"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path}: expected a label map, {message}$") as error:
+        read_labels(path)
+    assert "\n" not in str(error.value) and not recwarn.list
+
+
+def test_a_small_label_map_is_read(tmp_path):
+    (tmp_path / "labels.png").write_bytes(png(4, 2, bytes([0, 0, 1, 2, 3, 0, 4, 5, 6, 7])))
+    assert read_labels(tmp_path / "labels.png").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_labels_are_those_of_the_moment():
+    """Bit sets are kept, so a later change of the array would reach some layers and not others."""
+    labels = torch.zeros(4, 4, dtype=torch.long)
+    for given in (labels, labels.numpy()):
+        regions = Regions(structure=given)
+        before = regions.picture_labels("structure", 4, CPU).clone()
+        given[:] = 1
+        assert torch.equal(regions.picture_labels("structure", 4, CPU), before)
+        assert regions.picture_labels("structure", 16, CPU).unique().tolist() == [1]
+        given[:] = 0

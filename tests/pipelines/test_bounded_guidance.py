@@ -6,10 +6,12 @@ import torch
 from qalign.context.regions import Regions
 from qalign.methods import BoundedAttention
 from qalign.methods.attention_distillation import LayerFeatures
-from qalign.sampling import bounded_guidance
-from qalign.sampling.bounded_guidance import BoundedGuidance, MaskRefiner, bounded_map
+from qalign.sampling import bounded_masks
+from qalign.sampling.bounded_guidance import BoundedGuidance
+from qalign.sampling.bounded_masks import MaskRefiner, bounded_map
 from qalign.sampling.object_masks import segment
 from qalign_kernels.testing import random_features
+from tests.pipelines import literal_bounded
 
 BOXES = torch.zeros(16, 16, dtype=torch.long)
 BOXES[2:10, 2:8], BOXES[5:14, 10:15] = 3, 7
@@ -66,16 +68,14 @@ def cross_maps(layer, labels, optimized):
 
 
 def squares(found, labels, maps, context):
-    """Σ_s (1 - IoU_s)² / S."""
+    """Σ_s (1 - IoU_s)²."""
     foreground, leaked = dict.fromkeys(WORDS, 0.0), dict.fromkeys(WORDS, 0.0)
     for layer in found.values():
         tokens, table = cells(labels, layer.query.shape[2]), maps(layer, labels)
         for s in WORDS:
             foreground[s] = foreground[s] + table[:, tokens == s][:, :, context(tokens, s)].sum() / len(found)
             leaked[s] = leaked[s] + table[:, tokens == 0][:, :, context(tokens, s)].sum() / len(found)
-    return sum((1 - foreground[s] / (foreground[s] + len(WORDS) * leaked[s])) ** 2 for s in WORDS) / len(
-        WORDS
-    )
+    return sum((1 - foreground[s] / (foreground[s] + len(WORDS) * leaked[s])) ** 2 for s in WORDS)
 
 
 def literal(found, cross, labels=BOXES):
@@ -146,13 +146,14 @@ def test_regions_without_subjects_or_background_are_refused(regions):
 
 def test_the_schedule_is_as_published():
     rates = [BoundedGuidance(rates=(18.0, 5.0)).rate(step, 50) for step in range(50)]
-    assert rates[:15] == pytest.approx(torch.linspace(18, 5, 15).tolist()) and rates[15:] == [None] * 35
+    assert rates[:15] == pytest.approx(torch.linspace(18, 5, 16)[:-1].tolist()) and rates[15:] == [None] * 35
     assert BoundedGuidance(until=0.5).rate(0, 2) == 8.0 and BoundedGuidance(until=0.0).rate(0, 50) is None
     assert [step for step in range(50) if BoundedGuidance().refines(step, 50)] == [15, 20, 25, 30, 35, 40, 45]
     assert [step for step in range(9) if BoundedGuidance(until=0.0, refine_every=4).refines(step, 9)] == [
         4,
         8,
     ]  # at 0 there are no maps
+    assert [step for step in range(20) if BoundedGuidance().refines(step, 20)] == [6, 10, 15]
     assert not any(BoundedGuidance(refine_every=0).refines(step, 50) for step in range(50))
 
 
@@ -193,8 +194,7 @@ def literal_masks(self_map, cross_map, present, labels_of_clusters, nouns):
     maps = {}
     for s, place in nouns.items():
         m = cross_map[:, place]
-        m = torch.sigmoid(10 * ((m - m.min()) / (m.max() - m.min()) - 0.2))
-        maps[s] = (m - m.min()) / (m.max() - m.min()) * (present == s)
+        maps[s] = literal_bounded.word_map(m) * (present == s)
     found = torch.zeros(len(present), dtype=torch.long)
     for cluster in labels_of_clusters.unique():
         inside = labels_of_clusters == cluster
@@ -220,7 +220,7 @@ def test_masks_are_refined_as_published():
         self_map, cross_map = (torch.stack([each.mean(0) for each in some]).mean(0) for some in zip(*maps))
         torch.testing.assert_close(refiner.self_map.double(), self_map, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(refiner.cross_map.double(), cross_map, rtol=1e-5, atol=1e-7)
-        rows = (self_map / self_map.max(0).values).float()
+        rows = (self_map / (self_map.max(0).values + 1e-5)).float()
         clusters = segment(rows, clusters=6, seed=0, starts=100, centres=centres)
         refined = refiner.refine(REGIONS)
         expected = literal_masks(self_map, cross_map, cells(BOXES, 64), clusters, nouns)
@@ -267,7 +267,7 @@ def test_masks_follow_subjects_and_restart_where_lost():
 def test_later_clusters_start_where_the_last_ended(monkeypatch):
     given, real = [], segment
     monkeypatch.setattr(
-        bounded_guidance, "segment", lambda rows, **options: given.append(options) or real(rows, **options)
+        bounded_masks, "segment", lambda rows, **options: given.append(options) or real(rows, **options)
     )
     refiner = MaskRefiner(REGIONS, {3: 2, 7: 5}, seed=4)
     for seed in (0, 100):
@@ -283,3 +283,38 @@ def test_maps_of_different_grids_are_refused():
         ValueError, match="^mask_layers: expected layers of one number of tokens, got 64, 256$"
     ):
         refiner.add(features(), REGIONS, features(tokens=9), METHOD)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.4])
+def test_word_maps_divide_by_the_maximum_alone(offset):
+    """A map that is high everywhere stays above the threshold everywhere."""
+    attention = torch.tensor([0.0, 0.05, 0.1]) + offset
+    expected = torch.sigmoid(10 * (attention / (attention.max() + 1e-5) - 0.2))
+    expected = (expected - expected.min()) / (expected.max() - expected.min() + 1e-5)
+    torch.testing.assert_close(bounded_masks.word_map(attention), expected)
+
+
+def test_overlapping_boxes_share_their_tokens():
+    boxes = Regions.from_boxes([(0.0, 0.0, 0.6, 1.0), (0.4, 0.0, 1.0, 1.0), (0.0, 0.0, 0.3, 0.3)], 16, 16)
+    bits = boxes.picture_labels("structure", 64, torch.device("cpu")).view(8, 8)
+    assert bits[7].tolist() == [2, 2, 2, 6, 6, 4, 4, 4] and bits[0, 0] == 2 | 8
+    hidden = Regions.from_boxes(
+        [(0.0, 0.0, 0.5, 1.0), (0.0, 0.0, 0.5, 1.0)], 16, 16
+    )  # nothing of the first is in front
+    assert bounded_masks.subjects_of(hidden) == [1, 2]
+    method = BoundedAttention(subject_tokens={1: (1,), 2: (2,)}, eos_token=7)
+    found = BoundedGuidance(self_weight=1.0).loss(features(), hidden)
+    alone = BoundedGuidance(self_weight=2.0).loss(
+        features(), Regions.from_boxes([(0.0, 0.0, 0.5, 1.0)], 16, 16)
+    )
+    assert found > alone > 0  # S is 2
+    assert BoundedGuidance().loss(features(), hidden, features(tokens=9), method).isfinite()
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 256])
+def test_boxes_are_rounded_on_each_grid(tokens):
+    box, side = (0.15, 0.3, 0.62, 0.9), int(tokens**0.5)
+    bits = Regions.from_boxes([box], 16, 16).picture_labels("structure", tokens, torch.device("cpu"))
+    expected = torch.full((side, side), -1)
+    expected[round(0.3 * side) : round(0.9 * side), round(0.15 * side) : round(0.62 * side)] = 2
+    assert torch.equal(bits[0], expected.flatten().int())
