@@ -5,7 +5,7 @@ import torch
 
 from qalign import BatchLayout
 from qalign.context.clock import Clock
-from qalign.context.layer_call import Site
+from qalign.context.layer_call import ForwardPass, Site
 from qalign.context.regions import Regions
 from qalign.evaluation.peak_memory import MIB, PeakMemory
 from qalign.methods import METHODS
@@ -21,6 +21,8 @@ LABELS = torch.arange(4096).view(64, 64) % 64 // 32
 
 class Owner:
     layer = "up_blocks.0.attentions.1.transformer_blocks.0.attn1"
+    forward = ForwardPass()
+    forward.begin(64, 64)
 
 
 def project(hidden):

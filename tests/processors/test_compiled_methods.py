@@ -13,6 +13,7 @@ from qalign.methods import METHODS
 
 ELSEWHERE = ("qalign", "cross_image")  # test_unet_contract.py, through whole pipelines
 DRAWN_ON_THE_HOST = ("story_diffusion", "consistory")  # anew at each step, so their graphs break
+SETTINGS = {"dream_matcher": {"size": (8, 8)}}  # outside of attach nothing else tells it
 LABELS = torch.arange(64).view(8, 8) % 8 // 3  # two that do not see each other beside the background
 
 
@@ -28,7 +29,7 @@ def test_one_graph_serves_every_step(name):
         graphs.append(module)
         return module.forward
 
-    method, clock = METHODS[name](), Clock((0.25, 0.75))
+    method, clock = METHODS[name](**SETTINGS.get(name, {})), Clock((0.25, 0.75))
     regions = Regions(structure=LABELS, background=0) if name == "bounded" else None
     layout = BatchLayout("output", "appearance", "structure")
     attn, hidden = Attention(32, heads=2, dim_head=16).eval(), torch.randn(6, 64, 32)
