@@ -26,7 +26,7 @@ class LoopFollower:
     """
 
     def __init__(self, pipe: Any, begin: Callable[[], None], move: Callable[..., None]) -> None:
-        self._pipe, self._begin, self._move = pipe, begin, move
+        self.pipe, self._begin, self._move = pipe, begin, move
         self._timeline: Timeline | None = None
         self.resting = False
 
@@ -52,14 +52,14 @@ class LoopFollower:
         if timeline is None:
             return
         restarts = timeline.restarts
-        if move(timeline, timestep, getattr(self._pipe, "num_timesteps", None)):
+        if move(timeline, timestep, getattr(self.pipe, "num_timesteps", None)):
             if timeline.restarts > restarts:
                 self._begin()
             self._move(timeline.step, timeline.total)
 
     def _present(self) -> Timeline | None:
         """The timeline of the scheduler's present timesteps, or None if nothing has set any."""
-        scheduler = getattr(self._pipe, "scheduler", None)
+        scheduler = getattr(self.pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None:
             return None
@@ -70,7 +70,7 @@ class LoopFollower:
         return self._timeline
 
     def _rewind(self) -> None:
-        self._timeline = Timeline(self._pipe.scheduler.timesteps)
+        self._timeline = Timeline(self.pipe.scheduler.timesteps)
         self._begin()
         self._move(self._timeline.step, self._timeline.total, executed=False)
 
@@ -120,7 +120,8 @@ def _then_tell(function: Callable, name: str) -> Callable:
     def telling(self: Any, *arguments: Any, **options: Any) -> Any:
         result = function(self, *arguments, **options)
         for follower in _FOLLOWERS.get(self, ()):
-            getattr(follower, name)(*arguments, **options)
+            if follower.pipe.scheduler is self:  # and was not replaced
+                getattr(follower, name)(*arguments, **options)
         return result
 
     return telling

@@ -435,6 +435,8 @@ def test_a_replaced_scheduler_is_followed() -> None:
             lambda *given: seen.append((control.clock.step, control.clock.idle))
         )
         generate(pipe, steps=4)
+        former.set_timesteps(9)
+        assert control.clock.total == 4
     assert seen == [(0, True), (1, True), (2, False), (3, False)]
     assert type(former) is DDIMScheduler and type(pipe.scheduler) is EulerDiscreteScheduler
 
