@@ -241,6 +241,10 @@ class Wrapped(Method):
     def reads_size(self) -> bool:  # type: ignore[override]
         return self.method.reads_size
 
+    @property
+    def may_edit_no_layer(self) -> bool:
+        return self.method.may_edit_no_layer
+
     def check(
         self,
         size: tuple[int, int],
