@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layers import token_grid
+from .outside_graphs import enlist, outside_graphs
 
 LARGEST = 30  # the largest label: an int32 has 31 bits besides the sign bit
 EVERYTHING = -1  # the set of all labels
@@ -44,9 +45,11 @@ class Regions:
     appearance: Any = None
     structure: Any = None
     background: int | None = None
+    number: int = field(default=0, init=False, repr=False)  # by which compiled graphs find the labels
     _kept: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "number", enlist(self))
         if self.appearance is None and self.structure is None:
             raise ValueError(
                 "regions: expected labels of the appearance, of the structure or of both, got none"
@@ -54,6 +57,9 @@ class Regions:
         for name in ("appearance", "structure"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _label_maps(getattr(self, name), name))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, number=enlist(self))  # a copy is another object
 
     @classmethod
     def open(
@@ -119,6 +125,7 @@ class Regions:
         ]
         return Regions(appearance=self.appearance, structure=cut, background=self.background)
 
+    @outside_graphs(1)
     def picture_labels(self, picture: str, tokens: int, device: torch.device) -> Tensor:
         """Return the labels of a picture's tokens as bit sets, int32 [1, N].
 
@@ -140,6 +147,7 @@ class Regions:
             ("labels", picture, tokens, device), lambda: self._bits(self._tokens(picture, tokens)).to(device)
         )
 
+    @outside_graphs(1)
     def query_labels(self, picture: str, tokens: int, reference_tokens: int, device: torch.device) -> Tensor:
         """Return the labels of the output's tokens when it reads `picture`, as bit sets int32 [1, N].
 
@@ -153,6 +161,7 @@ class Regions:
 
         return self._cached(("queries", picture, tokens, reference_tokens, device), make)
 
+    @outside_graphs(3)
     def subject_labels(
         self, picture: str, number: int, count: int, tokens: int, device: torch.device
     ) -> Tensor:
