@@ -127,7 +127,7 @@ def check_number(argument: str, value: object, *, above: float | None = None) ->
 def check_count(argument: str, value: object, limit_name: str = "", limit: int | None = None) -> None:
     """Check for an int from 1 to `limit`."""
     valid = (
-        isinstance(value, int)
+        isinstance(value, (int, torch.SymInt))  # torch.export without strict gives the second
         and not isinstance(value, bool)
         and value >= 1
         and (limit is None or value <= limit)

@@ -25,6 +25,7 @@ def autograd_kernel(op: Any, setup_context: Callable, backward: Callable) -> Cal
     gradients of its first arguments, and those of a list one by one, as `ctx.needs_input_grad` does.
     """
     returns_list = isinstance(op._schema.returns[0].type, torch.ListType)
+    lists = [place for place, x in enumerate(op._schema.arguments) if isinstance(x.type, torch.ListType)]
 
     class Call(_Function):
         @staticmethod
@@ -44,6 +45,9 @@ def autograd_kernel(op: Any, setup_context: Callable, backward: Callable) -> Cal
             return *found, *[None] * (ctx.given - len(found))
 
     def kernel(keyset: torch.DispatchKeySet, *arguments: Any) -> Any:
+        for place in lists:
+            if arguments[place] is None:  # AOTInductor's empty list
+                arguments = (*arguments[:place], [], *arguments[place + 1 :])
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, arguments)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
