@@ -1,20 +1,15 @@
 """What surrounds a call stays outside: the result of an op depends on its arguments alone.
 
-Autocast is off inside every op, forward and backward. Torch's matmul precision is obeyed. A forward-mode
-tangent is refused: only the reference has rules for it.
+Autocast is off inside every op, forward and backward. Torch's matmul precision is obeyed.
 """
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-
-from . import _backends
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -25,8 +20,6 @@ def public(op: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
     @functools.wraps(op)
     def call(*arguments: Parameters.args, **settings: Parameters.kwargs) -> Result:
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(op, arguments, settings)
         first = arguments[0] if arguments else next(iter(settings.values()), None)
         device = first.device.type if isinstance(first, Tensor) else "cpu"
         if not torch.is_autocast_enabled(device):
@@ -52,17 +45,6 @@ def without_autocast(implementation: Callable) -> Callable:
             return implementation(*arguments)
 
     return run
-
-
-def _refuse_tangents(op: Callable, arguments: tuple, settings: dict[str, Any]) -> None:
-    if _backends.requested(settings.get("backend")) == "reference":
-        return
-    for name, argument in inspect.signature(op).bind(*arguments, **settings).arguments.items():
-        if any(forward_ad.unpack_dual(x).tangent is not None for x in _tensors(argument)):
-            raise RuntimeError(
-                f"{name}: expected a tensor without a forward-mode tangent, got one in {op.__name__}: "
-                "only backend='reference' has forward-mode derivatives"
-            )
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

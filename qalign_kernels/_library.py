@@ -1,10 +1,11 @@
 """Registration of ops with torch.library: schema, implementation, fake implementation and gradient."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 
-from . import _ambient, _contracts
+from . import _ambient, _contracts, _transforms
 
 LIBRARY = torch.library.Library("qalign_kernels", "DEF")
 
@@ -21,23 +22,33 @@ def register(
     """Define the op `qalign_kernels::name` and return it.
 
     `implementation` serves every device and chooses its backend itself. `fake` gives the shapes and dtypes of
-    the results. Without `backward` the op has no gradient.
+    the results. `backward` and `setup_context` are as in `_transforms.autograd_kernel`. Without them the op
+    has no gradient.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(name, _ambient.without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"qalign_kernels::{name}", fake, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(
-            f"qalign_kernels::{name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
-    return getattr(torch.ops.qalign_kernels, name).default
+    op = getattr(torch.ops.qalign_kernels, name).default
+    if backward is None or setup_context is None:
+        refusal = no_derivative(name, "a tensor that needs no gradient, got one that does")
+        setup_context, backward = refusal["setup_context"], refusal["backward"]
+    kernel = _transforms.autograd_kernel(op, setup_context, backward)
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(op, functools.partial(_transforms.each_item, op), lib=LIBRARY)
+    LIBRARY.impl(name, functools.partial(_transforms.each_gradient, op), "Batched")
+    return op
 
 
 def no_second_derivative(op: str, reason: str) -> dict[str, Callable]:
     """Arguments of `register` that make a second derivative of `op` raise; it would silently be zero."""
+    return no_derivative(op, f"one derivative, got a second one: {reason}")
+
+
+def no_derivative(op: str, expected: str) -> dict[str, Callable]:
+    """Arguments of `register` for an op whose derivative raises."""
 
     def refuse(ctx, *grads):
-        raise RuntimeError(f"{op}: expected one derivative, got a second one: {reason}")
+        raise RuntimeError(f"{op}: expected {expected}")
 
     return {"setup_context": lambda ctx, inputs, output: None, "backward": refuse}
 
@@ -53,5 +64,7 @@ def accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records an op on these tensors."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Whether autograd, or a transform of torch.func, records an op on these tensors."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and _transforms.requires_grad(tensor) for tensor in tensors
+    )

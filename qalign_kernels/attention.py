@@ -334,19 +334,12 @@ def _backward(ctx, grad_output, grad_lse):
     (output, lse, query_labels, query, *saved), n = ctx.saved_tensors, ctx.segments
     lists = [list(islice(part, size)) for part in [iter(saved)] for size in (n, n, ctx.guided, n, n, n)]
     call = _Call(query, *lists, query_labels, *ctx.numbers)
-    wanted, *needed = ctx.needs_input_grad[:4]
-    needs = [wanted, *chain(*needed)]
+    needs = list(ctx.needs_input_grad[: 1 + 2 * n + ctx.guided])
     if grad_output is None:
         grad_output = query.new_zeros((*query.shape[:3], call.head_dims[1]))
     grad_lse = grad_lse if ctx.need_lse else None
     grads = _backward_op(grad_output, grad_lse, output, lse, *call, needs, ctx.backend)
-    each = iter([grad if needed else None for grad, needed in zip(grads, needs)])
-    return (
-        next(each),
-        *(list(islice(each, size)) for size in (n, n, ctx.guided)),
-        *([None] * n for _ in range(3)),
-        *[None] * 9,
-    )
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs))
 
 
 _attention_op = _library.register(

@@ -161,24 +161,13 @@ def _fake(output, query, keys, values, labels, query_labels, scale, differentiab
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.dtype, ctx.images = inputs[0].dtype, len(inputs[2])
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
 
 
 def _backward(ctx, grad_loss, grad_signs):
     (signs,) = ctx.saved_tensors
-    images = [None] * ctx.images
-    return (
-        _distillation_loss_backward_op(grad_loss, signs, ctx.dtype),
-        None,
-        images,
-        images,
-        images,
-        None,
-        None,
-        None,
-        None,
-    )
+    return _distillation_loss_backward_op(grad_loss, signs, ctx.dtype)
 
 
 _distillation_loss_op = _library.register(

@@ -242,7 +242,7 @@ def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
 
     In place, unless a gradient may need the rows.
     """
-    return (rows.masked_fill if rows.requires_grad else rows.masked_fill_)(
+    return (rows.masked_fill if _library.wants_gradient(rows) else rows.masked_fill_)(
         score.isnan().unsqueeze(-1), float("nan")
     )
 

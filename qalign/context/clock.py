@@ -28,6 +28,7 @@ class Clock:
         from_structure: bool tensor, whether keys and values come from the structure in this step.
         progress: float32 tensor, step / (total - 1), from 0 to 1.
         idle: the opposite of `active` as a Python bool, for processors that are not compiled.
+        position: int64 tensor [2] on the CPU, step and total; 0 and 1 before the first step.
         step, total: the step, from 0, and the number of steps. A step is one timestep, however often the
             model is called at it. None before the first step.
         loops: the number of loops that have begun.
@@ -47,6 +48,7 @@ class Clock:
         self.active = torch.ones((), dtype=torch.bool)
         self.from_structure = torch.zeros((), dtype=torch.bool)
         self.progress = torch.zeros(())
+        self.position = torch.tensor([0, 1], device="cpu")
         self.idle = False
         self.step: int | None = None
         self.total: int | None = None
@@ -74,6 +76,7 @@ class Clock:
                 self.active, self.from_structure, self.progress = (
                     each.to(device) for each in (self.active, self.from_structure, self.progress)
                 )
+        self.position.copy_(torch.tensor([step, total], device="cpu"))
         self.active.fill_(not self.idle)
         self.progress.fill_(min(step / max(total - 1, 1), 1.0))
         self.from_structure.fill_(self.takes_structure is not None and self.takes_structure(step, total))
@@ -82,6 +85,7 @@ class Clock:
         """Return to the state before the first step."""
         self.step = self.total = None
         self.idle = False
+        self.position.copy_(torch.tensor([0, 1], device="cpu"))
         self.active.fill_(True)
         self.from_structure.fill_(False)
         self.progress.fill_(0.0)

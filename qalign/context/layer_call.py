@@ -101,6 +101,11 @@ class Site:
         """The denoising step; 0 without a clock."""
         return 0 if self.clock is None or self.clock.step is None else self.clock.step
 
+    @property
+    def position(self) -> Tensor:
+        """The denoising step and the number of steps, int64 [2] on the CPU; 0 and 1 without a clock."""
+        return torch.tensor([0, 1], device="cpu") if self.clock is None else self.clock.position
+
     def output_rows(self, q: Tensor) -> Tensor:
         """Return the rows that the method edits, int32."""
         return self.layout.index("output", q.shape[0], q.device)

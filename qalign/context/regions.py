@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layers import token_grid
+from .outside_graphs import enlist, outside_graphs
 
 LARGEST = 30  # the largest label: an int32 has 31 bits besides the sign bit
 EVERYTHING = -1  # the set of all labels
@@ -55,9 +56,11 @@ class Regions:
     structure: Any = None
     background: int | None = None
     boxes: tuple[tuple[float, ...], ...] = ()
+    number: int = field(default=0, init=False, repr=False)  # by which compiled graphs find the labels
     _kept: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "number", enlist(self))
         if self.appearance is None and self.structure is None:
             raise ValueError(
                 "regions: expected labels of the appearance, of the structure or of both, got none"
@@ -65,6 +68,9 @@ class Regions:
         for name in ("appearance", "structure"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _label_maps(getattr(self, name), name))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, number=enlist(self))  # a copy is another object
 
     @classmethod
     def open(
@@ -132,6 +138,7 @@ class Regions:
         ]
         return Regions(appearance=self.appearance, structure=cut, background=self.background)
 
+    @outside_graphs(1)
     def picture_labels(
         self, picture: str, tokens: int, device: torch.device, *, resize: str = CENTRE
     ) -> Tensor:
@@ -160,6 +167,7 @@ class Regions:
 
         return self._cached(("labels", picture, tokens, device, resize), make)
 
+    @outside_graphs(1)
     def query_labels(
         self,
         picture: str,
@@ -182,6 +190,7 @@ class Regions:
 
         return self._cached(("queries", picture, tokens, reference_tokens, device, resize), make)
 
+    @outside_graphs(1)
     def object_labels(self, picture: str, tokens: int, device: torch.device) -> Tensor:
         """Return the labels of a picture's tokens as bit sets, int32 [1, N], without those of no object.
 
@@ -196,6 +205,7 @@ class Regions:
 
         return self._cached(("object", picture, tokens, device), make)
 
+    @outside_graphs(3)
     def subject_labels(
         self,
         picture: str,

@@ -1,6 +1,5 @@
 """The base classes of methods: what a method may define, and what it does where it defines nothing."""
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from ..context.layer_call import Site
 from ..context.layers import decoder_layers, token_grid
 from ..context.layout import BatchLayout
+from ..context.outside_graphs import uniform as uniform
 from ..context.regions import Regions
 
 Hook = Callable[[nn.Module, Tensor, Tensor, Site], Tensor]  # (module, its input, its output, site) -> output
@@ -326,9 +326,3 @@ def require_method(method: Any) -> None:
 def last_six(names: Sequence[str]) -> list[str]:
     """Select the decoder's last six: up_blocks.2 and up_blocks.3 of SD 1.5, up_blocks.1 of SDXL."""
     return decoder_layers(names)[-6:]
-
-
-def uniform(count: int, *key: int | str) -> Tensor:
-    """Return pseudo-random float32 [count] in [0, 1) on the CPU, determined by `key` and `count`."""
-    seed = random.Random(repr((*key, count))).getrandbits(62)
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed))

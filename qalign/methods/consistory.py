@@ -10,7 +10,8 @@ from qalign_kernels import Segment, attention
 
 from ..context.layer_call import Site, take
 from ..context.layers import decoder_layers
-from ._editing import Card, Editing, uniform
+from ..context.outside_graphs import drawn
+from ._editing import Card, Editing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class ConsiStory(Editing):
         dropout: the share of a subject's keys that the other pictures do not see.
         anchors: the number of outputs, from the first on, that the others see. None is all.
         seed: of the dropout. It depends only on the seed, the step, the picture's number and the number of
-            tokens. It is drawn on the CPU, so a compiled layer breaks its graph there.
+            tokens. It is drawn on the CPU.
 
     Raises:
         ValueError: `dropout` is no fraction below 1.
@@ -86,7 +87,7 @@ class ConsiStory(Editing):
             ]
         segments = [site.own(k, v, output)]
         for place, (rows, picture, number, count) in enumerate(pictures):
-            kept = (uniform(k.shape[2], self.seed, site.step, place) >= self.dropout).to(q.device)
+            kept = (drawn(k.shape[2], self.seed, site.position, place) >= self.dropout).to(q.device)
             others = (rows != output)[:, None, None]  # a row sees its own keys only once
             labels = site.subject_labels(k, rows, picture, number, count)
             segments.append(Segment(k, v, counts=(kept & others).int(), labels=labels, batch_index=rows))

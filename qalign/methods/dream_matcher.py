@@ -11,8 +11,8 @@ from qalign_kernels import Segment, attention, similarity_argmax
 from qalign_kernels.rearrange import take_rows
 
 from ..context.layer_call import Site, take
-from ..context.layers import token_grid
 from ..context.layout import BatchLayout
+from ..context.outside_graphs import token_places
 from ..context.regions import Regions
 from ._editing import Card, Editing, check_labels
 
@@ -97,22 +97,21 @@ class DreamMatcher(Editing):
             if site.regions is None
             else site.regions.subject_labels("structure", 0, 1, tokens, there.device) != 0
         )
-        height, width = self._grid(tokens, site)
-        start = torch.arange(tokens, device=there.device)
-        end = back.gather(-1, there.clamp(min=0).long())
-        square = (end // width - start // width).square() + (end % width - start % width).square()
+        places, height = token_places(self._size(tokens, site), tokens, there.device)
+        end = places[:, back.gather(-1, there.clamp(min=0).long())]  # [2, rows, 1, N]
+        square = (end - places[:, None, None]).square().sum(0)
         share = 1.0 if foreground is None else foreground.float().mean()
         kept = (square < (self.consistency * height * share) ** 2) & (there >= 0)
         return kept if foreground is None else kept & foreground
 
-    def _grid(self, tokens: int, site: Site) -> tuple[int, int]:
+    def _size(self, tokens: int, site: Site) -> tuple[int, int]:
         if site.forward is not None:
-            return token_grid(site.forward.size, tokens)
+            return site.forward.size
         size = self.size if site.regions is None else site.regions.structure.shape
         if size is None:
             expected = "(height, width) of the latents outside of attach"
             raise ValueError(f"size: expected {expected}, got None for {tokens} tokens")
-        return token_grid(size, tokens)
+        return size
 
     def check(
         self,

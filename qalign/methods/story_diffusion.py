@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from qalign_kernels import Segment, attention
 
 from ..context.layer_call import Site, take
 from ..context.layers import decoder_layers
-from ._editing import Card, Editing, uniform
+from ..context.outside_graphs import drawn
+from ._editing import Card, Editing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,24 +61,27 @@ class StoryDiffusion(Editing):
     seed: int = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        total = 1 if site.clock is None else site.clock.total or 1
-        skip = self.skip[site.step / total >= self.settled]
-        if site.idle or self._draw(1, site.step, site.layer).item() < skip:
+        left_out, compiled = self._left_out(site), torch.compiler.is_compiling()
+        if site.idle or (not compiled and left_out):
             return site.plain(q, k, v)
-        output, tokens = site.output_rows(q), k.shape[2]
-        seen = (self._draw(tokens, site.step, "") < self.rate).to(q.device)
+        output = site.output_rows(q)
+        seen = (drawn(k.shape[2], self.seed, site.position, "") < self.rate).to(q.device)
         segments = []
         for rows in site.companion_rows(q):
             counts = (seen | (rows == output)[:, None]).int()[
                 :, None
             ]  # [rows, 1, N], all keys of its own row
             segments.append(Segment(k, v, counts=counts, labels=site.own_labels(rows), batch_index=rows))
-        return site.merge(
-            q, k, v, attention(take(q, output), segments, scale=site.scale, query_labels=site.query_labels(q))
-        )
+        edited = attention(take(q, output), segments, scale=site.scale, query_labels=site.query_labels(q))
+        if compiled:  # the step is not known there
+            edited = torch.where(left_out.to(q.device), site.stock(q, k, v, output), edited)
+        return site.merge(q, k, v, edited)
 
     def default_layers(self, names: Sequence[str]) -> list[str]:
         return decoder_layers(names)
 
-    def _draw(self, count: int, step: int, name: str) -> Tensor:
-        return uniform(count, self.seed, step, name)
+    def _left_out(self, site: Site) -> Tensor:
+        """Whether this step leaves the layer out, a bool tensor on the CPU."""
+        step, total = site.position.double()
+        skip = torch.where(step / total >= self.settled, self.skip[1], self.skip[0])
+        return drawn(1, self.seed, site.position, site.layer)[0] < skip
