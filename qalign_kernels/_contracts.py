@@ -143,7 +143,7 @@ def number(argument: str, value: object, *, above: float | None = None) -> float
     As for SDPA, it may be a numpy scalar or a tensor with one element, no dimension and no gradient.
     """
     found = value if type(value) is float else _float(argument, value)
-    if not math.isfinite(found) or (above is not None and found <= above):
+    if not -math.inf < found < math.inf or (above is not None and found <= above):
         raise ValueError(
             f"{argument}: expected a finite number{'' if above is None else f' above {above}'}, got {value!r}"
         )

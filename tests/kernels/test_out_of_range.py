@@ -9,6 +9,7 @@ from tests.kernels.calls import CALLS, gradients, inputs
 
 FAR = 10**6
 ROWS = [name for name in CALLS if "rows" in name]
+QUICK = ("attention rows", "similarity_argmax rows")  # of those in the interpreter
 COUNTS = [name for name in CALLS if "counts" in name and name != "match_counts"]
 
 
@@ -32,12 +33,20 @@ def _of_rows(*rows):
     return inputs()._replace(rows=torch.tensor(rows, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_out_of_range_read_the_nearest(name, backend):
     _check(name, _of_rows(-1, FAR), _of_rows(0, 1), backend)
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ROWS]
+)
+def test_interpreted_kernels_read_the_nearest_row(name):
+    _check(name, _of_rows(-1, FAR), _of_rows(0, 1), "triton")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention rows", "qalign_attention rearranged labels rows"])
 def test_interpreted_gradients_take_the_nearest_row(name):
     if refusal := _backends.triton_refusal(torch.empty(1), ()):
