@@ -7,8 +7,20 @@ from . import _backends, _library
 
 
 def unit(x: Tensor) -> Tensor:
-    """Compute x / max(|x|, 1e-12) along the last axis, in float32 or float64, rounded to the input dtype."""
-    return torch.nn.functional.normalize(x.to(_library.accumulate_dtype(x)), dim=-1, eps=1e-12).to(x.dtype)
+    """Compute x / max(|x|, 1e-12) along the last axis, in float32 or float64, rounded to the input dtype.
+
+    Where x is not finite, its gradient is 0 if the incoming one is.
+    """
+    wide = x.to(_library.accumulate_dtype(x))
+    if not _library.wants_gradient(x):
+        return _normalize(wide).to(x.dtype)
+    finite = wide.isfinite().all(-1, keepdim=True)
+    lost = _normalize(wide.detach()) + 0 * wide
+    return torch.where(finite, _normalize(wide.masked_fill(~finite, 0)), lost).to(x.dtype)
+
+
+def _normalize(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1, eps=1e-12)
 
 
 def alignment_features(

@@ -104,7 +104,7 @@ def launch_key_gradient(
         num_stages=tile.num_stages,
         **queries.arguments(),
         segment=unsigned(arguments),
-        counts=_count_arguments(segment.counts),
+        counts=count_arguments(segment.counts),
         grad_key_ptr=grad_key,
         grad_value_ptr=grad_value,
         grad_scale=scale,
@@ -117,7 +117,7 @@ def launch_key_gradient(
     )
 
 
-def _count_arguments(counts: Tensor | None) -> Counts | None:
+def count_arguments(counts: Tensor | None) -> Counts | None:
     """Counts as kernels read them."""
     if counts is None:
         return None

@@ -35,6 +35,7 @@ from ._attention_choice import AttentionCall, choose, launch_hopper
 from ._comparison import _compare_parts
 from ._labels import compared_slots, free_slot, label_class, sort_queries, visible_spans
 from ._launch import launch
+from ._mend import mend_output
 from ._segments import (
     LOG2_E,
     KeyTile,
@@ -79,7 +80,10 @@ def attention(
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32) if need_lse else None
     shared: dict[str, Any] = {"query_labels": query_labels, "query_order": query_order, "guide": guide}
     known = None if contrast == 1.0 else log2_sum_exp(query, arguments, **shared)
-    launch_attention(AttentionCall(query, arguments, output, lse, contrast=contrast, known=known, **shared))
+    call = AttentionCall(query, arguments, output, lse, contrast=contrast, known=known, **shared)
+    launch_attention(call)
+    if any(s.labels is not None for s in segments):
+        mend_output(call, segments, [s.logit_scale * scale for s in segments])
     return output, lse
 
 

@@ -18,6 +18,7 @@ from ._configs import FAMILIES, nearest_architecture
 from ._gradient_rows import QuerySide, query_side
 from ._key_gradient import launch_key_gradient
 from ._launch import launch, target_of
+from ._mend import mend_key_gradient, mend_query_gradient
 from ._segments import (
     KeyTile,
     QueryTile,
@@ -68,6 +69,8 @@ def attention_backward(
     grads: list[Tensor | None] = [None] * (1 + 2 * count)
     if needs[0]:
         grads[0] = _query_gradient(queries, segments, scales)
+        if any(s.labels is not None for s in segments):
+            mend_query_gradient(queries, segments, scales, grads[0])
     for i, (segment, segment_scale) in enumerate(zip(segments, scales)):
         for position, x in ((1 + i, segment.key), (1 + count + i, segment.value)):
             if needs[position]:
@@ -78,6 +81,10 @@ def attention_backward(
         for grad_key, grad_value in wanted:
             if grad_key is not None or grad_value is not None:
                 launch_key_gradient(queries, segment, segment_scale, grad_key, grad_value)
+        grad_key, grad_value = grads[1 + i], grads[1 + count + i]
+        hidden = segment.labels is not None or segment.counts is not None
+        if hidden and (grad_key is not None or grad_value is not None):
+            mend_key_gradient(queries, segment, segment_scale, grad_key, grad_value)
     return grads
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._attention_choice import AttentionCall
 from ._labels import sort_queries
+from ._mend import mend_output
 from ._segments import segment_arguments
 from .attention import launch_attention
 
@@ -32,5 +33,8 @@ def distillation_loss(
         for s in segments
     ]
     labels: dict[str, Any] = {"query_labels": query_labels, "query_order": query_order}
-    launch_attention(AttentionCall(query, arguments, output, distance=distance, signs=signs, **labels))
+    call = AttentionCall(query, arguments, output, distance=distance, signs=signs, **labels)
+    launch_attention(call)
+    if any(s.labels is not None for s in segments):
+        mend_output(call, segments, [scale] * len(segments))
     return distance.mean(), signs

@@ -20,6 +20,7 @@ from ._attention_choice import AttentionCall
 from ._configs import choose_tile
 from ._labels import sort_queries
 from ._launch import launch, target_of
+from ._mend import Given, mend_output
 from ._segments import LOG2_E, segment_arguments
 from ._tile import (
     Parts,
@@ -64,7 +65,7 @@ def rearranged_attention(
 ) -> Tensor:
     """Norms, argmax with its counts, gathering and attention, in four launches.
 
-    A contrast costs one more launch, sorted labels cost two more.
+    A contrast costs one more launch, labels cost one more, sorted labels two more.
     """
     match, counts = counted_argmax(
         alignment_query, ref_query, similarity, joint, query_labels, ref_labels, batch_index
@@ -82,9 +83,11 @@ def rearranged_attention(
     output = torch.empty((*query.shape[:3], ref_value.shape[3]), device=query.device, dtype=query.dtype)
     labels: dict[str, Any] = {"query_labels": query_labels, "query_order": query_order}
     known = None if contrast == 1.0 else log2_sum_exp(query, [segment], **labels)
-    launch_attention(
-        AttentionCall(query, [segment], output, contrast=contrast, known=known, match=match, **labels)
-    )
+    call = AttentionCall(query, [segment], output, contrast=contrast, known=known, match=match, **labels)
+    launch_attention(call)
+    if ref_labels is not None:
+        given = Given(ref_key, ref_value, counts, ref_labels, batch_index)
+        mend_output(call, [given], [scale])
     return output
 
 

@@ -3,7 +3,7 @@
 1. The logits of all segments, side by side.
 2. Their softmax with multiplicities.
 3. The contrast, if there is one.
-4. The weighted sum of the values.
+4. The weighted sum of the values that a query sees.
 """
 
 from typing import NamedTuple
@@ -11,34 +11,54 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._product import product
+from ._product import pairs, product
 
 
 class _Segment(NamedTuple):
     """One segment as the batch rows of the queries read it."""
 
     logits: Tensor  # [B, H, N_q, N_k], -inf where a query does not see a key
+    seen: Tensor  # [B, H, N_q, N_k], whether it does
     counts: Tensor  # [B, H, 1, N_k], the multiplicities
     value: Tensor  # [B, H, N_k, D_v]
 
 
 def _segment(query, segment, scale, query_labels, guide, accumulate) -> _Segment:
-    rows = slice(None) if segment.batch_index is None else segment.batch_index.long()
+    rows = batch_rows(segment.batch_index, segment.key)
     key, value = segment.key.to(accumulate)[rows], segment.value.to(accumulate)[rows]
-    logits = segment.logit_scale * scale * product(query.to(accumulate), key.mT) + segment.logit_shift
+    seen = _seen(query, segment, query_labels)
+    logits = segment.logit_scale * scale * pairs(query.to(accumulate), key, seen) + segment.logit_shift
     if guide is not None:
-        logits = logits + guide.strength * product(
-            guide.query.to(accumulate), guide.key.to(accumulate)[rows].mT
-        )
-    if segment.labels is not None:
-        seen = (query_labels.unsqueeze(-1) & segment.labels.unsqueeze(-2)) != 0
-        logits = logits.masked_fill(~seen.unsqueeze(1), float("-inf"))
+        guide_query, guide_key = guide.query.to(accumulate), guide.key.to(accumulate)[rows]
+        logits = logits + guide.strength * pairs(guide_query, guide_key, seen)
+    if seen is None:
+        seen = torch.ones((), dtype=torch.bool, device=query.device)
+    else:
+        logits = logits.masked_fill(~seen, float("-inf"))
     if segment.counts is None:
         counts = torch.ones((query.shape[0], 1, key.shape[2]), device=query.device, dtype=accumulate)
     else:
-        counts = segment.counts.to(accumulate)
-        logits = logits.masked_fill((segment.counts == 0).unsqueeze(2), float("-inf"))
-    return _Segment(logits, counts.expand(-1, query.shape[1], -1).unsqueeze(2), value)
+        counts = segment.counts.to(accumulate).clamp(min=0)
+    return _Segment(
+        logits, seen.expand(logits.shape), counts.expand(-1, query.shape[1], -1).unsqueeze(2), value
+    )
+
+
+def _seen(query: Tensor, segment, query_labels: Tensor | None) -> Tensor | None:
+    """Which keys a query sees, by their labels and counts; None: all."""
+    seen = None
+    if segment.labels is not None and query_labels is not None:
+        seen = ((query_labels.unsqueeze(-1) & segment.labels.unsqueeze(-2)) != 0).unsqueeze(1)
+    if segment.counts is not None:
+        present = (segment.counts > 0).unsqueeze(2)
+        seen = present if seen is None else seen & present
+    shape = (*query.shape[:3], segment.key.shape[2])
+    return None if seen is None else seen.expand(shape)
+
+
+def batch_rows(batch_index: Tensor | None, source: Tensor) -> slice | Tensor:
+    """The rows of `source` that query rows read."""
+    return slice(None) if batch_index is None else batch_index.long().clamp(0, source.shape[0] - 1)
 
 
 def contrast_weights(probabilities: Tensor, contrast: float, total: Tensor) -> Tensor:
@@ -46,19 +66,25 @@ def contrast_weights(probabilities: Tensor, contrast: float, total: Tensor) -> T
     return (contrast * (probabilities - 1 / total) + 1 / total).clamp(0, 1)
 
 
+def weigh(
+    logits: Tensor, value: Tensor, seen: Tensor | None, counts: Tensor, contrast: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Σ_j m_j w_ij v_j over the values that are seen, in `dtype`, and the log-sum-exp. All in float32."""
+    lse = (logits + counts.log()).logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1)).exp()
+    if contrast != 1.0:
+        weights = contrast_weights(weights, contrast, counts.sum(-1, keepdim=True).clamp(min=1))
+    weights = counts * weights
+    if seen is not None:
+        weights = weights.masked_fill(~seen, 0)
+    return product(weights.to(dtype).to(value.dtype), value, seen).to(dtype), lse
+
+
 def attention(
     query, segments, *, scale, contrast=1.0, query_labels=None, guide=None, need_lse=True
 ) -> tuple[Tensor, Tensor]:
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     parts = [_segment(query, segment, scale, query_labels, guide, accumulate) for segment in segments]
-    logits, counts, value = (torch.cat(part, dim) for part, dim in zip(zip(*parts), (3, 3, 2)))
-    lse = (logits + counts.log()).logsumexp(-1)
-    unseen = logits == float("-inf")
-    probabilities = (logits - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1)).exp()
-    weights = (
-        probabilities
-        if contrast == 1.0
-        else contrast_weights(probabilities, contrast, counts.sum(-1, keepdim=True).clamp(min=1))
-    )
-    weights = (counts * weights).masked_fill(unseen, 0).to(query.dtype)
-    return product(weights.to(accumulate), value).to(query.dtype), lse
+    logits, seen, counts, value = (torch.cat(part, dim) for part, dim in zip(zip(*parts), (3, 3, 3, 2)))
+    hidden = any(segment.labels is not None or segment.counts is not None for segment in segments)
+    return weigh(logits, value, seen if hidden else None, counts, contrast, query.dtype)

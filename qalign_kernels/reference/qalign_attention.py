@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._product import product
-from .attention import attention, contrast_weights
+from ._product import pairs
+from .attention import attention, batch_rows, contrast_weights, weigh
 from .rearrange import rearrange_kv
-from .similarity import scores, similarity_argmax, similarity_topk
+from .similarity import similarity_argmax, similarity_topk, unit
 
 
 class Alignment(NamedTuple):
@@ -69,7 +69,7 @@ def qalign_attention(
     if batch_index is not None:
         accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
         ref_query, ref_key, ref_value = (
-            x.to(accumulate)[batch_index.long()].to(x.dtype) for x in (ref_query, ref_key, ref_value)
+            x.to(accumulate)[batch_rows(batch_index, x)].to(x.dtype) for x in (ref_query, ref_key, ref_value)
         )
     joint = heads == "joint" and refinement not in ("guided", "soft")
     alignment_query = query if match_query is None else match_query
@@ -87,18 +87,34 @@ def _topk(call: Call) -> Tensor:
 
 
 def _guided(call: Call) -> Tensor:
-    logits = _logits(call.query, call.key, call.scale)
-    guide = _strengthened(scores(*call.alignment.unit()), call.strength)
-    return _weigh(logits + guide, call.value, call.contrast)
+    features, ref_features = call.alignment.unit()[:2]
+    return attention(
+        call.query,
+        [_Segment(call.key, call.value, labels=call.alignment.reference_labels)],
+        scale=call.scale,
+        contrast=call.contrast,
+        query_labels=call.alignment.query_labels,
+        guide=_Guide(features, ref_features, call.strength),
+    )[0]
 
 
 def _soft(call: Call) -> Tensor:
-    table = _strengthened(scores(*call.alignment.unit()), call.strength)
-    present = (table != float("-inf")).any(-1)
-    weights = table.softmax(-1).masked_fill(~present.unsqueeze(-1), 0).to(call.query.dtype)
-    key, value = (product(weights, x.expand(*weights.shape[:2], -1, -1)) for x in (call.key, call.value))
-    logits = _logits(call.query, key, call.scale).masked_fill(~present.unsqueeze(2), float("-inf"))
-    return _weigh(logits, value, call.contrast, present.sum(-1))
+    features, ref_features, *_, query_labels, ref_labels = call.alignment.unit()
+    key, value = (
+        attention(
+            features,
+            [_Segment(ref_features, x, labels=ref_labels)],
+            scale=call.strength,
+            query_labels=query_labels,
+        )[0]
+        for x in (call.key, call.value)
+    )
+    present = None
+    if query_labels is not None and ref_labels is not None:
+        present = ((query_labels.unsqueeze(-1) & ref_labels.unsqueeze(-2)) != 0).any(-1)
+        present = present.int().unsqueeze(1).expand(call.query.shape[0], -1, -1)
+    segment = _Segment(key, value, counts=present)
+    return attention(call.query, [segment], scale=call.scale, contrast=call.contrast)[0]
 
 
 def _warped_output(call: Call) -> Tensor:
@@ -126,14 +142,19 @@ def _rearranged(call: Call) -> Tensor:
     index, score = similarity_argmax(*call.alignment)
     key, value = rearrange_kv(call.key, call.value, index)
     matched = index >= 0
-    logits = _logits(call.query, key, call.scale).masked_fill(~matched.unsqueeze(2), float("-inf"))
+    seen = matched.unsqueeze(2)
     query_labels, ref_labels = call.alignment.query_labels, call.alignment.reference_labels
     if query_labels is not None and ref_labels is not None:
         tokens = index.clamp(min=0).long()
         labels = ref_labels.expand(call.query.shape[0], -1).unsqueeze(1).take_along_dim(tokens, dim=2)
-        seen = (query_labels.unsqueeze(1).unsqueeze(-1) & labels.unsqueeze(2)) != 0
-        logits = logits.masked_fill(~seen, float("-inf"))
-    return _unmatchable_to_nan(_weigh(logits, value, call.contrast, matched.sum(-1)), score)
+        seen = seen & ((query_labels.unsqueeze(1).unsqueeze(-1) & labels.unsqueeze(2)) != 0)
+    seen = seen.expand(*call.query.shape[:3], key.shape[2])
+    accumulate = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+    query, key, value = (x.to(accumulate) for x in (call.query, key, value))
+    logits = (call.scale * pairs(query, key, seen)).masked_fill(~seen, float("-inf"))
+    counts = matched.to(accumulate).unsqueeze(2)
+    output, _ = weigh(logits, value, seen, counts, call.contrast, call.query.dtype)
+    return _unmatchable_to_nan(output, score)
 
 
 FORMULAS = {
@@ -159,9 +180,12 @@ class _Segment(NamedTuple):
     logit_shift: float = 0.0
 
 
-def _strengthened(table: Tensor, strength: float) -> Tensor:
-    """strength · S; pairs whose labels do not meet stay -inf."""
-    return (strength * table).masked_fill(table == float("-inf"), float("-inf"))
+class _Guide(NamedTuple):
+    """What `attention` reads of a guide."""
+
+    query: Tensor
+    key: Tensor
+    strength: float
 
 
 def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
@@ -170,50 +194,30 @@ def _unmatchable_to_nan(rows: Tensor, score: Tensor) -> Tensor:
 
 def _unit(x: Tensor) -> Tensor:
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.nn.functional.normalize(x.to(accumulate), dim=-1, eps=1e-12).to(x.dtype)
-
-
-def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return scale * product(query.to(accumulate), key.to(accumulate).mT)
-
-
-def _weigh(logits: Tensor, value: Tensor, contrast: float, total: Tensor | None = None) -> Tensor:
-    """Softmax of the logits, contrasted with N = `total`, times the values. A row of -inf gives zeros."""
-    lse = logits.logsumexp(-1, keepdim=True)
-    unseen = logits == float("-inf")
-    weights = (logits - lse.masked_fill(lse == float("-inf"), 0)).exp()
-    if contrast != 1.0:
-        total = (
-            torch.full_like(lse, logits.shape[-1])
-            if total is None
-            else total.clamp(min=1)[..., None, None].to(lse.dtype)
-        )
-        weights = contrast_weights(weights, contrast, total)
-    weights = weights.masked_fill(unseen, 0).to(value.dtype)
-    return product(weights.to(lse.dtype), value.to(lse.dtype)).to(value.dtype)
+    return unit(x.to(accumulate)).to(x.dtype)
 
 
 def topk_attention(query, key, value, index, *, scale, contrast=1.0, batch_index=None) -> Tensor:
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    key, value = key.to(accumulate), value.to(accumulate)
-    if batch_index is not None:
-        key, value = key[batch_index.long()], value[batch_index.long()]
-    rows = index.clamp(min=0).long().expand(-1, query.shape[1], -1, -1)
+    key, value = (x.to(accumulate)[batch_rows(batch_index, x)] for x in (key, value))
+    absent = ((index < 0) | (index >= key.shape[2])).expand(-1, query.shape[1], -1, -1)
+    tokens = index.clamp(0, key.shape[2] - 1).long().expand(-1, query.shape[1], -1, -1)
     key, value = (
-        x.unsqueeze(2).expand(-1, -1, query.shape[2], -1, -1).take_along_dim(rows.unsqueeze(-1), dim=3)
+        x.unsqueeze(2)
+        .expand(-1, -1, query.shape[2], -1, -1)
+        .take_along_dim(tokens.unsqueeze(-1), dim=3)
+        .masked_fill(absent.unsqueeze(-1), 0)
         for x in (key, value)
     )
     logits = scale * (query.to(accumulate).unsqueeze(3) * key).sum(-1)
-    logits = logits.masked_fill(index < 0, float("-inf"))
-    weights = _weigh_rows(logits, contrast).to(query.dtype)
+    logits = logits.masked_fill(absent, float("-inf"))
+    weights = _weigh_rows(logits, absent, contrast).to(query.dtype)
     return (weights.to(accumulate).unsqueeze(-1) * value).sum(3).to(query.dtype)
 
 
-def _weigh_rows(logits: Tensor, contrast: float) -> Tensor:
+def _weigh_rows(logits: Tensor, absent: Tensor, contrast: float) -> Tensor:
     """Softmax over the k candidates, contrasted with N = k. Absent candidates have weight 0."""
-    absent = logits == float("-inf")
-    probabilities = logits.softmax(-1).masked_fill(absent.all(-1, keepdim=True), 0)
+    probabilities = logits.masked_fill(absent.all(-1, keepdim=True), 0).softmax(-1)
     if contrast != 1.0:
         probabilities = contrast_weights(
             probabilities, contrast, torch.full_like(logits[..., :1], logits.shape[-1])

@@ -10,8 +10,8 @@ def match_counts(index: Tensor, num_tokens: int) -> Tensor:
 
 
 def rearrange_kv(key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    rows = index.clamp(min=0).long().expand(-1, key.shape[1], -1).unsqueeze(-1)
-    unmatched = (index < 0).unsqueeze(-1)
+    rows = index.clamp(0, key.shape[2] - 1).long().expand(-1, key.shape[1], -1).unsqueeze(-1)
+    unmatched = ((index < 0) | (index >= key.shape[2])).unsqueeze(-1)
     # in the accumulate dtype, in which a gradient sums over the queries that took the same token
     accumulate = torch.float64 if key.dtype == torch.float64 else torch.float32
     wide = (x.to(accumulate).take_along_dim(rows, dim=2).masked_fill(unmatched, 0) for x in (key, value))

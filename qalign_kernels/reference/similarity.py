@@ -7,7 +7,8 @@
 import torch
 from torch import Tensor
 
-from ._product import product
+from ._product import pairs
+from .attention import batch_rows
 
 
 def scores(
@@ -22,17 +23,24 @@ def scores(
     """S [B, 1 or H, N_q, N_k], float32 (float64 for float64 input); -inf where the labels do not meet."""
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     query, reference = query.to(accumulate), reference.to(accumulate)
-    if batch_index is not None:
-        reference = reference[batch_index.long()]
+    reference = reference[batch_rows(batch_index, reference)]
     if joint:
         query, reference = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (query, reference))
     if similarity == "cosine":
-        query, reference = (torch.nn.functional.normalize(x, dim=-1, eps=1e-12) for x in (query, reference))
-    result = product(query, reference.mT)
-    if query_labels is not None and reference_labels is not None:
-        admissible = (query_labels.unsqueeze(-1) & reference_labels.unsqueeze(-2)) != 0
-        result = result.masked_fill(~admissible.unsqueeze(1), float("-inf"))
-    return result
+        query, reference = unit(query), unit(reference)
+    if query_labels is None or reference_labels is None:
+        return pairs(query, reference)
+    admissible = ((query_labels.unsqueeze(-1) & reference_labels.unsqueeze(-2)) != 0).unsqueeze(1)
+    admissible = admissible.expand(*query.shape[:3], reference.shape[2])
+    return pairs(query, reference, admissible).masked_fill(~admissible, float("-inf"))
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12). Where x is not finite, its gradient is 0 if the incoming one is."""
+    vectors = x.masked_fill(~x.isfinite().all(-1, keepdim=True), 0)
+    found = torch.nn.functional.normalize(vectors, dim=-1, eps=1e-12)
+    lost = torch.nn.functional.normalize(x.detach(), dim=-1, eps=1e-12) + 0 * x
+    return torch.where(x.isfinite().all(-1, keepdim=True), found, lost)
 
 
 def similarity_argmax(

@@ -99,15 +99,21 @@ def fused_backward(
             row = whole.of(heads)
             where = slice(b, b + 1), heads
             parts = _sdpa_backward(grad_output[where], query[where], output[where], lse[where], row, scale)
-            grads = [x[0].masked_fill_(row.empty, 0) for x in parts]
-            grad_query[b, heads] = grads[0]
-            for total, grad in zip((grad_key, grad_value), grads[1:]):
+            grad_query[b, heads] = parts[0][0].masked_fill_(row.empty, 0)
+            grads = [_of_present(x[0], row) for x in parts[1:]]
+            for total, grad in zip((grad_key, grad_value), grads):
                 target = batch_row(total, b, segment.batch_index)[heads]
                 if row.kept is None:
                     target += grad
                 else:
                     target.scatter_add_(1, row.kept.unsqueeze(-1).expand_as(grad), grad)
     return [grad_query, grad_key, grad_value]
+
+
+def _of_present(grad: Tensor, row: FusedRow) -> Tensor:
+    """The gradient of keys or values [H, U, D], 0 for those that a head does not count."""
+    absent = row.empty if row.mask is None else row.empty | (row.mask[0] == float("-inf")).mT
+    return grad.masked_fill_(absent, 0)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -138,7 +144,7 @@ def _fused_row(key: Tensor, value: Tensor, segment: Any, b: int) -> FusedRow:
     key, value = (batch_row(x, b, segment.batch_index) for x in (key, value))
     if segment.counts is None:
         return FusedRow(key, value, None, None, torch.zeros((1, 1, 1), dtype=torch.bool, device=key.device))
-    counts = segment.counts[b]
+    counts = segment.counts[b].clamp(min=0)
     used, empty = int((counts != 0).sum(-1).max()), (counts == 0).all(-1)[:, None, None]
     kept = None
     if used < key.shape[1]:

@@ -60,7 +60,7 @@ def prepare(segment: Any, guide: Any, scale: float, b: int, dtype: torch.dtype) 
     labels = None if segment.labels is None else segment.labels[b if segment.labels.shape[0] > 1 else 0]
     counts = kept = None
     if segment.counts is not None:
-        counts = segment.counts[b]
+        counts = segment.counts[b].clamp(min=0)
         kept = _present(counts) if on_host(counts) else None
         if kept is not None:
             key, value, counts = (x.index_select(1, kept) for x in (key, value, counts))
@@ -82,7 +82,7 @@ def total_count(segments: Sequence[Any], b: int, dtype: torch.dtype) -> Tensor:
     """N [H, 1, 1], the number of keys, each times its multiplicity; at least 1."""
     total = segments[0].key.new_zeros(segments[0].key.shape[1], dtype=dtype)
     for segment in segments:
-        total += segment.key.shape[2] if segment.counts is None else segment.counts[b].sum(-1)
+        total += segment.key.shape[2] if segment.counts is None else segment.counts[b].clamp(min=0).sum(-1)
     return total.clamp_(min=1)[:, None, None]
 
 
@@ -122,7 +122,11 @@ def masses(tiles: Sequence[Tile]) -> Masses:
     total = sum_of([x.sum(-1, keepdim=True) for x in mass])
     lse = (peak + total.log()).squeeze(-1)
     total.masked_fill_(total == 0, 1)
-    return Masses([x.div_(total) for x in mass], lse)
+    for x, tile in zip(mass, tiles):
+        x.div_(total)
+        if tile.seen is not None:
+            x.masked_fill_(~tile.seen, 0)  # also in a row that is NaN
+    return Masses(mass, lse)
 
 
 def unclipped(mass: Tensor, tile: Tile, contrast: float, total: Tensor) -> Tensor:

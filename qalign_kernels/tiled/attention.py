@@ -20,6 +20,7 @@ from ._labels import Group, group_queries, rows_read
 from ._masses import (
     Part,
     Settings,
+    Tile,
     add_batch_row,
     blocks_of,
     clipped,
@@ -31,6 +32,7 @@ from ._masses import (
     total_count,
     unclipped,
 )
+from ._seen import add_sum_of_seen, sum_of_seen
 
 
 class _Seen(NamedTuple):
@@ -160,7 +162,10 @@ def _attend(
                     clipped(unclipped(m, tile, contrast, total[heads]), tile, contrast)
                     for m, tile in zip(mass, tiles)
                 ]
-            values = [m.to(query.dtype).to(dtype) @ tile.value for m, tile in zip(mass, tiles)]
+            values = [
+                sum_of_seen(m.to(query.dtype).to(dtype), tile.value, tile.seen)
+                for m, tile in zip(mass, tiles)
+            ]
             output[b, heads, rows] = sum_of(values)
     return output, lse if need_lse else None
 
@@ -253,6 +258,8 @@ def _backward(
                 if guide is not None:
                     grad_guides[0][b, heads, rows] = grad_features[..., head_dim:] * guide.strength
         for segment, part, own, keys, values in zip(segments, parts, sums, grad_keys, grad_values):
+            if part.counts is not None:  # a head may lack keys that others have
+                own = _Sums(*(x.masked_fill_((part.counts == 0).mT, 0) for x in own))
             add_batch_row(keys, own.key[..., :head_dim], b, segment.batch_index, part.kept)
             add_batch_row(values, own.value, b, segment.batch_index, part.kept)
             if guide is not None:
@@ -269,7 +276,7 @@ def _backward_of_block(
     dtype = tiles[0].key.dtype
     grad = given.grad_output[b, heads, rows].to(dtype)
     mass = masses(tiles).masses
-    gains = [grad @ tile.value.mT for tile in tiles]
+    gains = [_unless_hidden(grad @ tile.value.mT, tile) for tile in tiles]
     weights = mass
     if contrast != 1.0:
         total = row.total[heads]
@@ -282,8 +289,13 @@ def _backward_of_block(
         offset += given.grad_lse[b, heads, rows]
     grad_features = []
     for tile, m, w, g, sums in zip(tiles, mass, weights, gains, row.sums):
-        grad_logits = g.add_(offset.unsqueeze(-1)).mul_(m)
-        grad_features.append(grad_logits @ tile.key)
-        sums.key[heads].baddbmm_(grad_logits.mT, tile.query)
-        sums.value[heads].baddbmm_(w.to(query.dtype).to(dtype).mT, grad)
+        grad_logits, weighed = _unless_hidden(g.add_(offset.unsqueeze(-1)).mul_(m), tile), w.to(query.dtype)
+        grad_features.append(sum_of_seen(grad_logits, tile.key, tile.seen))
+        add_sum_of_seen(sums.key[heads], grad_logits.mT, tile.query, tile.seen)
+        add_sum_of_seen(sums.value[heads], weighed.to(dtype).mT, grad, tile.seen)
     return grad_features
+
+
+def _unless_hidden(pairs: Tensor, tile: Tile) -> Tensor:
+    """The numbers of pairs [h, r, U], 0 for a key that is not seen, in place."""
+    return pairs if tile.seen is None else pairs.masked_fill_(~tile.seen, 0)

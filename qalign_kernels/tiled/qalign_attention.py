@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import accumulate_dtype, blocks
-from .rearrange import add_rows, places
+from .rearrange import absent, add_rows, places, tokens_of
 
 
 class _Rows(NamedTuple):
@@ -62,7 +62,7 @@ def topk_attention_backward(
             gain = gain * contrast * ((unclipped >= 0) & (unclipped <= 1))
         gain = gain.masked_fill(part.absent, 0)
         offset = (part.probabilities * gain).sum(-1, keepdim=True)
-        grad_logits = (scale * part.probabilities * (gain - offset)).unsqueeze(-1)
+        grad_logits = (scale * part.probabilities * (gain - offset)).masked_fill(part.absent, 0).unsqueeze(-1)
         grads[0][:, :, part.rows] = (grad_logits * part.keys).sum(3)
         add_rows(grads[1], part.tokens, grad_logits * part.query.unsqueeze(3), batch_index)
         add_rows(grads[2], part.tokens, weights.to(query.dtype).to(dtype).unsqueeze(-1) * grad, batch_index)
@@ -78,13 +78,13 @@ def _parts(
     bytes_per_row = 2 * dtype.itemsize * batch * heads * k * (query.shape[3] + value.shape[3])
     for _, rows in blocks(1, queries, bytes_per_row, query.device):
         some = index[:, :, rows]
-        tokens = (*places(key, some, batch_index), some.clamp(min=0).long())
-        keys, values = (x[tokens].to(dtype) for x in (key, value))
+        tokens = (*places(key, some, batch_index), tokens_of(some, key.shape[2]))
+        missing = absent(some, key.shape[2]).expand(batch, heads, -1, -1)
+        keys, values = (x[tokens].to(dtype).masked_fill_(missing.unsqueeze(-1), 0) for x in (key, value))
         wide = query[:, :, rows].to(dtype)
-        absent = (some < 0).expand(keys.shape[:-1])
-        logits = (scale * (wide.unsqueeze(3) * keys).sum(-1)).masked_fill(absent, float("-inf"))
-        logits = logits.masked_fill(absent.all(-1, keepdim=True), 0)
-        yield _Rows(rows, some, wide, keys, values, logits.softmax(-1).masked_fill(absent, 0), absent)
+        logits = (scale * (wide.unsqueeze(3) * keys).sum(-1)).masked_fill(missing, float("-inf"))
+        logits = logits.masked_fill(missing.all(-1, keepdim=True), 0)
+        yield _Rows(rows, some, wide, keys, values, logits.softmax(-1).masked_fill(missing, 0), missing)
 
 
 def _contrasted(part: _Rows, contrast: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._blocks import accumulate_dtype, batch_row, blocks
 from ._labels import group_queries, rows_read
-from .rearrange import add_rows, places
+from .rearrange import absent, add_rows, places, tokens_of
 
 WINDOW = 32
 MAX_EXTRACTED = 32  # for a larger k, sorting a block is faster than taking its best tokens one by one
@@ -162,7 +162,8 @@ def matched_score_backward(
     dtype, (batch, heads, tokens, head_dim) = accumulate_dtype(query), query.shape
     if index.dim() == 3:
         index, grad_score = index.unsqueeze(-1), grad_score.unsqueeze(-1)
-    grad_score = grad_score.to(dtype).masked_fill(index < 0, 0)
+    missing = absent(index, reference.shape[2])
+    grad_score = grad_score.to(dtype).masked_fill(missing, 0)
     joint = index.shape[1] < heads or heads == 1
     wide = [_maps(x.to(dtype), joint) for x in (query, reference)]
     lengths = [_length(x) if similarity == "cosine" else None for x in wide]
@@ -172,7 +173,8 @@ def matched_score_backward(
     for _, rows in blocks(1, tokens, bytes_per_row, query.device):
         some, weight = index[:, :, rows], grad_score[:, :, rows].unsqueeze(-1)
         batch_rows, maps = places(unit[1], some, batch_index)
-        matched = unit[1][batch_rows, maps, some.clamp(min=0).long()]
+        matched = unit[1][batch_rows, maps, tokens_of(some, reference.shape[2])]
+        matched.masked_fill_(missing[:, :, rows].unsqueeze(-1), 0)
         grads[0][:, :, rows] = (weight * matched).sum(3)
         add_rows(grads[1], some, weight * unit[0][:, :, rows].unsqueeze(3), batch_index)
     grad_query, grad_reference = (
@@ -183,8 +185,14 @@ def matched_score_backward(
 
 
 def _of_vector(grad: Tensor, unit: Tensor, length: Tensor | None) -> Tensor:
-    """The gradient of a vector, from that of its unit vector; None: it was compared as it is."""
-    return grad if length is None else (grad - unit * (unit * grad).sum(-1, keepdim=True)) / length
+    """The gradient of a vector, from that of its unit vector; None: it was compared as it is.
+
+    Where no query was matched with a vector, it is 0, even of one that is not finite.
+    """
+    if length is None:
+        return grad
+    found = (grad - unit * (unit * grad).sum(-1, keepdim=True)) / length
+    return found.masked_fill((grad == 0).all(-1, keepdim=True), 0)
 
 
 def _maps(x: Tensor, joint: bool) -> Tensor:
