@@ -10,12 +10,14 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ENTER := $(if $(filter-out $(CURDIR),$(PWD)),cd "$(CURDIR)" && )source $(VENV)/bin/activate
 OUT ?= demo_out
 ARGS ?=
+CALLS ?= 20000
+BACKEND ?= tiled
 PYTEST = $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile
 # waiting threads give their core away: half the processor time where cores are shared
 demo test test-slow: export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-slow test-all test-versions lint static bench validate docs clean help
+.PHONY: demo test test-slow test-all test-versions fuzz lint static bench validate docs clean help
 
 help:
 	@echo "make demo      one step on real photographs, then appearance transfer and its leakage; writes $(OUT)/ (under three minutes once installed)"
@@ -23,6 +25,7 @@ help:
 	@echo "make test-slow the cases marked slow, which make test leaves out"
 	@echo "make test-all  make test, then make test-slow: everything that CI runs"
 	@echo "make test-versions  environments of the oldest and newest promised versions, a short suite in each (some 20 GB)"
+	@echo "make fuzz      random calls of every op against float64 formulas; CALLS=20000 BACKEND=tiled|reference|interpreted"
 	@echo "make lint      ruff and mypy"
 	@echo "make validate  every op x backend x dtype x shape on this machine against float64"
 	@echo "make static    compile every kernel for every architecture and hold it to its budgets (no GPU needed)"
@@ -93,6 +96,10 @@ test-slow: $(READY)
 
 test-all: test
 	@$(MAKE) --no-print-directory test-slow
+
+fuzz: $(READY)
+	@echo "fuzz: $(CALLS) calls, $(BACKEND)"
+	@FUZZ_CALLS=$(CALLS) $(PYTEST) --dist load tests/fuzz -k $(BACKEND)_calls --hypothesis-show-statistics $(ARGS)
 
 docs: $(READY)
 	@$(PY) -m benchmarks pages --check || { echo "docs: run python -m benchmarks pages" >&2; exit 1; }

@@ -49,7 +49,7 @@ class Tile(NamedTuple):
     key: Tensor  # [h, U, D + D_g]
     value: Tensor  # [h, U, D_v]
     counts: Tensor | None  # [h, 1, U]
-    seen: Tensor | None  # [r, U], by the labels; None: all
+    seen: Tensor | None  # [r, U] by the labels, [h, r, U] beside counts; None: all
     shift: float
 
 
@@ -101,6 +101,9 @@ def tile_of(part: Part, query: Tensor, settings: Settings, b: int, heads: slice,
         labels = query_labels[b if query_labels.shape[0] > 1 else 0, rows]
         seen = (labels.unsqueeze(1) & part.labels) != 0
     counts = None if part.counts is None else part.counts[heads]
+    if counts is not None:  # a head that counts no key reads nothing, so its queries do not matter
+        features = features.masked_fill_((counts == 0).all(-1, keepdim=True), 0)
+        seen = None if seen is None else seen & (counts > 0)
     return Tile(features, part.key[heads], part.value[heads], counts, seen, part.shift)
 
 

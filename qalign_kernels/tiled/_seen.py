@@ -7,7 +7,7 @@ from ._blocks import on_host
 
 
 def sum_of_seen(weights: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
-    """weights [h, r, U] @ values [h, U, D], where weights are 0 outside of `seen`, [r, U] or None for all."""
+    """weights [h, r, U] @ values [h, U, D], where weights are 0 outside of `seen`: [r, U], [h, r, U] or None for all."""
     if seen is None or (on_host(values) and bool(values.isfinite().all())):
         return weights @ values
     # asking a device would wait for it: there, the sums are always those of the finite values and of the rest
@@ -24,7 +24,7 @@ def sum_of_seen(weights: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
 
 
 def add_sum_of_seen(total: Tensor, weights: Tensor, rows: Tensor, seen: Tensor | None) -> None:
-    """Add weights [h, U, r] @ rows [h, r, D] to the total of each key. `seen` is [r, U], or None for all."""
+    """Add weights [h, U, r] @ rows [h, r, D] to the total of each key. `seen` is as in `sum_of_seen`."""
     if seen is None:
         total.baddbmm_(weights, rows)
     else:

@@ -8,8 +8,6 @@ wrong is a named risk. Property tests draw further calls from the whole space, t
 import functools
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,17 +21,11 @@ import qalign_kernels as qk
 from qalign_kernels.attention import Guide, guided_attention
 from qalign_kernels.qalign_attention import topk_attention
 from qalign_kernels.testing import judge, judge_exact, random_features, random_integers
-from qalign_kernels.tiled import _blocks, _fused, _masses
+from qalign_kernels.tiled import _fused
 from qalign_kernels.tiled import _labels as tiled_labels
+from tests.kernels.ways import BLOCK_BYTES, HEADS, RAGGED, ROW, WAYS, WHOLE, Way
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-ROW, RAGGED, HEADS, WHOLE = (
-    1,
-    6_000,
-    40_000,
-    8 << 20,
-)  # bytes: one row of one head, some rows, some heads, all
-BLOCK_BYTES = (ROW, RAGGED, HEADS, WHOLE)
 SMALL = {"q": (2, 3, 13, 8), "r": (2, 3, 21, 8), "k": (2, 3, 21, 8), "v": (2, 3, 21, 8)}
 # `poisoned` holds for all examples of a test alike
 SAME_IN_EVERY_RUN = settings(
@@ -42,28 +34,6 @@ SAME_IN_EVERY_RUN = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-class Way(NamedTuple):
-    """How the tiled path computes: the size of its blocks, and its route.
-
-    The device route never reads a value. It runs on the CPU as well.
-    """
-
-    block_bytes: int
-    route: str = "host"
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_blocks, "CPU_BLOCK_BYTES", self.block_bytes)
-            if self.route == "device":
-                for module in (_blocks, _fused, _masses, tiled_labels):
-                    patch.setattr(module, "on_host", lambda x: False)
-            yield
-
-
-WAYS = st.builds(Way, st.sampled_from(BLOCK_BYTES), st.sampled_from(("host", "device")))
 
 
 @pytest.fixture(params=BLOCK_BYTES)
