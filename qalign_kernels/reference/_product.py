@@ -6,6 +6,8 @@ With a mask of the pairs that are seen, other pairs take no part, not even with 
 import torch
 from torch import Tensor
 
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
 
 def product(a: Tensor, b: Tensor, seen: Tensor | None = None) -> Tensor:
     """a @ b for batches of one size; differentiable any number of times, inside `torch.autocast` too.
@@ -127,9 +129,12 @@ def _sum_of_seen(a: Tensor, b: Tensor, seen: Tensor) -> Tensor:
 
 
 def _known_finite(x: Tensor) -> bool:
-    """Whether all of x is finite. A device, a compiler and a transform cannot be asked."""
-    asked = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return asked and torch._C._functorch.peek_interpreter_stack() is None and bool(x.isfinite().all())
+    """Whether all of x is finite. A device, a compiler, a transform and the older vmap cannot be asked."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._dispatch_keys(x).has(_BATCHED):
+        return False
+    return bool(x.isfinite().all())
 
 
 def _meet(left: Tensor, right: Tensor) -> Tensor:

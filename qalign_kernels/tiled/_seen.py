@@ -7,7 +7,7 @@ from ._blocks import on_host
 
 
 def sum_of_seen(weights: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
-    """weights [h, r, U] @ values [h, U, D]. Weights are 0 outside of `seen`: [r, U], [h, r, U], or None: all."""
+    """weights [h, r, U] @ values [h, U, D]. Weights are 0 outside of `seen`: [1 or h, r, U] or None."""
     if seen is None or (on_host(values) and bool(values.isfinite().all())):
         return weights @ values
     # asking a device would wait for it: there, the sums are always those of the finite values and of the rest

@@ -3,6 +3,7 @@
 import functools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from qalign import BatchLayout, UNetAttnProcessor, attach
 from qalign.context.clock import Clock
 from qalign.context.layer_call import Site
+from qalign.context.outside_graphs import uniform
 from qalign.context.regions import Regions
 from qalign.methods import (
     BoundedAttention,
@@ -406,7 +408,7 @@ def test_story_diffusion_sees_own_and_others_drawn_tokens():
     method = StoryDiffusion(skip=(0.0, 0.0), rate=0.4, seed=3)
     attn.set_processor(UNetAttnProcessor(method, BatchLayout("output", "output", "output")))
     actual = attn(hidden)
-    seen = method._draw(hidden.shape[1], 0, "") < 0.4
+    seen = uniform(hidden.shape[1], method.seed, 0, "") < 0.4
     assert 0.3 < seen.float().mean() < 0.5
     attn.double()
     projected = [literal.project(attn, row) for row in hidden.double()]
@@ -428,11 +430,14 @@ def test_story_diffusion_sees_own_and_others_drawn_tokens():
 
 @torch.no_grad()
 def test_story_diffusion_skips_layers_and_redraws_each_step():
-    method = StoryDiffusion()
-    skipped = [
-        method._draw(1, step, f"up_blocks.{layer}").item() < 0.3 for step in range(40) for layer in range(25)
-    ]
-    assert 0.26 < sum(skipped) / len(skipped) < 0.34
-    assert torch.equal(method._draw(64, 3, ""), method._draw(64, 3, "")) and not torch.equal(
-        method._draw(64, 3, ""), method._draw(64, 4, "")
-    )
+    method = StoryDiffusion(skip=(0.3, 0.3))
+
+    def left_out(step):
+        sites = (
+            SimpleNamespace(position=torch.tensor([step, 40]), layer=f"up_blocks.{n}") for n in range(25)
+        )
+        return torch.stack([method._left_out(site) for site in sites])
+
+    skipped = torch.stack([left_out(step) for step in range(40)])
+    assert 0.26 < skipped.float().mean() < 0.34
+    assert torch.equal(skipped[3], left_out(3)) and not torch.equal(skipped[3], skipped[4])

@@ -186,7 +186,7 @@ def test_an_attached_method_is_refused_before_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_fine_tune_does_not_get_the_inversion_of_another(tmp_path):
+def test_a_fine_tune_has_its_own_inversion(tmp_path):
     settings = {"num_inference_steps": 2, "inversion": "ddim", "cache": tmp_path}
     pipe = own(make())
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -255,7 +255,7 @@ def test_a_full_disk_does_not_lose_the_inversion(tmp_path, caplog):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+def test_a_file_as_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="^cache: expected a folder, got the file "):
         InversionCache(tmp_path / "file")
