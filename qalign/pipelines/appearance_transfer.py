@@ -26,7 +26,6 @@ from .self_regions import SELF, SelfRegions
 from .transfer_inputs import (
     Generators,
     active_steps,
-    check_method,
     check_options,
     count_skipped,
     count_structures,
@@ -259,7 +258,7 @@ class AppearanceTransfer(PairInversion, SelfRegions):
             given: Any = None if segmented else regions
             layout, active = _layout(outputs, guided), active_steps(method, edit_steps)
             control = attach(self, method, layout=layout, layers=layers, steps=active, regions=given)
-            check_method(control, size)
+            control.check((size[0], size[1]))
             control.expect(steps - skipped)
         places = self._object(prompt, noun, outputs) if segmented else ()
         noun_places = self._noun_tokens(prompt, noun) if adain == "masked" else ()

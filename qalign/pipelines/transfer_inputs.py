@@ -10,9 +10,7 @@ from torch import Tensor
 
 from .._checks import require_count, require_number
 from ..context.clock import Clock
-from ..context.layers import layer_grid
 from ..methods import TRANSFERS, Method, find_method, require_method
-from ..processors.attach import Control
 from ..sampling.denoising import set_steps
 from ..sampling.inversion import KINDS, Inversion
 from .arguments import check_generator, check_noun, check_switches
@@ -69,12 +67,6 @@ def make_method(method: Method | str | None) -> Method | None:
     if method is not None:
         require_method(method)
     return method
-
-
-def check_method(control: Control, size: Sequence[int]) -> None:
-    """Check that pictures whose latents have this (height, width), and label maps, suit the method."""
-    grids = dict.fromkeys(layer_grid(name, control.model, size) for name in control.layers)
-    control.method.check((size[0], size[1]), list(grids), control.layout, control.regions)
 
 
 def active_steps(method: Method, edit_steps: tuple[float, float] | None) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..context.clock import Clock
 from ..context.layer_call import ForwardPass
+from ..context.layers import layer_grid
 from ..context.layout import BatchLayout
 from ..context.regions import Regions
 from ..context.timeline import step_numbers
@@ -149,6 +150,7 @@ class Control:
         self._follower = LoopFollower(self.pipe, self._begin_loop, self._move)
         self._installation = Undoing()
         self._called = False
+        self._size: tuple[int, int] | None = None  # of the latents that were checked
         self._warned = False
         self._expected: int | None = None
 
@@ -214,6 +216,15 @@ class Control:
             expected = f"UNetAttnProcessor on {len(attended)} attached layers"
             raise RuntimeError(f"processors: expected {expected}, got {_count(replaced)}: {advice}")
 
+    def check(self, size: tuple[int, int]) -> None:
+        """Check that latents of this (height, width), and the label maps of their pictures, suit the method.
+
+        Raises:
+            ValueError: they do not; the message says why.
+        """
+        grids = dict.fromkeys(layer_grid(name, self.model, size) for name in self.layers)
+        self.method.check(size, list(grids), self.layout, self.regions)
+
     def _install(self) -> None:
         """Install everything. What undoes a part is known before the part is done."""
         forward = ForwardPass() if self.cross_layers or self.method.reads_size else None
@@ -256,7 +267,7 @@ class Control:
     def _forget(self) -> None:
         """Return to the state before `__enter__`."""
         self._follower = LoopFollower(self.pipe, self._begin_loop, self._move)
-        self._processors, self._called = {}, False
+        self._processors, self._called, self._size = {}, False, None
         self._warned, self._expected = False, None
         self.clock.reset()
 
@@ -333,8 +344,12 @@ class Control:
         """See a call of the UNet: its timestep, and how many rows it has."""
         self._called = True
         self._follower.call(*arguments, **options)
+        sample = arguments[0] if arguments else options["sample"]
+        if self._size != (size := (sample.shape[-2], sample.shape[-1])):
+            self.check(size)
+            self._size = size
         if self._unguided is not None:
-            self._derive_guidance(arguments[0] if arguments else options["sample"])
+            self._derive_guidance(sample)
 
     @property
     def _unguided(self) -> BatchLayout | None:

@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from qalign import BatchLayout, CrossImage, CtrlX, QAlign, QAlignAttnProcessor, UNetAttnProcessor, attach
 from qalign.context.clock import Clock
+from qalign.context.regions import Regions
 from tests.processors.models import (
     PROMPTS,
     SIZE,
@@ -500,3 +501,17 @@ def test_clock_moved_in_inference_mode_is_settable() -> None:
 def test_import_needs_no_diffusers() -> None:
     program = "import sys; sys.modules['diffusers'] = None; import qalign; qalign.QAlignAttnProcessor()"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_transposed_label_maps_are_refused_before_layers() -> None:
+    """They have as many tokens, so that no layer could tell."""
+    pipe, calls = make_pipe("sd15"), []
+    square, transposed = torch.ones(SIZE, SIZE).long(), torch.ones(SIZE // 2, 2 * SIZE).long()
+    pipe.unet.conv_in.register_forward_pre_hook(lambda *call: calls.append(call))
+    regions = Regions(appearance=square, structure=transposed)
+    with (
+        attach(pipe, QAlign(), regions=regions),
+        pytest.raises(ValueError, match="regions: expected a label map of the structure for"),
+    ):
+        generate(pipe)
+    assert not calls
