@@ -26,7 +26,7 @@ from ._tile import (
     width,
 )
 
-MENDED_ROWS = 32
+MENDED_ROWS, WARPS = 16, 2  # few registers a thread, and loads of a row that stay wide
 
 
 class Given(NamedTuple):
@@ -50,7 +50,7 @@ def mend_output(call: AttentionCall, segments: Sequence[Any], scales: Sequence[f
     launch(
         mend_output_kernel,
         (triton.cdiv(tokens, MENDED_ROWS) * batch * heads,),
-        num_warps=4,
+        num_warps=WARPS,
         num_stages=1,
         **query_arguments(call.query, call.query_labels),
         guide_query=None if guide is None else features(guide.query),
@@ -78,7 +78,7 @@ def mend_query_gradient(
     launch(
         mend_query_gradient_kernel,
         (triton.cdiv(tokens, MENDED_ROWS) * batch * heads,),
-        num_warps=4,
+        num_warps=WARPS,
         num_stages=1,
         **queries.arguments(),
         hidden=_hidden(segments, scales),
@@ -99,7 +99,7 @@ def mend_key_gradient(
     launch(
         mend_key_gradient_kernel,
         (triton.cdiv(keys, MENDED_ROWS) * rows * heads,),
-        num_warps=4,
+        num_warps=WARPS,
         num_stages=1,
         **queries.arguments(),
         hidden=_hidden([segment], [scale])[0],

@@ -257,11 +257,13 @@ def mend_output_kernel(
             BLOCK_M,
         )
         if distance_ptr is not None:
+            compared, written = rows_of(output, batch, head), lost & inside
             if signs_ptr is not None:
-                signs_ptr += (row * N_Q + queries) * VALUE_WIDTH.D
-            compared = rows_of(output, batch, head)
-            total = _compare_parts(compared, signs_ptr, attended, 1.0, queries, lost & inside, VALUE_WIDTH)
-            tl.store(distance_ptr + row * N_Q + queries, total / VALUE_WIDTH.D, mask=lost & inside)
+                signs = signs_ptr + (row * N_Q + queries) * VALUE_WIDTH.D
+                total = _compare_parts(compared, signs, attended, 1.0, queries, written, VALUE_WIDTH)
+            else:
+                total = _compare_parts(compared, None, attended, 1.0, queries, written, VALUE_WIDTH)
+            tl.store(distance_ptr + row * N_Q + queries, total / VALUE_WIDTH.D, mask=written)
         else:
             pointers = output_ptr + (row * N_Q + queries) * VALUE_WIDTH.D
             store_parts(pointers, attended, lost & inside, VALUE_WIDTH)
