@@ -26,7 +26,8 @@ from ._tile import (
     width,
 )
 
-MENDED_ROWS, WARPS = 16, 2  # few registers a thread, and loads of a row that stay wide
+NARROW = {"BLOCK_M": 32, "num_warps": 4}
+WIDE = {"BLOCK_M": 8, "num_warps": 2}  # no spills, and no load of single numbers
 
 
 class Given(NamedTuple):
@@ -46,11 +47,11 @@ def mend_output(call: AttentionCall, segments: Sequence[Any], scales: Sequence[f
     `segments` are those of the call as they were given.
     """
     (batch, heads, tokens, dim), output, guide = call.query.shape, call.output, call.guide
+    tile = _tile(dim, call.value_dim)
     assert output is not None  # a call that only sums exponentials has no rows to mend
     launch(
         mend_output_kernel,
-        (triton.cdiv(tokens, MENDED_ROWS) * batch * heads,),
-        num_warps=WARPS,
+        (triton.cdiv(tokens, tile["BLOCK_M"]) * batch * heads,),
         num_stages=1,
         **query_arguments(call.query, call.query_labels),
         guide_query=None if guide is None else features(guide.query),
@@ -67,7 +68,7 @@ def mend_output(call: AttentionCall, segments: Sequence[Any], scales: Sequence[f
         CONTRAST=call.contrast != 1.0,
         KEY_WIDTH=width(dim),
         VALUE_WIDTH=width(call.value_dim),
-        BLOCK_M=MENDED_ROWS,
+        **tile,
     )
 
 
@@ -75,10 +76,10 @@ def mend_query_gradient(
     queries: QuerySide, segments: Sequence[Any], scales: Sequence[float], grad_query: Tensor
 ) -> None:
     batch, heads, tokens, dim = queries.query.shape
+    tile = _tile(dim, queries.grad_output.shape[3])
     launch(
         mend_query_gradient_kernel,
-        (triton.cdiv(tokens, MENDED_ROWS) * batch * heads,),
-        num_warps=WARPS,
+        (triton.cdiv(tokens, tile["BLOCK_M"]) * batch * heads,),
         num_stages=1,
         **queries.arguments(),
         hidden=_hidden(segments, scales),
@@ -88,7 +89,7 @@ def mend_query_gradient(
         SEGMENTS=len(segments),
         KEY_WIDTH=width(dim),
         VALUE_WIDTH=width(queries.grad_output.shape[3]),
-        BLOCK_M=MENDED_ROWS,
+        **tile,
     )
 
 
@@ -96,10 +97,10 @@ def mend_key_gradient(
     queries: QuerySide, segment: Any, scale: float, grad_key: Tensor | None, grad_value: Tensor | None
 ) -> None:
     (batch, heads, _, dim), (rows, _, keys, _) = queries.query.shape, segment.key.shape
+    tile = _tile(dim, queries.grad_output.shape[3])
     launch(
         mend_key_gradient_kernel,
-        (triton.cdiv(keys, MENDED_ROWS) * rows * heads,),
-        num_warps=WARPS,
+        (triton.cdiv(keys, tile["BLOCK_M"]) * rows * heads,),
         num_stages=1,
         **queries.arguments(),
         hidden=_hidden([segment], [scale])[0],
@@ -111,8 +112,12 @@ def mend_key_gradient(
         B=batch,
         KEY_WIDTH=width(dim),
         VALUE_WIDTH=width(queries.grad_output.shape[3]),
-        BLOCK_M=MENDED_ROWS,
+        **tile,
     )
+
+
+def _tile(*dims: int) -> dict[str, int]:
+    return WIDE if max(dims) >= 128 else NARROW
 
 
 def _hidden(segments: Sequence[Any], scales: Sequence[float], guide: Any = None) -> tuple[Hidden, ...]:
