@@ -27,7 +27,7 @@ from ._tile import (
 )
 
 NARROW = {"BLOCK_M": 32, "num_warps": 4}
-WIDE = {"BLOCK_M": 8, "num_warps": 2}  # no spills, and no load of single numbers
+WIDE = {"BLOCK_M": 4, "num_warps": 2}  # no spills, and no load of single numbers
 
 
 class Given(NamedTuple):
