@@ -27,18 +27,22 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x + (x.detach().to(dtype).to(x.dtype) - x.detach())
 
 
-class _Product(torch.autograd.Function):
-    generate_vmap_rule = True
+class _Saved(torch.autograd.Function):
+    """A function whose derivatives read all of its inputs."""
 
-    @staticmethod
-    def forward(a, b):
-        with torch.autocast(a.device.type, enabled=False):
-            return a @ b
+    generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
+
+
+class _Product(_Saved):
+    @staticmethod
+    def forward(a, b):
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b
 
     @staticmethod
     def backward(ctx, grad):
@@ -52,18 +56,11 @@ class _Product(torch.autograd.Function):
         return product(tangent_a, b) + product(a, tangent_b)
 
 
-class _SeenProduct(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _SeenProduct(_Saved):
     @staticmethod
     def forward(a, b, seen):
         with torch.autocast(a.device.type, enabled=False):
             return _sum_of_seen(a.masked_fill(~seen, 0), b, seen)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -81,18 +78,11 @@ class _SeenProduct(torch.autograd.Function):
         return product(tangent_a, b, seen) + product(a, tangent_b, seen)
 
 
-class _SeenPairs(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _SeenPairs(_Saved):
     @staticmethod
     def forward(a, b, seen):
         with torch.autocast(a.device.type, enabled=False):
             return (a @ b.mT).masked_fill(~seen, 0)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
