@@ -14,6 +14,18 @@ from torch import Tensor
 from ._product import pairs, product, rounded
 
 
+class PlainSegment(NamedTuple):
+    """What `attention` reads of a segment."""
+
+    key: Tensor | None
+    value: Tensor
+    counts: Tensor | None = None
+    labels: Tensor | None = None
+    batch_index: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_shift: float = 0.0
+
+
 class _Segment(NamedTuple):
     """One segment as the batch rows of the queries read it."""
 

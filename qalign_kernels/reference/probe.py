@@ -1,12 +1,10 @@
 """label_mass and mean_attention_map as their formulas read."""
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
 from ._product import product
-from .attention import attention
+from .attention import PlainSegment, attention
 
 
 def label_mass(
@@ -22,9 +20,7 @@ def label_mass(
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     members = key_labels.unsqueeze(-1) == torch.arange(num_labels, device=key.device)
     members = members.unsqueeze(1).to(accumulate).expand(*key.shape[:2], -1, -1)
-    segment = SimpleNamespace(
-        key=key, value=members, counts=counts, labels=None, batch_index=None, logit_scale=1.0, logit_shift=0.0
-    )
+    segment = PlainSegment(key, members, counts=counts)
     return attention(query.to(accumulate), [segment], scale=scale)[0]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._product import pairs, rounded
-from .attention import batch_rows, contrast_weights, weigh, wide_attention
+from .attention import PlainSegment, batch_rows, contrast_weights, weigh, wide_attention
 from .rearrange import rearrange_kv
 from .similarity import similarity_argmax, similarity_topk, unit
 
@@ -98,7 +98,7 @@ def _guided(call: Call) -> Tensor:
     features, ref_features = call.alignment.unit(call.dtype)[:2]
     return wide_attention(
         call.query,
-        [_Segment(call.key, call.value, labels=call.alignment.reference_labels)],
+        [PlainSegment(call.key, call.value, labels=call.alignment.reference_labels)],
         call.dtype,
         scale=call.scale,
         contrast=call.contrast,
@@ -112,7 +112,7 @@ def _soft(call: Call) -> Tensor:
     key, value = (
         wide_attention(
             features,
-            [_Segment(ref_features, x, labels=ref_labels)],
+            [PlainSegment(ref_features, x, labels=ref_labels)],
             call.dtype,
             scale=call.strength,
             query_labels=query_labels,
@@ -123,14 +123,14 @@ def _soft(call: Call) -> Tensor:
     if query_labels is not None and ref_labels is not None:
         present = ((query_labels.unsqueeze(-1) & ref_labels.unsqueeze(-2)) != 0).any(-1)
         present = present.int().unsqueeze(1).expand(call.query.shape[0], -1, -1)
-    segment = _Segment(key, value, counts=present)
+    segment = PlainSegment(key, value, counts=present)
     return wide_attention(call.query, [segment], call.dtype, scale=call.scale, contrast=call.contrast)[0]
 
 
 def _warped_output(call: Call) -> Tensor:
     index, score = similarity_argmax(*call.alignment)
     labels = call.alignment.reference_labels
-    segment = _Segment(call.key, call.value, labels=labels)
+    segment = PlainSegment(call.key, call.value, labels=labels)
     settings = {"scale": call.scale, "query_labels": labels}
     output, _ = wide_attention(call.ref_query, [segment], call.dtype, **settings)
     return _unmatchable_to_nan(rearrange_kv(output, output, index)[0], score)
@@ -144,7 +144,7 @@ def _none(call: Call) -> Tensor:
 def _warped_values(call: Call) -> Tensor:
     index, score = similarity_argmax(*call.alignment)
     value = _unmatchable_to_nan(rearrange_kv(call.key, call.value, index)[1], score)
-    segment = _Segment(call.own_key, value, counts=(index >= 0).int())
+    segment = PlainSegment(call.own_key, value, counts=(index >= 0).int())
     return wide_attention(call.query, [segment], call.dtype, scale=call.scale, contrast=call.contrast)[0]
 
 
@@ -175,18 +175,6 @@ FORMULAS = {
     "guided": _guided,
     "soft": _soft,
 }
-
-
-class _Segment(NamedTuple):
-    """What `attention` reads of a segment."""
-
-    key: Tensor | None
-    value: Tensor
-    counts: Tensor | None = None
-    labels: Tensor | None = None
-    batch_index: Tensor | None = None
-    logit_scale: float = 1.0
-    logit_shift: float = 0.0
 
 
 class _Guide(NamedTuple):

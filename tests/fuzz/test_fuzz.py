@@ -21,14 +21,18 @@ from tests.fuzz.rounding import Approx, exact
 from tests.kernels.ways import WAYS
 
 CALLS_A_RUN = int(os.environ.get("FUZZ_CALLS", 0))
-BUDGET = settings(
-    max_examples=-(-CALLS_A_RUN // len(CALLS)) if CALLS_A_RUN else 12,
-    derandomize=not CALLS_A_RUN,
-    print_blob=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+
+
+def budget(fixed: int) -> settings:
+    """So many fixed calls for each op in the tests, or its share of FUZZ_CALLS new ones."""
+    return settings(
+        max_examples=-(-CALLS_A_RUN // len(CALLS)) if CALLS_A_RUN else fixed,
+        derandomize=not CALLS_A_RUN,
+        print_blob=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def surroundings() -> tuple:
@@ -135,7 +139,7 @@ def test_every_public_op_is_fuzzed():
 
 
 @pytest.mark.parametrize("name", CALLS)
-@BUDGET
+@budget(12)
 @given(st.data(), WAYS)
 def test_tiled_calls_are_their_formulas(name, data, way):
     with way.taken():
@@ -143,7 +147,7 @@ def test_tiled_calls_are_their_formulas(name, data, way):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@BUDGET
+@budget(12)
 @given(st.data())
 def test_reference_calls_are_their_formulas(name, data):
     check(data, name, "reference")
@@ -151,7 +155,7 @@ def test_reference_calls_are_their_formulas(name, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
-@BUDGET
+@budget(3)
 @given(st.data())
 def test_interpreted_calls_are_their_formulas(name, data):
     refusal = _backends.triton_refusal(torch.empty(1), ())
