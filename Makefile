@@ -21,7 +21,7 @@ demo test test-slow: export OMP_WAIT_POLICY ?= passive
 
 help:
 	@echo "make demo      one step on real photographs, then appearance transfer and its leakage; writes $(OUT)/ (under three minutes once installed)"
-	@echo "make test      ruff, mypy, kernels against plain PyTorch, the fast tier of the tests (under five minutes)"
+	@echo "make test      ruff, mypy, kernels against plain PyTorch, the fast tier of the tests (about five minutes on two cores)"
 	@echo "make test-slow the cases marked slow, which make test leaves out"
 	@echo "make test-all  make test, then make test-slow: everything that CI runs"
 	@echo "make test-versions  environments of the oldest and newest promised versions, a short suite in each (some 20 GB)"
