@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..context.layer_call import Site
 from ..context.layers import decoder_layers, token_grid
 from ..context.layout import BatchLayout
-from ..context.outside_graphs import uniform as uniform
 from ..context.regions import Regions
 
 Hook = Callable[[nn.Module, Tensor, Tensor, Site], Tensor]  # (module, its input, its output, site) -> output

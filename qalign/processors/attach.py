@@ -19,7 +19,6 @@ from ..context.timeline import step_numbers
 from ..methods import Method, require_method
 from .following import CHANGING, LoopFollower, follow, unfollow
 from .installing import AttachedHook, AttachedProcessor, ModuleHook, Undoing, hold, release, require_free
-from .selection import NOT_SPATIAL as NOT_SPATIAL
 from .selection import find_unet, hooks_of, select_cross_layers, select_layers
 from .unet import DEFAULT_LAYOUT
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qalign_kernels import mean_attention_map
 
 from ..context.layers import halved, token_grid
-from ..processors.attach import NOT_SPATIAL, find_unet
+from ..processors.selection import NOT_SPATIAL, find_unet
 from ..processors.unet import is_unet_attention, project
 
 FEW_TOKENS, MOST_TOKENS = 1024, 4096  # one map takes 4 MiB, 64 MiB

@@ -9,10 +9,10 @@ from torch import Tensor
 from qalign import BatchLayout, FeatureBank, UNetAttnProcessor, attach
 from qalign.context.clock import Clock
 from qalign.context.layer_call import Site
+from qalign.context.outside_graphs import uniform
 from qalign.context.regions import Regions
 from qalign.evaluation.attention_tally import attention_mass
 from qalign.methods import METHODS, ConsiStory, CtrlX, DreamMatcher, FreeCustom, ReferenceOnly, SeAl
-from qalign.methods._editing import uniform
 from tests.methods import literal
 from tests.methods.test_formulas import GRID, MASKS, TWO, make_attention, relative_error
 from tests.processors.models import make_unet, unet_inputs
